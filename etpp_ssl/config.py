@@ -1,0 +1,46 @@
+"""The frozen base of every Config, and the error that users see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class UserError(ValueError):
+    """A mistake in a recipe, path, size or checkpoint, told in one sentence.
+
+    The message names the key, the value and what would be valid. The command line prints it on one
+    line and exits with code 2; library users catch ValueError.
+    """
+
+
+class Config(BaseModel):
+    """Immutable settings of one component; unknown keys are errors, so a typo cannot be ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+def neutral(default: Any = ..., **constraints: Any) -> Any:
+    """A field that never changes the trained weights, so a resumed run may differ in it.
+
+    "Never" is up to floating-point summation order: `micro_batch_size` is neutral in this sense, as
+    is the number of processes.
+    """
+    return Field(default, json_schema_extra={"neutral": True}, **constraints)
+
+
+def is_neutral(config: type[BaseModel], field: str) -> bool:
+    """Whether `field` of `config` was declared with `neutral`."""
+    extra = config.model_fields[field].json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("neutral"))
+
+
+def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) from one number for both or from a pair."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def show_size(size: tuple[int, int]) -> str:
+    """`224` for a square, `192x256` (height x width) otherwise."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"

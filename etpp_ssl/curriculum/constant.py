@@ -1,0 +1,56 @@
+"""The plain run: full resolution at every step."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from etpp_ssl.config import Config
+from etpp_ssl.curriculum.base import Curriculum
+
+
+class ConstantConfig(Config):
+    """Train at full resolution throughout, as MAE does."""
+
+    name: Literal["constant"] = "constant"
+    crop: Literal["fourier", "lanczos"] = "fourier"
+
+    def build(
+        self,
+        *,
+        image_size: tuple[int, int],
+        multiple: tuple[int, int],
+        num_images: int,
+        batch_size: int,
+        budget_epochs: float,
+    ) -> Constant:
+        """The run's curriculum; see `Curriculum` for the arguments. `multiple` has no effect here."""
+        return Constant(
+            image_size=image_size,
+            num_images=num_images,
+            batch_size=batch_size,
+            budget_epochs=budget_epochs,
+        )
+
+    def roundings(self, image_size: tuple[int, int], multiple: tuple[int, int]) -> list[str]:
+        """Nothing is rounded at full resolution."""
+        return []
+
+
+class Constant(Curriculum):
+    """One stage at full resolution; the arguments are those of `Curriculum`."""
+
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        num_images: int,
+        batch_size: int,
+        budget_epochs: float,
+    ) -> None:
+        super().__init__(
+            [(image_size, 1.0)],
+            image_size=image_size,
+            num_images=num_images,
+            batch_size=batch_size,
+            budget_epochs=budget_epochs,
+        )

@@ -1,0 +1,152 @@
+"""EfficientTrain++: bandwidth grows as compute is spent (TPAMI 2024, Tables 4 and 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from etpp_ssl.config import Config, UserError, as_pair, show_size
+from etpp_ssl.curriculum.base import Curriculum, StageSpec, legal_bandwidth
+
+TABLES: dict[str, list[tuple[int, float]]] = {
+    "general": [(96, 0.2), (160, 0.4), (224, 0.4)],
+    "deit": [(96, 0.2), (160, 0.4), (192, 0.2), (224, 0.2)],
+    "convnext": [(160, 0.6), (224, 0.4)],
+}
+"""(bandwidth at 224 px, share of compute) of the published curricula; equal neighbours are merged.
+From the public scripts of `LeapLabTHU/EfficientTrain`; the table of the paper's MAE runs is not public."""
+
+TABLE_SIZE = 224
+
+TableName = Literal["general", "deit", "convnext"]
+
+
+class EfficientTrainConfig(Config):
+    """The curriculum of a recipe: a published table, or stages of one's own."""
+
+    name: Literal["efficienttrain"] = "efficienttrain"
+    table: TableName = "general"
+    """Published table, scaled to the image size; ignored where `stages` are given."""
+    stages: tuple[StageSpec, ...] | None = Field(default=None, min_length=1)
+    crop: Literal["fourier", "lanczos"] = "fourier"
+    """`fourier`: the definition, on the device. `lanczos`: the published code's approximation, a
+    Lanczos resize in the data workers."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> EfficientTrainConfig:
+        if self.stages is not None:
+            total = sum(stage.share for stage in self.stages)
+            if abs(total - 1) > 1e-6:
+                raise ValueError(f"the shares of stages add up to {total:g}: they must add up to 1")
+        return self
+
+    def build(
+        self,
+        *,
+        image_size: tuple[int, int],
+        multiple: tuple[int, int],
+        num_images: int,
+        batch_size: int,
+        budget_epochs: float,
+    ) -> EfficientTrain:
+        """The run's curriculum; see `EfficientTrain` for the arguments."""
+        return EfficientTrain(
+            table=self.table,
+            stages=self.stages,
+            image_size=image_size,
+            multiple=multiple,
+            num_images=num_images,
+            batch_size=batch_size,
+            budget_epochs=budget_epochs,
+        )
+
+    def roundings(self, image_size: tuple[int, int], multiple: tuple[int, int]) -> list[str]:
+        """One sentence for each bandwidth that had to be rounded to whole patches."""
+        sentences = []
+        for asked, _ in asked_stages(self.table, self.stages, image_size):
+            used = legal_bandwidth(asked, image_size, multiple)
+            if used != asked:
+                sentences.append(
+                    f"bandwidth {asked[0]:.4g}x{asked[1]:.4g} is rounded to {show_size(used)} "
+                    f"(whole patches of {show_size(multiple)})"
+                )
+        return sentences
+
+
+class EfficientTrain(Curriculum):
+    """Stages of growing bandwidth that own shares of compute.
+
+    Args:
+        table: "general", "deit" or "convnext", scaled by image size / 224 on each axis.
+        stages: stages of one's own, which take the table's place; the last shows the full image.
+        image_size: (H, W) or one number for both, pixels.
+        multiple: bandwidths are rounded to multiples of this on each axis: the patch size, or the
+            total stride of a convolutional net.
+        num_images, batch_size, budget_epochs: see `Curriculum`.
+
+    Raises:
+        UserError: for a bandwidth beyond the image or below two patches per axis, bandwidths that
+            shrink, or a last stage that is not the full image.
+    """
+
+    def __init__(
+        self,
+        table: TableName = "general",
+        stages: Sequence[StageSpec] | None = None,
+        *,
+        image_size: int | tuple[int, int] = TABLE_SIZE,
+        multiple: int | tuple[int, int] = 16,
+        num_images: int,
+        batch_size: int,
+        budget_epochs: float,
+    ) -> None:
+        size, step = as_pair(image_size), as_pair(multiple)
+        merged: list[tuple[tuple[int, int], float]] = []
+        for asked, share in asked_stages(table, stages, size):
+            used = legal_bandwidth(asked, size, step)
+            if merged and (used[0] < merged[-1][0][0] or used[1] < merged[-1][0][1]):
+                raise UserError(
+                    f"curriculum.stages: bandwidth {show_size(used)} follows "
+                    f"{show_size(merged[-1][0])}, but bandwidths must not shrink"
+                )
+            if merged and used == merged[-1][0]:
+                merged[-1] = (used, merged[-1][1] + share)
+            else:
+                merged.append((used, share))
+        if merged[-1][0] != size:
+            raise UserError(
+                f"curriculum.stages: the last stage shows {show_size(merged[-1][0])}, "
+                f"but a run ends at the full image, {show_size(size)}"
+            )
+        super().__init__(
+            merged,
+            image_size=size,
+            num_images=num_images,
+            batch_size=batch_size,
+            budget_epochs=budget_epochs,
+        )
+
+
+def asked_stages(
+    table: TableName, stages: Sequence[StageSpec] | None, image_size: tuple[int, int]
+) -> list[tuple[tuple[float, float], float]]:
+    """(bandwidth, share) of each stage before rounding, scaled to the image size."""
+    if stages is None:
+        scaled = ((_scaled(b, image_size, TABLE_SIZE), share) for b, share in TABLES[table])
+        return list(scaled)
+    short = min(image_size)
+    asked: list[tuple[tuple[float, float], float]] = []
+    for stage in stages:
+        if isinstance(stage.bandwidth, int):
+            pair = _scaled(stage.bandwidth, image_size, short)
+        else:
+            pair = (float(stage.bandwidth[0]), float(stage.bandwidth[1]))
+        asked.append((pair, stage.share))
+    return asked
+
+
+def _scaled(bandwidth: int, image_size: tuple[int, int], reference: int) -> tuple[float, float]:
+    # Multiplied before divided: the full image must come out as itself, not one rounding beyond it.
+    return bandwidth * image_size[0] / reference, bandwidth * image_size[1] / reference

@@ -1,0 +1,1 @@
+"""From files to keyed batches of uint8 images."""

@@ -1,0 +1,149 @@
+"""Images in folders: with class sub-folders or flat, nested at will."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from etpp_ssl.config import UserError, neutral
+from etpp_ssl.data.decode import EXTENSIONS, decode
+from etpp_ssl.data.images import Bands, DataConfig, UnreadableImage, existing_folder
+
+EVAL_SYNONYMS = ("val", "validation", "valid", "eval", "test")
+
+
+class FolderConfig(DataConfig):
+    """Images below a folder.
+
+    `root` may hold a sub-folder per split (`train`, `val`, ...), as timm expects, or be the training
+    folder itself; evaluation then looks beside a folder that is called like the training split.
+    """
+
+    name: Literal["folder"] = "folder"
+    root: str = neutral(...)
+    """The folder; `~` and environment variables are expanded."""
+    split: str = "train"
+    """Sub-folder of the training images, where `root` has one."""
+    eval_split: str | None = None
+    """Sub-folder of the evaluation images; by default the first of val, validation, valid, eval, test."""
+    labels: Literal["folders", "none"] = "folders"
+    """`folders`: the first folder level names the class, if every image lies in one and there are at
+    least two. `none`: no labels."""
+
+    def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> FileSource:
+        """Open the "train" or the "eval" split; see `DataConfig.open`."""
+        root = existing_folder("data.root", expanded(self.root))
+        train = root / self.split if (root / self.split).is_dir() else root
+        folder = train if split == "train" else self._eval_folder(root, train)
+        files = sorted(image_files(folder), key=os.fsencode)
+        if not files:
+            raise UserError(
+                f"data.root: no image below {str(folder)!r} (looked for {', '.join(sorted(EXTENSIONS))})"
+            )
+        classes, labels = class_folders(files) if self.labels == "folders" else (None, None)
+        return FileSource(folder, files, labels, classes, in_chans)
+
+    def _eval_folder(self, root: Path, train: Path) -> Path:
+        around = root if train != root else root.parent if root.name == self.split else None
+        names = (self.eval_split,) if self.eval_split else EVAL_SYNONYMS
+        for name in names if around else ():
+            assert around is not None
+            if (around / name).is_dir():
+                return around / name
+        raise UserError(
+            f"data.eval_split: no evaluation images ({', '.join(names)}) beside the training images "
+            f"of data.root {self.root!r}; data.holdout=256 keeps some of those for evaluation"
+        )
+
+
+class FileSource:
+    """A list of files below a folder, decoded on demand.
+
+    Args:
+        folder: what the names are relative to.
+        files: relative paths.
+        labels: class index per file, or None.
+        classes: class names, or None.
+        in_chans: channels to decode to.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        files: list[str],
+        labels: list[int] | None,
+        classes: list[str] | None,
+        in_chans: int,
+    ) -> None:
+        self.folder = folder
+        self.files = files
+        self.labels = labels
+        self.classes = None if classes is None else [printable(name) for name in classes]
+        self.in_chans = in_chans
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def load(self, index: int) -> Bands:
+        """Decode a file; see `ImageSource.load`."""
+        try:
+            data = (self.folder / self.files[index]).read_bytes()
+        except (OSError, ValueError) as error:
+            # ValueError: a line of a list can hold a null byte.
+            raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from error
+        return decode(data, self.in_chans)
+
+    def label(self, index: int) -> int:
+        """Class index, or -1."""
+        return -1 if self.labels is None else self.labels[index]
+
+    def name(self, index: int) -> str:
+        """Relative path, as a log can show it."""
+        return printable(self.files[index])
+
+    def fingerprint(self) -> str:
+        """Hash of names and labels; the folder may move, its content may not change."""
+        digest = hashlib.blake2b(digest_size=12)
+        for index, file in enumerate(self.files):
+            digest.update(os.fsencode(file) + b"\0%d\n" % self.label(index))
+        return digest.hexdigest()
+
+
+def image_files(folder: Path) -> Iterator[str]:
+    """Relative paths of all images below a folder; links are followed, loops are not."""
+    seen: set[tuple[int, int]] = set()
+    for current, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(current)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        # The order of visits decides which path of a linked folder counts.
+        folders.sort()
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for file in files:
+            if not file.startswith(".") and os.path.splitext(file)[1].lower() in EXTENSIONS:
+                yield os.path.relpath(os.path.join(current, file), folder)
+
+
+def class_folders(files: list[str]) -> tuple[list[str] | None, list[int] | None]:
+    """(class names, label per file) from the first folder level, or (None, None) if it names none."""
+    tops = [file.split(os.sep, 1)[0] if os.sep in file else None for file in files]
+    if None in tops or len(set(tops)) < 2:
+        return None, None
+    classes = sorted({top for top in tops if top is not None})
+    index = {name: i for i, name in enumerate(classes)}
+    return classes, [index[top] for top in tops if top is not None]
+
+
+def expanded(path: str) -> Path:
+    """A path from a recipe, with `~` and environment variables filled in."""
+    return Path(os.path.expanduser(os.path.expandvars(path)))
+
+
+def printable(name: str) -> str:
+    """A file name that can be written as UTF-8; bytes that are not become `\\xff`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

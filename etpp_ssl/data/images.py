@@ -1,0 +1,120 @@
+"""What a data source offers, and the settings that every source shares.
+
+Legend: C channels, H, W pixels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+from pydantic import Field, model_validator
+
+from etpp_ssl.config import Config, UserError, neutral
+
+Bands = tuple[Image.Image, ...]
+"""One decoded image: a single picture of mode L or RGB for 1 or 3 channels, otherwise one picture of
+mode L per channel, all of one size."""
+
+
+class UnreadableImage(Exception):
+    """An image that cannot be decoded; the message says why, without the name."""
+
+
+class ImageSource(Protocol):
+    """A data set that is addressed by index; small to pickle, safe to use from data workers."""
+
+    classes: list[str] | None
+    """Class names, in the order of the labels; None for a data set without labels."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def load(self, index: int) -> Bands:
+        """Decode an image.
+
+        Raises:
+            UnreadableImage: if it cannot be decoded.
+        """
+
+    def label(self, index: int) -> int:
+        """Class index, or -1 where there are no labels."""
+
+    def name(self, index: int) -> str:
+        """What a person would look for: a relative path, for instance."""
+
+    def fingerprint(self) -> str:
+        """A short hash of what the data set contains; a resumed run must find the same."""
+
+
+class DataConfig(Config):
+    """Settings that every data source shares."""
+
+    num_images: int | None = neutral(None, ge=1)
+    """Images in the training set: taken from the data where it is at hand, needed by `plan` where it is
+    not, and checked when a run starts."""
+    mean: tuple[float, ...] | None = None
+    """Per-channel mean, of values in [0, 1]. Default: ImageNet's for 1 or 3 channels, otherwise 0.5."""
+    std: tuple[float, ...] | None = None
+    """Per-channel standard deviation. Default: ImageNet's for 1 or 3 channels, otherwise 0.25."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Area range of the random resized crop (MAE: 0.2 to 1)."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    crop_pct: float = Field(default=0.875, gt=0, le=1)
+    """Evaluation: the centre crop's share of the resized image's side (timm's `crop_pct`)."""
+    max_bad_share: float = Field(default=0.01, ge=0, le=1)
+    """The run stops once more than this share of the data set turned out to be unreadable."""
+    holdout: int = Field(default=0, ge=0)
+    """Images, chosen by a keyed draw, that training never sees: for evaluation without a split."""
+    description: str | None = neutral(None)
+    """One sentence about the data, for the model card."""
+    num_workers: int = neutral(4, ge=0)
+    """Data worker processes per training process; never changes a result."""
+    prefetch: int = neutral(2, ge=1)
+    """Batches that each worker keeps ready."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> DataConfig:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale is {[low, high]}: use two shares of the area, 0 < low <= high <= 1")
+        return self
+
+    def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> ImageSource:
+        """Open the "train" or the "eval" split.
+
+        Raises:
+            UserError: if the data is not there or has no images.
+        """
+        raise NotImplementedError
+
+    def statistics(self, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, std) per channel, defaults filled in.
+
+        Raises:
+            UserError: if their number is not that of the channels.
+        """
+        default_mean, default_std = {
+            1: ((0.449,), (0.226,)),
+            3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        }.get(in_chans, ((0.5,) * in_chans, (0.25,) * in_chans))
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != in_chans:
+                raise UserError(f"data.{key} has {len(values)} numbers, but in_chans is {in_chans}")
+        if self.std is not None and min(self.std) <= 0:
+            raise UserError(f"data.std is {list(self.std)}: standard deviations are positive")
+        return self.mean or default_mean, self.std or default_std
+
+
+def existing_folder(key: str, path: Path) -> Path:
+    """`path`, if it is a folder.
+
+    Raises:
+        UserError: naming the recipe's key.
+    """
+    if not path.is_dir():
+        what = "is not a folder" if path.exists() else "does not exist"
+        raise UserError(f"{key} {str(path)!r} {what}")
+    return path

@@ -1,0 +1,181 @@
+"""From requests to batches: whole batches are built in the workers, as uint8.
+
+Legend: B batch, C channels, H, W pixels.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from etpp_ssl.config import UserError
+from etpp_ssl.data.augment import View, to_tensor
+from etpp_ssl.data.images import Bands, ImageSource, UnreadableImage
+from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
+
+MAX_ATTEMPTS = 100
+"""Images tried for one sample before the data set counts as unreadable altogether."""
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that could not be read."""
+
+    index: int
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch and everything that says where in the run it belongs."""
+
+    images: Tensor
+    """uint8 (B, C, H, W): full size, or the stage's bandwidth where the worker crops (`lanczos`)."""
+    labels: Tensor
+    """int64 (B,), -1 without labels."""
+    positions: Tensor
+    """int64 (B,): the samples' numbers in the run."""
+    request: BatchRequest
+    bad: tuple[BadImage, ...]
+    """Unreadable images that were met and replaced."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device; copies from pinned memory do not block."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's loader where there is a GPU."""
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            labels=self.labels.pin_memory(),
+            positions=self.positions.pin_memory(),
+        )
+
+
+class BatchBuilder(Dataset[Batch]):
+    """Builds the batch that a request describes, the same in any process.
+
+    Args:
+        source: the images.
+        view: the training or the evaluation view.
+        order: says which image replaces an unreadable one.
+    """
+
+    def __init__(self, source: ImageSource, view: View, order: KeyedOrder) -> None:
+        self.source = source
+        self.view = view
+        self.order = order
+
+    def __getitem__(self, request: BatchRequest) -> Batch:
+        views, labels, bad = [], [], []
+        for position, index in zip(request.positions, request.indices, strict=True):
+            image, used, broken = self._readable(position, index)
+            bad.extend(broken)
+            views.append(to_tensor(self.view(image, position, request.bandwidth)))
+            labels.append(self.source.label(used))
+        return Batch(
+            images=torch.stack(views),
+            labels=torch.tensor(labels, dtype=torch.int64),
+            positions=torch.tensor(request.positions, dtype=torch.int64),
+            request=request,
+            bad=tuple(bad),
+        )
+
+    def _readable(self, position: int, index: int) -> tuple[Bands, int, list[BadImage]]:
+        bad: list[BadImage] = []
+        for attempt in range(MAX_ATTEMPTS):
+            try:
+                return self.source.load(index), index, bad
+            except UnreadableImage as error:
+                bad.append(BadImage(index, self.source.name(index), str(error)))
+                index = self.order.replacement(position, attempt + 1)
+        raise UnreadableImage(
+            f"{MAX_ATTEMPTS} images in a row cannot be read, the last one {bad[-1].name!r}: {bad[-1].reason}"
+        )
+
+
+class _Requests(Sampler[BatchRequest]):
+    def __init__(self, requests: Iterable[BatchRequest]) -> None:
+        self.requests = requests
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        return iter(self.requests)
+
+
+def batch_loader(
+    builder: BatchBuilder,
+    requests: Iterable[BatchRequest],
+    *,
+    num_workers: int,
+    prefetch: int,
+    pin_memory: bool,
+) -> DataLoader[Batch]:
+    """A torch loader over requests; batches come in the order of the requests.
+
+    Args:
+        builder: builds the batches.
+        requests: what to build.
+        num_workers: worker processes; 0 builds in this process.
+        prefetch: batches that each worker keeps ready.
+        pin_memory: whether the batches go to a GPU.
+    """
+    return DataLoader(
+        builder,
+        sampler=_Requests(requests),
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=prefetch if num_workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_main if num_workers else None,
+    )
+
+
+def batches(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """Iterate over a loader.
+
+    Raises:
+        UserError: if nothing can be read any more.
+    """
+    try:
+        yield from loader
+    except UnreadableImage as error:
+        # From a worker the message arrives with a traceback in front of it.
+        reason = str(error).strip().splitlines()[-1].split("UnreadableImage: ")[-1]
+        raise UserError(f"data: {reason}") from None
+
+
+def evaluation_requests(
+    indices: Sequence[int], *, size: tuple[int, int], batch_size: int
+) -> list[BatchRequest]:
+    """Requests that go through `indices` once, in order; an image's position is its index."""
+    chunks = [tuple(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
+    return [
+        BatchRequest(
+            step=number,
+            positions=chunk,
+            indices=chunk,
+            bandwidth=size,
+            weight=len(chunk) / len(indices),
+            last=number == len(chunks) - 1,
+        )
+        for number, chunk in enumerate(chunks)
+    ]
+
+
+def _leave_signals_to_main(worker: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process still needs its
+    # batches to finish the step, and stops the workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,118 @@
+"""Which image is sample number g of a run: a function of (seed, g), whoever asks and whenever.
+
+A run counts its samples 0, 1, 2 ... over all epochs; sample g is image `permutation(seed, g // N)[g % N]`.
+A step's samples are split over the processes in contiguous parts, and each part into micro-batches, so
+the global batch is the same for any number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from etpp_ssl.randomness import derive_key, keyed_torch
+
+
+class StepPlan(Protocol):
+    """The part of a curriculum's stage that the data needs to know."""
+
+    @property
+    def bandwidth(self) -> tuple[int, int]: ...
+    @property
+    def samples(self) -> range: ...
+
+
+class KeyedOrder:
+    """The shuffled order of a data set over all epochs.
+
+    Args:
+        num_images: N.
+        seed: the run's seed.
+    """
+
+    def __init__(self, num_images: int, seed: int) -> None:
+        self.num_images = num_images
+        self.seed = seed
+        self._epoch = -1
+        self._permutation = torch.empty(0, dtype=torch.int64)
+
+    def index(self, position: int) -> int:
+        """The image that is sample number `position` of the run, position >= 0."""
+        epoch, place = divmod(position, self.num_images)
+        return int(self._order(epoch)[place])
+
+    def replacement(self, position: int, attempt: int) -> int:
+        """The image that takes the place of an unreadable one: attempt 1, 2, ... of a sample."""
+        return derive_key(self.seed, "replacement", position, attempt) % self.num_images
+
+    def _order(self, epoch: int) -> Tensor:
+        # A step can straddle two epochs, but positions ascend: one permutation at a time is enough.
+        if epoch != self._epoch:
+            generator = keyed_torch(self.seed, "order", epoch)
+            self._permutation = torch.randperm(self.num_images, generator=generator)
+            self._epoch = epoch
+        return self._permutation
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """One micro-batch, for a data worker to build."""
+
+    step: int
+    positions: tuple[int, ...]
+    """Numbers of the samples in the run."""
+    indices: tuple[int, ...]
+    """Their images."""
+    bandwidth: tuple[int, int]
+    weight: float
+    """The micro-batch's share of the step's global batch."""
+    last: bool
+    """Whether it is this process's last micro-batch of the step."""
+
+
+@dataclass(frozen=True)
+class RequestSampler:
+    """All micro-batches of one process, from `first_step` to the end of the run.
+
+    Args:
+        order: the keyed order.
+        step_plan: from an optimizer step to its samples and bandwidth, pure.
+        steps: the optimizer steps to serve.
+        rank, num_processes: which part of every step is this process's.
+        micro_batch_size: images per forward pass at most; None takes the whole part at once.
+    """
+
+    order: KeyedOrder
+    step_plan: Callable[[int], StepPlan]
+    steps: range
+    rank: int = 0
+    num_processes: int = 1
+    micro_batch_size: int | None = None
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        for step in self.steps:
+            plan = self.step_plan(step)
+            samples = plan.samples
+            part = process_part(samples, self.rank, self.num_processes)
+            size = self.micro_batch_size or len(part)
+            micro_batches = [part[i : i + size] for i in range(0, len(part), size)]
+            for number, positions in enumerate(micro_batches):
+                yield BatchRequest(
+                    step=step,
+                    positions=tuple(positions),
+                    indices=tuple(self.order.index(position) for position in positions),
+                    bandwidth=plan.bandwidth,
+                    weight=len(positions) / len(samples),
+                    last=number == len(micro_batches) - 1,
+                )
+
+
+def process_part(samples: range, rank: int, num_processes: int) -> range:
+    """The contiguous part of `samples` that is process `rank`'s; parts differ by one at most."""
+    start = len(samples) * rank // num_processes
+    end = len(samples) * (rank + 1) // num_processes
+    return samples[start:end]

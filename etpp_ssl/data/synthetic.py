@@ -1,0 +1,268 @@
+"""Labelled pictures drawn on demand: shapes and textures with a natural spectrum, for tests and demos.
+
+Each picture is one object before a background of correlated colour noise whose amplitude falls like
+one over the frequency, as in photographs (Field, JOSA A 1987). The object's shape and texture make
+its class; colours, contrasts, place, size and rotation say nothing about it.
+
+Legend: C channels, H, W pixels, K independent noise fields of the background.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import Field, field_validator
+
+from etpp_ssl.config import as_pair
+from etpp_ssl.data.images import Bands, DataConfig
+from etpp_ssl.randomness import keyed_numpy
+
+SHAPES = ("disk", "square", "triangle", "ring", "cross")
+TEXTURES = ("smooth", "striped", "grained", "checked", "shaded")
+PAIRS = tuple((SHAPES[c % 5], TEXTURES[(c + c // 5) % 5]) for c in range(10))
+CLASSES = tuple(f"{texture} {shape}" for shape, texture in PAIRS)
+"""All class names; a data set of n classes has the first n, so an even n has both textures of each
+shape."""
+
+_RECIPE = "synthetic-1"
+"""Goes into the fingerprint: to be raised whenever the same key gives another picture."""
+
+
+class SyntheticConfig(DataConfig):
+    """Generated pictures: any number, size and channel count; nothing is read from the disk."""
+
+    name: Literal["synthetic"] = "synthetic"
+    num_images: int = Field(default=2048, ge=1)
+    """Training images."""
+    num_eval_images: int = Field(default=512, ge=1)
+    """Evaluation images, drawn apart from those of training."""
+    num_classes: int = Field(default=10, ge=2, le=len(CLASSES))
+    """The first so many of `CLASSES`; every class has as many images as the others, give or take one."""
+    size: int | tuple[int, int] | None = None
+    """Pixels of the generated images, one number or [height, width]; None is the recipe's
+    `image_size`."""
+    seed: int = 0
+    """The data's own seed: runs whose recipes differ in `seed` still see the same images."""
+
+    @field_validator("size")
+    @classmethod
+    def _size(cls, size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+        if size is not None and min(as_pair(size)) < 1:
+            raise ValueError(f"size is {size}: use at least 1 pixel")
+        return size
+
+    def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> SyntheticSource:
+        """Open the "train" or the "eval" split; see `DataConfig.open`. The recipe's `seed` plays no part."""
+        return SyntheticSource(
+            split,
+            num_images=self.num_images if split == "train" else self.num_eval_images,
+            num_classes=self.num_classes,
+            size=image_size if self.size is None else as_pair(self.size),
+            in_chans=in_chans,
+            seed=self.seed,
+        )
+
+
+class SyntheticSource:
+    """Pictures that are functions of (seed, split, index).
+
+    Args:
+        split: "train" or "eval"; the same index gives unrelated pictures in the two.
+        num_images: at least 1.
+        num_classes: 2 to 10.
+        size: (H, W), at least 1 each; shapes can be told apart from about 16 pixels on.
+        in_chans: C, at least 1.
+        seed: any integer.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        *,
+        num_images: int,
+        num_classes: int,
+        size: tuple[int, int],
+        in_chans: int,
+        seed: int,
+    ) -> None:
+        self.split = split
+        self.num_images = num_images
+        self.classes: list[str] | None = list(CLASSES[:num_classes])
+        self.num_classes = num_classes
+        self.size = size
+        self.in_chans = in_chans
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def load(self, index: int) -> Bands:
+        """Draw a picture.
+
+        Raises:
+            IndexError: outside the data set.
+        """
+        label = self.label(index)
+        draw = keyed_numpy(self.seed, f"synthetic {self.split}", index)
+        image = render(draw, *PAIRS[label], self.size, self.in_chans)
+        if self.in_chans == 3:
+            return (Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))),)
+        return tuple(Image.fromarray(band) for band in image)
+
+    def label(self, index: int) -> int:
+        """Class index: the classes take turns."""
+        if not 0 <= index < self.num_images:
+            raise IndexError(f"image {index} of {self.num_images}")
+        return index % self.num_classes
+
+    def name(self, index: int) -> str:
+        """Split, class and number."""
+        return f"{self.split}/{CLASSES[self.label(index)]}/{index}"
+
+    def fingerprint(self) -> str:
+        """Hash of everything that determines the pictures."""
+        parts = (_RECIPE, self.split, self.num_images, self.num_classes, self.size, self.in_chans)
+        text = repr((*parts, self.seed)).encode()
+        return hashlib.blake2b(text, digest_size=12).hexdigest()
+
+
+def render(
+    draw: np.random.Generator, shape: str, texture: str, size: tuple[int, int], in_chans: int
+) -> np.ndarray:
+    """One picture.
+
+    Args:
+        draw: the generator; all that varies within a class comes from it.
+        shape: one of `SHAPES`.
+        texture: one of `TEXTURES`.
+        size: (H, W).
+        in_chans: C.
+
+    Returns:
+        uint8 (C, H, W).
+    """
+    height, width = size
+    num_fields = min(in_chans, 3)
+    fields = _noise(draw, num_fields + 1, size)
+    u = draw.random(12, dtype=np.float32).tolist()
+    tint = draw.standard_normal((in_chans, num_fields + 3), dtype=np.float32)
+
+    side = min(size)
+    radius = side * (0.22 + 0.12 * u[0])
+    # Centres keep the object inside the picture but for corners, so that no class is cut off more.
+    margin_y, margin_x = min(1.15 * radius, height / 2), min(1.15 * radius, width / 2)
+    y, x = _pixel_centres(size)
+    y = y - (margin_y + u[1] * (height - 2 * margin_y))
+    x = x - (margin_x + u[2] * (width - 2 * margin_x))
+    mask = _coverage(shape, x, y, radius, 2 * math.pi * u[3])
+
+    # Channels share the first field and differ in the others, as the colours of photographs do.
+    mix = 0.25 * tint[:, :num_fields]
+    mix[:, 0] += 1
+    level = 0.3 + 0.4 * u[4]
+    background = (0.06 + 0.06 * u[5]) * np.tensordot(mix, fields[:num_fields], 1)
+    background += (level + 0.08 * tint[:, -3])[:, None, None]
+
+    # The object is lighter or darker than what surrounds it, whichever leaves room, so that an edge
+    # exists to be seen; with room on both sides, either.
+    step = 0.2 + 0.2 * u[6]
+    lighter = level < 0.42 or (level <= 0.58 and u[7] < 0.5)
+    detail = (0.03 + 0.03 * u[8]) * fields[num_fields]
+    if texture != "smooth":
+        detail += (0.10 + 0.06 * u[11]) * _pattern(
+            texture, draw, x, y, side * (0.09 + 0.04 * u[9]), 2 * math.pi * u[10], radius
+        )
+    foreground = (1 + 0.25 * tint[:, -2])[:, None, None] * detail
+    foreground += (level + (step if lighter else -step) + 0.08 * tint[:, -1])[:, None, None]
+
+    foreground -= background
+    foreground *= mask
+    background += foreground
+    background *= 255
+    return np.rint(background).clip(0, 255).astype(np.uint8)
+
+
+def _pattern(texture, draw, x, y, period, angle, radius):
+    if texture == "grained":
+        return draw.standard_normal((y.shape[0], x.shape[1]), dtype=np.float32)
+    cos, sin = math.cos(angle), math.sin(angle)
+    along = cos * x + sin * y
+    if texture == "shaded":
+        return along * (2 / radius)
+    wave = 2 * math.pi / max(2.5, period)
+    stripes = np.sin(wave * along)
+    if texture == "striped":
+        return math.sqrt(2) * stripes
+    return 2 * stripes * np.sin(wave * (cos * y - sin * x))
+
+
+def _coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float, angle: float) -> np.ndarray:
+    """Share of each pixel that the shape covers: float32 (H, W) in [0, 1].
+
+    x and y are (1, W) and (H, 1), in pixels from the centre. All shapes cover as much as a disk of
+    `radius` pixels, lest their size betray them.
+    """
+    cos, sin = math.cos(angle) / radius, math.sin(angle) / radius
+    u, v = cos * x + sin * y, cos * y - sin * x
+    # Each is a distance to the outline, negative inside, in units of the radius.
+    if shape == "triangle":
+        outside = np.maximum(-v, 0.5 * v + math.sqrt(0.75) * np.abs(u))
+        outside -= math.sqrt(math.pi / math.sqrt(27))
+    elif shape in ("disk", "ring"):
+        outside = np.sqrt(u * u + v * v)
+        if shape == "disk":
+            outside -= 1
+        else:
+            outer = 1 / math.sqrt(1 - 0.5**2)
+            outside = np.abs(outside - 0.75 * outer) - 0.25 * outer
+    else:
+        u, v = np.abs(u), np.abs(v)
+        long = np.maximum(u, v)
+        if shape == "square":
+            outside = long - math.sqrt(math.pi / 4)
+        else:
+            arm = math.sqrt(math.pi / (8 * 0.36 - 4 * 0.36**2))
+            outside = np.maximum(long - arm, np.minimum(u, v) - 0.36 * arm)
+    outside *= -radius
+    outside += 0.5
+    return outside.clip(0, 1)
+
+
+def _noise(draw: np.random.Generator, num_fields: int, size: tuple[int, int]) -> np.ndarray:
+    """Gaussian fields with amplitude 1 / frequency, mean 0 and expected variance 1: (num_fields, H, W)."""
+    weights = _spectrum(size)
+    parts = draw.standard_normal((num_fields, *weights.shape, 2), dtype=np.float32)
+    waves = parts.view(np.complex64)[..., 0]
+    waves *= weights
+    return np.fft.irfft2(waves, s=size, axes=(1, 2)).astype(np.float32, copy=False)
+
+
+@lru_cache(maxsize=8)
+def _spectrum(size: tuple[int, int]) -> np.ndarray:
+    """Weights of complex unit noise for `irfft2`: float32 (H, W // 2 + 1)."""
+    height, width = size
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = np.inf
+    weights = 1 / frequency
+    # `irfft2` keeps the Hermitian half of the columns that are their own mirror image, which halves
+    # the variance there.
+    mirror = [0, -1] if width % 2 == 0 else [0]
+    twice = np.full(weights.shape, 2.0)
+    twice[:, mirror] = 1
+    variance = (twice * weights**2).sum()
+    weights[:, mirror] *= math.sqrt(2)
+    if variance > 0:
+        weights *= height * width / math.sqrt(2 * variance)
+    return weights.astype(np.float32)
+
+
+@lru_cache(maxsize=8)
+def _pixel_centres(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates of rows (H, 1) and columns (1, W), float32, in pixels from the upper left corner."""
+    y = np.arange(size[0], dtype=np.float32)[:, None] + 0.5
+    return y, np.arange(size[1], dtype=np.float32)[None] + 0.5

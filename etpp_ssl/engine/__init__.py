@@ -1,0 +1,1 @@
+"""Runs: the pre-training loop, its state, its checkpoints and its log."""

@@ -1,0 +1,29 @@
+"""Decisions that all processes must take together, once per step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+
+class Agreement:
+    """Tells all processes of a signal that one received, and of a checkpoint that rank 0 wants.
+
+    The exchange runs on the CPU over gloo, so that it never waits for a GPU.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.alone = accelerator.num_processes == 1
+        self.is_main = accelerator.is_main_process
+        self._group: Any = None if self.alone else dist.new_group(backend="gloo")
+
+    def reach(self, signum: int, checkpoint_due: bool) -> tuple[int, bool]:
+        """(signal that any process received or 0, whether rank 0 wants a checkpoint)."""
+        if self.alone:
+            return signum, checkpoint_due
+        votes = torch.tensor([signum, int(checkpoint_due and self.is_main)])
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group)
+        return int(votes[0]), bool(votes[1])

@@ -1,0 +1,143 @@
+"""Checkpoints, written whole or not at all, in safetensors and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from etpp_ssl.config import UserError
+from etpp_ssl.recipe import CheckpointConfig
+from etpp_ssl.run_folder import (
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    Checkpoint,
+    RunFolder,
+    load_weights,
+)
+
+
+class CheckpointClock:
+    """Says when a checkpoint is due: every so many steps, or minutes."""
+
+    def __init__(self, config: CheckpointConfig) -> None:
+        self.config = config
+        self._last = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether to write one once `step` steps are done."""
+        config = self.config
+        by_steps = config.every_steps is not None and step % config.every_steps == 0
+        elapsed = time.monotonic() - self._last
+        return by_steps or (config.every_minutes is not None and elapsed >= 60 * config.every_minutes)
+
+    def written(self) -> None:
+        """Start counting minutes again."""
+        self._last = time.monotonic()
+
+
+def save_checkpoint(
+    folder: RunFolder,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+) -> Path:
+    """Write a checkpoint aside, flush it, rename it; then remove all but the newest `keep`.
+
+    A reader sees the old checkpoint or the new one, never a part.
+
+    Raises:
+        UserError: if the disk is full or cannot be written to; the older checkpoints are intact.
+    """
+    final = folder.checkpoint_folder / f"step-{step:08d}"
+    aside = folder.checkpoint_folder / f".writing-step-{step:08d}"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_file(_contiguous(model.state_dict()), aside / MODEL_FILE)
+        save_file(_contiguous(optimizer_tensors(model, optimizer)), aside / OPTIMIZER_FILE)
+        sizes = {name: (aside / name).stat().st_size for name in (MODEL_FILE, OPTIMIZER_FILE)}
+        text = json.dumps({**state, "files": sizes}, indent=1)
+        (aside / STATE_FILE).write_text(text, encoding="utf-8")
+        for file in aside.iterdir():
+            _flush(file)
+        _flush(aside)
+        # Only a damaged checkpoint of the same step can be in the way: the run has fallen back.
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(aside, final)
+        _flush(folder.checkpoint_folder)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        # safetensors reports a full disk as an error type of its own.
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise UserError(
+                f"checkpoint of step {step} could not be written to {str(folder.checkpoint_folder)!r}: "
+                f"{error}; older checkpoints are intact"
+            ) from error
+        raise
+    for old in folder.checkpoints()[keep:]:
+        shutil.rmtree(old.path, ignore_errors=True)
+    return final
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Put a checkpoint's tensors into a model and its optimizer; returns its state.
+
+    Raises:
+        UserError: if it belongs to another model.
+    """
+    tensors = load_weights(model.state_dict(), checkpoint.model(), f"checkpoint {checkpoint.path}")
+    model.load_state_dict(tensors)
+    load_optimizer_tensors(model, optimizer, checkpoint.optimizer())
+    return checkpoint.state()
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as `parameter name.slot`, so that no order and no pickle is involved."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[id(parameter)]}.{slot}": value
+        for parameter, slots in optimizer.state.items()
+        for slot, value in slots.items()
+    }
+
+
+def load_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`; torch moves the tensors to the parameters' devices."""
+    slots: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, slot = key.rpartition(".")
+        slots.setdefault(name, {})[slot] = value
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    packed = optimizer.state_dict()
+    packed["state"] = {i: slots[name] for i, name in enumerate(ordered) if name in slots}
+    optimizer.load_state_dict(packed)
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,100 @@
+"""Batches on the device, with the time spent waiting for them and the images that were unreadable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from etpp_ssl.config import UserError
+from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches
+from etpp_ssl.data.sampler import RequestSampler
+from etpp_ssl.engine.progress import Progress
+from etpp_ssl.engine.state import TrainState
+
+
+class Feed:
+    """This process's micro-batches, step after step.
+
+    Args:
+        builder: builds batches.
+        requests: all micro-batches to come.
+        accelerator: knows the device.
+        num_workers, prefetch: see `batch_loader`.
+    """
+
+    def __init__(
+        self,
+        builder: BatchBuilder,
+        requests: RequestSampler,
+        accelerator: Accelerator,
+        *,
+        num_workers: int,
+        prefetch: int,
+    ) -> None:
+        loader = batch_loader(
+            builder,
+            requests,
+            num_workers=num_workers,
+            prefetch=prefetch,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        self._batches = batches(loader)
+        self._device = accelerator.device
+        self.wait_seconds = 0.0
+        """Time that the current step has waited for data."""
+
+    def step(self) -> Iterator[Batch]:
+        """The micro-batches of the next step, on the device."""
+        self.wait_seconds = 0.0
+        last = False
+        while not last:
+            start = time.perf_counter()
+            batch = next(self._batches)
+            self.wait_seconds += time.perf_counter() - start
+            last = batch.request.last
+            yield batch.to(self._device)
+
+
+class BadImages:
+    """Counts unreadable images, names each once, and ends the run when there are too many.
+
+    Args:
+        state: where they are remembered.
+        num_images: N.
+        max_share: of N.
+    """
+
+    def __init__(self, state: TrainState, num_images: int, max_share: float, progress: Progress) -> None:
+        self.known = state.bad_images
+        self.num_images = num_images
+        self.max_share = max_share
+        self.progress = progress
+
+    def note(self, batch: Batch) -> None:
+        """Take the bad images of a batch.
+
+        Raises:
+            UserError: if more than the allowed share of the data set is unreadable.
+        """
+        for image in batch.bad:
+            if image.index not in self.known:
+                self.known[image.index] = image.name
+                self.progress.say(f"unreadable image {image.name!r}: {image.reason}; replaced")
+                self._check(image.reason)
+
+    def share(self, accelerator: Accelerator) -> None:
+        """Bring together what the processes have met; every process must call it."""
+        if accelerator.num_processes > 1:
+            for known in gather_object([dict(self.known)]):
+                self.known.update(known)
+            self._check("see the messages above")
+
+    def _check(self, reason: str) -> None:
+        if len(self.known) > self.max_share * self.num_images:
+            raise UserError(
+                f"{len(self.known)} of {self.num_images} images are unreadable, more than data.max_bad_share "
+                f"{self.max_share:g} allows; the last one is {list(self.known.values())[-1]!r} ({reason})"
+            )

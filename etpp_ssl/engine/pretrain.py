@@ -1,0 +1,198 @@
+"""Masked-autoencoder pre-training under a frequency-cropping curriculum: the loop.
+
+One continuous run. At every optimizer step a pure function says how much of each image's spectrum is
+shown; the same low-frequency crop feeds the encoder and the reconstruction target; all parameters stay
+at the base resolution. So a stage change is nothing but a different number.
+
+To read the whole method: this file, `curriculum/efficienttrain.py`, `curriculum/frequency.py` and
+`model/mae.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from etpp_ssl.curriculum.base import Stage
+from etpp_ssl.curriculum.frequency import low_frequency_crop
+from etpp_ssl.data.loader import Batch, BatchBuilder
+from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
+from etpp_ssl.engine.agreement import Agreement
+from etpp_ssl.engine.checkpoint import CheckpointClock, save_checkpoint
+from etpp_ssl.engine.feed import BadImages, Feed
+from etpp_ssl.engine.metrics import Meter
+from etpp_ssl.engine.run import Run, open_run
+from etpp_ssl.engine.signals import Interrupted, StopRequest
+from etpp_ssl.engine.state import environment
+from etpp_ssl.model.masking import random_masking
+from etpp_ssl.recipe import Recipe
+
+
+def pretrain(recipe: Recipe, fork: Path | None = None) -> Run:
+    """Train to the end of the recipe's budget, from its run folder's newest checkpoint if there is one.
+
+    Args:
+        recipe: the run; a finished one is left as it is.
+        fork: a run folder to start from instead; see `open_run`.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UserError: for a mistake in recipe, data, folder or checkpoint, or a loss that is not finite.
+        Interrupted: after SIGTERM or SIGINT, once the step is finished and its checkpoint is written.
+    """
+    run = open_run(recipe, fork)
+    if run.finished:
+        run.progress.say(f"run {run.folder.path} is finished ({run.state.step} steps)")
+        return run
+    try:
+        with StopRequest() as stop_request:
+            _train(run, stop_request)
+    finally:
+        run.progress.stop()
+        run.accelerator.end_training()
+    return run
+
+
+def _train(run: Run, stop_request: StopRequest) -> None:
+    recipe, state, curriculum, accelerator = run.recipe, run.state, run.curriculum, run.accelerator
+    model, optimizer, objective = run.model, run.optimizer, run.objective
+    learning_rate = recipe.optim.schedule(recipe.batch_size)
+    feed = _open_feed(run)
+    meter = Meter(accelerator, state)
+    bad_images = BadImages(state, len(run.source), recipe.data.max_bad_share, run.progress)
+    agreement, clock = Agreement(accelerator), CheckpointClock(recipe.checkpoint)
+    model.train()
+    run.progress.start(state.step)
+
+    while not run.finished:
+        stage = curriculum.stage_at(state.step)
+        num_patches, num_keep = run.num_visible(stage.bandwidth)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(stage.progress)
+
+        for batch in feed.step():
+            bad_images.note(batch)
+            images = low_frequency_crop(run.normalise(batch.images), stage.bandwidth)
+            ids_keep = random_masking(batch.positions, num_patches, num_keep, recipe.seed)
+            with _synchronised(run, batch):
+                values, ids_removed = model(images, ids_keep)
+                loss = objective(values, ids_removed, images) * batch.request.weight
+                # DDP averages over the processes; the weights are shares of the global batch.
+                accelerator.backward(loss * accelerator.num_processes)
+            meter.add(loss)
+
+        if recipe.optim.clip_grad is not None:
+            accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        meter.step_done(stage.batch_size, feed.wait_seconds)
+        run.progress.step(state.step)
+
+        if _log_due(run, stage):
+            bad_images.share(accelerator)
+            _log(run, stage, meter, learning_rate(stage.progress))
+        if _probe_due(run):
+            meter.pause(_run_probe(run))
+        signum, checkpoint_due = agreement.reach(stop_request.signum, clock.due(state.step))
+        if checkpoint_due or signum or run.finished:
+            meter.synchronise()
+            _save(run)
+            clock.written()
+        if signum and not run.finished:
+            raise Interrupted(signum, state.step)
+
+
+def _open_feed(run: Run) -> Feed:
+    recipe, accelerator = run.recipe, run.accelerator
+    order = KeyedOrder(len(run.source), recipe.seed)
+    requests = RequestSampler(
+        order,
+        run.curriculum.stage_at,
+        range(run.state.step, run.curriculum.num_steps),
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        micro_batch_size=recipe.micro_batch_size,
+    )
+    return Feed(
+        BatchBuilder(run.source, run.view, order),
+        requests,
+        accelerator,
+        num_workers=recipe.data.num_workers,
+        prefetch=recipe.data.prefetch,
+    )
+
+
+def _synchronised(run: Run, batch: Batch) -> AbstractContextManager[None]:
+    """Exchange gradients with the step's last micro-batch only."""
+    if batch.request.last:
+        return nullcontext()
+    context: AbstractContextManager[None] = run.accelerator.no_sync(run.model)
+    return context
+
+
+def _log_due(run: Run, stage: Stage) -> bool:
+    """Every so many steps, and at a stage's last one, so that no row mixes two bandwidths."""
+    done = run.state.step
+    return done % run.recipe.log_every_steps == 0 or done == stage.first_step + stage.num_steps
+
+
+def _log(run: Run, stage: Stage, meter: Meter, lr: float) -> None:
+    state, curriculum = run.state, run.curriculum
+    speed = meter.row()
+    epochs = curriculum.equivalent_epochs_after(state.step)
+    row = {
+        "step": state.step,
+        "loss": speed.pop("loss"),
+        "lr": lr,
+        "stage": stage.index,
+        "bandwidth": list(stage.bandwidth),
+        "equivalent_epochs": epochs,
+        "images_seen": stage.samples.stop,
+        "bad_images": len(state.bad_images),
+        "num_processes": run.accelerator.num_processes,
+        "seconds": state.seconds,
+        **speed,
+    }
+    run.metrics.write(row)
+    run.progress.row(row)
+
+
+def _probe_due(run: Run) -> bool:
+    if run.probe is None:
+        return False
+    every = run.recipe.probe.every_steps if run.recipe.probe.name != "none" else None
+    return run.finished or (every is not None and run.state.step % every == 0)
+
+
+def _run_probe(run: Run) -> float:
+    """Write a row of the probe's numbers; returns the seconds it took."""
+    assert run.probe is not None
+    start = time.perf_counter()
+    numbers = run.probe.run(run.bare_model)
+    seconds = time.perf_counter() - start
+    run.metrics.write({"step": run.state.step, **numbers, "probe_seconds": seconds})
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+    run.progress.say(f"step {run.state.step}: {shown} ({seconds:.0f} s)")
+    return seconds
+
+
+def _save(run: Run) -> None:
+    accelerator = run.accelerator
+    if accelerator.is_main_process:
+        scaler = accelerator.scaler
+        save_checkpoint(
+            run.folder,
+            run.state.step,
+            run.bare_model,
+            run.optimizer,
+            {
+                "state": run.state.to_json(),
+                "environment": environment(accelerator.num_processes, accelerator.device),
+                "data": run.data_fingerprint,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            },
+            keep=run.recipe.checkpoint.keep,
+        )

@@ -1,0 +1,319 @@
+"""Opening a run: everything is checked before anything is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from etpp_ssl.config import UserError
+from etpp_ssl.curriculum.base import Curriculum
+from etpp_ssl.data.augment import EvalView, Normalise, TrainView
+from etpp_ssl.data.images import ImageSource
+from etpp_ssl.data.splits import open_split
+from etpp_ssl.engine.checkpoint import load_checkpoint
+from etpp_ssl.engine.metrics import MetricsFile
+from etpp_ssl.engine.progress import Progress
+from etpp_ssl.engine.state import TrainState, environment, environment_changes
+from etpp_ssl.evaluation.base import Probe, ProbeContext
+from etpp_ssl.model.mae import MaskedAutoencoder
+from etpp_ssl.model.masking import num_visible
+from etpp_ssl.model.patches import grid_of
+from etpp_ssl.objective.base import Objective
+from etpp_ssl.optim.groups import weight_decay_groups
+from etpp_ssl.randomness import derive_key
+from etpp_ssl.recipe import Recipe, changed_keys
+from etpp_ssl.run_folder import MODEL_FILE, Checkpoint, RunFolder, load_weights
+
+
+@dataclass
+class Run:
+    """A run that is ready to train or already finished."""
+
+    recipe: Recipe
+    folder: RunFolder
+    accelerator: Accelerator
+    curriculum: Curriculum
+    source: ImageSource
+    view: TrainView
+    normalise: Normalise
+    objective: Objective
+    model: torch.nn.Module
+    """The MaskedAutoencoder as accelerate prepared it."""
+    bare_model: MaskedAutoencoder
+    optimizer: torch.optim.Optimizer
+    probe: Probe | None
+    state: TrainState
+    metrics: MetricsFile
+    progress: Progress
+    data_fingerprint: str
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step is done."""
+        return self.state.step >= self.curriculum.num_steps
+
+    def num_visible(self, bandwidth: tuple[int, int]) -> tuple[int, int]:
+        """(patches, visible patches) at a bandwidth."""
+        grid = grid_of(bandwidth, self.bare_model.patch_size)
+        return grid[0] * grid[1], num_visible(grid[0] * grid[1], self.recipe.model.mask_ratio)
+
+
+def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
+    """Open a recipe's run folder: a new run, or the newest checkpoint of the one that is there.
+
+    Args:
+        recipe: the run.
+        fork: another run folder to start from: its newest checkpoint's weights, optimizer and step go
+            into a new folder under this recipe, whose schedules hold from that step on.
+
+    Raises:
+        UserError: for anything wrong with recipe, data, folder or checkpoint; nothing is written then.
+    """
+    accelerator = open_accelerator(recipe)
+    source = _open_training_images(recipe)
+    if recipe.batch_size < accelerator.num_processes:
+        raise UserError(
+            f"batch_size {recipe.batch_size} is smaller than the {accelerator.num_processes} processes; "
+            f"each needs at least one image per step"
+        )
+    curriculum = recipe.build_curriculum(len(source))
+    for stage in curriculum.stages:
+        grid = grid_of(stage.bandwidth, recipe.patch_size)
+        num_visible(grid[0] * grid[1], recipe.model.mask_ratio)
+    progress = Progress(curriculum, visible=accelerator.is_main_process)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_key(recipe.seed, "init") >> 1)
+        model = recipe.build_model()
+    if recipe.init is not None:
+        load_init(model, recipe.init, progress.say)
+    optimizer = torch.optim.AdamW(
+        weight_decay_groups(
+            model, weight_decay=recipe.optim.weight_decay, decay_tokens=recipe.optim.decay_tokens
+        ),
+        lr=0.0,
+        betas=recipe.optim.betas,
+        eps=recipe.optim.eps,
+        fused=accelerator.device.type in ("cpu", "cuda"),
+    )
+    mean, std = recipe.data.statistics(recipe.in_chans)
+    normalise = Normalise(mean, std, accelerator.device)
+    objective = recipe.build_objective()
+    probe = build_probe(recipe, accelerator, normalise, objective)
+    folder = RunFolder(recipe.output)
+    start, state = _starting_point(recipe, folder, source, fork, progress.say)
+    if state.step > curriculum.num_steps:
+        raise UserError(
+            f"checkpoint of step {state.step} is beyond this recipe's {curriculum.num_steps} steps"
+        )
+    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+    if start is not None:
+        saved = load_checkpoint(start, model, optimizer)
+        if accelerator.scaler is not None and saved.get("scaler"):
+            accelerator.scaler.load_state_dict(saved["scaler"])
+        changes = environment_changes(
+            saved["environment"], environment(accelerator.num_processes, accelerator.device)
+        )
+        if changes:
+            progress.say(f"warning: the last bits may differ from the run so far: {', '.join(changes)}")
+    run = Run(
+        recipe=recipe,
+        folder=folder,
+        accelerator=accelerator,
+        curriculum=curriculum,
+        source=source,
+        view=TrainView(
+            image_size=recipe.size,
+            crop_scale=recipe.data.crop_scale,
+            flip=recipe.data.flip,
+            lanczos=recipe.curriculum.crop == "lanczos",
+            seed=recipe.seed,
+        ),
+        normalise=normalise,
+        objective=objective,
+        model=prepared,
+        bare_model=model,
+        optimizer=prepared_optimizer,
+        probe=probe,
+        state=state,
+        metrics=MetricsFile(folder, accelerator),
+        progress=progress,
+        data_fingerprint=source.fingerprint(),
+    )
+    if not run.finished:
+        _prepare_folder(run, start)
+    return run
+
+
+def open_accelerator(recipe: Recipe) -> Accelerator:
+    """accelerate, set up as the recipe says.
+
+    Raises:
+        UserError: for a precision that the device lacks or a tracker that is not installed.
+    """
+    tracker = recipe.tracker.name
+    if tracker != "none" and tracker not in [str(t) for t in get_available_trackers()]:
+        raise UserError(f"tracker {tracker!r} is not installed: pip install {tracker}")
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = "no" if recipe.precision == "fp32" else recipe.precision
+    accelerator = Accelerator(
+        # Said explicitly, torchrun's CPU processes find each other (gloo) instead of running alone.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="no" if precision == "fp16" and not torch.cuda.is_available() else precision,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=recipe.output,
+    )
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    if asked not in ("no", precision) and accelerator.is_main_process:
+        accelerator.print(
+            f"warning: accelerate was launched with {asked}, the recipe's precision {recipe.precision} holds"
+        )
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    return accelerator
+
+
+def build_probe(
+    recipe: Recipe, accelerator: Accelerator, normalise: Normalise, objective: Objective
+) -> Probe | None:
+    """The recipe's probe, or None.
+
+    Raises:
+        UserError: if the data does not serve it.
+    """
+    if recipe.probe.name == "none":
+        return None
+
+    def open_one(split: str) -> ImageSource:
+        return open_split(
+            recipe.data, split, in_chans=recipe.in_chans, image_size=recipe.size, seed=recipe.seed
+        )
+
+    return recipe.probe.build(
+        ProbeContext(
+            accelerator=accelerator,
+            open_split=open_one,
+            view=EvalView(recipe.size, recipe.data.crop_pct),
+            normalise=normalise,
+            objective=objective,
+            mask_ratio=recipe.model.mask_ratio,
+            seed=recipe.seed,
+            num_workers=recipe.data.num_workers,
+        )
+    )
+
+
+def load_init(model: MaskedAutoencoder, init: str, say: Callable[[str], None]) -> None:
+    """Start from other weights: a run of ours (all of the model), or an encoder's safetensors.
+
+    Raises:
+        UserError: if there is nothing to read or it is of another model.
+    """
+    path = Path(init).expanduser()
+    if (path / "recipe.yaml").is_file():
+        tensors = RunFolder(path).trained(say).model()
+        model.load_state_dict(load_weights(model.state_dict(), tensors, f"init {init!r}"))
+        return
+    file = path / MODEL_FILE if path.is_dir() else path
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"init {init!r} is neither a run folder nor safetensors: {error}") from error
+    encoder = model.encoder
+    encoder.load_state_dict(load_weights(encoder.state_dict(), tensors, f"init {init!r}"))
+
+
+def _open_training_images(recipe: Recipe) -> ImageSource:
+    recipe.data.statistics(recipe.in_chans)
+    source = open_split(
+        recipe.data, "train", in_chans=recipe.in_chans, image_size=recipe.size, seed=recipe.seed
+    )
+    expected = recipe.data.num_images
+    if expected is not None and expected != len(source):
+        raise UserError(f"data.num_images is {expected}, but the data has {len(source)} images")
+    return source
+
+
+def _starting_point(
+    recipe: Recipe,
+    folder: RunFolder,
+    source: ImageSource,
+    fork: Path | None,
+    say: Callable[[str], None],
+) -> tuple[Checkpoint | None, TrainState]:
+    """The checkpoint to start from and its state, checked against the recipe and the data."""
+    start = None
+    if folder.exists():
+        changed = changed_keys(folder.recipe(), recipe)
+        if changed:
+            raise UserError(
+                f"run {str(folder.path)!r} was started with other settings: {'; '.join(changed)}; go on "
+                f"with the old ones, or use --fork {folder.path} with another output"
+            )
+        start = folder.newest(say)
+    elif folder.path.is_dir() and any(folder.path.iterdir()):
+        raise UserError(
+            f"output {str(folder.path)!r} is a folder with other files in it and no run; choose another"
+        )
+    forked = start is None and fork is not None
+    if forked:
+        assert fork is not None
+        start = RunFolder(fork).trained(say)
+    if start is None:
+        return None, TrainState()
+    saved = start.state()
+    if saved["data"] != source.fingerprint() and not forked:
+        raise UserError(
+            f"the data is not what run {str(folder.path)!r} was started with: files were added, removed or "
+            f"renamed; use --fork {folder.path} with another output to go on with these"
+        )
+    state = TrainState.from_json(saved["state"])
+    if forked:
+        say(f"forked from {start.path} at step {state.step}")
+    else:
+        say(f"resuming {folder.path} at step {state.step}")
+    return start, state
+
+
+def _prepare_folder(run: Run, start: Checkpoint | None) -> None:
+    """Create the folder, or bring it back to the checkpoint's step."""
+    folder = run.folder
+    if run.accelerator.is_main_process:
+        existing = next(p for p in [folder.path.absolute(), *folder.path.absolute().parents] if p.exists())
+        try:
+            parameters = sum(p.numel() for p in run.bare_model.parameters())
+            # Weights and two moments in float32, one checkpoint more while it is written.
+            need = 12 * parameters * (run.recipe.checkpoint.keep + 1)
+            disk = shutil.disk_usage(existing)
+            if disk.total and disk.free < need:
+                raise UserError(
+                    f"output {str(folder.path)!r} has {disk.free / 1e9:.1f} GB free, but "
+                    f"{run.recipe.checkpoint.keep + 1} checkpoints take {need / 1e9:.1f} GB"
+                )
+            folder.checkpoint_folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.checkpoint_folder.glob(".writing-*"):
+                shutil.rmtree(leftover)
+            for checkpoint in folder.checkpoints():
+                if checkpoint.step > run.state.step:
+                    shutil.rmtree(checkpoint.path)
+            run.recipe.save(folder.recipe_file)
+        except OSError as error:
+            raise UserError(
+                f"output {str(folder.path)!r} cannot be written to: {error.strerror or error}"
+            ) from error
+    run.metrics.cut_back(run.state.step)
+    run.accelerator.wait_for_everyone()
+    if run.recipe.tracker.name != "none":
+        run.accelerator.init_trackers(run.recipe.tracker.project)

@@ -1,0 +1,68 @@
+"""What a run must remember beside its weights; everything else is a function of the step."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "etpp-ssl")
+
+
+@dataclass
+class TrainState:
+    """Progress of a run."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    loss_sum: float = 0.0
+    """Sum of the steps' losses since the last logged row."""
+    loss_steps: int = 0
+    seconds: float = 0.0
+    """Wall time spent training so far."""
+    bad_images: dict[int, str] = field(default_factory=dict)
+    """Unreadable images met so far: number in the data set, and name."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A form that survives JSON to the bit."""
+        return {
+            "step": self.step,
+            "loss_sum": self.loss_sum,
+            "loss_steps": self.loss_steps,
+            "seconds": self.seconds,
+            "bad_images": sorted(self.bad_images.items()),
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TrainState:
+        """The inverse of `to_json`."""
+        return cls(
+            step=values["step"],
+            loss_sum=values["loss_sum"],
+            loss_steps=values["loss_steps"],
+            seconds=values["seconds"],
+            bad_images=dict(values["bad_images"]),
+        )
+
+
+def environment(num_processes: int, device: torch.device) -> dict[str, str]:
+    """What can change the last bits of a result: versions, threads, processes, device."""
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in LIBRARIES},
+        "threads": str(torch.get_num_threads()),
+        "processes": str(num_processes),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def environment_changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """What differs, as `torch 2.8.0 -> 2.9.1`."""
+    return [
+        f"{key} {before.get(key, 'unknown')} -> {value}"
+        for key, value in now.items()
+        if before.get(key) != value
+    ]

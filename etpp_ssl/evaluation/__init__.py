@@ -1,0 +1,1 @@
+"""Is it learning? Frozen features, kNN, held-out reconstruction."""

@@ -1,0 +1,81 @@
+"""Reconstruction loss on images that training never sees.
+
+The images, their masks and the resolution are fixed, so the number is comparable across the stages of
+a curriculum, where the training loss is not.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from accelerate.utils import gather_object
+from pydantic import Field
+
+from etpp_ssl.config import Config, neutral
+from etpp_ssl.data.splits import keyed_indices
+from etpp_ssl.evaluation.base import ProbeContext
+from etpp_ssl.evaluation.features import evaluating, evaluation_batches, readable_rows
+from etpp_ssl.model.mae import MaskedAutoencoder
+from etpp_ssl.model.masking import num_visible, random_masking
+from etpp_ssl.model.patches import grid_of
+
+
+class ReconstructionConfig(Config):
+    """Held-out reconstruction loss; needs no labels."""
+
+    name: Literal["reconstruction"] = "reconstruction"
+    every_steps: int | None = neutral(None, ge=1)
+    """Optimizer steps between probes during pre-training; None probes at the end only."""
+    num_eval: int | None = Field(default=1024, ge=1)
+    """Keyed draw of evaluation images; None takes all."""
+    batch_size: int = Field(default=64, ge=1)
+
+    def build(self, context: ProbeContext) -> ReconstructionProbe:
+        """The probe.
+
+        Raises:
+            UserError: if there are no evaluation images.
+        """
+        return ReconstructionProbe(self, context)
+
+
+class ReconstructionProbe:
+    """See `Probe`; yields `heldout_loss`, in the units of the training loss."""
+
+    def __init__(self, config: ReconstructionConfig, context: ProbeContext) -> None:
+        self.config = config
+        self.context = context
+        self.evaluation = context.open_split("eval")
+        count = config.num_eval or len(self.evaluation)
+        self.indices = keyed_indices(len(self.evaluation), count, context.seed, "heldout")
+
+    @torch.no_grad()
+    def run(self, model: MaskedAutoencoder) -> dict[str, float]:
+        """Mean loss over the evaluation images, in float32."""
+        context = self.context
+        grid = grid_of(context.view.image_size, model.patch_size)
+        num_patches = grid[0] * grid[1]
+        num_keep = num_visible(num_patches, context.mask_ratio)
+        total, count = 0.0, 0
+        with evaluating(model):
+            for batch in evaluation_batches(
+                self.evaluation,
+                self.indices,
+                context.view,
+                context.accelerator,
+                batch_size=self.config.batch_size,
+                num_workers=context.num_workers,
+            ):
+                rows = readable_rows(batch)
+                if not len(rows):
+                    continue
+                images = context.normalise(batch.images[rows])
+                ids = random_masking(batch.positions[rows], num_patches, num_keep, context.seed)
+                # The class's own forward: accelerate wraps the instance's in autocast.
+                values, ids_removed = MaskedAutoencoder.forward(model, images, ids)
+                loss = context.objective(values, ids_removed, images)
+                total += loss.item() * len(rows)
+                count += len(rows)
+        parts = gather_object([(total, count)])
+        return {"heldout_loss": sum(t for t, _ in parts) / max(1, sum(n for _, n in parts))}

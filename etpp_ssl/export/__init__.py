@@ -1,0 +1,1 @@
+"""Run folders to weights that other libraries load."""

@@ -1,0 +1,1 @@
+"""Masked autoencoder around an unmodified timm Vision Transformer."""

@@ -1,0 +1,160 @@
+"""The masked autoencoder: visible patches in, predictions of the masked ones out.
+
+Legend: B batch, C channels, H, W pixels, N patches, K visible, M masked, D width, V values per patch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from etpp_ssl.config import Config, as_pair
+from etpp_ssl.model.decoder import MAEDecoder, MAEDecoderConfig
+from etpp_ssl.model.masking import num_visible, removed_ids
+from etpp_ssl.model.patches import grid_of
+from etpp_ssl.model.vit import build_encoder, encode_visible, encoder_args, fixed_positions_at
+
+
+class Prediction(NamedTuple):
+    """What the model predicts for a batch."""
+
+    values_BMV: Tensor
+    """(B, M, V): the target's values for each masked patch."""
+    ids_removed: Tensor
+    """int64 (B, M): which patches of the grid these are, ascending."""
+
+
+class ModelConfig(Config):
+    """Encoder by timm name or by explicit dimensions, masking, and decoder."""
+
+    name: str = "vit_base_patch16_224"
+    """A timm VisionTransformer, or `vit` with `patch_size`, `embed_dim`, `depth` and `num_heads`."""
+    patch_size: int | tuple[int, int] | None = None
+    """Pixels; None is the named model's own."""
+    embed_dim: int | None = Field(default=None, ge=4)
+    depth: int | None = Field(default=None, ge=1)
+    num_heads: int | None = Field(default=None, ge=1)
+    mlp_ratio: float | None = Field(default=None, gt=0)
+    class_token: bool | None = None
+    reg_tokens: int | None = Field(default=None, ge=0)
+    pos_embed: Literal["sincos", "learned"] = "sincos"
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+    """Share of the patches that is removed."""
+    grad_checkpointing: bool = False
+    """Recompute the blocks in the backward pass: less memory, about a third more compute."""
+    decoder: MAEDecoderConfig = MAEDecoderConfig()
+
+    def encoder_args(self, image_size: tuple[int, int], in_chans: int) -> tuple[str, dict[str, Any]]:
+        """timm's name and arguments of the encoder; see `etpp_ssl.model.vit.encoder_args`."""
+        dims = ("embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "reg_tokens")
+        return encoder_args(
+            name=self.name,
+            image_size=image_size,
+            patch_size=None if self.patch_size is None else as_pair(self.patch_size),
+            in_chans=in_chans,
+            dims={key: getattr(self, key) for key in dims},
+        )
+
+    def resolved_patch(self, image_size: tuple[int, int], in_chans: int) -> tuple[int, int]:
+        """(p, q) in pixels, whether given or the named model's own."""
+        patch = self.encoder_args(image_size, in_chans)[1]["patch_size"]
+        return as_pair(patch if isinstance(patch, int) else tuple(patch))
+
+    def build(self, *, image_size: tuple[int, int], in_chans: int, num_values: int) -> MaskedAutoencoder:
+        """The model, freshly initialised from torch's global generator.
+
+        Args:
+            image_size: (H, W) at full resolution.
+            in_chans: C.
+            num_values: V, numbers that the target asks for per patch.
+        """
+        architecture, args = self.encoder_args(image_size, in_chans)
+        encoder = build_encoder(architecture, args, pos_embed=self.pos_embed)
+        decoder = self.decoder.build(
+            encoder_dim=encoder.embed_dim,
+            num_prefix=encoder.num_prefix_tokens,
+            base_grid=tuple(encoder.patch_embed.grid_size),
+            num_values=num_values,
+        )
+        model = MaskedAutoencoder(
+            encoder,
+            decoder,
+            mask_ratio=self.mask_ratio,
+            fixed_positions=self.pos_embed == "sincos",
+        )
+        model.set_grad_checkpointing(self.grad_checkpointing)
+        return model
+
+
+class MaskedAutoencoder(nn.Module):
+    """MAE (He et al., CVPR 2022) around a timm encoder, at any bandwidth with one set of parameters.
+
+    Args:
+        encoder: a plain timm VisionTransformer at full resolution.
+        decoder: predicts the masked patches from the encoder's tokens.
+        mask_ratio: share of the patches to remove where `forward` has to draw the mask itself.
+        fixed_positions: evaluate sin-cos positions at the patch centres of other grids, instead of
+            resampling the encoder's `pos_embed`.
+    """
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        decoder: MAEDecoder,
+        mask_ratio: float = 0.75,
+        *,
+        fixed_positions: bool = True,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.mask_ratio = mask_ratio
+        self.fixed_positions = fixed_positions
+        self._tables: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
+        self.grad_checkpointing = False
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """(p, q) in pixels."""
+        return as_pair(tuple(self.encoder.patch_embed.patch_size))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass (timm's name for the switch)."""
+        self.grad_checkpointing = enable
+        self.decoder.grad_checkpointing = enable
+
+    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Prediction:
+        """Predict the masked patches.
+
+        Args:
+            images: float (B, C, h p, w q): a whole number of patches, at any bandwidth.
+            ids_keep: int64 (B, K), the visible patches; given, the result is deterministic. None
+                draws them uniformly from torch's global generator, at `mask_ratio`.
+        """
+        grid = grid_of((images.shape[-2], images.shape[-1]), self.patch_size)
+        num_patches = grid[0] * grid[1]
+        if ids_keep is None:
+            noise_BN = torch.rand(len(images), num_patches, device=images.device)
+            num_keep = num_visible(num_patches, self.mask_ratio)
+            ids_keep = noise_BN.argsort(dim=1)[:, :num_keep].sort(dim=1).values
+        ids_removed = removed_ids(ids_keep, num_patches)
+        tokens = encode_visible(
+            self.encoder,
+            images,
+            ids_keep,
+            positions=self._fixed_table(grid) if self.fixed_positions else None,
+            grad_checkpointing=self.grad_checkpointing,
+        )
+        return Prediction(self.decoder(tokens, ids_keep, ids_removed, grid), ids_removed)
+
+    def _fixed_table(self, grid: tuple[int, int]) -> Tensor | None:
+        if grid == tuple(self.encoder.patch_embed.grid_size):
+            return None
+        key = (grid, self.encoder.pos_embed.device)
+        if key not in self._tables:
+            self._tables[key] = fixed_positions_at(self.encoder, grid)
+        return self._tables[key]

@@ -1,0 +1,82 @@
+"""Position embeddings on any grid, in units of the base grid.
+
+A patch at bandwidth B covers B_full / B times more of the scene, so patch i of g on an axis has its
+centre at (i + 0.5) G / g - 0.5 on the base axis of G patches (the align_corners=False rule). Fixed
+sin-cos embeddings are evaluated there; learned ones are resampled, inside the forward pass, so that
+the parameter, its gradient and its optimizer state stay at the base resolution.
+
+Legend: N patches, P prefix tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from etpp_ssl.config import UserError
+
+
+def patch_centres(num_patches: int, base: int) -> Tensor:
+    """Centres of the patches of one axis, float64 (num_patches,), in units of base patches."""
+    return (torch.arange(num_patches, dtype=torch.float64) + 0.5) * (base / num_patches) - 0.5
+
+
+def sincos_pos_embed(grid: tuple[int, int], base_grid: tuple[int, int], dim: int) -> Tensor:
+    """MAE's fixed two-dimensional sin-cos embedding at the patch centres of `grid`.
+
+    For each axis half of the width, as [sin | cos] with omega_i = 10000^(-i / (D / 4)); the column
+    coordinate fills the first half, the row coordinate the second (MAE, `util/pos_embed.py`).
+
+    Args:
+        grid: (h, w) patches now.
+        base_grid: (H, W) patches at full resolution; equal to `grid`, this is MAE's own table.
+        dim: D, a multiple of 4.
+
+    Returns:
+        float32 (N, D), N = h w, row by row.
+
+    Raises:
+        UserError: if D is no multiple of 4.
+    """
+    if dim % 4:
+        raise UserError(f"sin-cos positions need a width that is a multiple of 4, not {dim}")
+    rows = _axis_embedding(patch_centres(grid[0], base_grid[0]), dim // 2)
+    columns = _axis_embedding(patch_centres(grid[1], base_grid[1]), dim // 2)
+    both = torch.cat(
+        [
+            columns[None, :, :].expand(grid[0], -1, -1),
+            rows[:, None, :].expand(-1, grid[1], -1),
+        ],
+        dim=-1,
+    )
+    return both.flatten(0, 1).float()
+
+
+def _axis_embedding(coordinates: Tensor, dim: int) -> Tensor:
+    omega = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    angles = coordinates[:, None] * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def resampled_pos_embed(
+    pos_embed: Tensor, grid: tuple[int, int], base_grid: tuple[int, int], num_prefix: int
+) -> Tensor:
+    """A learned embedding on another grid: bicubic, antialiased, differentiable.
+
+    Args:
+        pos_embed: (1, P + N_base, D) at the base grid.
+        grid: (h, w) patches now.
+        base_grid: (H, W) of the parameter.
+        num_prefix: P, the rows at the front that belong to prefix tokens and are never resampled.
+
+    Returns:
+        (1, P + h w, D).
+    """
+    if grid == base_grid:
+        return pos_embed
+    # Without old_size, timm takes any grid of the same number of tokens for a square one.
+    resampled: Tensor = resample_abs_pos_embed(
+        pos_embed, new_size=list(grid), old_size=list(base_grid), num_prefix_tokens=num_prefix
+    )
+    return resampled

@@ -1,0 +1,1 @@
+"""Reconstruction targets and their losses."""

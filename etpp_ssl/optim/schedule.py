@@ -1,0 +1,57 @@
+"""The learning rate as a pure function of the share of compute spent."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from etpp_ssl.config import Config
+
+
+class OptimConfig(Config):
+    """AdamW and its schedule (MAE, Table 8)."""
+
+    base_lr: float = Field(default=1.5e-4, gt=0)
+    """Peak learning rate per 256 images of the global batch."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Final learning rate, as it is (not scaled by the batch)."""
+    warmup_share: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the run's compute over which the learning rate rises linearly from 0."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    decay_tokens: bool = True
+    """Apply weight decay to the cls, register and mask tokens, as the original does (mmpretrain and
+    timm exempt them). One-dimensional parameters and position embeddings are always exempt."""
+    clip_grad: float | None = Field(default=None, gt=0)
+    """Largest gradient norm; None does not clip, as MAE."""
+
+    def schedule(self, batch_size: int) -> Schedule:
+        """The run's learning-rate function, for a global batch of `batch_size` images."""
+        return Schedule(
+            peak=self.base_lr * batch_size / 256,
+            minimum=self.min_lr,
+            warmup_share=self.warmup_share,
+        )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, then one half-cosine, unbroken across stages.
+
+    The reference re-bases its cosine at every stage change, where its learning rate jumps up; ours
+    is continuous, on purpose.
+    """
+
+    peak: float
+    minimum: float
+    warmup_share: float
+
+    def __call__(self, progress: float) -> float:
+        """The learning rate once a share `progress`, in [0, 1], of the compute is spent."""
+        if progress < self.warmup_share:
+            return self.peak * progress / self.warmup_share
+        rest = (progress - self.warmup_share) / (1 - self.warmup_share)
+        return self.minimum + (self.peak - self.minimum) * 0.5 * (1 + math.cos(math.pi * rest))

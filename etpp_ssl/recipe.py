@@ -1,0 +1,338 @@
+"""A run as one YAML file: the Configs of all components, composed, validated and saved."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from etpp_ssl.config import Config, UserError, as_pair, is_neutral, neutral
+from etpp_ssl.curriculum.base import Curriculum
+from etpp_ssl.curriculum.constant import ConstantConfig
+from etpp_ssl.curriculum.efficienttrain import EfficientTrainConfig
+from etpp_ssl.data.file_list import FileListConfig
+from etpp_ssl.data.folder import FolderConfig
+from etpp_ssl.data.synthetic import SyntheticConfig
+from etpp_ssl.data.timm_dataset import TimmConfig
+from etpp_ssl.evaluation.knn import KnnConfig
+from etpp_ssl.evaluation.reconstruction import ReconstructionConfig
+from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
+from etpp_ssl.objective.base import Objective
+from etpp_ssl.objective.pixels import PixelsConfig
+from etpp_ssl.optim.schedule import OptimConfig
+
+# One line here makes a new component known to recipes.
+AnyData = FolderConfig | FileListConfig | TimmConfig | SyntheticConfig
+AnyCurriculum = EfficientTrainConfig | ConstantConfig
+AnyTarget = PixelsConfig
+
+
+class CheckpointConfig(Config):
+    """When to write a checkpoint, besides the last step and a signal."""
+
+    every_steps: int | None = neutral(None, ge=1)
+    every_minutes: float | None = neutral(15.0, gt=0)
+    keep: int = neutral(2, ge=1)
+    """Newest checkpoints that stay."""
+
+
+class TrackerConfig(Config):
+    """A tracker of accelerate, beside `metrics.jsonl`."""
+
+    name: Literal[
+        "none", "tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "trackio"
+    ] = "none"
+    project: str = "etpp_ssl"
+
+
+class NoProbeConfig(Config):
+    """No evaluation during pre-training."""
+
+    name: Literal["none"] = "none"
+
+
+AnyProbe = NoProbeConfig | KnnConfig | ReconstructionConfig
+
+
+class Recipe(Config):
+    """Everything that defines a run; the defaults are MAE's for ImageNet."""
+
+    seed: int = 0
+    output: str = neutral(...)
+    """The run folder."""
+    image_size: int | tuple[int, int] = 224
+    """Pixels at full resolution, one number or [height, width]."""
+    in_chans: int = Field(default=3, ge=1)
+    init: str | None = None
+    """Weights to start from: a run folder of ours, or an exported encoder's folder or safetensors."""
+    deterministic: bool = False
+    """Bitwise repeatable on CUDA too, at some cost in speed; the CPU always is."""
+    budget_epochs: float = Field(gt=0)
+    """Equivalent epochs: the compute of so many epochs at full resolution."""
+    baseline_epochs: float | None = neutral(None, gt=0)
+    """Constant-resolution epochs that `plan` compares the cost with."""
+    batch_size: int = Field(ge=1)
+    """Images per optimizer step, over all processes."""
+    micro_batch_size: int | None = neutral(None, ge=1)
+    """Images per forward pass and process at most; smaller ones are accumulated to the global batch."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    log_every_steps: int = neutral(10, ge=1)
+    data: Annotated[AnyData, Field(discriminator="name")]
+    curriculum: Annotated[AnyCurriculum, Field(discriminator="name")] = EfficientTrainConfig()
+    model: ModelConfig = ModelConfig()
+    target: AnyTarget = PixelsConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = neutral(CheckpointConfig())
+    tracker: TrackerConfig = neutral(TrackerConfig())
+    probe: Annotated[AnyProbe, Field(discriminator="name", json_schema_extra={"neutral": True})] = (
+        NoProbeConfig()
+    )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) at full resolution."""
+        return as_pair(self.image_size)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """(p, q) in pixels."""
+        return self.model.resolved_patch(self.size, self.in_chans)
+
+    def build_curriculum(self, num_images: int) -> Curriculum:
+        """The run's stages for a data set of `num_images`."""
+        return self.curriculum.build(
+            image_size=self.size,
+            multiple=self.patch_size,
+            num_images=num_images,
+            batch_size=self.batch_size,
+            budget_epochs=self.budget_epochs,
+        )
+
+    def build_objective(self) -> Objective:
+        """The reconstruction target and its loss."""
+        return self.target.build(patch_size=self.patch_size, in_chans=self.in_chans)
+
+    def build_model(self) -> MaskedAutoencoder:
+        """The model, freshly initialised from torch's global generator."""
+        return self.model.build(
+            image_size=self.size,
+            in_chans=self.in_chans,
+            num_values=self.build_objective().num_values,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the resolved recipe, every default spelled out, as YAML."""
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe, or a run folder's, and apply `section.key=value` overrides.
+
+    Raises:
+        UserError: naming the key, its value and what would be valid.
+    """
+    path = Path(path)
+    file = path / "recipe.yaml" if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        what = "is a folder without recipe.yaml" if path.is_dir() else "does not exist"
+        raise UserError(f"recipe {str(path)!r} {what}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {str(path)!r} cannot be read: {error}") from error
+    return parse_recipe(text, overrides, title=str(file))
+
+
+def parse_recipe(text: str, overrides: list[str] | tuple[str, ...] = (), title: str = "recipe") -> Recipe:
+    """A recipe from YAML text; see `load_recipe`."""
+    values = _read_yaml(text, title)
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{title} holds no `key: value` lines")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        # JSON mode is strict on scalars (no "3" for 3) and takes lists for tuples.
+        return Recipe.model_validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        raise UserError(f"{title}: {_sentence(error)}") from None
+
+
+def changed_keys(old: Recipe, new: Recipe) -> list[str]:
+    """Keys that differ and change the result of a run, as `section.key` with both values."""
+    return _differences(old, new, "")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats (plain PyYAML reads `5e-4` as a string), and no aliases.
+
+    A few nested aliases expand to more than any memory holds, and no recipe needs one.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()
+            raise yaml.YAMLError(f"aliases (*{event.anchor}) are not supported in recipes")
+        return super().compose_node(parent, index)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"""^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+        |[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
+        |\.(?:inf|Inf|INF|nan|NaN|NAN))$""",
+        re.VERBOSE,
+    ),
+    list("-+0123456789."),
+)
+
+
+def _read_yaml(text: str, title: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{title} is no valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not of the form key=value")
+    value = _read_yaml(text, f"override {override!r}")
+    *sections, leaf = key.split(".")
+    if not sections and _members(leaf) and not isinstance(value, dict):
+        sections, leaf = [leaf], "name"
+    node = values
+    for depth, section in enumerate(sections):
+        if section not in node:
+            node[section] = _default_section(section) if depth == 0 else {}
+        child = node[section]
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {'.'.join(sections[: depth + 1])} has no keys")
+        node = child
+    if leaf == "name" and len(sections) == 1 and node.get("name") != value:
+        # Another component takes the section over: keys that mean something else to it, or nothing, go.
+        members = {_name_of(member): member for member in _members(sections[0])}
+        old, new = members.get(node.get("name")), members.get(value)
+        if old is not None and new is not None:
+            for stale in [key for key in node if not _same_field(old, new, key)]:
+                del node[stale]
+    node[leaf] = value
+
+
+def _default_section(section: str) -> dict[str, Any]:
+    """What an override starts from where the recipe leaves a section to its default."""
+    field = Recipe.model_fields.get(section)
+    name = getattr(field.default, "name", None) if field is not None else None
+    return {"name": name} if len(_members(section)) > 1 and name is not None else {}
+
+
+def _same_field(old: type[BaseModel], new: type[BaseModel], key: str) -> bool:
+    before, after = old.model_fields.get(key), new.model_fields.get(key)
+    if before is None or after is None:
+        return False
+    return before.annotation == after.annotation and before.default == after.default
+
+
+def _members(section: str) -> list[type[BaseModel]]:
+    """The Configs that a section can hold."""
+    if section not in Recipe.model_fields:
+        return []
+    return _models_in(Recipe.model_fields[section].annotation)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType, Annotated, tuple):
+        return [model for part in get_args(annotation) for model in _models_in(part)]
+    return []
+
+
+def _name_of(member: type[BaseModel]) -> Any:
+    field = member.model_fields.get("name")
+    return field.default if field is not None else None
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first mistake, in our words."""
+    first = error.errors(include_url=False)[0]
+    path, models = _walk(first["loc"])
+    key = ".".join(path) or "the recipe"
+    value, kind = first["input"], first["type"]
+    if kind == "extra_forbidden":
+        known = sorted({name for model in models for name in model.model_fields})
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        where = ".".join(path[:-1])
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return (
+            f"unknown key {key!r}; {hint}valid keys{f' of {where}' if where else ''} are {', '.join(known)}"
+        )
+    if kind in ("union_tag_invalid", "union_tag_not_found", "literal_error"):
+        names = [_name_of(m) for m in _members(path[0])] if kind.startswith("union") else None
+        valid = ", ".join(map(str, names)) if names else first.get("ctx", {}).get("expected", "")
+        if kind == "union_tag_not_found":
+            return f"{key}.name is missing; valid names are {valid}"
+        shown = value.get("name") if isinstance(value, dict) else value
+        return f"{key}{'.name' if names else ''} is {shown!r}; valid are {valid}"
+    if kind == "missing":
+        return f"{key} is missing"
+    if kind == "value_error":
+        return f"{key}: {first['msg'].removeprefix('Value error, ')}"
+    message = first["msg"].removeprefix("Input ")
+    return f"{key} is {_shown(value)}: it {message}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _walk(loc: tuple[int | str, ...]) -> tuple[list[str], list[type[BaseModel]]]:
+    """A pydantic location as recipe keys, without union tags, and the Configs around its last key."""
+    path: list[str] = []
+    models: list[type[BaseModel]] = [Recipe]
+    around = models
+    for part in loc:
+        if isinstance(part, int):
+            path.append(str(part))
+            continue
+        tagged = [m for m in models if _name_of(m) == part]
+        if tagged and len(models) > 1:
+            models = tagged
+            continue
+        if part.endswith("]") or part in ("int", "float", "bool", "str"):
+            continue
+        path.append(part)
+        around = models
+        models = [
+            inner
+            for model in models
+            if part in model.model_fields
+            for inner in _models_in(model.model_fields[part].annotation)
+        ]
+    return path, around
+
+
+def _differences(old: BaseModel, new: BaseModel, prefix: str) -> list[str]:
+    if type(old) is not type(new):
+        return [f"{prefix}name ({getattr(old, 'name', '?')} -> {getattr(new, 'name', '?')})"]
+    found = []
+    for field in type(old).model_fields:
+        before, after = getattr(old, field), getattr(new, field)
+        if is_neutral(type(old), field) or before == after:
+            continue
+        if isinstance(before, BaseModel) and isinstance(after, BaseModel):
+            found += _differences(before, after, f"{prefix}{field}.")
+        else:
+            found.append(f"{prefix}{field} ({_shown(before)} -> {_shown(after)})")
+    return found

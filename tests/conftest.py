@@ -1,0 +1,82 @@
+"""Shared by all tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# See etpp_ssl/cli.py; it must be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+
+if TYPE_CHECKING:
+    from etpp_ssl.recipe import Recipe
+
+
+@pytest.fixture(scope="session")
+def real_images() -> Path:
+    """The folder with cifar10/ and imagenette/ that ETPP_DATA points at."""
+    folder = os.environ.get("ETPP_DATA")
+    if not folder:
+        pytest.skip("ETPP_DATA does not point at cifar10/ and imagenette/")
+    return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps precision and device for the whole process; each test chooses its own."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path) -> Callable[..., Recipe]:
+    """A run of a second: rectangular synthetic images, three stages, a ViT of one block.
+
+    Call it with overrides as on the command line.
+    """
+    from etpp_ssl.recipe import parse_recipe
+
+    def build(*overrides: str) -> Recipe:
+        return parse_recipe(TINY, [f"output={tmp_path / 'run'}", *overrides])
+
+    return build
+
+
+TINY = """
+seed: 3
+output: unused
+image_size: [16, 24]
+budget_epochs: 1.5
+batch_size: 10
+precision: fp32
+log_every_steps: 3
+data:
+  name: synthetic
+  num_images: 64
+  num_eval_images: 24
+  num_workers: 0
+curriculum:
+  name: efficienttrain
+  stages:
+  - {bandwidth: [8, 12], share: 0.2}
+  - {bandwidth: [12, 16], share: 0.4}
+  - {bandwidth: [16, 24], share: 0.4}
+model:
+  name: vit
+  patch_size: 4
+  embed_dim: 16
+  depth: 1
+  num_heads: 2
+  decoder: {embed_dim: 8, depth: 1, num_heads: 2}
+optim: {base_lr: 2e-2}
+checkpoint: {every_minutes: null}
+"""

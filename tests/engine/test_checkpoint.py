@@ -1,0 +1,123 @@
+"""A checkpoint is whole or not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import etpp_ssl.engine.checkpoint as checkpoint_module
+from etpp_ssl.config import UserError
+from etpp_ssl.engine.checkpoint import (
+    CheckpointClock,
+    load_checkpoint,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from etpp_ssl.recipe import CheckpointConfig
+from etpp_ssl.run_folder import RunFolder
+
+
+def trained(width: int = 3) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(width)
+    model = torch.nn.Sequential(torch.nn.Linear(width, 2), torch.nn.LayerNorm(2))
+    optimizer = torch.optim.AdamW(
+        [{"params": [model[0].weight]}, {"params": [model[0].bias, *model[1].parameters()]}], lr=0.1
+    )
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, width)).square().sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def test_model_optimizer_and_state_come_back_to_the_bit(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    model, optimizer = trained()
+    save_checkpoint(folder, 7, model, optimizer, {"state": 1 / 3}, keep=2)
+    newest = folder.newest(print)
+    assert newest is not None
+    assert newest.step == 7
+    torch.manual_seed(0)
+    again = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    again_optimizer = torch.optim.AdamW(
+        [{"params": [again[0].weight]}, {"params": [again[0].bias, *again[1].parameters()]}], lr=0.1
+    )
+    assert load_checkpoint(newest, again, again_optimizer)["state"] == 1 / 3
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+    before, after = optimizer_tensors(model, optimizer), optimizer_tensors(again, again_optimizer)
+    assert before.keys() == after.keys()
+    assert len(before) == 4 * 3
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("failing", ["save_file", "_flush", "replace"])
+def test_a_write_that_fails_leaves_the_old_checkpoint(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    model, optimizer = trained()
+    save_checkpoint(folder, 1, model, optimizer, {}, keep=1)
+
+    def no_space(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    target = os if failing == "replace" else checkpoint_module
+    monkeypatch.setattr(target, failing, no_space)
+    with pytest.raises(UserError, match=r"step 2 could not be written.*No space left"):
+        save_checkpoint(folder, 2, model, optimizer, {}, keep=1)
+    monkeypatch.undo()
+    assert [c.step for c in folder.checkpoints()] == [1]
+    assert folder.checkpoints()[0].fault() is None
+    assert [path.name for path in folder.checkpoint_folder.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "overwritten"])
+def test_damage_to_any_file_is_recognised(file: str, damage: str, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    model, optimizer = trained()
+    save_checkpoint(folder, 1, model, optimizer, {}, keep=2)
+    save_checkpoint(folder, 2, model, optimizer, {}, keep=2)
+    path = folder.checkpoints()[0].path / file
+    content = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "overwritten":
+        path.write_bytes(b"\xff" * len(content))
+    else:
+        path.unlink()
+    said: list[str] = []
+    newest = folder.newest(said.append)
+    assert newest is not None
+    assert newest.step == 1
+    assert len(said) == 1
+    assert "step-00000002 is damaged" in said[0]
+
+
+def test_folders_that_are_no_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for name in (".writing-step-00000009", "step-x", "notes"):
+        (folder.checkpoint_folder / name).mkdir(parents=True)
+    assert folder.checkpoints() == []
+    assert folder.newest(print) is None
+
+
+def test_a_checkpoint_is_due_by_steps_or_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(checkpoint_module.time, "monotonic", lambda: now)
+    clock = CheckpointClock(CheckpointConfig(every_steps=5, every_minutes=2.0))
+    assert [step for step in range(1, 11) if clock.due(step)] == [5, 10]
+    now += 121
+    assert clock.due(6)
+    clock.written()
+    assert not clock.due(7)
+    never = CheckpointClock(CheckpointConfig(every_steps=None, every_minutes=None))
+    now += 1e6
+    assert not never.due(3)

@@ -1,0 +1,173 @@
+"""kNN on frozen features: the vote, the features, and the probe around them."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from etpp_ssl.config import UserError
+from etpp_ssl.data.augment import EvalView, Normalise, to_tensor
+from etpp_ssl.engine.run import build_probe
+from etpp_ssl.evaluation.features import extract_features, gather_rows, pooled_features
+from etpp_ssl.evaluation.knn import knn_vote
+from etpp_ssl.recipe import Recipe
+
+
+def plain_vote(train: Tensor, labels: Tensor, test: Tensor, k: int, temperature: float) -> list[int]:
+    answers = []
+    for row in test:
+        cosines = [float(torch.cosine_similarity(row, other, dim=0)) for other in train]
+        nearest = sorted(range(len(train)), key=lambda i: -cosines[i])[:k]
+        votes: dict[int, float] = defaultdict(float)
+        for i in nearest:
+            votes[int(labels[i])] += math.exp(cosines[i] / temperature)
+        answers.append(max(sorted(votes), key=lambda label: votes[label]))
+    return answers
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (7, 1.0), (100, 0.5)])
+def test_the_vote_equals_a_plain_loop(k: int, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(k)
+    labels = torch.randint(0, 4, (33,), generator=generator)
+    train = torch.randn(33, 6, generator=generator) + labels[:, None]
+    test = torch.randn(29, 6, generator=generator) + torch.arange(29)[:, None] % 4
+    expected = plain_vote(train, labels, test, min(k, 33), temperature)
+    for chunk in (1, 8, 1024):
+        predicted = knn_vote(train, labels, test, num_classes=4, k=k, temperature=temperature, chunk=chunk)
+        assert predicted.tolist() == expected
+    assert len(set(expected)) > 1
+
+
+def test_a_small_temperature_does_not_overflow() -> None:
+    train = torch.eye(3)
+    predicted = knn_vote(train, torch.tensor([2, 0, 1]), train, num_classes=3, k=3, temperature=1e-3)
+    assert predicted.tolist() == [2, 0, 1]
+
+
+def setup(recipe: Recipe) -> tuple[Accelerator, Normalise]:
+    accelerator = Accelerator(cpu=True)
+    mean, std = recipe.data.statistics(recipe.in_chans)
+    return accelerator, Normalise(mean, std, accelerator.device)
+
+
+@pytest.mark.parametrize("pool", [None, "token", "avg"])
+def test_features_are_timms_own_forward_in_the_order_asked(
+    pool: str | None, tiny_recipe: Callable[..., Recipe]
+) -> None:
+    recipe = tiny_recipe()
+    accelerator, normalise = setup(recipe)
+    source = recipe.data.open("eval", in_chans=3, image_size=recipe.size, seed=0)
+    model = recipe.build_model()
+    view = EvalView(recipe.size, recipe.data.crop_pct)
+    indices = [5, 0, 17, 3, 3, 22, 1]
+    model.train()
+    features, labels = extract_features(
+        model.encoder,
+        source,
+        indices,
+        view=view,
+        normalise=normalise,
+        accelerator=accelerator,
+        pool=pool,
+        batch_size=3,
+        num_workers=0,
+    )
+    assert model.encoder.training
+    assert labels.tolist() == [source.label(i) for i in indices]
+    model.eval()
+    pictures = [to_tensor(view(source.load(i), i, recipe.size)) for i in indices]
+    for start in (0, 3, 6):
+        images = normalise(torch.stack(pictures[start : start + 3]))
+        with torch.inference_mode():
+            tokens = model.encoder.forward_features(images)
+        expected = tokens[:, 1:].mean(1) if pool == "avg" else tokens[:, 0]
+        assert torch.equal(features[start : start + 3], expected)
+
+
+def test_token_pooling_without_a_cls_token_is_refused(tiny_recipe: Callable[..., Recipe]) -> None:
+    recipe = tiny_recipe("model.class_token=false")
+    model = recipe.build_model().eval()
+    images = torch.zeros(1, 3, *recipe.size)
+    assert pooled_features(model.encoder, images).shape == (1, 16)
+    with pytest.raises(UserError, match="no cls token"):
+        pooled_features(model.encoder, images, "token")
+
+
+def test_unreadable_evaluation_images_are_left_out_not_replaced(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    for name in ("a/1.png", "a/2.png", "b/3.png"):
+        (tmp_path / "val" / name).parent.mkdir(parents=True, exist_ok=True)
+        from PIL import Image
+
+        Image.new("RGB", (24, 16), (40, 80, 120)).save(tmp_path / "val" / name)
+    (tmp_path / "val" / "a" / "2.png").write_bytes(b"not a picture")
+    recipe = tiny_recipe("data=folder", f"data.root={tmp_path / 'val'}")
+    accelerator, normalise = setup(recipe)
+    source = recipe.data.open("train", in_chans=3, image_size=recipe.size, seed=0)
+    features, labels = extract_features(
+        recipe.build_model().encoder,
+        source,
+        [0, 1, 2],
+        view=EvalView(recipe.size, 1.0),
+        normalise=normalise,
+        accelerator=accelerator,
+        pool=None,
+        batch_size=2,
+        num_workers=0,
+    )
+    assert len(features) == 2
+    assert labels.tolist() == [0, 1]
+
+
+def test_the_probe_is_deterministic_beats_chance_on_separable_images_and_keeps_the_mode(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    for split, count in (("train", 12), ("val", 7)):
+        for label, colour in (("blue", (20, 30, 200)), ("red", (200, 30, 20))):
+            folder = tmp_path / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noisy = tuple(min(255, c + 5 * i) for c in colour)
+                Image.new("RGB", (27, 19), noisy).save(folder / f"{i}.png")
+    recipe = tiny_recipe("data=folder", f"data.root={tmp_path}", "probe=knn", "probe.num_train=20")
+    accelerator, normalise = setup(recipe)
+    probe = build_probe(recipe, accelerator, normalise, recipe.build_objective())
+    assert probe is not None
+    torch.manual_seed(0)
+    model = recipe.build_model().train()
+    first = probe.run(model)
+    assert model.training
+    assert probe.run(model) == first
+    assert first == {"knn_top1": 100.0}
+
+
+def test_labels_that_are_missing_or_differ_are_refused(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    for name in ("train/a/1.png", "train/b/1.png", "val/a/1.png", "val/c/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 16)).save(tmp_path / name)
+    recipe = tiny_recipe("data=folder", f"data.root={tmp_path}", "probe=knn")
+    accelerator, normalise = setup(recipe)
+    with pytest.raises(UserError, match="different classes: b, c are"):
+        build_probe(recipe, accelerator, normalise, recipe.build_objective())
+    unlabelled = tiny_recipe("data=folder", f"data.root={tmp_path}", "probe=knn", "data.labels=none")
+    with pytest.raises(UserError, match="needs labels"):
+        build_probe(unlabelled, accelerator, normalise, recipe.build_objective())
+
+
+def test_rows_of_one_process_are_left_alone() -> None:
+    rows = torch.arange(6).view(3, 2)
+    assert gather_rows(rows, Accelerator(cpu=True)) is rows

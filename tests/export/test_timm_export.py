@@ -1,0 +1,138 @@
+"""An export opens in stock timm, in an interpreter without us, with our features to the last bit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from etpp_ssl.config import UserError
+from etpp_ssl.engine.pretrain import pretrain
+from etpp_ssl.evaluation.features import pooled_features
+from etpp_ssl.export.timm import export
+from etpp_ssl.recipe import Recipe
+from etpp_ssl.run_folder import RunFolder
+
+ELSEWHERE = """
+import sys
+import timm, torch
+from safetensors.torch import load_file, save_file
+folder = sys.argv[1]
+model = timm.create_model("local-dir:" + folder, pretrained=True).eval()
+images = load_file(folder + "/../images.safetensors")["images"]
+with torch.inference_mode():
+    features = model(images)
+assert "etpp_ssl" not in sys.modules
+config = timm.data.resolve_data_config({}, model=model)
+print(tuple(config["mean"]), tuple(config["std"]), config["input_size"], config["crop_pct"], config["interpolation"])
+save_file({"features": features.contiguous()}, folder + "/../features.safetensors")
+"""
+
+CASES = {
+    "rgb": ([], None),
+    "average pool of a cls encoder": ([], "avg"),
+    "one channel": (["in_chans=1"], None),
+    "five channels": (["in_chans=5", "data.mean=[0.1, 0.2, 0.3, 0.4, 0.5]"], None),
+    "no cls token": (["model.class_token=false"], None),
+    "registers": (["model.reg_tokens=3"], None),
+    "registers only": (["model.class_token=false", "model.reg_tokens=2"], None),
+    "learned positions": (["model.pos_embed=learned"], None),
+}
+
+
+@pytest.fixture
+def features_elsewhere(tmp_path: Path) -> Callable[[Path, torch.Tensor], tuple[torch.Tensor, str]]:
+    def load(folder: Path, images: torch.Tensor) -> tuple[torch.Tensor, str]:
+        save_file({"images": images}, folder.parent / "images.safetensors")
+        done = subprocess.run(
+            [sys.executable, "-c", ELSEWHERE, str(folder)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return load_file(folder.parent / "features.safetensors")["features"], done.stdout
+
+    return load
+
+
+@pytest.mark.parametrize(("overrides", "pool"), CASES.values(), ids=CASES)
+def test_timm_gives_our_features_to_the_last_bit(
+    overrides: list[str],
+    pool: str | None,
+    tiny_recipe: Callable[..., Recipe],
+    features_elsewhere: Callable[[Path, torch.Tensor], tuple[torch.Tensor, str]],
+) -> None:
+    run = pretrain(tiny_recipe("budget_epochs=0.3", *overrides))
+    folder = export(run.folder.path, pool=pool)
+    assert folder == run.folder.path / "export" / "timm"
+    torch.manual_seed(0)
+    images = torch.randn(3, run.recipe.in_chans, *run.recipe.size)
+    theirs, printed = features_elsewhere(folder, images)
+    with torch.inference_mode():
+        ours = pooled_features(run.bare_model.eval().encoder, images, pool)
+    assert torch.equal(theirs, ours)
+    mean, std = run.recipe.data.statistics(run.recipe.in_chans)
+    expected = (mean, std, (run.recipe.in_chans, 16, 24), 0.875, "bicubic")
+    assert printed.strip() == " ".join(str(value) for value in expected)
+
+
+def test_a_named_model_exports_under_its_name_with_trained_weights(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    named = "model={name: vit_tiny_patch16_224, depth: 1, decoder: {embed_dim: 8, depth: 1, num_heads: 2}}"
+    run = pretrain(tiny_recipe(named, "image_size=[32, 48]", "curriculum=constant", "budget_epochs=0.3"))
+    folder = export(run.folder.path, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == "vit_tiny_patch16_224"
+    exported = load_file(folder / "model.safetensors")
+    trained = run.folder.checkpoints()[0].model()
+    assert exported.keys() == {k.removeprefix("encoder.") for k in trained if k.startswith("encoder.")}
+    assert all(torch.equal(value, trained[f"encoder.{name}"]) for name, value in exported.items())
+
+
+def test_the_card_says_what_it_is_and_how_to_load_it(tiny_recipe: Callable[..., Recipe]) -> None:
+    run = pretrain(tiny_recipe("budget_epochs=0.3", "data.description=Shapes we drew."))
+    folder = export(run.folder.path, license_name="apache-2.0")
+    card = (folder / "README.md").read_text()
+    front, body = card.split("---\n", 2)[1:]
+    assert yaml.safe_load(front)["license"] == "apache-2.0"
+    for words in ("Shapes we drew.", "pretrained=True", "budget_epochs: 0.3", "(1, 16)"):
+        assert words in body
+
+
+def test_exporting_again_replaces_and_other_folders_are_left_alone(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    run = pretrain(tiny_recipe("budget_epochs=0.3"))
+    folder = export(run.folder.path)
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    export(run.folder.path)
+    assert load_file(folder / "model.safetensors")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years")
+    with pytest.raises(UserError, match="is no export"):
+        export(run.folder.path, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years"
+
+
+def test_what_is_no_run_or_has_no_checkpoint_is_refused(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        export(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"has no recipe\.yaml"):
+        export(tmp_path)
+    tiny_recipe().save(tmp_path / "recipe.yaml")
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        export(tmp_path)
+    assert not (tmp_path / "export").exists()
+    assert RunFolder(tmp_path).metrics() == []

@@ -1,0 +1,99 @@
+"""The import rule, the owners of third parties, and the shape of the loop file."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "etpp_ssl"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+BASE = {"config", "randomness"}
+SIBLINGS = {"data", "curriculum", "model", "objective", "optim"}
+# evaluation holds the probes' Configs, so it stands between the siblings, which it uses, and recipe.
+MAY_IMPORT = {
+    **dict.fromkeys((*BASE, "__init__"), BASE),
+    **{name: {*BASE, name} for name in SIBLINGS},
+    "objective": {*BASE, "objective", "model.patches"},
+    "evaluation": {*BASE, *SIBLINGS, "evaluation"},
+    "recipe": {*BASE, *SIBLINGS, "evaluation"},
+    "run_folder": {*BASE, "recipe"},
+    "engine": {*BASE, *SIBLINGS, "evaluation", "recipe", "run_folder", "engine"},
+    "export": {*BASE, *SIBLINGS, "recipe", "run_folder", "export"},
+    "report": {*BASE, *SIBLINGS, "recipe", "run_folder", "report"},
+    "cli": {*BASE, *SIBLINGS, "recipe", "run_folder", "engine", "evaluation", "export", "report"},
+    "__main__": {"cli"},
+}
+OWNERS = {
+    "accelerate": {"engine", "evaluation"},
+    "timm": {"model", "optim", "export", "data", "evaluation"},
+    "torchvision": {"data", "report"},
+    "typer": {"cli"},
+    "matplotlib": {"report"},
+    "yaml": {"recipe", "export"},
+}
+
+
+def place(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(file: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found.append(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_a_module_imports_only_what_it_may(file: Path) -> None:
+    allowed = MAY_IMPORT[place(file)]
+    for name in imports(file):
+        top, *rest = name.split(".")
+        if top == "etpp_ssl" and rest:
+            ok = rest[0] in allowed or ".".join(rest) in allowed
+            assert ok, f"{place(file)} may not import {name}"
+        elif top in OWNERS:
+            assert place(file) in OWNERS[top], f"{top} belongs to {OWNERS[top]}, not to {place(file)}"
+
+
+def test_the_loop_is_short_and_reads_in_the_order_of_the_method() -> None:
+    text = (PACKAGE / "engine" / "pretrain.py").read_text()
+    assert len(text.splitlines()) <= 250
+    loop = text[text.index("while not run.finished") :]
+    order = [
+        "stage_at(",
+        "feed.step()",
+        "low_frequency_crop(",
+        "model(images",
+        "objective(",
+        "backward(",
+        "optimizer.step()",
+        "_log(",
+    ]
+    places = [loop.index(word) for word in order]
+    assert places == sorted(places)
+    assert ".name ==" not in loop[: places[-1]], "the loop asks for a method's name"
+
+
+def test_there_are_no_drawer_files() -> None:
+    assert not [f for f in FILES if f.stem in ("utils", "helpers", "common", "misc")]
+
+
+def test_every_public_definition_has_a_docstring() -> None:
+    bare = []
+    for file in FILES:
+        tree = ast.parse(file.read_text())
+        assert ast.get_docstring(tree), f"{file} has no docstring"
+        for node in tree.body:
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+                continue
+            if not ast.get_docstring(node):
+                bare.append(f"{file.relative_to(PACKAGE)}: {node.name}")
+    assert not bare

@@ -1,0 +1,225 @@
+"""The command line: one clear sentence and exit code 2 for a mistake, and nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from etpp_ssl.cli import main
+from etpp_ssl.recipe import Recipe
+from etpp_ssl.run_folder import RunFolder
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "missing folder": (["data=folder", "data.root={tmp}/nowhere"], "data.root"),
+    "empty folder": (["data=folder", "data.root={tmp}/empty"], "no image below"),
+    "folder without images": (["data=folder", "data.root={tmp}/texts"], "no image below"),
+    "a file as folder": (["data=folder", "data.root={tmp}/texts/a.txt"], "is not a folder"),
+    "unknown key": (["model.depht=2"], "did you mean 'depth'"),
+    "wrong type": (["batch_size=big"], "batch_size is 'big'"),
+    "bandwidth beyond the image": (
+        ["curriculum.stages=[{bandwidth: 64, share: 1.0}]"],
+        "larger than the image (16x24)",
+    ),
+    "bandwidth below two patches": (
+        ["curriculum.stages=[{bandwidth: [4, 24], share: 0.5}, {bandwidth: 16, share: 0.5}]"],
+        "fewer than two patches",
+    ),
+    "patch that does not divide": (["model.patch_size=5"], "does not divide the image height 16"),
+    "no visible patch": (["model.mask_ratio=0.99"], "leaves no visible patch out of"),
+    "no masked patch": (["model.mask_ratio=0.01"], "leaves no masked patch out of"),
+    "no timm name": (["model.name=vit_smal_patch16_224"], "vit_small_patch16_224"),
+    "no ViT": (["model.name=resnet18"], "not a plain Vision Transformer"),
+    "wrong number of images": (["data.num_images=63", "data=folder", "data.root={tmp}/images",
+                                "data.num_images=9"], "data.num_images is 9"),
+    "mean of another channel count": (["data.mean=[0.5]"], "data.mean has 1 numbers"),
+    "fp16 without a GPU": (["precision=fp16"], "needs a GPU"),
+    "tracker that is not installed": (["tracker=clearml"], "pip install clearml"),
+    "unreadable output": (["output={tmp}/texts/a.txt/run"], "cannot be written"),
+    "output with other files": (["output={tmp}/texts"], "other files in it"),
+    "probe without labels": (
+        ["data=folder", "data.root={tmp}/images", "probe=knn", "data.holdout=1"], "needs labels"
+    ),
+    "probe without evaluation images": (
+        ["data=folder", "data.root={tmp}/images", "probe=reconstruction"], "data.holdout"
+    ),
+    "init that is not there": (["init={tmp}/nowhere"], "init"),
+    "holdout of everything": (["data.holdout=64"], "leaves nothing to train on"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe_file(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("no picture")
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        Image.new("RGB", (24, 16), (i, 2, 3)).save(tmp_path / "images" / f"{i}.png")
+    file = tmp_path / "recipe.yaml"
+    tiny_recipe().save(file)
+    return file
+
+
+def run(arguments: list[str]) -> int:
+    try:
+        main(arguments)
+    except SystemExit as done:
+        return int(done.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize(("overrides", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_sentence_and_exit_code_2_and_writes_nothing(
+    overrides: list[str],
+    words: str,
+    recipe_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    filled = [text.replace("{tmp}", str(tmp_path)) for text in overrides]
+    assert run(["pretrain", str(recipe_file), *filled]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("etpp: error: ")
+    assert words in lines[0]
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(
+    recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import etpp_ssl.engine.run as opening
+
+    usage = type(opening.shutil.disk_usage(tmp_path))(1000, 990, 10)
+    monkeypatch.setattr(opening.shutil, "disk_usage", lambda path: usage)
+    assert run(["pretrain", str(recipe_file)]) == 2
+    assert "GB free" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_recipe_or_run_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["pretrain"], ["plan"], ["probe"], ["export"]):
+        assert run([*command, str(tmp_path / "nowhere")]) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_the_way_from_recipe_to_export(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "run")
+    assert run(["plan", str(recipe_file)]) == 0
+    assert "16x24" in capsys.readouterr().out
+    assert run(["pretrain", str(recipe_file), "budget_epochs=0.3"]) == 0
+    assert run(["pretrain", folder]) == 0
+    assert "finished" in capsys.readouterr().err
+    assert run(["probe", folder, "probe=knn", "probe.k=3"]) == 0
+    assert "name=knn k=3" in capsys.readouterr().out.replace("every_steps=None ", "")
+    assert (tmp_path / "run" / "report" / "probes.jsonl").read_text().count("\n") == 1
+    assert run(["probe", folder]) == 2
+    assert "probe=knn" in capsys.readouterr().err
+    assert run(["probe", folder, "probe=knn", "model.embed_dim=24"]) == 2
+    assert "another model" in capsys.readouterr().err
+    assert run(["export", folder, "--to", "timm"]) == 0
+    assert "export/timm" in capsys.readouterr().out
+
+
+def newest_step(folder: Path) -> int:
+    return max((checkpoint.step for checkpoint in RunFolder(folder).checkpoints()), default=0)
+
+
+def start(recipe: Path, folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "etpp_ssl", "pretrain", str(recipe), f"output={folder}"]
+    return subprocess.Popen(
+        [*command, "budget_epochs=60", "checkpoint.every_steps=3", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_step(job: subprocess.Popen[str], folder: Path, step: int) -> None:
+    deadline = time.time() + 60
+    while newest_step(folder) < step and job.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    assert job.poll() is None, job.stdout.read() if job.stdout else ""
+
+
+def test_sigkill_three_times_with_other_workers_ends_in_the_same_bits(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    whole = start(recipe_file, tmp_path / "whole")
+    assert whole.wait(120) == 0
+    cut = tmp_path / "cut"
+    for attempt, workers in enumerate((0, 2, 1)):
+        job = start(recipe_file, cut, f"data.num_workers={workers}")
+        wait_for_step(job, cut, newest_step(cut) + 20)
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+        assert newest_step(cut) < newest_step(tmp_path / "whole"), f"attempt {attempt} came too late"
+    last = start(recipe_file, cut, "data.num_workers=3")
+    assert last.wait(120) == 0
+    a, b = (RunFolder(folder).checkpoints()[0] for folder in (tmp_path / "whole", cut))
+    assert a.step == b.step
+    for tensors in ("model", "optimizer"):
+        x, y = getattr(a, tensors)(), getattr(b, tensors)()
+        assert x.keys() == y.keys()
+        assert all(torch.equal(x[name], y[name]) for name in x)
+    losses = [
+        [(row["step"], row["loss"], row["lr"]) for row in RunFolder(folder).metrics()]
+        for folder in (tmp_path / "whole", cut)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_to_the_whole_group_ends_with_a_checkpoint_and_its_code(
+    signum: signal.Signals, code: int, recipe_file: Path, tmp_path: Path
+) -> None:
+    # A terminal's Ctrl-C and a scheduler's SIGTERM reach the data workers too.
+    folder = tmp_path / "run"
+    job = start(recipe_file, folder, "data.num_workers=2", "checkpoint.every_steps=1000",
+                "checkpoint.every_minutes=null", "log_every_steps=1")  # fmt: skip
+    deadline = time.time() + 60
+    while len(RunFolder(folder).metrics()) < 5 and time.time() < deadline:
+        time.sleep(0.01)
+    os.killpg(job.pid, signum)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == code, output
+    assert "goes on from there" in output
+    assert "Traceback" not in output
+    assert newest_step(folder) >= 5
+
+
+def test_two_gloo_processes_give_the_curve_of_one(recipe_file: Path, tmp_path: Path) -> None:
+    overrides = ["probe=knn", "micro_batch_size=3", "batch_size=11", "budget_epochs=3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for count in (1, 2):
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "-m"]
+        done = subprocess.run(
+            [sys.executable, *command, "etpp_ssl", "pretrain", str(recipe_file),
+             f"output={tmp_path / str(count)}", *overrides],
+            capture_output=True, text=True, env=environment, check=False, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    one, two = (RunFolder(tmp_path / str(count)).metrics() for count in (1, 2))
+    assert {row["num_processes"] for row in two if "loss" in row} == {2}
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    for a, b in zip(one, two, strict=True):
+        for key in ("loss", "knn_top1"):
+            if key in a:
+                assert a[key] == pytest.approx(b[key], rel=1e-4)

@@ -1,0 +1,146 @@
+"""Recipes: what is read, what is refused and with which sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from etpp_ssl.config import UserError
+from etpp_ssl.curriculum.constant import ConstantConfig
+from etpp_ssl.curriculum.efficienttrain import EfficientTrainConfig
+from etpp_ssl.data.folder import FolderConfig
+from etpp_ssl.recipe import changed_keys, load_recipe, parse_recipe
+
+MINIMAL = "output: runs/x\nbudget_epochs: 2\nbatch_size: 4\ndata: {name: synthetic}\n"
+
+
+@pytest.mark.parametrize("text", ["5e-4", "5.0e-4", "0.0005", "5E-4", "+5e-4"])
+def test_floats_are_read_as_yaml_1_2_writes_them(text: str) -> None:
+    assert parse_recipe(MINIMAL, [f"optim.base_lr={text}"]).optim.base_lr == 5e-4
+
+
+def test_an_override_of_a_section_by_name_stands_for_its_name() -> None:
+    stages = "curriculum: {name: efficienttrain, crop: lanczos, stages: [{bandwidth: 224, share: 1.0}]}\n"
+    recipe = parse_recipe(MINIMAL + stages, ["curriculum=constant"])
+    assert recipe.curriculum == ConstantConfig(crop="lanczos")
+
+
+def test_a_new_data_source_does_not_inherit_the_old_ones_image_count() -> None:
+    text = MINIMAL.replace("{name: synthetic}", "{name: synthetic, num_images: 7, crop_pct: 0.5}")
+    recipe = parse_recipe(text, ["data=folder", "data.root=/x"])
+    assert isinstance(recipe.data, FolderConfig)
+    assert (recipe.data.num_images, recipe.data.crop_pct) == (None, 0.5)
+
+
+def test_overrides_reach_nested_keys_and_lists() -> None:
+    recipe = parse_recipe(
+        MINIMAL,
+        [
+            "image_size=[32, 48]",
+            "model.decoder.depth=3",
+            "curriculum.stages=[{bandwidth: 16, share: 0.5}, {bandwidth: [32, 48], share: 0.5}]",
+        ],
+    )
+    assert recipe.size == (32, 48)
+    assert recipe.model.decoder.depth == 3
+    assert isinstance(recipe.curriculum, EfficientTrainConfig)
+    assert recipe.curriculum.stages is not None
+    assert recipe.curriculum.stages[1].bandwidth == (32, 48)
+
+
+def test_a_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
+    recipe = parse_recipe(MINIMAL, ["image_size=[32, 48]", "probe=knn", "optim.base_lr=1e-05"])
+    recipe.save(tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path) == recipe
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["colour=red"], ["unknown key 'colour'", "valid keys are", "batch_size"]),
+        (["model.pach_size=3"], ["unknown key 'model.pach_size'", "did you mean 'patch_size'"]),
+        (["model.decoder.dpth=3"], ["'model.decoder.dpth'", "'depth'"]),
+        (["data.rot=3"], ["unknown key 'data.rot'", "num_eval_images"]),
+        (["batch_size=many"], ["batch_size is 'many'", "integer"]),
+        (["batch_size='4'"], ["batch_size is '4'", "integer"]),
+        (["batch_size=true"], ["batch_size is True", "integer"]),
+        (["batch_size=2.5"], ["batch_size is 2.5", "integer"]),
+        (["batch_size=0"], ["batch_size is 0", "greater than or equal to 1"]),
+        (["budget_epochs=.inf"], ["budget_epochs is inf", "finite"]),
+        (["budget_epochs=-1"], ["budget_epochs is -1", "greater than 0"]),
+        (["curriculum=cosine"], ["curriculum.name is 'cosine'", "efficienttrain, constant"]),
+        (["data={root: x}"], ["data.name is missing", "folder, list, timm, synthetic"]),
+        (["precision=fp8"], ["precision is 'fp8'", "'bf16'"]),
+        (["model.mask_ratio=1.0"], ["model.mask_ratio is 1.0", "less than 1"]),
+        (["image_size=[3]"], ["image_size"]),
+        (["curriculum.stages=[{bandwidth: 32, share: 0.4}]"], ["shares of stages add up to 0.4"]),
+        (["curriculum.stages=[{bandwidth: 32}]"], ["curriculum.stages.0.share is missing"]),
+        (["curriculum.stages=[{bandwidth: 32, share: 2}]"], ["share is 2"]),
+        (["data.crop_scale=[0.9, 0.1]"], ["crop_scale is [0.9, 0.1]"]),
+        (["probe=knn", "probe.k=0"], ["probe.k is 0"]),
+        (["probe=svm"], ["probe.name is 'svm'", "knn, reconstruction"]),
+        (["batch_size"], ["'batch_size' is not of the form key=value"]),
+        (["a: b=c"], ["unknown key"]),
+        (["model.decoder.depth=1", "model.decoder.depth.deep=1"], ["model.decoder.depth has no keys"]),
+        (["model=[1"], ["no valid YAML"]),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_names_the_key(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_recipe(MINIMAL, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(UserError, match="batch_size is missing"):
+        parse_recipe(MINIMAL.replace("batch_size: 4\n", ""))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "- 1\n- 2\n",
+        "hello",
+        "a: [",
+        "!!python/object/apply:os.system ['true']",
+        "a: &a [*a]",
+        "a: &a [1, 1]\nb: &b [*a, *a]",
+        "\x00",
+        "a: " + "[" * 5000,
+    ],
+)
+def test_what_is_no_recipe_is_refused(text: str) -> None:
+    with pytest.raises(UserError):
+        parse_recipe(text)
+
+
+def test_a_missing_file_and_a_folder_without_recipe_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_recipe(tmp_path / "no.yaml")
+    with pytest.raises(UserError, match=r"folder without recipe\.yaml"):
+        load_recipe(tmp_path)
+
+
+def test_only_keys_that_change_the_result_count_as_changes() -> None:
+    base = parse_recipe(MINIMAL)
+    neutral = [
+        "output=y",
+        "data.num_workers=0",
+        "checkpoint.every_steps=3",
+        "tracker=tensorboard",
+        "probe=knn",
+        "micro_batch_size=2",
+        "log_every_steps=1",
+        "baseline_epochs=9",
+    ]
+    assert changed_keys(base, parse_recipe(MINIMAL, neutral)) == []
+    changed = changed_keys(
+        base, parse_recipe(MINIMAL, ["optim.base_lr=1e-3", "seed=1", "curriculum=constant"])
+    )
+    assert [text.split(" ")[0] for text in changed] == ["seed", "curriculum.name", "optim.base_lr"]

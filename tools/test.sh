@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Lint, type-check and test, with everything this needs installed into .venv.
+# ETPP_DATA, if set, points at a folder with cifar10/ and imagenette/ for the tests on real images.
+# Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source tools/setup.sh
+ruff check .
+ruff format --check .
+mypy etpp_ssl
+python -m pytest "$@"
