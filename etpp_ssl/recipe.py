@@ -135,6 +135,8 @@ class Recipe(Config):
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe, or a run folder's, and apply `section.key=value` overrides.
 
+    A run folder's recipe gets that folder as its output: it may have been moved.
+
     Raises:
         UserError: naming the key, its value and what would be valid.
     """
@@ -147,6 +149,8 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise UserError(f"recipe {str(path)!r} {what}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {str(path)!r} cannot be read: {error}") from error
+    if path.is_dir():
+        overrides = [f"output={json.dumps(str(path))}", *overrides]
     return parse_recipe(text, overrides, title=str(file))
 
 

@@ -52,8 +52,10 @@ def test_overrides_reach_nested_keys_and_lists() -> None:
 def test_a_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
     recipe = parse_recipe(MINIMAL, ["image_size=[32, 48]", "probe=knn", "optim.base_lr=1e-05"])
     recipe.save(tmp_path / "recipe.yaml")
-    assert load_recipe(tmp_path) == recipe
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    # A run that was moved goes on where it is now.
+    assert load_recipe(tmp_path) == recipe.model_copy(update={"output": str(tmp_path)})
+    assert load_recipe(tmp_path, ["output=elsewhere"]).output == "elsewhere"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ Legend: B batch, C channels, H, W pixels.
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -148,12 +150,19 @@ def batches(loader: DataLoader[Batch]) -> Iterator[Batch]:
     Raises:
         UserError: if nothing can be read any more.
     """
+    iterator = iter(loader)
     try:
-        yield from loader
+        yield from iterator
     except UnreadableImage as error:
         # From a worker the message arrives with a traceback in front of it.
         reason = str(error).strip().splitlines()[-1].split("UnreadableImage: ")[-1]
         raise UserError(f"data: {reason}") from None
+    finally:
+        # An exception from a worker holds its traceback in a cycle. Left to the garbage collector, torch
+        # can no longer tell the workers to end, and waits five seconds for each before it kills them.
+        shut_down = getattr(iterator, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
 
 
 def evaluation_requests(
@@ -178,4 +187,13 @@ def _leave_signals_to_main(worker: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process still needs its
     # batches to finish the step, and stops the workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS lacks it: there a SIGTERM ends the workers.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_main, daemon=True).start()
+
+
+def _end_with_main() -> None:
+    # Ignoring SIGTERM altogether would make Python wait for the workers for ever when it exits.
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

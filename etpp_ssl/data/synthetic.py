@@ -22,12 +22,13 @@ from etpp_ssl.config import as_pair
 from etpp_ssl.data.images import Bands, DataConfig
 from etpp_ssl.randomness import keyed_numpy
 
-SHAPES = ("disk", "square", "triangle", "ring", "cross")
-TEXTURES = ("smooth", "striped", "grained", "checked", "shaded")
-PAIRS = tuple((SHAPES[c % 5], TEXTURES[(c + c // 5) % 5]) for c in range(10))
-CLASSES = tuple(f"{texture} {shape}" for shape, texture in PAIRS)
-"""All class names; a data set of n classes has the first n, so an even n has both textures of each
-shape."""
+SHAPES = ("disk", "cross", "square", "ring", "triangle")
+TEXTURES = ("smooth", "striped", "grained", "checked", "blotched")
+KINDS = tuple((SHAPES[(c + c // 5) % 5], TEXTURES[c % 5]) for c in range(10))
+"""(shape, texture) of each class. Every shape and every texture is in two classes, so that knowing
+one of them is worth half of the accuracy, and the first five classes differ in both."""
+CLASSES = tuple(f"{texture} {shape}" for shape, texture in KINDS)
+"""All class names; a data set of n classes has the first n."""
 
 _RECIPE = "synthetic-1"
 """Goes into the fingerprint: to be raised whenever the same key gives another picture."""
@@ -109,7 +110,7 @@ class SyntheticSource:
         """
         label = self.label(index)
         draw = keyed_numpy(self.seed, f"synthetic {self.split}", index)
-        image = render(draw, *PAIRS[label], self.size, self.in_chans)
+        image = render(draw, *KINDS[label], self.size, self.in_chans)
         if self.in_chans == 3:
             return (Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))),)
         return tuple(Image.fromarray(band) for band in image)
@@ -149,56 +150,71 @@ def render(
     height, width = size
     num_fields = min(in_chans, 3)
     fields = _noise(draw, num_fields + 1, size)
-    u = draw.random(12, dtype=np.float32).tolist()
-    tint = draw.standard_normal((in_chans, num_fields + 3), dtype=np.float32)
+    u = draw.random(14, dtype=np.float32).tolist()
+    tint = draw.standard_normal((in_chans, num_fields + 4), dtype=np.float32)
+    rows, columns = _pixel_centres(size)
 
     side = min(size)
-    radius = side * (0.22 + 0.12 * u[0])
-    # Centres keep the object inside the picture but for corners, so that no class is cut off more.
-    margin_y, margin_x = min(1.15 * radius, height / 2), min(1.15 * radius, width / 2)
-    y, x = _pixel_centres(size)
-    y = y - (margin_y + u[1] * (height - 2 * margin_y))
-    x = x - (margin_x + u[2] * (width - 2 * margin_x))
+    radius = side * (0.26 + 0.10 * u[0])
+    # Only corners leave the picture, so that no class is cut off much more than another.
+    margin_y, margin_x = min(0.95 * radius, height / 2), min(0.95 * radius, width / 2)
+    y = rows - (margin_y + u[1] * (height - 2 * margin_y))
+    x = columns - (margin_x + u[2] * (width - 2 * margin_x))
     mask = _coverage(shape, x, y, radius, 2 * math.pi * u[3])
 
     # Channels share the first field and differ in the others, as the colours of photographs do.
-    mix = 0.25 * tint[:, :num_fields]
+    mix = 0.15 * tint[:, :num_fields]
     mix[:, 0] += 1
-    level = 0.3 + 0.4 * u[4]
-    background = (0.06 + 0.06 * u[5]) * np.tensordot(mix, fields[:num_fields], 1)
-    background += (level + 0.08 * tint[:, -3])[:, None, None]
+    level = 0.45 + 0.1 * u[4]
+    background = (0.02 + 0.04 * u[5]) * np.tensordot(mix, fields[:num_fields], 1)
+    background += (level + 0.04 * tint[:, -4])[:, None, None]
 
-    # The object is lighter or darker than what surrounds it, whichever leaves room, so that an edge
-    # exists to be seen; with room on both sides, either.
-    step = 0.2 + 0.2 * u[6]
-    lighter = level < 0.42 or (level <= 0.58 and u[7] < 0.5)
+    # Lighter or darker than the background by enough for an edge to be seen.
+    step = (0.15 + 0.15 * u[6]) * (-1 if u[7] < 0.5 else 1)
     detail = (0.03 + 0.03 * u[8]) * fields[num_fields]
     if texture != "smooth":
-        detail += (0.10 + 0.06 * u[11]) * _pattern(
-            texture, draw, x, y, side * (0.09 + 0.04 * u[9]), 2 * math.pi * u[10], radius
-        )
-    foreground = (1 + 0.25 * tint[:, -2])[:, None, None] * detail
-    foreground += (level + (step if lighter else -step) + 0.08 * tint[:, -1])[:, None, None]
+        period = max(2.5, side * (0.12 + 0.06 * u[9]))
+        pattern = _pattern(texture, draw, fields[num_fields], x, y, period, 2 * math.pi * u[10])
+        detail += (0.12 + 0.12 * u[11]) * pattern
+    foreground = (1 + 0.25 * tint[:, -3])[:, None, None] * detail
+    foreground += (level + step + 0.04 * tint[:, -2])[:, None, None]
 
     foreground -= background
     foreground *= mask
     background += foreground
+    # Coloured light from one side. It dominates the distance between pictures, which keeps nearest
+    # neighbours in pixels from working, and hardly touches any patch's own pattern.
+    light, angle = 0.2 + 0.3 * u[12], 2 * math.pi * u[13]
+    ramp = (light * math.cos(angle) / width) * (columns - width / 2)
+    ramp = ramp + (light * math.sin(angle) / height) * (rows - height / 2)
+    background += (1 + 0.3 * tint[:, -1])[:, None, None] * ramp
     background *= 255
-    return np.rint(background).clip(0, 255).astype(np.uint8)
+    image: np.ndarray = np.rint(background).clip(0, 255).astype(np.uint8)
+    return image
 
 
-def _pattern(texture, draw, x, y, period, angle, radius):
+def _pattern(
+    texture: str,
+    draw: np.random.Generator,
+    field: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    period: float,
+    angle: float,
+) -> np.ndarray:
+    """A texture other than "smooth", of mean 0 and variance about 1: float32 (H, W).
+
+    x and y are (1, W) and (H, 1), period is in pixels, and `field` is what blotches are made of.
+    """
     if texture == "grained":
-        return draw.standard_normal((y.shape[0], x.shape[1]), dtype=np.float32)
-    cos, sin = math.cos(angle), math.sin(angle)
-    along = cos * x + sin * y
-    if texture == "shaded":
-        return along * (2 / radius)
-    wave = 2 * math.pi / max(2.5, period)
-    stripes = np.sin(wave * along)
-    if texture == "striped":
-        return math.sqrt(2) * stripes
-    return 2 * stripes * np.sin(wave * (cos * y - sin * x))
+        return draw.standard_normal(field.shape, dtype=np.float32)
+    if texture == "blotched":
+        return 1.2 * np.tanh(2 * field)
+    wave, cos, sin = 2 * math.pi / period, math.cos(angle), math.sin(angle)
+    stripes: np.ndarray = math.sqrt(2) * np.sin(wave * cos * x + wave * sin * y)
+    if texture == "checked":
+        stripes *= math.sqrt(2) * np.sin(wave * cos * y - wave * sin * x)
+    return stripes
 
 
 def _coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float, angle: float) -> np.ndarray:
@@ -218,23 +234,26 @@ def _coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float, angle: fl
         if shape == "disk":
             outside -= 1
         else:
-            outer = 1 / math.sqrt(1 - 0.5**2)
-            outside = np.abs(outside - 0.75 * outer) - 0.25 * outer
+            outer = 1 / math.sqrt(1 - 0.6**2)
+            outside = np.abs(outside - 0.8 * outer) - 0.2 * outer
     else:
         u, v = np.abs(u), np.abs(v)
         long = np.maximum(u, v)
         if shape == "square":
             outside = long - math.sqrt(math.pi / 4)
         else:
-            arm = math.sqrt(math.pi / (8 * 0.36 - 4 * 0.36**2))
-            outside = np.maximum(long - arm, np.minimum(u, v) - 0.36 * arm)
+            arm = math.sqrt(math.pi / (8 * 0.3 - 4 * 0.3**2))
+            outside = np.maximum(long - arm, np.minimum(u, v) - 0.3 * arm)
     outside *= -radius
     outside += 0.5
     return outside.clip(0, 1)
 
 
 def _noise(draw: np.random.Generator, num_fields: int, size: tuple[int, int]) -> np.ndarray:
-    """Gaussian fields with amplitude 1 / frequency, mean 0 and expected variance 1: (num_fields, H, W)."""
+    """Gaussian fields with amplitude 1 / frequency: float32 (num_fields, H, W).
+
+    Each has mean 0, and variance 1 on average over the draws.
+    """
     weights = _spectrum(size)
     parts = draw.standard_normal((num_fields, *weights.shape, 2), dtype=np.float32)
     waves = parts.view(np.complex64)[..., 0]
@@ -248,7 +267,7 @@ def _spectrum(size: tuple[int, int]) -> np.ndarray:
     height, width = size
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = np.inf
-    weights = 1 / frequency
+    weights: np.ndarray = 1 / frequency
     # `irfft2` keeps the Hermitian half of the columns that are their own mirror image, which halves
     # the variance there.
     mirror = [0, -1] if width % 2 == 0 else [0]

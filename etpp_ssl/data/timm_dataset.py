@@ -154,9 +154,9 @@ class TimmSource:
 
     def name(self, index: int) -> str:
         """The reader's file name, or the number of the image."""
-        if hasattr(self.reader, "filename"):
-            return printable(str(self.reader.filename(index)))
-        return f"{self.title}[{index}]"
+        # A Hugging Face data set has a file name for some images only.
+        file = self.reader.filename(index) if hasattr(self.reader, "filename") else None
+        return printable(str(file)) if file else f"{self.title}[{index}]"
 
     def fingerprint(self) -> str:
         """Hash of the title and the number of images, which is all that every library tells."""

@@ -242,7 +242,10 @@ def _open_training_images(recipe: Recipe) -> ImageSource:
     )
     expected = recipe.data.num_images
     if expected is not None and expected != len(source):
-        raise UserError(f"data.num_images is {expected}, but the data has {len(source)} images")
+        raise UserError(
+            f"data.num_images is {expected}, but the data has {len(source)} images; "
+            f"data.num_images=null takes what is there"
+        )
     return source
 
 
@@ -290,6 +293,8 @@ def _starting_point(
 def _prepare_folder(run: Run, start: Checkpoint | None) -> None:
     """Create the folder, or bring it back to the checkpoint's step."""
     folder = run.folder
+    # The others may still be reading what the main process is about to change.
+    run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         existing = next(p for p in [folder.path.absolute(), *folder.path.absolute().parents] if p.exists())
         try:

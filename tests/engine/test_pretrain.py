@@ -316,3 +316,35 @@ def test_a_changed_environment_is_a_warning(
     state.write_text(json.dumps(values))
     pretrain(recipe)
     assert "threads 77 ->" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_tracker_receives_the_rows(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pretrain(tiny_recipe("tracker=tensorboard"))
+    folder = next((tmp_path / "run").rglob("events.out.tfevents.*")).parent
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tracked = [(event.step, event.value) for event in events.Scalars("loss")]
+    expected = [(row["step"], row["loss"]) for row in rows(tmp_path / "run") if "loss" in row]
+    assert [step for step, _ in tracked] == [step for step, _ in expected]
+    assert [value for _, value in tracked] == pytest.approx([loss for _, loss in expected])
+
+
+def test_it_starts_from_another_runs_or_an_encoders_weights(
+    whole: Path, tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    from etpp_ssl.export.timm import export
+
+    trained = weights(whole)
+    # The learning rate is 0 in the first step, so the first checkpoint is what the run started from.
+    for name, init in (("all", whole), ("encoder", export(whole))):
+        recipe = tiny_recipe(
+            f"output={tmp_path / name}", f"init={init}", "checkpoint.every_steps=1", "checkpoint.keep=99"
+        )
+        pretrain(recipe)
+        first = load_file(tmp_path / name / "checkpoints" / "step-00000001" / "model.safetensors")
+        same = {key for key in trained if torch.equal(first[key], trained[key])}
+        assert {key for key in trained if key.startswith("encoder.")} <= same
+        assert ("decoder.mask_token" in same) == (name == "all")

@@ -31,7 +31,8 @@ with torch.inference_mode():
     features = model(images)
 assert "etpp_ssl" not in sys.modules
 config = timm.data.resolve_data_config({}, model=model)
-print(tuple(config["mean"]), tuple(config["std"]), config["input_size"], config["crop_pct"], config["interpolation"])
+print(tuple(config["mean"]), tuple(config["std"]), end=" ")
+print(config["input_size"], config["crop_pct"], config["interpolation"])
 save_file({"features": features.contiguous()}, folder + "/../features.safetensors")
 """
 
