@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-import types
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -26,6 +24,7 @@ from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.objective.base import Objective
 from etpp_ssl.objective.pixels import PixelsConfig
 from etpp_ssl.optim.schedule import OptimConfig
+from etpp_ssl.sentences import members, name_of, shown, validation_sentence
 
 # One line here makes a new component known to recipes.
 AnyData = FolderConfig | FileListConfig | TimmConfig | SyntheticConfig
@@ -167,7 +166,7 @@ def parse_recipe(text: str, overrides: list[str] | tuple[str, ...] = (), title: 
         # JSON mode is strict on scalars (no "3" for 3) and takes lists for tuples.
         return Recipe.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        raise UserError(f"{title}: {_sentence(error)}") from None
+        raise UserError(f"{title}: {validation_sentence(error, Recipe)}") from None
 
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
@@ -213,7 +212,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r} is not of the form key=value")
     value = _read_yaml(text, f"override {override!r}")
     *sections, leaf = key.split(".")
-    if not sections and _members(leaf) and not isinstance(value, dict):
+    if not sections and members(Recipe, leaf) and not isinstance(value, dict):
         sections, leaf = [leaf], "name"
     node = values
     for depth, section in enumerate(sections):
@@ -225,8 +224,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         node = child
     if leaf == "name" and len(sections) == 1 and node.get("name") != value:
         # Another component takes the section over: keys that mean something else to it, or nothing, go.
-        members = {_name_of(member): member for member in _members(sections[0])}
-        old, new = members.get(node.get("name")), members.get(value)
+        by_name = {name_of(member): member for member in members(Recipe, sections[0])}
+        old, new = by_name.get(node.get("name")), by_name.get(value)
         if old is not None and new is not None:
             for stale in [key for key in node if not _same_field(old, new, key)]:
                 del node[stale]
@@ -237,7 +236,7 @@ def _default_section(section: str) -> dict[str, Any]:
     """What an override starts from where the recipe leaves a section to its default."""
     field = Recipe.model_fields.get(section)
     name = getattr(field.default, "name", None) if field is not None else None
-    return {"name": name} if len(_members(section)) > 1 and name is not None else {}
+    return {"name": name} if len(members(Recipe, section)) > 1 and name is not None else {}
 
 
 def _same_field(old: type[BaseModel], new: type[BaseModel], key: str) -> bool:
@@ -245,86 +244,6 @@ def _same_field(old: type[BaseModel], new: type[BaseModel], key: str) -> bool:
     if before is None or after is None:
         return False
     return before.annotation == after.annotation and before.default == after.default
-
-
-def _members(section: str) -> list[type[BaseModel]]:
-    """The Configs that a section can hold."""
-    if section not in Recipe.model_fields:
-        return []
-    return _models_in(Recipe.model_fields[section].annotation)
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (Union, types.UnionType, Annotated, tuple):
-        return [model for part in get_args(annotation) for model in _models_in(part)]
-    return []
-
-
-def _name_of(member: type[BaseModel]) -> Any:
-    field = member.model_fields.get("name")
-    return field.default if field is not None else None
-
-
-def _sentence(error: ValidationError) -> str:
-    """The first mistake, in our words."""
-    first = error.errors(include_url=False)[0]
-    path, models = _walk(first["loc"])
-    key = ".".join(path) or "the recipe"
-    value, kind = first["input"], first["type"]
-    if kind == "extra_forbidden":
-        known = sorted({name for model in models for name in model.model_fields})
-        close = difflib.get_close_matches(path[-1], known, n=1)
-        where = ".".join(path[:-1])
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return (
-            f"unknown key {key!r}; {hint}valid keys{f' of {where}' if where else ''} are {', '.join(known)}"
-        )
-    if kind in ("union_tag_invalid", "union_tag_not_found", "literal_error"):
-        names = [_name_of(m) for m in _members(path[0])] if kind.startswith("union") else None
-        valid = ", ".join(map(str, names)) if names else first.get("ctx", {}).get("expected", "")
-        if kind == "union_tag_not_found":
-            return f"{key}.name is missing; valid names are {valid}"
-        shown = value.get("name") if isinstance(value, dict) else value
-        return f"{key}{'.name' if names else ''} is {shown!r}; valid are {valid}"
-    if kind == "missing":
-        return f"{key} is missing"
-    if kind == "value_error":
-        return f"{key}: {first['msg'].removeprefix('Value error, ')}"
-    message = first["msg"].removeprefix("Input ")
-    return f"{key} is {_shown(value)}: it {message}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _walk(loc: tuple[int | str, ...]) -> tuple[list[str], list[type[BaseModel]]]:
-    """A pydantic location as recipe keys, without union tags, and the Configs around its last key."""
-    path: list[str] = []
-    models: list[type[BaseModel]] = [Recipe]
-    around = models
-    for part in loc:
-        if isinstance(part, int):
-            path.append(str(part))
-            continue
-        tagged = [m for m in models if _name_of(m) == part]
-        if tagged and len(models) > 1:
-            models = tagged
-            continue
-        if part.endswith("]") or part in ("int", "float", "bool", "str"):
-            continue
-        path.append(part)
-        around = models
-        models = [
-            inner
-            for model in models
-            if part in model.model_fields
-            for inner in _models_in(model.model_fields[part].annotation)
-        ]
-    return path, around
 
 
 def _differences(old: BaseModel, new: BaseModel, prefix: str) -> list[str]:
@@ -338,5 +257,5 @@ def _differences(old: BaseModel, new: BaseModel, prefix: str) -> list[str]:
         if isinstance(before, BaseModel) and isinstance(after, BaseModel):
             found += _differences(before, after, f"{prefix}{field}.")
         else:
-            found.append(f"{prefix}{field} ({_shown(before)} -> {_shown(after)})")
+            found.append(f"{prefix}{field} ({shown(before)} -> {shown(after)})")
     return found

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "etpp_ssl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"config", "randomness"}
+BASE = {"config", "randomness", "sentences"}
 SIBLINGS = {"data", "curriculum", "model", "objective", "optim"}
 # evaluation holds the probes' Configs, so it stands between the siblings, which it uses, and recipe.
 MAY_IMPORT = {

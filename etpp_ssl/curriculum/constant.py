@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from etpp_ssl.config import Config
+from etpp_ssl.config import Config, as_pair
 from etpp_ssl.curriculum.base import Curriculum
 
 
@@ -42,14 +42,15 @@ class Constant(Curriculum):
     def __init__(
         self,
         *,
-        image_size: tuple[int, int],
+        image_size: int | tuple[int, int],
         num_images: int,
         batch_size: int,
         budget_epochs: float,
     ) -> None:
+        size = as_pair(image_size)
         super().__init__(
-            [(image_size, 1.0)],
-            image_size=image_size,
+            [(size, 1.0)],
+            image_size=size,
             num_images=num_images,
             batch_size=batch_size,
             budget_epochs=budget_epochs,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from etpp_ssl.data.images import Bands, UnreadableImage
 
@@ -73,6 +73,9 @@ def _one_line_reasons() -> Iterator[None]:
         yield
     except UnreadableImage:
         raise
+    except UnidentifiedImageError as error:
+        # Pillow's own words hold the memory address of the bytes.
+        raise UnreadableImage("it is in no known image format") from error
     except Exception as error:
         # Decoders meet arbitrary bytes here and raise whatever comes to hand (SyntaxError,
         # struct.error, DecompressionBombError ...): to us each of them is one unreadable image.

@@ -5,6 +5,7 @@ Legend: C channels, H, W pixels.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Protocol
 
@@ -48,7 +49,7 @@ class ImageSource(Protocol):
         """A short hash of what the data set contains; a resumed run must find the same."""
 
 
-class DataConfig(Config):
+class DataConfig(Config, ABC):
     """Settings that every data source shares."""
 
     num_images: int | None = neutral(None, ge=1)
@@ -82,13 +83,13 @@ class DataConfig(Config):
             raise ValueError(f"crop_scale is {[low, high]}: use two shares of the area, 0 < low <= high <= 1")
         return self
 
+    @abstractmethod
     def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> ImageSource:
         """Open the "train" or the "eval" split.
 
         Raises:
             UserError: if the data is not there or has no images.
         """
-        raise NotImplementedError
 
     def statistics(self, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(mean, std) per channel, defaults filled in.

@@ -209,12 +209,13 @@ def _pattern(
     if texture == "grained":
         return draw.standard_normal(field.shape, dtype=np.float32)
     if texture == "blotched":
-        return 1.2 * np.tanh(2 * field)
+        blotches: np.ndarray = 1.2 * np.tanh(2 * field)
+        return blotches
     wave, cos, sin = 2 * math.pi / period, math.cos(angle), math.sin(angle)
-    stripes: np.ndarray = math.sqrt(2) * np.sin(wave * cos * x + wave * sin * y)
+    waves: np.ndarray = math.sqrt(2) * np.sin(wave * cos * x + wave * sin * y)
     if texture == "checked":
-        stripes *= math.sqrt(2) * np.sin(wave * cos * y - wave * sin * x)
-    return stripes
+        waves *= math.sqrt(2) * np.sin(wave * cos * y - wave * sin * x)
+    return waves
 
 
 def _coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float, angle: float) -> np.ndarray:

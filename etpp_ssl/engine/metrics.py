@@ -27,7 +27,7 @@ class MetricsFile:
 
     def cut_back(self, step: int) -> None:
         """Forget rows after `step`: the run goes on from there and writes them again."""
-        if not self.accelerator.is_main_process or not self.path.exists():
+        if not self.path.exists():
             return
         rows = [row for row in self.folder.metrics() if row["step"] <= step]
         aside = self.path.with_suffix(".writing")

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.base import Curriculum
@@ -22,6 +18,7 @@ from etpp_ssl.data.splits import open_split
 from etpp_ssl.engine.checkpoint import load_checkpoint
 from etpp_ssl.engine.metrics import MetricsFile
 from etpp_ssl.engine.progress import Progress
+from etpp_ssl.engine.start import load_init, prepare_folder, starting_point
 from etpp_ssl.engine.state import TrainState, environment, environment_changes
 from etpp_ssl.evaluation.base import Probe, ProbeContext
 from etpp_ssl.model.mae import MaskedAutoencoder
@@ -30,8 +27,8 @@ from etpp_ssl.model.patches import grid_of
 from etpp_ssl.objective.base import Objective
 from etpp_ssl.optim.groups import weight_decay_groups
 from etpp_ssl.randomness import derive_key
-from etpp_ssl.recipe import Recipe, changed_keys
-from etpp_ssl.run_folder import MODEL_FILE, Checkpoint, RunFolder, load_weights
+from etpp_ssl.recipe import Recipe
+from etpp_ssl.run_folder import RunFolder
 
 
 @dataclass
@@ -110,7 +107,7 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
     objective = recipe.build_objective()
     probe = build_probe(recipe, accelerator, normalise, objective)
     folder = RunFolder(recipe.output)
-    start, state = _starting_point(recipe, folder, source, fork, progress.say)
+    start, state = starting_point(recipe, folder, source, fork, progress.say)
     if state.step > curriculum.num_steps:
         raise UserError(
             f"checkpoint of step {state.step} is beyond this recipe's {curriculum.num_steps} steps"
@@ -150,7 +147,14 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
         data_fingerprint=source.fingerprint(),
     )
     if not run.finished:
-        _prepare_folder(run, start)
+        # The other processes may still be reading what the main one is about to change.
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            num_parameters = sum(parameter.numel() for parameter in model.parameters())
+            prepare_folder(folder, recipe, state.step, num_parameters, run.metrics)
+        accelerator.wait_for_everyone()
+        if recipe.tracker.name != "none":
+            accelerator.init_trackers(recipe.tracker.project)
     return run
 
 
@@ -215,26 +219,6 @@ def build_probe(
     )
 
 
-def load_init(model: MaskedAutoencoder, init: str, say: Callable[[str], None]) -> None:
-    """Start from other weights: a run of ours (all of the model), or an encoder's safetensors.
-
-    Raises:
-        UserError: if there is nothing to read or it is of another model.
-    """
-    path = Path(init).expanduser()
-    if (path / "recipe.yaml").is_file():
-        tensors = RunFolder(path).trained(say).model()
-        model.load_state_dict(load_weights(model.state_dict(), tensors, f"init {init!r}"))
-        return
-    file = path / MODEL_FILE if path.is_dir() else path
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"init {init!r} is neither a run folder nor safetensors: {error}") from error
-    encoder = model.encoder
-    encoder.load_state_dict(load_weights(encoder.state_dict(), tensors, f"init {init!r}"))
-
-
 def _open_training_images(recipe: Recipe) -> ImageSource:
     recipe.data.statistics(recipe.in_chans)
     source = open_split(
@@ -247,78 +231,3 @@ def _open_training_images(recipe: Recipe) -> ImageSource:
             f"data.num_images=null takes what is there"
         )
     return source
-
-
-def _starting_point(
-    recipe: Recipe,
-    folder: RunFolder,
-    source: ImageSource,
-    fork: Path | None,
-    say: Callable[[str], None],
-) -> tuple[Checkpoint | None, TrainState]:
-    """The checkpoint to start from and its state, checked against the recipe and the data."""
-    start = None
-    if folder.exists():
-        changed = changed_keys(folder.recipe(), recipe)
-        if changed:
-            raise UserError(
-                f"run {str(folder.path)!r} was started with other settings: {'; '.join(changed)}; go on "
-                f"with the old ones, or use --fork {folder.path} with another output"
-            )
-        start = folder.newest(say)
-    elif folder.path.is_dir() and any(folder.path.iterdir()):
-        raise UserError(
-            f"output {str(folder.path)!r} is a folder with other files in it and no run; choose another"
-        )
-    forked = start is None and fork is not None
-    if forked:
-        assert fork is not None
-        start = RunFolder(fork).trained(say)
-    if start is None:
-        return None, TrainState()
-    saved = start.state()
-    if saved["data"] != source.fingerprint() and not forked:
-        raise UserError(
-            f"the data is not what run {str(folder.path)!r} was started with: files were added, removed or "
-            f"renamed; use --fork {folder.path} with another output to go on with these"
-        )
-    state = TrainState.from_json(saved["state"])
-    if forked:
-        say(f"forked from {start.path} at step {state.step}")
-    else:
-        say(f"resuming {folder.path} at step {state.step}")
-    return start, state
-
-
-def _prepare_folder(run: Run, start: Checkpoint | None) -> None:
-    """Create the folder, or bring it back to the checkpoint's step."""
-    folder = run.folder
-    # The others may still be reading what the main process is about to change.
-    run.accelerator.wait_for_everyone()
-    if run.accelerator.is_main_process:
-        existing = next(p for p in [folder.path.absolute(), *folder.path.absolute().parents] if p.exists())
-        try:
-            parameters = sum(p.numel() for p in run.bare_model.parameters())
-            # Weights and two moments in float32, one checkpoint more while it is written.
-            need = 12 * parameters * (run.recipe.checkpoint.keep + 1)
-            disk = shutil.disk_usage(existing)
-            if disk.total and disk.free < need:
-                raise UserError(
-                    f"output {str(folder.path)!r} has {disk.free / 1e9:.1f} GB free, but "
-                    f"{run.recipe.checkpoint.keep + 1} checkpoints take {need / 1e9:.1f} GB"
-                )
-            folder.checkpoint_folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.checkpoint_folder.glob(".writing-*"):
-                shutil.rmtree(leftover)
-            for checkpoint in folder.checkpoints():
-                if checkpoint.step > run.state.step:
-                    shutil.rmtree(checkpoint.path)
-            run.recipe.save(folder.recipe_file)
-        except OSError as error:
-            raise UserError(
-                f"output {str(folder.path)!r} cannot be written to: {error.strerror or error}"
-            ) from error
-    run.metrics.cut_back(run.state.step)
-    run.accelerator.wait_for_everyone()
-    if run.recipe.tracker.name != "none":
-        run.accelerator.init_trackers(run.recipe.tracker.project)

@@ -1,0 +1,96 @@
+"""pydantic's findings in our words: one sentence that names the key, the value and what would be valid."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+
+def validation_sentence(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first mistake.
+
+    Args:
+        error: what pydantic found.
+        root: the Config that was validated.
+    """
+    first = error.errors(include_url=False)[0]
+    path, models = _walk(first["loc"], root)
+    key = ".".join(path) or "the recipe"
+    value, kind = first["input"], first["type"]
+    if kind == "extra_forbidden":
+        known = sorted({name for model in models for name in model.model_fields})
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        where = ".".join(path[:-1])
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return (
+            f"unknown key {key!r}; {hint}valid keys{f' of {where}' if where else ''} are {', '.join(known)}"
+        )
+    if kind in ("union_tag_invalid", "union_tag_not_found", "literal_error"):
+        names = [name_of(m) for m in members(root, path[0])] if kind.startswith("union") else None
+        valid = ", ".join(map(str, names)) if names else first.get("ctx", {}).get("expected", "")
+        if kind == "union_tag_not_found":
+            return f"{key}.name is missing; valid names are {valid}"
+        name = value.get("name") if isinstance(value, dict) else value
+        return f"{key}{'.name' if names else ''} is {name!r}; valid are {valid}"
+    if kind == "missing":
+        return f"{key} is missing"
+    if kind == "value_error":
+        return f"{key}: {first['msg'].removeprefix('Value error, ')}"
+    message = first["msg"].removeprefix("Input ")
+    return f"{key} is {shown(value)}: it {message}"
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut to a readable length."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _walk(loc: tuple[int | str, ...], root: type[BaseModel]) -> tuple[list[str], list[type[BaseModel]]]:
+    """A pydantic location as recipe keys, without union tags, and the Configs around its last key."""
+    path: list[str] = []
+    models: list[type[BaseModel]] = [root]
+    around = models
+    for part in loc:
+        if isinstance(part, int):
+            path.append(str(part))
+            continue
+        tagged = [m for m in models if name_of(m) == part]
+        if tagged and len(models) > 1:
+            models = tagged
+            continue
+        if part.endswith("]") or part in ("int", "float", "bool", "str"):
+            continue
+        path.append(part)
+        around = models
+        models = [
+            inner
+            for model in models
+            if part in model.model_fields
+            for inner in models_in(model.model_fields[part].annotation)
+        ]
+    return path, around
+
+
+def members(root: type[BaseModel], section: str) -> list[type[BaseModel]]:
+    """The Configs that a section of `root` can hold."""
+    field = root.model_fields.get(section)
+    return models_in(field.annotation) if field is not None else []
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The Configs that a type annotation admits."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType, Annotated, tuple):
+        return [model for part in get_args(annotation) for model in models_in(part)]
+    return []
+
+
+def name_of(member: type[BaseModel]) -> Any:
+    """The literal `name` of a Config, or None."""
+    field = member.model_fields.get("name")
+    return field.default if field is not None else None
