@@ -155,7 +155,7 @@ def render(
     rows, columns = _pixel_centres(size)
 
     side = min(size)
-    radius = side * (0.26 + 0.10 * u[0])
+    radius = side * (0.27 + 0.10 * u[0])
     # Only corners leave the picture, so that no class is cut off much more than another.
     margin_y, margin_x = min(0.95 * radius, height / 2), min(0.95 * radius, width / 2)
     y = rows - (margin_y + u[1] * (height - 2 * margin_y))
@@ -182,9 +182,9 @@ def render(
     foreground -= background
     foreground *= mask
     background += foreground
-    # Coloured light from one side. It dominates the distance between pictures, which keeps nearest
+    # Coloured light from one side adds to the distance between pictures, which keeps nearest
     # neighbours in pixels from working, and hardly touches any patch's own pattern.
-    light, angle = 0.2 + 0.3 * u[12], 2 * math.pi * u[13]
+    light, angle = 0.15 + 0.2 * u[12], 2 * math.pi * u[13]
     ramp = (light * math.cos(angle) / width) * (columns - width / 2)
     ramp = ramp + (light * math.sin(angle) / height) * (rows - height / 2)
     background += (1 + 0.3 * tint[:, -1])[:, None, None] * ramp

@@ -38,6 +38,13 @@ def test_a_picture_is_a_function_of_seed_split_and_index() -> None:
         assert (to_tensor(other) != first).float().mean() > 0.5
 
 
+def test_channels_share_most_of_their_background() -> None:
+    corners = images(source(image_size=(40, 48)), 60)[:, :, :7, :9]
+    steps = np.diff(corners, axis=3).reshape(60, 3, -1)
+    shared = np.mean([np.corrcoef(step)[0, 1] for step in steps])
+    assert 0.6 < shared < 0.999
+
+
 def test_the_recipes_seed_plays_no_part_and_its_size_only_by_default() -> None:
     config = SyntheticConfig()
     left, right = (config.open("train", in_chans=3, image_size=(20, 30), seed=s) for s in (0, 1))
@@ -195,6 +202,12 @@ def nearest_neighbours(train: np.ndarray, test: np.ndarray, classes: int, k: int
     return float((counts.argmax(axis=1) == np.arange(len(test)) % classes).mean())
 
 
+def directions(pictures: np.ndarray) -> np.ndarray:
+    """Pixels without their mean, at unit length: the closest that raw pixels come to the classes."""
+    rows = (pictures - pictures.mean(axis=(2, 3), keepdims=True)).reshape(len(pictures), -1)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
 def local_patterns(pictures: np.ndarray) -> np.ndarray:
     """Mean responses of random 5 x 5 filters, rectified, on luma without its local mean: (B, 128)."""
     luma = pictures.mean(axis=1)
@@ -209,7 +222,7 @@ def local_patterns(pictures: np.ndarray) -> np.ndarray:
 
 def test_classes_can_be_learnt_but_not_from_pixels_or_colours() -> None:
     train, test = images(source(image_size=(32, 32)), 2000), images(source("eval", image_size=(32, 32)), 500)
-    pixels = nearest_neighbours(train.reshape(2000, -1), test.reshape(500, -1), 10, 20)
+    pixels = nearest_neighbours(directions(train), directions(test), 10, 1)
     colours = nearest_neighbours(train.mean(axis=(2, 3)), test.mean(axis=(2, 3)), 10, 20)
     left, right = local_patterns(train), local_patterns(test)
     # A linear map of local statistics is about the least that an encoder would have to find.
@@ -219,6 +232,6 @@ def test_classes_can_be_learnt_but_not_from_pixels_or_colours() -> None:
     weights = np.linalg.solve(left.T @ left + 10 * np.eye(left.shape[1]), left.T @ (labels - 0.1))
     linear = float(((right @ weights).argmax(axis=1) == np.arange(500) % 10).mean())
     # Chance is 0.1, four standard errors of 500 draws are 0.054.
-    assert pixels < 0.16
+    assert pixels < 0.31
     assert colours < 0.155
     assert linear > 0.4
