@@ -60,9 +60,15 @@ def pretrain(
 ) -> None:
     """Train, or go on from the run folder's newest checkpoint."""
     from etpp_ssl.engine.pretrain import pretrain as run_pretraining
+    from etpp_ssl.engine.signals import Interrupted
     from etpp_ssl.recipe import load_recipe
 
-    run_pretraining(load_recipe(recipe, overrides or ()), fork)
+    try:
+        run_pretraining(load_recipe(recipe, overrides or ()), fork)
+    except Interrupted as interrupted:
+        if is_main_process():
+            say(f"etpp: {interrupted}; the same command goes on from there")
+        raise typer.Exit(interrupted.exit_code) from None
 
 
 @app.command()
@@ -133,9 +139,3 @@ def main(arguments: list[str] | None = None) -> Any:
         rank = "" if is_main_process() else f" [process {os.environ['RANK']}]"
         say(f"etpp: error:{rank} {' '.join(str(error).split())}")
         sys.exit(2)
-    except Exception as error:
-        if type(error).__name__ != "Interrupted":
-            raise
-        if is_main_process():
-            say(f"etpp: {error}; the same command goes on from there")
-        sys.exit(getattr(error, "exit_code", 1))

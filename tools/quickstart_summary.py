@@ -17,8 +17,22 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from etpp_ssl.config import show_size
+from etpp_ssl.data.augment import Normalise
 from etpp_ssl.data.splits import open_split
+from etpp_ssl.engine.run import build_probe, open_accelerator
+from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
+
+
+def untrained_knn(recipe: Recipe) -> float:
+    """What the same probe says of the encoder before training, in per cent."""
+    accelerator = open_accelerator(recipe)
+    mean, std = recipe.data.statistics(recipe.in_chans)
+    normalise = Normalise(mean, std, accelerator.device)
+    probe = build_probe(recipe, accelerator, normalise, recipe.build_objective())
+    assert probe is not None
+    torch.manual_seed(recipe.seed)
+    return probe.run(recipe.build_model().to(accelerator.device))["knn_top1"]
 
 
 def main(path: Path) -> None:
@@ -56,8 +70,11 @@ def main(path: Path) -> None:
 
     for line in (path / "report" / "probes.jsonl").read_text(encoding="utf-8").splitlines()[-1:]:
         result = json.loads(line)
-        classes = len(source.classes or ())
-        console.print(f"kNN on frozen features: {result['knn_top1']:.1f} % (chance: {100 / classes:.1f} %)")
+        chance = 100 / len(source.classes or ())
+        console.print(
+            f"kNN on frozen features: {result['knn_top1']:.1f} % "
+            f"(untrained encoder: {untrained_knn(recipe):.1f} %, chance: {chance:.1f} %)"
+        )
 
     folder = path / "export" / "timm"
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()

@@ -49,14 +49,18 @@ def pretrain(recipe: Recipe, fork: Path | None = None) -> Run:
         return run
     try:
         with StopRequest() as stop_request:
-            _train(run, stop_request)
+            signum = _train(run, stop_request)
     finally:
         run.progress.stop()
-        run.accelerator.end_training()
+    # Not after an error: other processes may then be waiting in a collective.
+    run.accelerator.end_training()
+    if not run.finished:
+        raise Interrupted(signum, run.state.step)
     return run
 
 
-def _train(run: Run, stop_request: StopRequest) -> None:
+def _train(run: Run, stop_request: StopRequest) -> int:
+    """Train to the end, or until a signal arrives; returns the signal, or 0."""
     recipe, state, curriculum, accelerator = run.recipe, run.state, run.curriculum, run.accelerator
     model, optimizer, objective = run.model, run.optimizer, run.objective
     learning_rate = recipe.optim.schedule(recipe.batch_size)
@@ -101,8 +105,9 @@ def _train(run: Run, stop_request: StopRequest) -> None:
             meter.synchronise()
             _save(run)
             clock.written()
-        if signum and not run.finished:
-            raise Interrupted(signum, state.step)
+        if signum:
+            return signum
+    return 0
 
 
 def _open_feed(run: Run) -> Feed:
