@@ -134,6 +134,7 @@ def test_only_keys_that_change_the_result_count_as_changes() -> None:
     neutral = [
         "output=y",
         "data.num_workers=0",
+        "data.max_bad_share=0.5",
         "checkpoint.every_steps=3",
         "tracker=tensorboard",
         "probe=knn",

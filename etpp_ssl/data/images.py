@@ -63,9 +63,9 @@ class DataConfig(Config, ABC):
     """Area range of the random resized crop (MAE: 0.2 to 1)."""
     flip: bool = True
     """Mirror half of the training images."""
-    crop_pct: float = Field(default=0.875, gt=0, le=1)
+    crop_pct: float = neutral(0.875, gt=0, le=1)
     """Evaluation: the centre crop's share of the resized image's side (timm's `crop_pct`)."""
-    max_bad_share: float = Field(default=0.01, ge=0, le=1)
+    max_bad_share: float = neutral(0.01, ge=0, le=1)
     """The run stops once more than this share of the data set turned out to be unreadable."""
     holdout: int = Field(default=0, ge=0)
     """Images, chosen by a keyed draw, that training never sees: for evaluation without a split."""

@@ -60,7 +60,7 @@ def model_card(recipe: Recipe, step: int, num_features: int, license_name: str) 
     """A card in the Hugging Face hub's format (Markdown with YAML front matter)."""
     mean, std = recipe.data.statistics(recipe.in_chans)
     data = recipe.data.description or (
-        f"Images from a `{recipe.data.name}` source. The recipe gives no description (`data.description`)."
+        f"A `{recipe.data.name}` data set; its recipe describes it no further (`data.description`)."
     )
     return CARD.format(
         license=license_name,
