@@ -21,6 +21,7 @@ from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.engine.agreement import Agreement
 from etpp_ssl.engine.checkpoint import CheckpointClock, save_checkpoint
 from etpp_ssl.engine.feed import BadImages, Feed
+from etpp_ssl.engine.kernels import kernels_in_use
 from etpp_ssl.engine.metrics import Meter
 from etpp_ssl.engine.run import Run, open_run
 from etpp_ssl.engine.signals import Interrupted, StopRequest
@@ -195,7 +196,9 @@ def _save(run: Run) -> None:
             run.optimizer,
             {
                 "state": run.state.to_json(),
-                "environment": environment(accelerator.num_processes, accelerator.device),
+                "environment": environment(
+                    accelerator.num_processes, accelerator.device, kernels_in_use(run.recipe)
+                ),
                 "data": run.data_fingerprint,
                 "scaler": scaler.state_dict() if scaler is not None else None,
             },

@@ -16,6 +16,7 @@ from etpp_ssl.data.augment import EvalView, Normalise, TrainView
 from etpp_ssl.data.images import ImageSource
 from etpp_ssl.data.splits import open_split
 from etpp_ssl.engine.checkpoint import load_checkpoint
+from etpp_ssl.engine.kernels import attention_notes, kernels_in_use
 from etpp_ssl.engine.metrics import MetricsFile
 from etpp_ssl.engine.progress import Progress
 from etpp_ssl.engine.start import load_init, prepare_folder, starting_point
@@ -118,7 +119,8 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
         if accelerator.scaler is not None and saved.get("scaler"):
             accelerator.scaler.load_state_dict(saved["scaler"])
         changes = environment_changes(
-            saved["environment"], environment(accelerator.num_processes, accelerator.device)
+            saved["environment"],
+            environment(accelerator.num_processes, accelerator.device, kernels_in_use(recipe)),
         )
         if changes:
             progress.say(f"warning: the last bits may differ from the run so far: {', '.join(changes)}")
@@ -152,6 +154,8 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
         if accelerator.is_main_process:
             num_parameters = sum(parameter.numel() for parameter in model.parameters())
             prepare_folder(folder, recipe, state.step, num_parameters, run.metrics)
+            for note in attention_notes(recipe, model, curriculum, accelerator.device):
+                progress.say(note)
         accelerator.wait_for_everyone()
         if recipe.tracker.name != "none":
             accelerator.init_trackers(recipe.tracker.project)

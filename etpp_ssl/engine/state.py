@@ -48,13 +48,14 @@ class TrainState:
         )
 
 
-def environment(num_processes: int, device: torch.device) -> dict[str, str]:
-    """What can change the last bits of a result: versions, threads, processes, device."""
+def environment(num_processes: int, device: torch.device, kernels: str) -> dict[str, str]:
+    """What can change the last bits of a result: versions, threads, processes, device, kernels."""
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
         "threads": str(torch.get_num_threads()),
         "processes": str(num_processes),
+        "kernels": kernels,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 

@@ -15,9 +15,9 @@ import torch
 from pydantic import Field
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from etpp_ssl.config import Config, UserError
+from etpp_ssl.model.blocks import BlockRunner
 from etpp_ssl.model.pos_embed import sincos_pos_embed
 from etpp_ssl.model.vit import init_linear
 
@@ -72,7 +72,7 @@ class MAEDecoder(nn.Module):
         super().__init__()
         self.num_prefix = num_prefix
         self.base_grid = base_grid
-        self.grad_checkpointing = False
+        self.run = BlockRunner()
         width = config.embed_dim
         self.embed = nn.Linear(encoder_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -110,10 +110,7 @@ class MAEDecoder(nn.Module):
         masked = self.mask_token + position_NE[ids_removed]
         tokens = torch.cat([tokens[:, : self.num_prefix], visible, masked.to(visible.dtype)], dim=1)
         for block in self.blocks:
-            if self.grad_checkpointing:
-                tokens = checkpoint(block, tokens, use_reentrant=False)
-            else:
-                tokens = block(tokens)
+            tokens = self.run(block, tokens)
         prediction: Tensor = self.head(self.norm(tokens[:, tokens.shape[1] - num_masked :]))
         return prediction
 

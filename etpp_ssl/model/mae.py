@@ -5,6 +5,7 @@ Legend: B batch, C channels, H, W pixels, N patches, K visible, M masked, D widt
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from pydantic import Field
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from etpp_ssl.config import Config, as_pair
+from etpp_ssl.config import Config, as_pair, neutral
+from etpp_ssl.model.attention import AttentionName, use_attention
+from etpp_ssl.model.blocks import BlockRunner
 from etpp_ssl.model.decoder import MAEDecoder, MAEDecoderConfig
 from etpp_ssl.model.masking import num_visible, removed_ids
 from etpp_ssl.model.patches import grid_of
@@ -46,6 +49,11 @@ class ModelConfig(Config):
     """Share of the patches that is removed."""
     grad_checkpointing: bool = False
     """Recompute the blocks in the backward pass: less memory, about a third more compute."""
+    attention: AttentionName = neutral("auto")
+    """Kernel of the self-attention in pre-training: `fused` (torch's), `unfused` (plain products), or
+    `auto`, what measured faster on the device; they differ by rounding."""
+    compiled: bool = neutral(False)
+    """Run the blocks through `torch.compile`: a compilation for each stage."""
     decoder: MAEDecoderConfig = MAEDecoderConfig()
 
     def encoder_args(self, image_size: tuple[int, int], in_chans: int) -> tuple[str, dict[str, Any]]:
@@ -86,7 +94,8 @@ class ModelConfig(Config):
             mask_ratio=self.mask_ratio,
             fixed_positions=self.pos_embed == "sincos",
         )
-        model.set_grad_checkpointing(self.grad_checkpointing)
+        use_attention(model, self.attention)
+        model.run_blocks_by(BlockRunner(self.grad_checkpointing, self.compiled))
         return model
 
 
@@ -115,17 +124,21 @@ class MaskedAutoencoder(nn.Module):
         self.mask_ratio = mask_ratio
         self.fixed_positions = fixed_positions
         self._tables: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
-        self.grad_checkpointing = False
+        self.run = BlockRunner()
 
     @property
     def patch_size(self) -> tuple[int, int]:
         """(p, q) in pixels."""
         return as_pair(tuple(self.encoder.patch_embed.patch_size))
 
+    def run_blocks_by(self, run: BlockRunner) -> None:
+        """Choose how the blocks of encoder and decoder are run."""
+        self.run = run
+        self.decoder.run = run
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass (timm's name for the switch)."""
-        self.grad_checkpointing = enable
-        self.decoder.grad_checkpointing = enable
+        self.run_blocks_by(replace(self.run, grad_checkpointing=enable))
 
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Prediction:
         """Predict the masked patches.
@@ -147,7 +160,7 @@ class MaskedAutoencoder(nn.Module):
             images,
             ids_keep,
             positions=self._fixed_table(grid) if self.fixed_positions else None,
-            grad_checkpointing=self.grad_checkpointing,
+            run=self.run,
         )
         return Prediction(self.decoder(tokens, ids_keep, ids_removed, grid), ids_removed)
 

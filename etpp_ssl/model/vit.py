@@ -19,9 +19,9 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from etpp_ssl.config import UserError, as_pair, show_size
+from etpp_ssl.model.blocks import BlockRunner
 from etpp_ssl.model.patches import gather_patches, grid_of
 from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_pos_embed
 
@@ -154,7 +154,7 @@ def encode_visible(
     ids_keep: Tensor,
     *,
     positions: Tensor | None = None,
-    grad_checkpointing: bool = False,
+    run: BlockRunner = BlockRunner(),  # noqa: B008 (immutable)
 ) -> Tensor:
     """Encode the visible patches only: the tokens that a ViT gives when it is fed nothing else.
 
@@ -164,7 +164,7 @@ def encode_visible(
         ids_keep: int64 (B, K), visible patches of the h x w grid.
         positions: (1, P or 0 + N, D) for this grid, in the layout of `pos_embed`; None resamples
             `pos_embed` itself.
-        grad_checkpointing: recompute each block in the backward pass.
+        run: how blocks are run.
 
     Returns:
         (B, P + K, D), after the final norm; prefix tokens first, patches in the order of `ids_keep`.
@@ -190,7 +190,7 @@ def encode_visible(
         tokens = torch.cat([prefix_tokens.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], 1)
     tokens = encoder.norm_pre(tokens)
     for block in encoder.blocks:
-        tokens = checkpoint(block, tokens, use_reentrant=False) if grad_checkpointing else block(tokens)
+        tokens = run(block, tokens)
     normed: Tensor = encoder.norm(tokens)
     return normed
 

@@ -1,0 +1,141 @@
+"""Self-attention in training, by the kernel that is fastest on the device; what is computed stays timm's.
+
+Legend: B batch, H heads, N tokens, D head width, E = H D.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from einops import rearrange
+from timm.layers import Attention
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+AttentionName = Literal["auto", "fused", "unfused"]
+
+FLOAT32_UNFUSED_TOKENS = 64
+"""In float32 on a CPU the fused kernel wins beyond about so many tokens (`tools/bench_attention.py`)."""
+UNFUSED_TOKENS = 1024
+"""`auto` keeps no attention matrices longer than this: they would take more memory than the activations."""
+
+
+class Choice(NamedTuple):
+    """A kernel and why it was taken."""
+
+    fused: bool
+    reason: str
+
+
+def choose_kernel(name: AttentionName, device: str, dtype: torch.dtype, num_tokens: int) -> Choice:
+    """The attention kernel to use: torch's `scaled_dot_product_attention` (fused) or plain products.
+
+    Args:
+        name: "fused" or "unfused" take that one; "auto" chooses by what was measured.
+        device: its type, such as "cpu" or "cuda".
+        dtype: of queries, keys and values.
+        num_tokens: N.
+    """
+    if name != "auto":
+        return Choice(name == "fused", "model.attention says so")
+    if device != "cpu":
+        return Choice(True, f"kernels for {device} are made for it")
+    if num_tokens > UNFUSED_TOKENS:
+        return Choice(True, f"more than {UNFUSED_TOKENS} tokens: memory")
+    if dtype != torch.float32:
+        return Choice(False, "the fused backward pass is slow in half precision on a CPU")
+    if num_tokens <= FLOAT32_UNFUSED_TOKENS:
+        return Choice(False, f"faster on a CPU up to about {FLOAT32_UNFUSED_TOKENS} tokens")
+    return Choice(True, f"faster on a CPU beyond about {FLOAT32_UNFUSED_TOKENS} tokens")
+
+
+class SelfAttention(Attention):
+    """timm's attention, which in training takes the kernel of choice; in evaluation it is timm's to the bit.
+
+    Query norms, gates and attention dropout are left to timm altogether. `use_attention` makes them.
+    """
+
+    kernel: AttentionName
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, N, E) to (B, N, E); further arguments, such as a mask, are timm's."""
+        # timm's blocks hand on a mask that is None, under names that differ between its versions.
+        no_mask = all(value is None or value is False for value in (*args, *kwargs.values()))
+        if self.training and no_mask and self._has_no_extras():
+            qkv = self.qkv(x)
+            if not choose_kernel(self.kernel, qkv.device.type, qkv.dtype, qkv.shape[1]).fused:
+                mixed = unfused_attention(qkv, self.num_heads)
+                return self.proj_drop(self.proj(mixed))  # type: ignore[no-any-return]
+        return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def _has_no_extras(self) -> bool:
+        norms = (self.q_norm, self.k_norm, getattr(self, "norm", nn.Identity()))
+        identity = all(isinstance(norm, nn.Identity) for norm in norms)
+        return identity and self.attn_drop.p == 0 and getattr(self, "gate", None) is None
+
+
+def use_attention(module: nn.Module, kernel: AttentionName) -> None:
+    """Let every plain timm attention below `module` take this kernel in training.
+
+    The modules change their class in place, as `torch.nn.utils.parametrize` does it: parameters, their
+    names and hooks stay, so that timm builds the networks and loads the weights.
+    """
+    for attention in module.modules():
+        if type(attention) is Attention:
+            attention.__class__ = SelfAttention
+        if isinstance(attention, SelfAttention):
+            attention.kernel = kernel
+
+
+def unfused_attention(qkv: Tensor, num_heads: int) -> Tensor:
+    """softmax(Q K^T / sqrt(D)) V by plain batched products.
+
+    Equal to `scaled_dot_product_attention` up to rounding. Keeps the attention matrices, (B, H, N, N),
+    for the backward pass, which is written out: it fills one gradient of the packed input in place of
+    three that autograd would have to bring together.
+
+    Args:
+        qkv: (B, N, 3 E), queries, keys and values packed as timm's `qkv` layer gives them.
+        num_heads: H.
+
+    Returns:
+        (B, N, E), of the type of `qkv`.
+    """
+    mixed: Tensor = _Unfused.apply(qkv, num_heads)
+    return mixed
+
+
+class _Unfused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, num_heads: int) -> Tensor:
+        packed = rearrange(qkv, "b n (three h d) -> three (b h) n d", three=3, h=num_heads)
+        q, k, v = packed
+        weights = _scaled_product(q, k.transpose(1, 2)).softmax(dim=-1)
+        ctx.save_for_backward(packed, weights)
+        ctx.num_heads = num_heads
+        mixed: Tensor = rearrange(weights @ v, "(b h) n d -> b n (h d)", h=num_heads)
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        packed, weights = ctx.saved_tensors
+        q, k, v = packed
+        gradient = rearrange(gradient, "b n (h d) -> (b h) n d", h=ctx.num_heads)
+        of_packed = torch.empty_like(packed)
+        of_q, of_k, of_v = of_packed
+        torch.bmm(weights.transpose(1, 2), gradient, out=of_v)
+        of_weights = gradient @ v.transpose(1, 2)
+        of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        _scaled_product(of_scores, k, out=of_q)
+        _scaled_product(of_scores.transpose(1, 2), q, out=of_k)
+        return rearrange(of_packed, "three (b h) n d -> b n (three h d)", h=ctx.num_heads), None
+
+
+def _scaled_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b / sqrt(D) in one pass, D the width of queries and keys."""
+    width = a.shape[-1] if out is None else b.shape[-1]
+    # With beta = 0 the addend is not read.
+    addend = a.new_empty(1) if out is None else out
+    return torch.baddbmm(addend, a, b, beta=0, alpha=width**-0.5, out=out)
