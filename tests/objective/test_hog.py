@@ -187,22 +187,6 @@ def test_the_target_is_that_of_the_whole_image_at_the_masked_patches(
             torch.testing.assert_close(target[n, m], expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("patch", "share", "whole"), [(16, 0.75, False), (14, 0.75, False), (16, 0.9, True), (4, 0.75, True)]
-)
-def test_only_masked_patches_are_computed_where_they_hold_fewer_pixels(
-    patch: int, share: float, whole: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import etpp_ssl.objective.hog as module
-
-    calls = []
-    monkeypatch.setattr(module, "hog_features", lambda *args: calls.append(args) or hog_features(*args))
-    size = (7 * patch, 8 * patch)
-    objective = HogConfig().build(patch_size=(patch, patch), in_chans=1)
-    objective.target(random_images(size, 1), masked(size, (patch, patch), share))
-    assert bool(calls) == whole
-
-
 def test_the_default_cell_halves_the_patch() -> None:
     cells = {
         (16, 16): (8, 8),
