@@ -22,6 +22,8 @@ from etpp_ssl.evaluation.knn import KnnConfig
 from etpp_ssl.evaluation.reconstruction import ReconstructionConfig
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.objective.base import Objective
+from etpp_ssl.objective.combined import CombinedConfig
+from etpp_ssl.objective.hog import HogConfig
 from etpp_ssl.objective.pixels import PixelsConfig
 from etpp_ssl.optim.schedule import OptimConfig
 from etpp_ssl.sentences import members, name_of, shown, validation_sentence
@@ -29,7 +31,7 @@ from etpp_ssl.sentences import members, name_of, shown, validation_sentence
 # One line here makes a new component known to recipes.
 AnyData = FolderConfig | FileListConfig | TimmConfig | SyntheticConfig
 AnyCurriculum = EfficientTrainConfig | ConstantConfig
-AnyTarget = PixelsConfig
+AnyTarget = PixelsConfig | HogConfig | CombinedConfig
 
 
 class CheckpointConfig(Config):
@@ -85,7 +87,7 @@ class Recipe(Config):
     data: Annotated[AnyData, Field(discriminator="name")]
     curriculum: Annotated[AnyCurriculum, Field(discriminator="name")] = EfficientTrainConfig()
     model: ModelConfig = ModelConfig()
-    target: AnyTarget = PixelsConfig()
+    target: Annotated[AnyTarget, Field(discriminator="name")] = PixelsConfig()
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = neutral(CheckpointConfig())
     tracker: TrackerConfig = neutral(TrackerConfig())

@@ -17,7 +17,7 @@ def validation_sentence(error: ValidationError, root: type[BaseModel]) -> str:
         root: the Config that was validated.
     """
     first = error.errors(include_url=False)[0]
-    path, models = _walk(first["loc"], root)
+    path, models, here = _walk(first["loc"], root)
     key = ".".join(path) or "the recipe"
     value, kind = first["input"], first["type"]
     if kind == "extra_forbidden":
@@ -29,7 +29,7 @@ def validation_sentence(error: ValidationError, root: type[BaseModel]) -> str:
             f"unknown key {key!r}; {hint}valid keys{f' of {where}' if where else ''} are {', '.join(known)}"
         )
     if kind in ("union_tag_invalid", "union_tag_not_found", "literal_error"):
-        names = [name_of(m) for m in members(root, path[0])] if kind.startswith("union") else None
+        names = [name_of(m) for m in here] if kind.startswith("union") else None
         valid = ", ".join(map(str, names)) if names else first.get("ctx", {}).get("expected", "")
         if kind == "union_tag_not_found":
             return f"{key}.name is missing; valid names are {valid}"
@@ -49,8 +49,13 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _walk(loc: tuple[int | str, ...], root: type[BaseModel]) -> tuple[list[str], list[type[BaseModel]]]:
-    """A pydantic location as recipe keys, without union tags, and the Configs around its last key."""
+def _walk(
+    loc: tuple[int | str, ...], root: type[BaseModel]
+) -> tuple[list[str], list[type[BaseModel]], list[type[BaseModel]]]:
+    """A pydantic location as recipe keys, without union tags.
+
+    Beside it the Configs around its last key, and those that the key itself can hold.
+    """
     path: list[str] = []
     models: list[type[BaseModel]] = [root]
     around = models
@@ -72,7 +77,7 @@ def _walk(loc: tuple[int | str, ...], root: type[BaseModel]) -> tuple[list[str],
             if part in model.model_fields
             for inner in models_in(model.model_fields[part].annotation)
         ]
-    return path, around
+    return path, around, models
 
 
 def members(root: type[BaseModel], section: str) -> list[type[BaseModel]]:

@@ -72,7 +72,7 @@ def test_the_loop_is_short_and_reads_in_the_order_of_the_method() -> None:
         "feed.step()",
         "low_frequency_crop(",
         "model(images",
-        "objective(",
+        "objective.losses(",
         "backward(",
         "optimizer.step()",
         "_log(",

@@ -50,15 +50,20 @@ class Meter:
         self.accelerator = accelerator
         self.state = state
         # The other processes' part of a resumed sum is in the main process's.
-        start = state.loss_sum if accelerator.is_main_process else 0.0
-        self._loss = torch.tensor(start, dtype=torch.float32, device=accelerator.device)
+        share = 1.0 if accelerator.is_main_process else 0.0
+        self._sums = {
+            name: torch.tensor(share * value, dtype=torch.float32, device=accelerator.device)
+            for name, value in {"loss": state.loss_sum, **state.part_sums}.items()
+        }
         self._since = time.perf_counter()
         self._images = 0
         self._wait = 0.0
 
-    def add(self, weighted_loss: Tensor) -> None:
-        """Take one micro-batch's loss, already weighted by its share of the global batch."""
-        self._loss += weighted_loss.detach()
+    def add(self, losses: dict[str, Tensor], weight: float) -> None:
+        """Take one micro-batch's losses, `loss` among them; `weight` is its share of the global batch."""
+        for name, loss in losses.items():
+            # A new run learns the names of its losses here.
+            self._sums[name] = self._sums.get(name, 0.0) + loss.detach() * weight
 
     def step_done(self, num_images: int, wait_seconds: float) -> None:
         """Count a finished step: images of the global batch, seconds this process waited for data."""
@@ -72,13 +77,15 @@ class Meter:
         self._since += seconds
 
     def synchronise(self) -> None:
-        """Bring the loss sum into the state, over all processes.
+        """Bring the loss sums into the state, over all processes.
 
         Raises:
             UserError: on every process, if it is not finite.
         """
-        total: Tensor = self.accelerator.reduce(self._loss.clone(), reduction="sum")
-        self.state.loss_sum = total.item()
+        total: Tensor = self.accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum")
+        sums = dict(zip(self._sums, total.tolist(), strict=True))
+        self.state.loss_sum = sums.pop("loss")
+        self.state.part_sums = sums
         if not math.isfinite(self.state.loss_sum):
             first = self.state.step - self.state.loss_steps + 1
             raise UserError(
@@ -88,17 +95,19 @@ class Meter:
             )
 
     def row(self) -> dict[str, float]:
-        """Loss and speed since the last row, which start anew."""
+        """Losses and speed since the last row, which start anew."""
         self.synchronise()
-        loss = self.state.loss_sum / self.state.loss_steps
+        state = self.state
+        sums = {"loss": state.loss_sum, **state.part_sums}
         seconds = time.perf_counter() - self._since
         values = {
-            "loss": loss,
+            **{name: value / state.loss_steps for name, value in sums.items()},
             "images_per_second": self._images / seconds,
             "data_wait_share": min(1.0, self._wait / seconds),
         }
-        self.state.seconds += seconds
-        self.state.loss_sum, self.state.loss_steps = 0.0, 0
-        self._loss.zero_()
+        state.seconds += seconds
+        state.loss_sum, state.part_sums, state.loss_steps = 0.0, dict.fromkeys(state.part_sums, 0.0), 0
+        for total in self._sums.values():
+            total.zero_()
         self._since, self._images, self._wait = time.perf_counter(), 0, 0.0
         return values

@@ -84,10 +84,11 @@ def _train(run: Run, stop_request: StopRequest) -> int:
             ids_keep = random_masking(batch.positions, num_patches, num_keep, recipe.seed)
             with _synchronised(run, batch):
                 values, ids_removed = model(images, ids_keep)
-                loss = objective(values, ids_removed, images) * batch.request.weight
+                losses = objective.losses(values, ids_removed, images)
+                loss = losses["loss"] * batch.request.weight
                 # DDP averages over the processes; the weights are shares of the global batch.
                 accelerator.backward(loss * accelerator.num_processes)
-            meter.add(loss)
+            meter.add(losses, batch.request.weight)
 
         if recipe.optim.clip_grad is not None:
             accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad)

@@ -64,6 +64,8 @@ def starting_point(
         )
     state = TrainState.from_json(saved["state"])
     if forked:
+        # The old recipe's losses belong in no row of this one's.
+        state.loss_sum, state.part_sums, state.loss_steps = 0.0, {}, 0
         say(f"forked from {start.path} at step {state.step}")
     else:
         say(f"resuming {folder.path} at step {state.step}")

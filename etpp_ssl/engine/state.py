@@ -20,6 +20,8 @@ class TrainState:
     """Optimizer steps done."""
     loss_sum: float = 0.0
     """Sum of the steps' losses since the last logged row."""
+    part_sums: dict[str, float] = field(default_factory=dict)
+    """The same of the losses that a target has beside the one that is minimised, by name."""
     loss_steps: int = 0
     seconds: float = 0.0
     """Wall time spent training so far."""
@@ -31,6 +33,7 @@ class TrainState:
         return {
             "step": self.step,
             "loss_sum": self.loss_sum,
+            "part_sums": self.part_sums,
             "loss_steps": self.loss_steps,
             "seconds": self.seconds,
             "bad_images": sorted(self.bad_images.items()),
@@ -42,6 +45,8 @@ class TrainState:
         return cls(
             step=values["step"],
             loss_sum=values["loss_sum"],
+            # Checkpoints of runs from before targets had parts lack it.
+            part_sums=values.get("part_sums", {}),
             loss_steps=values["loss_steps"],
             seconds=values["seconds"],
             bad_images=dict(values["bad_images"]),

@@ -41,7 +41,10 @@ class ReconstructionConfig(Config):
 
 
 class ReconstructionProbe:
-    """See `Probe`; yields `heldout_loss`, in the units of the training loss."""
+    """See `Probe`; yields `heldout_loss`, and `heldout_loss_<part>` for each part of a combined target.
+
+    All are in the units of the training losses.
+    """
 
     def __init__(self, config: ReconstructionConfig, context: ProbeContext) -> None:
         self.config = config
@@ -52,12 +55,13 @@ class ReconstructionProbe:
 
     @torch.no_grad()
     def run(self, model: MaskedAutoencoder) -> dict[str, float]:
-        """Mean loss over the evaluation images, in float32."""
+        """Mean losses over the evaluation images, in float32."""
         context = self.context
         grid = grid_of(context.view.image_size, model.patch_size)
         num_patches = grid[0] * grid[1]
         num_keep = num_visible(num_patches, context.mask_ratio)
-        total, count = 0.0, 0
+        sums: dict[str, float] = {}
+        count = 0
         with evaluating(model):
             for batch in evaluation_batches(
                 self.evaluation,
@@ -74,8 +78,14 @@ class ReconstructionProbe:
                 ids = random_masking(batch.positions[rows], num_patches, num_keep, context.seed)
                 # The class's own forward: accelerate wraps the instance's in autocast.
                 values, ids_removed = MaskedAutoencoder.forward(model, images, ids)
-                loss = context.objective(values, ids_removed, images)
-                total += loss.item() * len(rows)
+                for name, loss in context.objective.losses(values, ids_removed, images).items():
+                    sums[name] = sums.get(name, 0.0) + loss.item() * len(rows)
                 count += len(rows)
-        parts = gather_object([(total, count)])
-        return {"heldout_loss": sum(t for t, _ in parts) / max(1, sum(n for _, n in parts))}
+        shares = gather_object([(sums, count)])
+        num_images = max(1, sum(images_here for _, images_here in shares))
+        # A process without a readable image knows no names.
+        names = dict.fromkeys(["loss", *(name for sums_here, _ in shares for name in sums_here)])
+        return {
+            f"heldout_{name}": sum(sums_here.get(name, 0.0) for sums_here, _ in shares) / num_images
+            for name in names
+        }

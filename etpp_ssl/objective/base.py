@@ -5,18 +5,18 @@ Legend: B batch, C channels, M masked patches, V values per patch.
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 from torch import Tensor
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """A target for the masked patches and the loss against it; holds no state and no parameters."""
 
-    @property
-    def num_values(self) -> int:
-        """V, the numbers to predict per patch."""
+    num_values: int
+    """V, the numbers to predict per patch."""
 
+    @abstractmethod
     def target(self, images: Tensor, ids_removed: Tensor) -> Tensor:
         """The target of the masked patches, without gradient.
 
@@ -28,5 +28,15 @@ class Objective(Protocol):
             float32 (B, M, V).
         """
 
+    def losses(self, values_BMV: Tensor, ids_removed: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """The loss by name, float32 scalars: `loss` first, then what else is worth logging.
+
+        Here `loss` alone: the mean squared error over the values of a patch, then over the masked
+        patches of all images.
+        """
+        error = values_BMV.float() - self.target(images, ids_removed)
+        return {"loss": error.square().mean()}
+
     def __call__(self, values_BMV: Tensor, ids_removed: Tensor, images: Tensor) -> Tensor:
-        """The loss, a float32 scalar: the mean over the masked patches of all images."""
+        """The loss to minimise, a float32 scalar: the mean over the masked patches of all images."""
+        return self.losses(values_BMV, ids_removed, images)["loss"]

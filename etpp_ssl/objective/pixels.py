@@ -12,6 +12,7 @@ from torch import Tensor
 
 from etpp_ssl.config import Config
 from etpp_ssl.model.patches import gather_patches, patchify
+from etpp_ssl.objective.base import Objective
 
 
 class PixelsConfig(Config):
@@ -26,7 +27,7 @@ class PixelsConfig(Config):
         return PixelObjective(patch_size, in_chans, norm_pix=self.norm_pix)
 
 
-class PixelObjective:
+class PixelObjective(Objective):
     """Pixels of the low-frequency crop; see `Objective` for the methods' shapes."""
 
     def __init__(self, patch_size: tuple[int, int], in_chans: int, *, norm_pix: bool) -> None:
@@ -39,11 +40,6 @@ class PixelObjective:
         """Pixels of the masked patches in MAE's order (p, q, C), float32 (B, M, V)."""
         patches = gather_patches(patchify(images.float(), self.patch_size), ids_removed)
         return normalise_patches(patches) if self.norm_pix else patches
-
-    def __call__(self, values_BMV: Tensor, ids_removed: Tensor, images: Tensor) -> Tensor:
-        """Mean squared error over the values of a patch, then over masked patches."""
-        error = values_BMV.float() - self.target(images, ids_removed)
-        return error.square().mean()
 
 
 def normalise_patches(patches: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from typing import Any, Literal, get_args, get_origin
 
@@ -32,7 +33,10 @@ BANDWIDTHS = [
 
 
 def component_configs(package: Any) -> list[type[BaseModel]]:
-    """The Config classes of a package's modules that carry a literal `name`."""
+    """The Config classes of a package's modules that declare a literal `name`.
+
+    One that inherits it is a part of a combined target.
+    """
     found = []
     for module_info in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         module = importlib.import_module(module_info.name)
@@ -40,7 +44,8 @@ def component_configs(package: Any) -> list[type[BaseModel]]:
             is_config = isinstance(member, type) and issubclass(member, BaseModel)
             if is_config and member.__module__ == module.__name__:
                 field = member.model_fields.get("name")
-                if field is not None and get_origin(field.annotation) is Literal:
+                declared = field is not None and "name" in inspect.get_annotations(member)
+                if declared and get_origin(field.annotation) is Literal:
                     found.append(member)
     return found
 
@@ -75,7 +80,7 @@ def crop_and_mask(bandwidth: tuple[int, int], in_chans: int = 3, num: int = 3) -
 
 def test_the_search_finds_the_known_objectives_and_no_name_twice() -> None:
     names = [config.model_fields["name"].default for config in CONFIGS]
-    assert "pixels" in names
+    assert set(names) >= {"pixels", "hog", "combined"}
     assert len(names) == len(set(names))
 
 
@@ -145,6 +150,34 @@ def test_a_perfect_prediction_has_the_least_loss(config: Any, bandwidth: tuple[i
     noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(1))
     assert best < objective(target + 0.1 * noise, ids_removed, images)
     assert best < objective(torch.zeros_like(target), ids_removed, images)
+
+
+@every_objective
+def test_the_loss_comes_first_among_the_logged_ones_and_all_are_scalars(config: Any) -> None:
+    objective = config.build(patch_size=PATCH, in_chans=3)
+    images, ids_removed = crop_and_mask(IMAGE_SIZE)
+    values = torch.randn(*ids_removed.shape, objective.num_values)
+    losses = objective.losses(values, ids_removed, images)
+    assert next(iter(losses)) == "loss"
+    assert all(name.startswith("loss") for name in losses)
+    assert all(loss.shape == () and loss.dtype == torch.float32 for loss in losses.values())
+    assert torch.equal(losses["loss"], objective(values, ids_removed, images))
+
+
+@every_objective
+def test_images_that_are_not_finite_give_a_loss_that_is_not(config: Any) -> None:
+    objective = config.build(patch_size=PATCH, in_chans=3)
+    images, ids_removed = crop_and_mask(IMAGE_SIZE)
+    images[1] = torch.nan
+    values = torch.zeros(*ids_removed.shape, objective.num_values)
+    assert not objective(values, ids_removed, images).isfinite()
+
+
+@every_objective
+def test_operations_can_be_counted_on_the_meta_device(config: Any) -> None:
+    objective = config.build(patch_size=PATCH, in_chans=3)
+    images, ids_removed = crop_and_mask(IMAGE_SIZE)
+    assert objective.target(images.to("meta"), ids_removed.to("meta")).shape[-1] == objective.num_values
 
 
 @every_objective
