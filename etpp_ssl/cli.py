@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress as Bar
 
 from etpp_ssl.config import UserError
 
@@ -119,6 +120,52 @@ def export(
         run, out, pool=pool.value if pool is not None else None, license_name=license, say=say
     )
     print(f"{to.value}: {folder}")
+
+
+@app.command()
+def prepare(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of images, or a list of files.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make, for data.root.")],
+    size: Annotated[
+        int | None, typer.Option(help="Re-encode: the shorter side has at most so many pixels.")
+    ] = None,
+    quality: Annotated[
+        int | None, typer.Option(help="Re-encode: JPEG quality, 1 to 100, colour 4:4:4; 92 with --size.")
+    ] = None,
+    skip_bad: Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad/--keep-bad",
+            help="Leave out unreadable images, which moves later ones up, or keep their places.",
+        ),
+    ] = False,
+    shard_mb: Annotated[int, typer.Option(help="Size of a shard in megabytes.")] = 1024,
+    workers: Annotated[int, typer.Option(help="Images in work at once.")] = os.cpu_count() or 1,
+) -> None:
+    """Copy images to shards (data=shards), once, for file systems that are slow at small files.
+
+    Bytes are copied as they are, unless --size or --quality is given.
+    """
+    from etpp_ssl.data.prepare import from_options
+    from etpp_ssl.data.prepare import prepare as prepare_shards
+
+    config = from_options(size=size, quality=quality, skip_bad=skip_bad, shard_mb=shard_mb, workers=workers)
+    try:
+        with Bar(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+            task = bar.add_task("prepare", total=None)
+            splits = prepare_shards(
+                src, dst, config, lambda done, total: bar.update(task, completed=done, total=total)
+            )
+    except KeyboardInterrupt:
+        say("etpp: interrupted; the same command goes on from the last finished shard")
+        raise typer.Exit(130) from None
+    for split in splits:
+        for name, reason in split.bad:
+            say(f"etpp: {'left out' if skip_bad else 'kept as it is'}: {name}: {reason}")
+        print(
+            f"{split.folder}: {split.images:,} images in {split.shards} shards, {split.size / 1e6:,.1f} MB, "
+            f"{len(split.bad)} bad"
+        )
 
 
 def say(text: str) -> None:

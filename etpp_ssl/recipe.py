@@ -16,6 +16,7 @@ from etpp_ssl.curriculum.constant import ConstantConfig
 from etpp_ssl.curriculum.efficienttrain import EfficientTrainConfig
 from etpp_ssl.data.file_list import FileListConfig
 from etpp_ssl.data.folder import FolderConfig
+from etpp_ssl.data.shards import ShardsConfig
 from etpp_ssl.data.synthetic import SyntheticConfig
 from etpp_ssl.data.timm_dataset import TimmConfig
 from etpp_ssl.evaluation.knn import KnnConfig
@@ -29,7 +30,7 @@ from etpp_ssl.optim.schedule import OptimConfig
 from etpp_ssl.sentences import members, name_of, shown, validation_sentence
 
 # One line here makes a new component known to recipes.
-AnyData = FolderConfig | FileListConfig | TimmConfig | SyntheticConfig
+AnyData = FolderConfig | FileListConfig | TimmConfig | SyntheticConfig | ShardsConfig
 AnyCurriculum = EfficientTrainConfig | ConstantConfig
 AnyTarget = PixelsConfig | HogConfig | CombinedConfig
 

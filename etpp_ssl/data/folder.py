@@ -35,28 +35,8 @@ class FolderConfig(DataConfig):
 
     def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> FileSource:
         """Open the "train" or the "eval" split; see `DataConfig.open`."""
-        root = existing_folder("data.root", expanded(self.root))
-        train = root / self.split if (root / self.split).is_dir() else root
-        folder = train if split == "train" else self._eval_folder(root, train)
-        files = sorted(image_files(folder), key=os.fsencode)
-        if not files:
-            raise UserError(
-                f"data.root: no image below {str(folder)!r} (looked for {', '.join(sorted(EXTENSIONS))})"
-            )
-        classes, labels = class_folders(files) if self.labels == "folders" else (None, None)
-        return FileSource(folder, files, labels, classes, in_chans)
-
-    def _eval_folder(self, root: Path, train: Path) -> Path:
-        around = root if train != root else root.parent if root.name == self.split else None
-        names = (self.eval_split,) if self.eval_split else EVAL_SYNONYMS
-        for name in names if around else ():
-            assert around is not None
-            if (around / name).is_dir():
-                return around / name
-        raise UserError(
-            f"data.eval_split: no evaluation images ({', '.join(names)}) beside the training images "
-            f"of data.root {self.root!r}; data.holdout=256 keeps some of those for evaluation"
-        )
+        folder = split_folder(split, self.root, self.split, self.eval_split)
+        return open_folder("data.root", folder, in_chans, labelled=self.labels == "folders")
 
 
 class FileSource:
@@ -89,12 +69,26 @@ class FileSource:
 
     def load(self, index: int) -> Bands:
         """Decode a file; see `ImageSource.load`."""
+        return decode(self.read(index), self.in_chans)
+
+    def read(self, index: int) -> bytes:
+        """A file's bytes, as they are stored.
+
+        Raises:
+            UnreadableImage: if the file cannot be read.
+        """
         try:
-            data = (self.folder / self.files[index]).read_bytes()
+            return (self.folder / self.files[index]).read_bytes()
         except (OSError, ValueError) as error:
             # ValueError: a line of a list can hold a null byte.
             raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from error
-        return decode(data, self.in_chans)
+
+    def stored_size(self, index: int) -> int:
+        """Bytes of a file, 0 where it cannot be read."""
+        try:
+            return os.stat(self.folder / self.files[index]).st_size
+        except (OSError, ValueError):
+            return 0
 
     def label(self, index: int) -> int:
         """Class index, or -1."""
@@ -110,6 +104,52 @@ class FileSource:
         for index, file in enumerate(self.files):
             digest.update(os.fsencode(file) + b"\0%d\n" % self.label(index))
         return digest.hexdigest()
+
+
+def split_folder(split: str, root: str, train_name: str, eval_name: str | None) -> Path:
+    """The folder of the "train" or the "eval" split.
+
+    Args:
+        split: "train" or "eval".
+        root, train_name, eval_name: a recipe's `data.root`, `data.split` and `data.eval_split`; see
+            `FolderConfig`.
+
+    Raises:
+        UserError: if there is no such folder.
+    """
+    top = existing_folder("data.root", expanded(root))
+    train = top / train_name if (top / train_name).is_dir() else top
+    if split == "train":
+        return train
+    around = top if train != top else top.parent if top.name == train_name else None
+    names = (eval_name,) if eval_name else EVAL_SYNONYMS
+    for name in names if around else ():
+        assert around is not None
+        if (around / name).is_dir():
+            return around / name
+    raise UserError(
+        f"data.eval_split: no evaluation images ({', '.join(names)}) beside the training images "
+        f"of data.root {root!r}; data.holdout=256 keeps some of those for evaluation"
+    )
+
+
+def open_folder(key: str, folder: Path, in_chans: int, *, labelled: bool = True) -> FileSource:
+    """All images below one folder, in the order of their paths' bytes.
+
+    Args:
+        key: names the folder in the message.
+        folder: where they lie.
+        in_chans: channels to decode to.
+        labelled: whether the first folder level may name classes.
+
+    Raises:
+        UserError: if there is no image.
+    """
+    files = sorted(image_files(folder), key=os.fsencode)
+    if not files:
+        raise UserError(f"{key}: no image below {str(folder)!r} (looked for {', '.join(sorted(EXTENSIONS))})")
+    classes, labels = class_folders(files) if labelled else (None, None)
+    return FileSource(folder, files, labels, classes, in_chans)
 
 
 def image_files(folder: Path) -> Iterator[str]:

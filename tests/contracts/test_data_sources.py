@@ -29,7 +29,9 @@ from etpp_ssl.data.file_list import FileListConfig
 from etpp_ssl.data.folder import FolderConfig
 from etpp_ssl.data.images import DataConfig, ImageSource, UnreadableImage
 from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches
+from etpp_ssl.data.prepare import PrepareConfig, prepare
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
+from etpp_ssl.data.shards import ShardsConfig
 from etpp_ssl.data.splits import open_split
 from etpp_ssl.data.synthetic import SyntheticConfig
 from etpp_ssl.data.timm_dataset import TimmConfig
@@ -85,6 +87,23 @@ def synthetic(root: Path, broken: Iterable[int]) -> DataConfig:
     return SyntheticConfig(num_images=NUM_IMAGES, num_eval_images=4, num_classes=3)
 
 
+def shards(root: Path, broken: Iterable[int]) -> DataConfig:
+    folder(root / "files", broken)
+    prepare(root / "files", root / "shards", PrepareConfig(), lambda done, total: None)
+    return ShardsConfig(root=str(root / "shards"))
+
+
+def foreign_shards(root: Path, broken: Iterable[int]) -> DataConfig:
+    for split, first, count, bad in (("train", 0, NUM_IMAGES, broken), ("val", 100, 4, ())):
+        names = write_images(root / "files" / split, first, count, bad)
+        (root / "tars" / split).mkdir(parents=True)
+        for number, part in enumerate((names[:3], names[3:])):
+            with tarfile.open(root / "tars" / split / f"{number}.tar", "w") as tar:
+                for name in part:
+                    tar.add(root / "files" / split / name, name)
+    return ShardsConfig(root=str(root / "tars"))
+
+
 class Example(NamedTuple):
     """Makes a data set of NUM_IMAGES training images in an empty folder."""
 
@@ -100,6 +119,7 @@ EXAMPLES: dict[str, list[Example]] = {
     "folder": [Example(folder)],
     "list": [Example(file_list)],
     "timm": [Example(timm_folder), Example(timm_tar, has_evaluation=False)],
+    "shards": [Example(shards), Example(foreign_shards)],
     "synthetic": [Example(synthetic, has_files=False)],
 }
 
@@ -177,7 +197,7 @@ def assert_same(ones: list[Batch], others: list[Batch]) -> None:
 
 
 def test_every_source_in_the_package_has_an_example_here_and_a_name_of_its_own() -> None:
-    assert {"folder", "list", "timm", "synthetic"} <= set(CONFIGS)
+    assert {"folder", "list", "shards", "timm", "synthetic"} <= set(CONFIGS)
     assert len(CONFIGS) == len(component_configs(etpp_ssl.data))
     missing = sorted(set(CONFIGS) - set(EXAMPLES))
     assert not missing, f"add to EXAMPLES how to make a tiny data set of: {', '.join(missing)}"

@@ -1,0 +1,254 @@
+"""One-off conversion of images in files to shards, for slow file systems.
+
+Everything is written to `DST.partial` and renamed at the end; its `prepare.json` says of what and how, so
+the same command goes on after a stop, and knows a finished DST again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from etpp_ssl.config import Config, UserError
+from etpp_ssl.data.file_list import FileListConfig
+from etpp_ssl.data.folder import EVAL_SYNONYMS, FileSource, open_folder
+from etpp_ssl.data.recode import Converter, RecodeConfig
+from etpp_ssl.data.recode_pool import converted
+from etpp_ssl.data.shard_index import open_index, write_json
+from etpp_ssl.data.shard_writer import ShardWriter, finished, remove_traces
+from etpp_ssl.data.shards import ShardSource
+from etpp_ssl.sentences import validation_sentence
+
+JOB_FILE = "prepare.json"
+PROBED = 16
+"""Images that are re-encoded to estimate the size of all."""
+TAR_BYTES = 2048
+"""What a tar adds to an image at most: two headers, a label and the padding, on average."""
+
+
+class PrepareConfig(Config):
+    """How to write shards."""
+
+    recode: RecodeConfig | None = None
+    """How to re-encode; None copies the bytes."""
+    skip_bad: bool = False
+    """Leave out images that cannot be read: later ones then move up, and the order of a run changes.
+    Otherwise they keep their place, and a run replaces them as it would with the files."""
+    shard_mb: int = Field(default=1024, ge=1)
+    """A shard ends with the image that reaches so many megabytes (2^20 bytes)."""
+    workers: int = Field(default=1, ge=1)
+    """Images in work at once; never changes a byte."""
+
+
+def from_options(*, size: int | None, quality: int | None, **options: Any) -> PrepareConfig:
+    """Settings from the command line's options; a size or a quality asks for re-encoding.
+
+    Raises:
+        UserError: naming the option, its value and what would be valid.
+    """
+    recode: dict[str, int] = {} if size is None else {"size": size}
+    if quality is not None:
+        recode["quality"] = quality
+    try:
+        return PrepareConfig.model_validate({"recode": recode or None, **options})
+    except ValidationError as error:
+        sentence = validation_sentence(error, PrepareConfig)
+        key, _, rest = sentence.removeprefix("recode.").partition(" ")
+        raise UserError(f"--{key.replace('_', '-')} {rest}") from None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a split became."""
+
+    folder: Path
+    images: int
+    shards: int
+    size: int
+    """Bytes of all its tars."""
+    bad: list[tuple[str, str]]
+    """Images that could not be read or re-encoded: name and reason."""
+
+
+def prepare(
+    source: Path, destination: Path, config: PrepareConfig, advance: Callable[[int, int], None]
+) -> list[Prepared]:
+    """Convert a folder, a list of files or someone's tars to shards, every image at its place.
+
+    A folder that has `train` converts that and each of val, validation, valid, eval, test.
+
+    Args:
+        source: the folder or the list.
+        destination: a folder that does not exist, is empty, or holds what this call would write.
+        config: how.
+        advance: called with the images done and those of all splits.
+
+    Returns:
+        The splits, in the order of their names, training first.
+
+    Raises:
+        UserError: if there is no image, or the destination cannot take the shards.
+    """
+    # "." cannot be renamed to, and afterwards is not the folder that took its place.
+    destination = Path(os.path.abspath(destination))
+    _check_places(source, destination)
+    splits = _open_splits(source)
+    job = _job(splits, config)
+    if not _is_done(destination, job):
+        try:
+            _convert(splits, destination, job, config, advance)
+        except OSError as error:
+            raise UserError(
+                f"DST {str(destination)!r} cannot be written: {error.strerror or error}; the same command "
+                f"goes on from what is there"
+            ) from error
+        except BrokenExecutor as error:
+            raise UserError(
+                "a worker process ended (out of memory?); the same command with fewer --workers goes on "
+                "from what is there"
+            ) from error
+    return [_summary(destination / name) for name in splits]
+
+
+def _check_places(source: Path, destination: Path) -> None:
+    if not source.exists():
+        raise UserError(f"SRC {str(source)!r} does not exist: use a folder of images or a list of them")
+    inside, around = destination.resolve(), source.resolve()
+    if source.is_dir() and inside.is_relative_to(around):
+        raise UserError(
+            f"DST {str(destination)!r} lies inside SRC {str(source)!r}: choose a folder outside of it"
+        )
+    if destination.exists() and not destination.is_dir():
+        raise UserError(f"DST {str(destination)!r} is a file: choose a folder that does not exist yet")
+    if os.path.ismount(destination):
+        # The shards are written beside it and renamed, which cannot cross disks.
+        raise UserError(f"DST {str(destination)!r} is a mount point: choose a folder inside of it")
+
+
+def _open_splits(source: Path) -> dict[str, FileSource]:
+    """By sub-folder of the destination; an empty name is the destination itself."""
+    if source.is_file():
+        return {"": FileListConfig(file=str(source)).open("train", in_chans=3, image_size=(1, 1), seed=0)}
+    names = ["train", *EVAL_SYNONYMS] if (source / "train").is_dir() else [""]
+    return {name: _open_folder(source / name) for name in names if (source / name).is_dir()}
+
+
+def _open_folder(folder: Path) -> FileSource:
+    if any(folder.glob("*.tar")):
+        return ShardSource(folder, open_index("SRC", folder), 3)
+    return open_folder("SRC", folder, 3)
+
+
+def _job(splits: dict[str, FileSource], config: PrepareConfig) -> dict[str, Any]:
+    """What decides the bytes that are written."""
+    content = {}
+    for name, source in splits.items():
+        digest = hashlib.blake2b(source.fingerprint().encode(), digest_size=12)
+        for index in range(len(source)):
+            digest.update(b"%d\n" % source.stored_size(index))
+        content[name] = digest.hexdigest()
+    return {"version": 1, "source": content, **config.model_dump(mode="json", exclude={"workers"})}
+
+
+def _is_done(destination: Path, job: dict[str, Any]) -> bool:
+    """Whether the destination is what the job would write.
+
+    Raises:
+        UserError: if it is something else.
+    """
+    if not destination.exists() or not any(destination.iterdir()):
+        return False
+    if _read_job(destination) == job:
+        return True
+    raise UserError(
+        f"DST {str(destination)!r} holds other files, or shards of other images or settings: choose a "
+        f"folder that does not exist yet, or remove it"
+    )
+
+
+def _read_job(folder: Path) -> Any:
+    try:
+        return json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _convert(
+    splits: dict[str, FileSource],
+    destination: Path,
+    job: dict[str, Any],
+    config: PrepareConfig,
+    advance: Callable[[int, int], None],
+) -> None:
+    aside = destination.with_name(destination.name + ".partial")
+    _start(aside, job)
+    total = sum(len(source) for source in splits.values())
+    before = 0
+    for name, source in splits.items():
+        if not finished(aside / name):
+            writer = ShardWriter(aside / name, source, config.shard_mb << 20, skip_bad=config.skip_bad)
+            writer.go_on()
+            _convert_split(writer, config, partial(_advance_from, advance, before, total))
+        before += len(source)
+        advance(before, total)
+    for name in splits:
+        remove_traces(aside / name)
+    aside.rename(destination)
+
+
+def _advance_from(advance: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    advance(before + done, total)
+
+
+def _start(aside: Path, job: dict[str, Any]) -> None:
+    """Make the folder to write to, and clear what another job has left there."""
+    if aside.exists() and _read_job(aside) != job:
+        if any(aside.iterdir()) and not (aside / JOB_FILE).exists():
+            raise UserError(
+                f"{str(aside)!r}, where the shards are written first, holds other files: remove it"
+            )
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True, exist_ok=True)
+    write_json(aside / JOB_FILE, job)
+
+
+def _convert_split(writer: ShardWriter, config: PrepareConfig, advance: Callable[[int], None]) -> None:
+    convert = Converter(writer.source, config.recode, check=config.skip_bad)
+    _check_space(writer, convert)
+    images = range(writer.next_image, len(writer.source))
+    done = iter(images)
+    with converted(convert, images, config.workers) as results:
+        writer.write(results, lambda: advance(next(done) + 1))
+
+
+def _check_space(writer: ShardWriter, convert: Converter) -> None:
+    """Refuse a disk that is too small by the sizes of the files, or of a few re-encoded images."""
+    source, first = writer.source, writer.next_image
+    left = range(first, len(source))
+    if convert.recode is None:
+        needed = sum(source.stored_size(index) for index in left)
+    else:
+        probed = left[:: max(1, len(left) // PROBED)]
+        needed = sum(len(convert(index).data) for index in probed) * len(left) // max(1, len(probed))
+    needed += len(left) * TAR_BYTES
+    free = shutil.disk_usage(writer.folder).free
+    if needed > free:
+        raise UserError(
+            f"DST: the shards need about {needed / 1e9:.2f} GB, but the disk of {str(writer.folder)!r} has "
+            f"{free / 1e9:.2f} GB free"
+        )
+
+
+def _summary(folder: Path) -> Prepared:
+    index = open_index("DST", folder)
+    return Prepared(folder, len(index.rows.names), len(index.files), sum(index.files.values()), index.bad)
