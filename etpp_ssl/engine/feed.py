@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -24,8 +24,8 @@ class Feed:
         requests: all micro-batches to load.
         accelerator: knows the device.
         num_workers, prefetch: see `batch_loader`.
-        replay: turns the loaded micro-batches into those to train on; None trains on them as they are.
-        say: told when a replay buffer has to be read again, which then happens here.
+        replay: turns the loaded micro-batches into those to train on; None trains on them as they are. A
+            buffer that has to be read again is read here, before the first step.
     """
 
     def __init__(
@@ -37,7 +37,6 @@ class Feed:
         num_workers: int,
         prefetch: int,
         replay: Replay | None = None,
-        say: Callable[[str], None] = print,
     ) -> None:
         loader = batch_loader(
             builder,
@@ -48,7 +47,7 @@ class Feed:
         )
         self._batches = batches(loader)
         if replay is not None:
-            replay.refill(self._batches, say)
+            replay.refill(self._batches)
             self._batches = replay.batches(self._batches)
         self._device = accelerator.device
         self.wait_seconds = 0.0

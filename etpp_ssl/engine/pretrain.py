@@ -118,6 +118,7 @@ def _open_feed(run: Run) -> Feed:
         run.curriculum.stage_at,
         run.state.step,
         seed=recipe.seed,
+        say=run.progress.say,
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
         micro_batch_size=recipe.micro_batch_size,
@@ -138,7 +139,6 @@ def _open_feed(run: Run) -> Feed:
         num_workers=recipe.data.num_workers,
         prefetch=recipe.data.prefetch,
         replay=replay,
-        say=run.progress.say,
     )
 
 

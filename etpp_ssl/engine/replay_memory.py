@@ -31,7 +31,7 @@ def replay_notes(recipe: Recipe, curriculum: Curriculum) -> list[str]:
             loaded = stage.num_steps * len(stage.samples)
             notes.append(
                 f"{name} trains on each of {loaded:,} loaded images {stage.times} times on average; its "
-                f"replay buffer takes {replay_bytes(recipe, stage) / 1e9:.2f} GB over all processes "
+                f"replay buffer takes {_shown(replay_bytes(recipe, stage))} over all processes "
                 f"({_contents(recipe, stage)})"
             )
         elif stage.replay is not None:
@@ -64,10 +64,16 @@ def check_replay(recipe: Recipe, curriculum: Curriculum, num_processes: int, ste
             )
         need = replay_bytes(recipe, stage) * on_this_machine
         if need > free:
+            assert stage.replay is not None
             raise UserError(
-                f"curriculum: stage {stage.index + 1} has replay.buffer {stage.buffer_steps}, which takes "
-                f"{need / 1e9:.1f} GB of this machine's memory ({_contents(recipe, stage)}), but "
-                f"{free / 1e9:.1f} GB are available; use a smaller one"
+                f"curriculum: stage {stage.index + 1} has replay.buffer {stage.replay.buffer}, which takes "
+                f"{_shown(need)} of this machine's memory ({_contents(recipe, stage)}), but "
+                f"{_shown(free)} are available: enough for {int(stage.buffer_steps * free / need)}"
+                + (
+                    ""
+                    if view_size(recipe, stage) == stage.bandwidth
+                    else ", more with curriculum.crop=lanczos"
+                )
             )
 
 
@@ -76,3 +82,7 @@ def _contents(recipe: Recipe, stage: Stage) -> str:
         f"{stage.buffer_steps:,} mini-batches of {len(stage.samples):,} images of "
         f"{show_size(view_size(recipe, stage))} px"
     )
+
+
+def _shown(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.3g} MB"

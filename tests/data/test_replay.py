@@ -58,9 +58,9 @@ def loaded(curriculum: Curriculum, first: int, num_workers: int = 0, **part: Any
 
 def trained(curriculum: Curriculum, start: int = 0, num_workers: int = 0, **part: Any) -> list[Batch]:
     """What a run that starts at `start` trains on."""
-    replay = Replay(curriculum.stage_at, start, seed=SEED, **part)
+    replay = Replay(curriculum.stage_at, start, seed=SEED, say=lambda text: None, **part)
     fresh = loaded(curriculum, replay.first_read, num_workers, **part)
-    replay.refill(fresh, lambda text: None)
+    replay.refill(fresh)
     return list(replay.batches(fresh))
 
 
@@ -274,10 +274,10 @@ def test_a_buffer_that_is_read_again_is_the_one_there_was(start: int, part: dict
 def test_no_more_is_read_again_than_the_buffer_held_and_it_is_said() -> None:
     curriculum = curriculum_of(ReplaySpec(times=4, buffer=4), None)
     for start, first in {0: 0, 1: 0, 3: 0, 4: 1, 8: 5, 9: 9, 12: 12}.items():
-        replay = Replay(curriculum.stage_at, start, seed=SEED)
-        assert replay.first_read == first
         lines: list[str] = []
-        replay.refill(loaded(curriculum, first), lines.append)
+        replay = Replay(curriculum.stage_at, start, seed=SEED, say=lines.append)
+        assert replay.first_read == first
+        replay.refill(loaded(curriculum, first))
         assert bool(lines) == (first < start)
         if lines:
             assert f"last {start - first} mini-batches ({3 * (start - first)} images" in lines[0]
@@ -296,7 +296,7 @@ def test_bad_images_are_passed_on_once() -> None:
         )
         for number in range(4)
     ]
-    replay = Replay(curriculum.stage_at, 0, seed=SEED, micro_batch_size=3)
+    replay = Replay(curriculum.stage_at, 0, seed=SEED, say=pytest.fail, micro_batch_size=3)
     found = by_step(list(replay.batches(iter(fresh))))
     assert [batch.bad for batch in found[0]] == [bad[:2], (), ()]
     assert [batch.bad for batch in found[1]] == [bad[2:], (), ()]

@@ -154,7 +154,8 @@ def test_the_plan_says_what_the_buffers_take(
     print_plan(plan, Console(file=out, width=250))
     size = "16x24" if crop == "fourier" else "8x12"
     assert f"5 mini-batches of 3 images of {size} px" in out.getvalue()
-    assert "GB over all processes" in out.getvalue()
+    # 17,280 and 4,320 bytes.
+    assert f"takes {'0.0173' if crop == 'fourier' else '0.00432'} MB over all processes" in out.getvalue()
     assert "4 times on average" in out.getvalue()
 
 
@@ -181,7 +182,12 @@ def test_a_buffer_beyond_the_memory_is_one_sentence_before_anything_is_written(
     with pytest.raises(UserError) as caught:
         pretrain(recipe)
     message = str(caught.value)
-    for words in ("stage 1 has replay.buffer 5", "5 mini-batches of 3 images of 16x24 px", "are available"):
+    for words in (
+        "stage 1 has replay.buffer 5",
+        "5 mini-batches of 3 images of 16x24 px",
+        "are available: enough for 4,",
+        "=lanczos",
+    ):
         assert words in message
     assert "\n" not in message
     assert not (tmp_path / "run").exists()
