@@ -163,7 +163,9 @@ class Replay:
             plan = self.step_plan(batch.request.step)
             if plan.buffer_steps == 0:
                 self._ring = None
-                yield batch.renumbered(batch.positions + (plan.slots.start - plan.samples.start))
+                yield self._pinned(
+                    batch.renumbered(batch.positions + (plan.slots.start - plan.samples.start))
+                )
                 continue
             self._add(batch)
             if batch.request.last:
@@ -205,7 +207,11 @@ class Replay:
                 bad=self._bad,
             )
             self._bad = ()
-            yield batch.pin_memory() if self.pin_memory else batch
+            yield self._pinned(batch)
+
+    def _pinned(self, batch: Batch) -> Batch:
+        # Tensors that are pinned already stay as they are.
+        return batch.pin_memory() if self.pin_memory else batch
 
     def _part(self, numbers: range) -> range:
         return process_part(numbers, self.rank, self.num_processes)
