@@ -32,6 +32,7 @@ OWNERS = {
     "torchvision": {"data", "report"},
     "typer": {"cli"},
     "matplotlib": {"report"},
+    "psutil": {"engine"},
     "yaml": {"recipe", "export"},
 }
 

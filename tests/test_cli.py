@@ -33,6 +33,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["curriculum.stages=[{bandwidth: [4, 24], share: 0.5}, {bandwidth: 16, share: 0.5}]"],
         "fewer than two patches",
     ),
+    "replay that does not divide the batch": (
+        ["curriculum=constant", "curriculum.replay={times: 4, buffer: 2}"], "does not divide its batch of 10"
+    ),
     "patch that does not divide": (["model.patch_size=5"], "does not divide the image height 16"),
     "no visible patch": (["model.mask_ratio=0.99"], "leaves no visible patch out of"),
     "no masked patch": (["model.mask_ratio=0.01"], "leaves no masked patch out of"),

@@ -78,6 +78,18 @@ def test_a_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
         (["model.mask_ratio=1.0"], ["model.mask_ratio is 1.0", "less than 1"]),
         (["image_size=[3]"], ["image_size"]),
         (["curriculum.stages=[{bandwidth: 32, share: 0.4}]"], ["shares of stages add up to 0.4"]),
+        (
+            ["curriculum.stages=[{bandwidth: 224, share: 1.0, replay: {times: 2, buffer: 0}}]"],
+            ["curriculum.stages.0.replay.buffer is 0", "greater than or equal to 1"],
+        ),
+        (["curriculum.replay=[{times: 0, buffer: 1}, null, null]"], ["curriculum.replay.0.times is 0"]),
+        (["curriculum.replay=[{times: 2.5, buffer: 1}, null, null]"], ["times is 2.5", "integer"]),
+        (["curriculum.replay=[{times: 2}, null, null]"], ["curriculum.replay.0.buffer is missing"]),
+        (
+            ["curriculum.replay=[{times: 2, buffer: 1, time: 2}]"],
+            ["'curriculum.replay.0.time'", "did you mean 'times'"],
+        ),
+        (["curriculum.replay=[null]"], ["replay has 1 entries", "give one for each"]),
         (["curriculum.stages=[{bandwidth: 32}]"], ["curriculum.stages.0.share is missing"]),
         (["curriculum.stages=[{bandwidth: 32, share: 2}]"], ["share is 2"]),
         (["data.crop_scale=[0.9, 0.1]"], ["crop_scale is [0.9, 0.1]"]),

@@ -11,9 +11,20 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from etpp_ssl.config import Config, UserError, as_pair, show_size
+
+
+class ReplaySpec(Config):
+    """Train on each loaded image several times, for a host whose data workers cannot keep up
+    (EfficientTrain++, replay buffer)."""
+
+    times: int = Field(ge=1)
+    """Images trained on per image loaded: a step loads a mini-batch of 1/`times` of its images and draws
+    the rest from the buffer."""
+    buffer: int = Field(ge=1)
+    """Size of the buffer in loaded mini-batches, per process."""
 
 
 class StageSpec(Config):
@@ -24,6 +35,7 @@ class StageSpec(Config):
     by the aspect ratio for a rectangular image (it is the bandwidth of the shorter side)."""
     share: float
     """Share of the run's compute, in (0, 1]; the shares of all stages add up to 1."""
+    replay: ReplaySpec | None = None
 
     @model_validator(mode="after")
     def _positive(self) -> StageSpec:
@@ -52,12 +64,38 @@ class Stage:
     step: int
     progress: float
     """Share of the run's compute spent before `step`, in [0, 1)."""
+    first_slot: int
+    """Images trained on before the stage, replayed ones included."""
+    replay: ReplaySpec | None = None
+
+    @property
+    def times(self) -> int:
+        """Images trained on per sample loaded."""
+        return 1 if self.replay is None else self.replay.times
 
     @property
     def samples(self) -> range:
-        """Numbers, in the run, of the samples that `step` trains on."""
-        start = self.first_sample + (self.step - self.first_step) * self.batch_size
+        """Numbers, in the run, of the samples that `step` loads: all that it trains on, without replay."""
+        size = self.batch_size // self.times
+        start = self.first_sample + (self.step - self.first_step) * size
+        return range(start, start + size)
+
+    @property
+    def slots(self) -> range:
+        """Numbers, in the run, of the images that `step` trains on: a replayed image gets a new one each
+        time. Those of `samples`, in a run without replay."""
+        start = self.first_slot + (self.step - self.first_step) * self.batch_size
         return range(start, start + self.batch_size)
+
+    @property
+    def buffer_steps(self) -> int:
+        """Loaded mini-batches that the replay buffer keeps; 0 without replay."""
+        return 0 if self.replay is None or self.times == 1 else min(self.replay.buffer, self.num_steps)
+
+    @property
+    def oldest_step(self) -> int:
+        """The first step whose samples `step` may still train on: its own, without replay."""
+        return max(self.first_step, self.step + 1 - max(1, self.buffer_steps))
 
 
 class Curriculum:
@@ -69,13 +107,18 @@ class Curriculum:
         num_images: images in the data set.
         batch_size: images per optimizer step, over all processes.
         budget_epochs: equivalent epochs, > 0.
+        replays: each stage's replay, None for none.
 
     Attributes:
         stages: one `Stage` each, at its first step.
         num_steps: optimizer steps of the whole run.
-        num_samples: images seen in the whole run, repeats counted.
+        num_samples: images loaded in the whole run, later epochs counted.
+        num_slots: images trained on in the whole run; more than `num_samples` with replay.
         equivalent_epochs: what the steps really cost, within a step of `budget_epochs` unless the
             budget is too small to give every stage one step.
+
+    Raises:
+        UserError: if a stage's `times` does not divide the batch.
     """
 
     def __init__(
@@ -86,24 +129,36 @@ class Curriculum:
         num_images: int,
         batch_size: int,
         budget_epochs: float,
+        replays: Sequence[ReplaySpec | None] | None = None,
     ) -> None:
         self.image_size = image_size
         full_area = image_size[0] * image_size[1]
         budget = budget_epochs * num_images
         stages: list[Stage] = []
         spent = due = 0.0
-        step = sample = 0
+        step = sample = slot = 0
         for index, (bandwidth, share) in enumerate(shares):
             cost = batch_size * bandwidth[0] * bandwidth[1] / full_area
             due += share * budget
             # Rounding against what is due so far keeps the whole run within half a step of its budget.
             num_steps = max(1, round((due - spent) / cost))
-            stages.append(Stage(index, bandwidth, share, batch_size, step, num_steps, sample, step, spent))
+            replay = None if replays is None else replays[index]
+            stage = Stage(
+                index, bandwidth, share, batch_size, step, num_steps, sample, step, spent, slot, replay
+            )
+            if batch_size % stage.times:
+                raise UserError(
+                    f"curriculum: stage {index + 1} has replay.times {stage.times}, which does not divide "
+                    f"its batch of {batch_size}"
+                )
+            stages.append(stage)
             spent += num_steps * cost
             step += num_steps
-            sample += num_steps * batch_size
+            sample += num_steps * len(stage.samples)
+            slot += num_steps * batch_size
         self.num_steps = step
         self.num_samples = sample
+        self.num_slots = slot
         self.equivalent_epochs = spent / num_images
         self._total = spent
         self._costs = [s.bandwidth[0] * s.bandwidth[1] * batch_size / full_area for s in stages]

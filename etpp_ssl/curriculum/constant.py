@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from etpp_ssl.config import Config, as_pair
-from etpp_ssl.curriculum.base import Curriculum
+from etpp_ssl.curriculum.base import Curriculum, ReplaySpec
 
 
 class ConstantConfig(Config):
@@ -13,6 +13,7 @@ class ConstantConfig(Config):
 
     name: Literal["constant"] = "constant"
     crop: Literal["fourier", "lanczos"] = "fourier"
+    replay: ReplaySpec | None = None
 
     def build(
         self,
@@ -29,6 +30,7 @@ class ConstantConfig(Config):
             num_images=num_images,
             batch_size=batch_size,
             budget_epochs=budget_epochs,
+            replay=self.replay,
         )
 
     def roundings(self, image_size: tuple[int, int], multiple: tuple[int, int]) -> list[str]:
@@ -46,10 +48,12 @@ class Constant(Curriculum):
         num_images: int,
         batch_size: int,
         budget_epochs: float,
+        replay: ReplaySpec | None = None,
     ) -> None:
         size = as_pair(image_size)
         super().__init__(
             [(size, 1.0)],
+            replays=[replay],
             image_size=size,
             num_images=num_images,
             batch_size=batch_size,

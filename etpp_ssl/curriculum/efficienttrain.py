@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from etpp_ssl.config import Config, UserError, as_pair, show_size
-from etpp_ssl.curriculum.base import Curriculum, StageSpec, legal_bandwidth
+from etpp_ssl.curriculum.base import Curriculum, ReplaySpec, StageSpec, legal_bandwidth
 
 TABLES: dict[str, list[tuple[int, float]]] = {
     "general": [(96, 0.2), (160, 0.4), (224, 0.4)],
@@ -33,6 +33,10 @@ class EfficientTrainConfig(Config):
     crop: Literal["fourier", "lanczos"] = "fourier"
     """`fourier`: the definition, on the device. `lanczos`: the published code's approximation, a
     Lanczos resize in the data workers."""
+    replay: tuple[ReplaySpec | None, ...] | None = None
+    """One for each stage of the published table, null for none. Stages of one's own have it in
+    themselves. The paper's (times, buffer) for the general table: (4, 1920), (2, 256) and none for DeiT-S
+    and ResNet-50; (2, 1024), none and none for Swin-T and CSWin-T."""
 
     @model_validator(mode="after")
     def _whole(self) -> EfficientTrainConfig:
@@ -40,6 +44,13 @@ class EfficientTrainConfig(Config):
             total = sum(stage.share for stage in self.stages)
             if abs(total - 1) > 1e-6:
                 raise ValueError(f"the shares of stages add up to {total:g}: they must add up to 1")
+            if self.replay is not None:
+                raise ValueError("replay goes with a published table: give each of stages its own replay")
+        elif self.replay is not None and len(self.replay) != len(TABLES[self.table]):
+            raise ValueError(
+                f"replay has {len(self.replay)} entries, but table {self.table!r} has "
+                f"{len(TABLES[self.table])} stages: give one for each, null for none"
+            )
         return self
 
     def build(
@@ -55,6 +66,7 @@ class EfficientTrainConfig(Config):
         return EfficientTrain(
             table=self.table,
             stages=self.stages,
+            replay=self.replay,
             image_size=image_size,
             multiple=multiple,
             num_images=num_images,
@@ -81,6 +93,7 @@ class EfficientTrain(Curriculum):
     Args:
         table: "general", "deit" or "convnext", scaled by image size / 224 on each axis.
         stages: stages of one's own, which take the table's place; the last shows the full image.
+        replay: one for each stage of the table, None for none; not with `stages`, which have their own.
         image_size: (H, W) or one number for both, pixels.
         multiple: bandwidths are rounded to multiples of this on each axis: the patch size, or the
             total stride of a convolutional net.
@@ -95,6 +108,7 @@ class EfficientTrain(Curriculum):
         self,
         table: TableName = "general",
         stages: Sequence[StageSpec] | None = None,
+        replay: Sequence[ReplaySpec | None] | None = None,
         *,
         image_size: int | tuple[int, int] = TABLE_SIZE,
         multiple: int | tuple[int, int] = 16,
@@ -104,17 +118,22 @@ class EfficientTrain(Curriculum):
     ) -> None:
         size, step = as_pair(image_size), as_pair(multiple)
         merged: list[tuple[tuple[int, int], float]] = []
-        for asked, share in asked_stages(table, stages, size):
+        replays: list[ReplaySpec | None] = []
+        asked_replays = replay or [None] * len(TABLES[table])
+        if stages is not None:
+            asked_replays = [stage.replay for stage in stages]
+        for (asked, share), own in zip(asked_stages(table, stages, size), asked_replays, strict=True):
             used = legal_bandwidth(asked, size, step)
             if merged and (used[0] < merged[-1][0][0] or used[1] < merged[-1][0][1]):
                 raise UserError(
                     f"curriculum.stages: bandwidth {show_size(used)} follows "
                     f"{show_size(merged[-1][0])}, but bandwidths must not shrink"
                 )
-            if merged and used == merged[-1][0]:
+            if merged and used == merged[-1][0] and own == replays[-1]:
                 merged[-1] = (used, merged[-1][1] + share)
             else:
                 merged.append((used, share))
+                replays.append(own)
         if merged[-1][0] != size:
             raise UserError(
                 f"curriculum.stages: the last stage shows {show_size(merged[-1][0])}, "
@@ -126,6 +145,7 @@ class EfficientTrain(Curriculum):
             num_images=num_images,
             batch_size=batch_size,
             budget_epochs=budget_epochs,
+            replays=replays,
         )
 
 

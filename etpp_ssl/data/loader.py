@@ -42,7 +42,8 @@ class Batch:
     labels: Tensor
     """int64 (B,), -1 without labels."""
     positions: Tensor
-    """int64 (B,): the samples' numbers in the run."""
+    """int64 (B,): the images' numbers in the run, by which masks are drawn: the samples' own as they come
+    from the loader, and one for each time that an image is trained on where images are replayed."""
     request: BatchRequest
     bad: tuple[BadImage, ...]
     """Unreadable images that were met and replaced."""
@@ -55,6 +56,10 @@ class Batch:
             labels=self.labels.to(device, non_blocking=True),
             positions=self.positions.to(device, non_blocking=True),
         )
+
+    def renumbered(self, positions: Tensor) -> Batch:
+        """The same images under other numbers, int64 (B,)."""
+        return replace(self, positions=positions)
 
     def pin_memory(self) -> Batch:
         """Called by torch's loader where there is a GPU."""

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches
+from etpp_ssl.data.replay import Replay
 from etpp_ssl.data.sampler import RequestSampler
 from etpp_ssl.engine.progress import Progress
 from etpp_ssl.engine.state import TrainState
@@ -20,9 +21,11 @@ class Feed:
 
     Args:
         builder: builds batches.
-        requests: all micro-batches to come.
+        requests: all micro-batches to load.
         accelerator: knows the device.
         num_workers, prefetch: see `batch_loader`.
+        replay: turns the loaded micro-batches into those to train on; None trains on them as they are. A
+            buffer that has to be read again is read here, before the first step.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class Feed:
         *,
         num_workers: int,
         prefetch: int,
+        replay: Replay | None = None,
     ) -> None:
         loader = batch_loader(
             builder,
@@ -42,6 +46,9 @@ class Feed:
             pin_memory=accelerator.device.type == "cuda",
         )
         self._batches = batches(loader)
+        if replay is not None:
+            replay.refill(self._batches)
+            self._batches = replay.batches(self._batches)
         self._device = accelerator.device
         self.wait_seconds = 0.0
         """Time that the current step has waited for data."""

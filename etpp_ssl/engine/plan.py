@@ -10,6 +10,7 @@ from torch import Tensor
 from etpp_ssl.curriculum.base import Curriculum, Stage
 from etpp_ssl.curriculum.cost import Cost, area_share, count_cost
 from etpp_ssl.data.splits import open_split
+from etpp_ssl.engine.replay_memory import replay_bytes, replay_notes
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.masking import num_visible
 from etpp_ssl.model.patches import grid_of
@@ -28,7 +29,7 @@ class StagePlan:
     num_visible: int
     """Patches per image that the encoder sees, prefix tokens not counted."""
     num_images: int
-    """Images seen, repeats counted."""
+    """Images trained on, repeats counted."""
     area_share: float
     """Share of the run's compute by the area rule."""
     flops_share: float
@@ -37,6 +38,8 @@ class StagePlan:
     """Forward and backward."""
     memory_bytes: int
     """Estimated device memory of one process at the largest micro-batch."""
+    replay_bytes: int
+    """Host memory of the replay buffers, over all processes; 0 without replay."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ def plan_run(recipe: Recipe) -> Plan:
                 flops_per_image=cost.flops,
                 memory_bytes=parameters * BYTES_PER_PARAMETER
                 + micro_batch * cost.saved_values * bytes_per_value,
+                replay_bytes=replay_bytes(recipe, stage),
             )
         )
     baseline_epochs = recipe.baseline_epochs or recipe.budget_epochs
@@ -122,7 +126,7 @@ def plan_run(recipe: Recipe) -> Plan:
         speedup_by_area=baseline_images / sum(area),
         speedup_by_flops=baseline_images * full.flops / sum(flops),
         micro_batch=micro_batch,
-        notes=recipe.curriculum.roundings(recipe.size, recipe.patch_size),
+        notes=recipe.curriculum.roundings(recipe.size, recipe.patch_size) + replay_notes(recipe, curriculum),
     )
 
 

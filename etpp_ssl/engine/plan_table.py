@@ -25,8 +25,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(
         f"{plan.num_images:,} images, global batch {recipe.batch_size}, "
         f"{curriculum.equivalent_epochs:.4g} equivalent epochs (asked: {recipe.budget_epochs:g}), "
-        f"{curriculum.num_steps:,} steps, {curriculum.num_samples:,} images seen "
-        f"({curriculum.num_samples / plan.num_images:.4g} passes)"
+        f"{curriculum.num_steps:,} steps, {curriculum.num_slots:,} images seen "
+        f"({curriculum.num_slots / plan.num_images:.4g} passes)"
     )
     console.print(_stage_table(plan))
     for note in plan.notes:

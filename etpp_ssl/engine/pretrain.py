@@ -17,6 +17,7 @@ from pathlib import Path
 from etpp_ssl.curriculum.base import Stage
 from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.data.loader import Batch, BatchBuilder
+from etpp_ssl.data.replay import Replay
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.engine.agreement import Agreement
 from etpp_ssl.engine.checkpoint import CheckpointClock, save_checkpoint
@@ -115,10 +116,20 @@ def _train(run: Run, stop_request: StopRequest) -> int:
 def _open_feed(run: Run) -> Feed:
     recipe, accelerator = run.recipe, run.accelerator
     order = KeyedOrder(len(run.source), recipe.seed)
+    replay = Replay(
+        run.curriculum.stage_at,
+        run.state.step,
+        seed=recipe.seed,
+        say=run.progress.say,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        micro_batch_size=recipe.micro_batch_size,
+        pin_memory=accelerator.device.type == "cuda",
+    )
     requests = RequestSampler(
         order,
         run.curriculum.stage_at,
-        range(run.state.step, run.curriculum.num_steps),
+        range(replay.first_read, run.curriculum.num_steps),
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
         micro_batch_size=recipe.micro_batch_size,
@@ -129,6 +140,7 @@ def _open_feed(run: Run) -> Feed:
         accelerator,
         num_workers=recipe.data.num_workers,
         prefetch=recipe.data.prefetch,
+        replay=replay,
     )
 
 
@@ -157,7 +169,8 @@ def _log(run: Run, stage: Stage, meter: Meter, lr: float) -> None:
         "stage": stage.index,
         "bandwidth": list(stage.bandwidth),
         "equivalent_epochs": epochs,
-        "images_seen": stage.samples.stop,
+        "images_seen": stage.slots.stop,
+        "images_loaded": stage.samples.stop,
         "bad_images": len(state.bad_images),
         "num_processes": run.accelerator.num_processes,
         "seconds": state.seconds,

@@ -19,6 +19,7 @@ from etpp_ssl.engine.checkpoint import load_checkpoint
 from etpp_ssl.engine.kernels import attention_notes, kernels_in_use
 from etpp_ssl.engine.metrics import MetricsFile
 from etpp_ssl.engine.progress import Progress
+from etpp_ssl.engine.replay_memory import check_replay, replay_notes
 from etpp_ssl.engine.start import load_init, prepare_folder, starting_point
 from etpp_ssl.engine.state import TrainState, environment, environment_changes
 from etpp_ssl.evaluation.base import Probe, ProbeContext
@@ -113,6 +114,7 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
         raise UserError(
             f"checkpoint of step {state.step} is beyond this recipe's {curriculum.num_steps} steps"
         )
+    check_replay(recipe, curriculum, accelerator.num_processes, state.step)
     prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
     if start is not None:
         saved = load_checkpoint(start, model, optimizer)
@@ -149,6 +151,8 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
         data_fingerprint=source.fingerprint(),
     )
     if not run.finished:
+        for note in replay_notes(recipe, curriculum):
+            progress.say(note)
         # The other processes may still be reading what the main one is about to change.
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:

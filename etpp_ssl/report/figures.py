@@ -148,7 +148,7 @@ def stages_figure(
             label=label,
             transform=apart,
         )
-        seen = [stage.first_sample for stage in curriculum.stages] + [curriculum.num_samples]
+        seen = [stage.first_slot for stage in curriculum.stages] + [curriculum.num_slots]
         images_axes.plot(starts, seen, color=colour, lw=1.8)
         if len(curricula) > 1:
             # Dashes that take turns, above all solid lines: runs that coincide all stay visible.
@@ -167,7 +167,7 @@ def _dress_stages(figure: Figure, curricula: list[Curriculum]) -> None:
     bandwidth_axes.set_ylim(shown[0] - 0.15 * spread, shown[-1] + 0.15 * spread)
     if _far_enough(shown, 0.09 * spread):
         bandwidth_axes.set_yticks(shown)
-    unit, name = _unit(max(curriculum.num_samples for curriculum in curricula))
+    unit, name = _unit(max(curriculum.num_slots for curriculum in curricula))
     images_axes.set_ylabel(f"images seen\n({name})" if name else "images seen")
     images_axes.set_ylim(bottom=0)
     images_axes.yaxis.set_major_locator(MaxNLocator(4))
@@ -215,7 +215,7 @@ def _images_gained(curriculum: Curriculum) -> float:
         stage.num_steps * stage.batch_size * area_share(stage.bandwidth, curriculum.image_size)
         for stage in curriculum.stages
     )
-    return curriculum.num_samples / full
+    return curriculum.num_slots / full
 
 
 def _show_image(axes: Axes, image: Tensor, colour: str) -> None:

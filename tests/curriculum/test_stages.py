@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from etpp_ssl.config import UserError
-from etpp_ssl.curriculum.base import Curriculum, Stage, StageSpec
+from etpp_ssl.curriculum.base import Curriculum, ReplaySpec, Stage, StageSpec
 from etpp_ssl.curriculum.constant import Constant, ConstantConfig
 from etpp_ssl.curriculum.efficienttrain import EfficientTrain, EfficientTrainConfig
 
@@ -295,3 +295,77 @@ def test_thirds_add_up_to_one_despite_rounding() -> None:
 def test_no_stages_at_all_is_refused() -> None:
     with pytest.raises(ValidationError, match="stages"):
         EfficientTrainConfig(stages=())
+
+
+PAPER_REPLAY = (ReplaySpec(times=4, buffer=1920), ReplaySpec(times=2, buffer=256), None)
+
+
+def test_replay_loads_fewer_images_for_the_same_steps_and_compute() -> None:
+    plain = walk(EfficientTrain(image_size=224, **RUN))
+    curriculum = EfficientTrain(image_size=224, replay=PAPER_REPLAY, **RUN)
+    next_sample = next_slot = 0
+    for stage, other in zip(walk(curriculum), plain, strict=True):
+        assert (stage.bandwidth, stage.batch_size, stage.progress) == (
+            other.bandwidth,
+            other.batch_size,
+            other.progress,
+        )
+        assert stage.slots == other.slots == other.samples == range(next_slot, next_slot + 64)
+        assert stage.times == (4, 2, 1)[stage.index]
+        assert stage.samples == range(next_sample, next_sample + 64 // stage.times)
+        next_sample, next_slot = stage.samples.stop, stage.slots.stop
+    assert (next_sample, next_slot) == (curriculum.num_samples, curriculum.num_slots)
+
+
+def test_the_buffer_holds_the_last_mini_batches_of_its_own_stage() -> None:
+    curriculum = EfficientTrain(
+        stages=[
+            StageSpec(bandwidth=96, share=0.5, replay=ReplaySpec(times=2, buffer=3)),
+            StageSpec(bandwidth=160, share=0.3, replay=ReplaySpec(times=1, buffer=3)),
+            StageSpec(bandwidth=224, share=0.2, replay=ReplaySpec(times=4, buffer=10**6)),
+        ],
+        **RUN,
+    )
+    short, none, long = curriculum.stages
+    assert (short.buffer_steps, none.buffer_steps, long.buffer_steps) == (3, 0, long.num_steps)
+    held = [curriculum.stage_at(step).oldest_step for step in range(curriculum.num_steps)]
+    assert held[:6] == [0, 0, 0, 1, 2, 3]
+    assert held[none.first_step : long.first_step] == list(range(none.first_step, long.first_step))
+    assert held[long.first_step :] == [long.first_step] * long.num_steps
+
+
+def test_equal_neighbours_with_another_replay_stay_apart() -> None:
+    replay = ReplaySpec(times=2, buffer=3)
+    # 160 and 192 of 32 pixels are both 24 in patches of 8.
+    for third, count in ((replay, 3), (None, 4)):
+        curriculum = EfficientTrain(
+            "deit", replay=[None, replay, third, None], image_size=32, multiple=8, **RUN
+        )
+        assert [stage.replay for stage in curriculum.stages] == [None, replay, third, None][:2] + (
+            [None] if third else [third, None]
+        )
+        assert len(curriculum.stages) == count
+
+
+def test_times_that_do_not_divide_the_batch_get_a_sentence() -> None:
+    for curriculum in (
+        lambda: EfficientTrain(replay=[None, ReplaySpec(times=3, buffer=1), None], **RUN),
+        lambda: Constant(image_size=32, replay=ReplaySpec(times=3, buffer=1), **RUN),
+    ):
+        with pytest.raises(UserError, match=r"replay\.times 3, which does not divide its batch of 64"):
+            curriculum()
+
+
+def test_the_replay_of_a_config_reaches_its_stages() -> None:
+    sizes = {"image_size": (224, 224), "multiple": (16, 16)}
+    table = EfficientTrainConfig(replay=PAPER_REPLAY).build(**sizes, **RUN)
+    assert tuple(stage.replay for stage in table.stages) == PAPER_REPLAY
+    constant = ConstantConfig(replay=PAPER_REPLAY[0]).build(**sizes, **RUN)
+    assert [stage.replay for stage in constant.stages] == [PAPER_REPLAY[0]]
+
+
+def test_a_replay_that_does_not_fit_its_curriculum_is_refused() -> None:
+    with pytest.raises(ValidationError, match="replay has 3 entries, but table 'deit' has 4 stages"):
+        EfficientTrainConfig(table="deit", replay=PAPER_REPLAY)
+    with pytest.raises(ValidationError, match="give each of stages its own replay"):
+        EfficientTrainConfig(stages=tuple(own((224, 1.0))), replay=(None,))

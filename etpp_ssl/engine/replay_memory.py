@@ -1,0 +1,88 @@
+"""What the replay buffers of a run take in host memory, and whether that is there."""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+
+from etpp_ssl.config import UserError, show_size
+from etpp_ssl.curriculum.base import Curriculum, Stage
+from etpp_ssl.data.replay import buffer_bytes
+from etpp_ssl.recipe import Recipe
+
+
+def replay_bytes(recipe: Recipe, stage: Stage) -> int:
+    """Bytes of a stage's buffers over all processes, which share them out evenly; 0 without replay."""
+    return buffer_bytes(stage.buffer_steps * len(stage.samples), (recipe.in_chans, *view_size(recipe, stage)))
+
+
+def view_size(recipe: Recipe, stage: Stage) -> tuple[int, int]:
+    """(H, W) of what the data workers make: the bandwidth where they crop, the full size otherwise."""
+    return stage.bandwidth if recipe.curriculum.crop == "lanczos" else recipe.size
+
+
+def replay_notes(recipe: Recipe, curriculum: Curriculum) -> list[str]:
+    """A sentence for each stage that has a replay, for whoever plans or starts the run."""
+    notes = []
+    for stage in curriculum.stages:
+        name = f"stage {stage.index + 1}"
+        if stage.buffer_steps:
+            loaded = stage.num_steps * len(stage.samples)
+            notes.append(
+                f"{name} trains on each of {loaded:,} loaded images {stage.times} times on average; its "
+                f"replay buffer takes {_shown(replay_bytes(recipe, stage))} over all processes "
+                f"({_contents(recipe, stage)})"
+            )
+        elif stage.replay is not None:
+            notes.append(f"{name} has replay.times 1: nothing is replayed, and no buffer is kept")
+    return notes
+
+
+def check_replay(recipe: Recipe, curriculum: Curriculum, num_processes: int, step: int) -> None:
+    """See that every buffer divides among the processes and fits this machine.
+
+    Args:
+        recipe: the run.
+        curriculum: its stages.
+        num_processes: of the run, on all machines.
+        step: optimizer steps done; stages that end before it need nothing any more.
+
+    Raises:
+        UserError: if one does not.
+    """
+    # Set by torchrun and accelerate; the stages' buffers follow each other, so the largest one counts.
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / num_processes
+    free = psutil.virtual_memory().available
+    to_come = [stage for stage in curriculum.stages if stage.first_step + stage.num_steps > step]
+    for stage in to_come:
+        if stage.buffer_steps and len(stage.samples) % num_processes:
+            raise UserError(
+                f"curriculum: stage {stage.index + 1} has replay.times {stage.times}, so each step loads "
+                f"{len(stage.samples)} of {stage.batch_size} images, which do not divide evenly among the "
+                f"{num_processes} processes"
+            )
+        need = replay_bytes(recipe, stage) * on_this_machine
+        if need > free:
+            assert stage.replay is not None
+            raise UserError(
+                f"curriculum: stage {stage.index + 1} has replay.buffer {stage.replay.buffer}, which takes "
+                f"{_shown(need)} of this machine's memory ({_contents(recipe, stage)}), but "
+                f"{_shown(free)} are available: enough for {int(stage.buffer_steps * free / need)}"
+                + (
+                    ""
+                    if view_size(recipe, stage) == stage.bandwidth
+                    else ", more with curriculum.crop=lanczos"
+                )
+            )
+
+
+def _contents(recipe: Recipe, stage: Stage) -> str:
+    return (
+        f"{stage.buffer_steps:,} mini-batches of {len(stage.samples):,} images of "
+        f"{show_size(view_size(recipe, stage))} px"
+    )
+
+
+def _shown(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.3g} MB"
