@@ -10,7 +10,8 @@ from typing import Literal
 
 from etpp_ssl.config import UserError, neutral
 from etpp_ssl.data.decode import EXTENSIONS, decode
-from etpp_ssl.data.images import Bands, DataConfig, UnreadableImage, existing_folder
+from etpp_ssl.data.images import Bands, DataConfig, Picture, UnreadableImage, existing_folder
+from etpp_ssl.data.picture import open_picture
 
 EVAL_SYNONYMS = ("val", "validation", "valid", "eval", "test")
 
@@ -89,12 +90,18 @@ class FileSource:
 
     def load(self, index: int) -> Bands:
         """Decode a file; see `ImageSource.load`."""
+        return decode(self._read(index), self.in_chans)
+
+    def open(self, index: int) -> Picture:
+        """Read a file; see `ImageSource.open`."""
+        return open_picture(self._read(index), self.in_chans)
+
+    def _read(self, index: int) -> bytes:
         try:
-            data = (self.folder / self.files[index]).read_bytes()
+            return (self.folder / self.files[index]).read_bytes()
         except (OSError, ValueError) as error:
             # ValueError: a line of a list can hold a null byte.
             raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from error
-        return decode(data, self.in_chans)
 
     def label(self, index: int) -> int:
         """Class index, or -1."""

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.augment import EvalView, TrainView, to_tensor
+from etpp_ssl.data.augment import EvalView, TrainView
 from etpp_ssl.data.folder import FileSource, FolderConfig
 from etpp_ssl.data.loader import (
     MAX_ATTEMPTS,
@@ -100,8 +100,8 @@ def test_a_batch_holds_the_view_of_each_sample(tmp_path: Path) -> None:
             zip(batch.request.positions, batch.request.indices, strict=True)
         ):
             assert batch.labels[row] == source.label(index)
-            view = train_view()(source.load(index), position, SIZE)
-            assert torch.equal(batch.images[row], to_tensor(view))
+            view = train_view()(source.open(index), position, SIZE)
+            assert torch.equal(batch.images[row], view)
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
@@ -125,9 +125,9 @@ def test_every_batch_has_the_bandwidth_of_its_own_stage_where_workers_crop(
     assert [tuple(batch.images.shape[2:]) for batch in found] == [b for b in BANDWIDTHS for _ in range(4)]
     for batch in found:
         view = train_view(lanczos=True)(
-            source.load(batch.request.indices[0]), batch.request.positions[0], batch.request.bandwidth
+            source.open(batch.request.indices[0]), batch.request.positions[0], batch.request.bandwidth
         )
-        assert torch.equal(batch.images[0], to_tensor(view))
+        assert torch.equal(batch.images[0], view)
 
 
 def test_every_batch_has_the_full_size_where_the_device_crops(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_bad_images_are_replaced_by_the_next_readable_draw_and_named(tmp_path: P
                 index = order.replacement(position, attempt)
             chains += attempt > 1
             # The view is that of the sample's position, whichever image fills it.
-            assert torch.equal(batch.images[row], to_tensor(train_view()(source.load(index), position, SIZE)))
+            assert torch.equal(batch.images[row], train_view()(source.open(index), position, SIZE))
             assert batch.labels[row] == source.label(index)
         assert [image.index for image in batch.bad] == expected
         for image in batch.bad:
@@ -233,7 +233,7 @@ def test_evaluation_batches_hold_the_evaluation_view() -> None:
     requests = evaluation_requests([6, 0, 3, 5, 1], size=SIZE, batch_size=2)
     loader = batch_loader(builder, requests, num_workers=2, prefetch=1, pin_memory=False)
     images = torch.cat([batch.images for batch in batches(loader)])
-    expected = [to_tensor(view(source.load(index), 0, SIZE)) for index in (6, 0, 3, 5, 1)]
+    expected = [view(source.open(index), 0, SIZE) for index in (6, 0, 3, 5, 1)]
     assert torch.equal(images, torch.stack(expected))
 
 

@@ -1,0 +1,81 @@
+"""One resize out of a box that may lie between pixels, by torch's kernel where it can, else by Pillow's.
+
+Torch's uint8 kernels are Pillow's (the same weights, the same two passes) and agree with them to one
+level, at a third to a sixth of the time on a processor with AVX2. They know no box: an axis has to start
+at the border of a pixel. An axis of which only the end does is resized backwards.
+
+Legend: C channels, H, W input and h, w output pixels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from etpp_ssl.data.images import Interpolation, Region
+
+KERNELS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "box": Image.Resampling.BOX,
+}
+"""Pillow's kernel of each `Interpolation`."""
+
+
+def resize(region: Region, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
+    """The part of the picture that a region stands for, at another size.
+
+    Args:
+        region: pixels (H, W, C) and the box in them.
+        size: (w, h).
+        interpolation: the kernel; torch has no `box`.
+
+    Returns:
+        uint8 (C, h, w).
+    """
+    if interpolation != "box" and starts_or_ends_on_pixels(region.box):
+        return _by_torch(region, size, interpolation)
+    return _by_pillow(region, size, interpolation)
+
+
+def starts_or_ends_on_pixels(box: tuple[float, float, float, float]) -> bool:
+    """Whether torch can resize it: on each axis the start or the end is the border of a pixel."""
+    left, top, right, bottom = box
+    return (left % 1 == 0 or right % 1 == 0) and (top % 1 == 0 or bottom % 1 == 0)
+
+
+def _by_torch(region: Region, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
+    left, top, right, bottom = region.box
+    height, width = region.pixels.shape[:2]
+    images = torch.from_numpy(region.pixels).permute(2, 0, 1)[None]
+    backwards = [axis for axis, start in ((2, top), (3, left)) if start % 1]
+    if backwards:
+        images = images.flip(backwards)
+    if (right - left, bottom - top) == (width, height):
+        found = interpolate(images, size=size[::-1], mode=interpolation, antialias=True)
+    else:
+        factors = (_factor(size[1], bottom - top, height), _factor(size[0], right - left, width))
+        found = interpolate(images, scale_factor=factors, mode=interpolation, antialias=True)
+        found = found[:, :, : size[1], : size[0]]
+    return (found.flip(backwards) if backwards else found)[0]
+
+
+def _factor(out: int, part: float, whole: int) -> float:
+    """out / part, so that torch's floor(whole * factor) is not below `out` for a rounding error."""
+    factor = out / part
+    return factor if math.floor(whole * factor) >= out else math.nextafter(factor, math.inf)
+
+
+def _by_pillow(region: Region, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
+    pixels = region.pixels
+    planes = [pixels] if pixels.shape[2] == 3 else [pixels[:, :, c] for c in range(pixels.shape[2])]
+    resized = [
+        np.atleast_3d(np.array(Image.fromarray(plane).resize(size, KERNELS[interpolation], box=region.box)))
+        for plane in planes
+    ]
+    return torch.from_numpy(np.concatenate(resized, axis=2)).permute(2, 0, 1)
