@@ -1,8 +1,9 @@
 """One resize out of a box that may lie between pixels, by torch's kernel where it can, else by Pillow's.
 
-Torch's uint8 kernels are Pillow's (the same weights, the same two passes) and agree with them to one
-level, at a third to a sixth of the time on a processor with AVX2. They know no box: an axis has to start
-at the border of a pixel. An axis of which only the end does is resized backwards.
+Torch's uint8 kernels have Pillow's weights and agree with Pillow's to one level, two when they
+enlarge (more where an overshoot is clipped between the two passes, which they take in another order), at
+a third to a sixth of the time on a processor with AVX2. They know no box: an axis has to start at the border of a pixel. An axis of which
+only the end does is resized backwards.
 
 Legend: C channels, H, W input and h, w output pixels.
 """
@@ -38,8 +39,12 @@ def resize(region: Region, size: tuple[int, int], interpolation: Interpolation) 
     Returns:
         uint8 (C, h, w).
     """
-    if interpolation != "box" and starts_or_ends_on_pixels(region.box):
-        return _by_torch(region, size, interpolation)
+    # Beyond four channels torch's kernel is another one, and wrong at a width of 1 (seen in 2.14).
+    few = region.pixels.shape[2] <= 4
+    if few and interpolation != "box" and starts_or_ends_on_pixels(region.box):
+        factors = _factors(region, size)
+        if factors is not None:
+            return _by_torch(region, size, interpolation, factors)
     return _by_pillow(region, size, interpolation)
 
 
@@ -49,26 +54,33 @@ def starts_or_ends_on_pixels(box: tuple[float, float, float, float]) -> bool:
     return (left % 1 == 0 or right % 1 == 0) and (top % 1 == 0 or bottom % 1 == 0)
 
 
-def _by_torch(region: Region, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
+def _factors(region: Region, size: tuple[int, int]) -> tuple[float, float] | None:
+    """(vertical, horizontal) output pixels per input pixel, or None where torch would not heed them."""
     left, top, right, bottom = region.box
     height, width = region.pixels.shape[:2]
+    factors = []
+    for out, part, whole in ((size[1], bottom - top, height), (size[0], right - left, width)):
+        factor = out / part
+        if math.floor(whole * factor) < out:
+            factor = math.nextafter(factor, math.inf)
+        # It skips an axis whose size does not change, even if the box is smaller than the pixels.
+        if part < whole and math.floor(whole * factor) == whole:
+            return None
+        factors.append(factor)
+    return factors[0], factors[1]
+
+
+def _by_torch(
+    region: Region, size: tuple[int, int], interpolation: Interpolation, factors: tuple[float, float]
+) -> Tensor:
     images = torch.from_numpy(region.pixels).permute(2, 0, 1)[None]
-    backwards = [axis for axis, start in ((2, top), (3, left)) if start % 1]
+    backwards = [axis for axis, start in ((2, region.box[1]), (3, region.box[0])) if start % 1]
     if backwards:
         images = images.flip(backwards)
-    if (right - left, bottom - top) == (width, height):
-        found = interpolate(images, size=size[::-1], mode=interpolation, antialias=True)
-    else:
-        factors = (_factor(size[1], bottom - top, height), _factor(size[0], right - left, width))
-        found = interpolate(images, scale_factor=factors, mode=interpolation, antialias=True)
-        found = found[:, :, : size[1], : size[0]]
+    # The output reaches beyond the box where the pixels do.
+    found = interpolate(images, scale_factor=factors, mode=interpolation, antialias=True)
+    found = found[:, :, : size[1], : size[0]]
     return (found.flip(backwards) if backwards else found)[0]
-
-
-def _factor(out: int, part: float, whole: int) -> float:
-    """out / part, so that torch's floor(whole * factor) is not below `out` for a rounding error."""
-    factor = out / part
-    return factor if math.floor(whole * factor) >= out else math.nextafter(factor, math.inf)
 
 
 def _by_pillow(region: Region, size: tuple[int, int], interpolation: Interpolation) -> Tensor:

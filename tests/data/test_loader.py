@@ -110,6 +110,52 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path, num_workers: int)
     assert_same(train_batches(source, num_workers), train_batches(source, 0))
 
 
+BIG = (112, 168)
+
+
+def jpegs_of(root: Path, num_images: int, broken: Iterable[int]) -> FileSource:
+    """JPEGs of which crops can be decoded at half the resolution; the broken ones end in the middle."""
+    for number in range(num_images):
+        pixels = torch.randint(0, 256, (14, 20 + number, 3), dtype=torch.uint8, generator=seeded(number))
+        path = root / f"{number:02d}.jpg"
+        Image.fromarray(pixels.numpy()).resize((440 + 7 * number, 333)).save(path)
+        if number in broken:
+            path.write_bytes(path.read_bytes()[:-3000])
+    return FolderConfig(root=str(root)).open("train", in_chans=3, image_size=BIG, seed=SEED)
+
+
+def seeded(number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
+@pytest.mark.parametrize("lanczos", [False, True])
+def test_reduced_views_are_one_size_per_stage_and_bad_images_show_while_they_are_made(
+    tmp_path: Path, lanczos: bool
+) -> None:
+    source = jpegs_of(tmp_path, 6, broken={1, 4})
+    order = KeyedOrder(len(source), SEED)
+    view = TrainView(BIG, (0.3, 1.0), True, lanczos, SEED, "reduced")
+    requests = [
+        BatchRequest(step, tuple(range(6)), tuple(range(6)), bandwidth, 1.0, True)
+        for step, bandwidth in enumerate([(32, 48), BIG])
+    ]
+
+    def run(num_workers: int) -> list[Batch]:
+        builder = BatchBuilder(source, view, order)
+        return list(
+            batches(batch_loader(builder, requests, num_workers=num_workers, prefetch=2, pin_memory=False))
+        )
+
+    found = run(0)
+    small = (32, 48) if lanczos else (96, 96)
+    assert [tuple(batch.images.shape) for batch in found] == [(6, 3, *small), (6, 3, *BIG)]
+    for batch in found:
+        assert {bad.index for bad in batch.bad} == {1, 4}
+        assert all(bad.reason and "\n" not in bad.reason for bad in batch.bad)
+        assert torch.equal(batch.images[0], view(source.open(0), 0, batch.request.bandwidth))
+    assert_same(run(2), found)
+
+
 def test_batches_come_in_the_order_of_the_requests(tmp_path: Path) -> None:
     source = folder_of(tmp_path, 9)
     found = [batch.request for batch in train_batches(source, num_workers=3)]
