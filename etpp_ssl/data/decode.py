@@ -90,7 +90,9 @@ def _from_image(image: Image.Image, in_chans: int) -> Bands:
         raise UnreadableImage(f"its values are 32-bit {kind}, not 8 or 16 bits")
     if in_chans in (1, 3):
         image.load()
-        return (_eight_bits(_upright(image)).convert("L" if in_chans == 1 else "RGB"),)
+        picture, mode = _eight_bits(_upright(image)), "L" if in_chans == 1 else "RGB"
+        # Converting to the mode that it has would copy it.
+        return (picture if picture.mode == mode else picture.convert(mode),)
     num_pages: int = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
     if num_pages == in_chans and len(image.getbands()) == 1:
         pages = []

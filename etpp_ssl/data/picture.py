@@ -12,8 +12,6 @@ import importlib.util
 import io
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
@@ -41,7 +39,8 @@ def open_picture(data: bytes, in_chans: int) -> Picture:
         UnreadableImage: for anything that cannot be read so, with the reason.
     """
     if in_chans in (1, 3) and data.startswith(b"\xff\xd8"):
-        with one_line_reasons(), _opened(data) as image:
+        with one_line_reasons():
+            image = _open(data)
             if image.format == "JPEG" and image.mode in ("L", "RGB"):
                 return JpegPicture(data, image, in_chans)
     return WholePicture(decode(data, in_chans))
@@ -75,17 +74,19 @@ class JpegPicture:
 
     Args:
         data: the file.
-        header: Pillow's picture of it; not kept.
+        image: Pillow's picture of it, not yet loaded.
         in_chans: 1 or 3.
     """
 
-    def __init__(self, data: bytes, header: Image.Image, in_chans: int) -> None:
+    def __init__(self, data: bytes, image: Image.Image, in_chans: int) -> None:
         self._data = data
         self._in_chans = in_chans
-        self._mode = header.mode
-        self._file_size = header.size
-        self._orientation = orientation(header)
-        self.size = header.size[::-1] if self._orientation >= 5 else header.size
+        # Pillow decodes a picture once, at one resolution: this one serves the first region.
+        self._unused: Image.Image | None = image
+        self._mode = image.mode
+        self._file_size = image.size
+        self._orientation = orientation(image)
+        self.size = image.size[::-1] if self._orientation >= 5 else image.size
 
     def bands(self) -> Bands:
         """See `Picture.bands`."""
@@ -103,7 +104,8 @@ class JpegPicture:
             pixels = self._by_simplejpeg(factor)
             if pixels is not None:
                 return Region(pixels[outer[1] : outer[3], outer[0] : outer[2]], inner)
-        with one_line_reasons(), _opened(self._data) as image:
+        with one_line_reasons():
+            image, self._unused = self._unused or _open(self._data), None
             if factor > 1:
                 image.draft(None, (image.width // factor, image.height // factor))
             (picture,) = from_picture(image, self._in_chans)
@@ -170,13 +172,11 @@ def require_decoder(decoder: Decoder) -> None:
         raise UserError("data.decoder simplejpeg is not installed: pip install 'etpp-ssl[fast]'")
 
 
-@contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
+def _open(data: bytes) -> Image.Image:
     with warnings.catch_warnings():
         # As in `decode`.
         warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data)) as image:
-            yield image
+        return Image.open(io.BytesIO(data))
 
 
 def _pixels(bands: Bands) -> np.ndarray:
