@@ -118,7 +118,7 @@ def test_a_picture_can_be_asked_again() -> None:
     picture = open_picture(jpeg(drawn(93, 61)), 3)
     box = (0, 0, 88, 56)
     small, full = picture.region(box, (9, 9)), picture.region(box, (88, 56))
-    assert small.pixels.shape == (7, 11, 3) or small.pixels.shape == (14, 22, 3)
+    assert small.pixels.shape == (14, 22, 3)
     assert full.pixels.shape == (56, 88, 3)
     np.testing.assert_array_equal(picture.region(box, (9, 9)).pixels, small.pixels)
     np.testing.assert_array_equal(pixels_of(picture, box), full.pixels)
@@ -234,7 +234,7 @@ def test_reduced_views_show_what_full_ones_show(lanczos: bool) -> None:
     """At least 35 dB on average after the crop, over the views whose decode was reduced."""
     bandwidth = (60, 72)
     qualities = []
-    for position in range(24):
+    for position in range(14):
         data = jpeg(drawn(601, 467, position))
         picture = open_picture(data, 3)
         found = view("reduced", lanczos=lanczos)(picture, position, bandwidth)
@@ -246,7 +246,7 @@ def test_reduced_views_show_what_full_ones_show(lanczos: bool) -> None:
         if picture.region(box, (126, 105)).pixels.shape[1] < box[2] - box[0]:
             shown = [low_frequency_crop(v.float(), bandwidth) for v in (found, wanted)]
             qualities.append(psnr(*shown))
-    assert len(qualities) > 8
+    assert len(qualities) > 4
     assert np.mean(qualities) > 35
 
 
@@ -256,11 +256,11 @@ def keyed(position: int) -> random.Random:
     return keyed_random(5, "crop", position)
 
 
-def test_at_full_bandwidth_a_view_differs_by_a_level_at_most() -> None:
+def test_at_full_bandwidth_a_view_differs_by_two_levels_at_most() -> None:
     for position in range(8):
         picture = open_picture(jpeg(drawn(201, 167, position)), 3)
         found, wanted = (view(decode)(picture, position, IMAGE_SIZE) for decode in ("reduced", "full"))
-        assert (found.int() - wanted.int()).abs().max() <= 1
+        assert (found.int() - wanted.int()).abs().max() <= 2
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "box"])
@@ -272,4 +272,4 @@ def test_the_interpolation_is_that_of_both_decodes(interpolation: Any) -> None:
     plain = picture.bands()[0].crop(box).resize(IMAGE_SIZE[::-1], kernel)
     assert torch.equal(full, to_tensor((plain,)))
     reduced = view("reduced", interpolation=interpolation, flip=False)(picture, 3, IMAGE_SIZE)
-    assert (reduced.int() - full.int()).abs().max() <= 1
+    assert (reduced.int() - full.int()).abs().max() <= 2
