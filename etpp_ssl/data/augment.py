@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from etpp_ssl.data.images import Bands, Decoder, Interpolation, Picture
+from etpp_ssl.data.images import Bands, Decoder, Interpolation, Picture, Region
 from etpp_ssl.data.picture import require_decoder
 from etpp_ssl.data.resize import KERNELS, resize
 from etpp_ssl.randomness import keyed_random
@@ -74,8 +74,7 @@ class TrainView:
         if mirror:
             view = view.flip(2)
         if self.lanczos and bandwidth != self.image_size:
-            size = bandwidth[::-1]
-            view = to_tensor(tuple(band.resize(size, Image.Resampling.LANCZOS) for band in to_bands(view)))
+            return self._by_lanczos(view, bandwidth[::-1])
         return view
 
     def _full(self, image: Picture, box: tuple[int, int, int, int]) -> Tensor:
@@ -85,6 +84,12 @@ class TrainView:
     def _reduced(self, image: Picture, box: tuple[int, int, int, int], bandwidth: tuple[int, int]) -> Tensor:
         size = intermediate_size(bandwidth, self.image_size)[::-1]
         return resize(image.region(box, size, self.decoder), size, self.interpolation)
+
+    def _by_lanczos(self, view: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.decode == "reduced":
+            whole = (0, 0, view.shape[2], view.shape[1])
+            return resize(Region(view.permute(1, 2, 0).numpy(), whole), size, "lanczos")
+        return to_tensor(tuple(band.resize(size, KERNELS["lanczos"]) for band in to_bands(view)))
 
 
 @dataclass(frozen=True)

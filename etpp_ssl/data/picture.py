@@ -95,7 +95,7 @@ class JpegPicture:
     def region(
         self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
     ) -> Region:
-        """At the lowest resolution that serves; see `Picture.region` and `reduction`."""
+        """At the lowest resolution that serves; see `Picture.region`."""
         factor, reduced_box = self._reduced(box, at_least)
         left, top, right, bottom = reduced_box
         outer = (math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
