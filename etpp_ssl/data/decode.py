@@ -47,7 +47,7 @@ def decode(data: bytes, in_chans: int) -> Bands:
     Raises:
         UnreadableImage: for anything that cannot be read so, with the reason.
     """
-    with _one_line_reasons():
+    with one_line_reasons():
         if data.startswith(b"\x93NUMPY"):
             return _from_array(np.load(io.BytesIO(data), allow_pickle=False), in_chans)
         with warnings.catch_warnings():
@@ -63,12 +63,13 @@ def from_picture(image: Image.Image, in_chans: int) -> Bands:
     Raises:
         UnreadableImage: if it cannot be read, or does not have the channels asked for.
     """
-    with _one_line_reasons():
+    with one_line_reasons():
         return _from_image(image, in_chans)
 
 
 @contextmanager
-def _one_line_reasons() -> Iterator[None]:
+def one_line_reasons() -> Iterator[None]:
+    """Whatever a decoder raises inside becomes an `UnreadableImage` with one line of reason."""
     try:
         yield
     except UnreadableImage:
@@ -89,7 +90,9 @@ def _from_image(image: Image.Image, in_chans: int) -> Bands:
         raise UnreadableImage(f"its values are 32-bit {kind}, not 8 or 16 bits")
     if in_chans in (1, 3):
         image.load()
-        return (_eight_bits(_upright(image)).convert("L" if in_chans == 1 else "RGB"),)
+        picture, mode = _eight_bits(_upright(image)), "L" if in_chans == 1 else "RGB"
+        # Converting to the mode that it has would copy it.
+        return (picture if picture.mode == mode else picture.convert(mode),)
     num_pages: int = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
     if num_pages == in_chans and len(image.getbands()) == 1:
         pages = []
@@ -123,12 +126,18 @@ def _from_array(array: np.ndarray, in_chans: int) -> Bands:
     return tuple(Image.fromarray(np.ascontiguousarray(array[:, :, c])) for c in range(in_chans))
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened picture, 1 (upright) to 8."""
     try:
-        method = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+        value = image.getexif().get(_ORIENTATION, 1)
+        return int(value) if value in _UPRIGHT else 1
     except Exception:
         # Broken metadata around a sound picture: the picture counts, as it lies.
-        return image
+        return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    method = _UPRIGHT.get(orientation(image))
     return image if method is None else image.transpose(method)
 
 

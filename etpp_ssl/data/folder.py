@@ -10,7 +10,8 @@ from typing import Literal
 
 from etpp_ssl.config import UserError, neutral
 from etpp_ssl.data.decode import EXTENSIONS, decode
-from etpp_ssl.data.images import Bands, DataConfig, UnreadableImage, existing_folder
+from etpp_ssl.data.images import Bands, DataConfig, Picture, UnreadableImage, existing_folder
+from etpp_ssl.data.picture import open_picture
 
 EVAL_SYNONYMS = ("val", "validation", "valid", "eval", "test")
 
@@ -70,6 +71,10 @@ class FileSource:
     def load(self, index: int) -> Bands:
         """Decode a file; see `ImageSource.load`."""
         return decode(self.read(index), self.in_chans)
+
+    def open(self, index: int) -> Picture:
+        """Read a file; see `ImageSource.open`."""
+        return open_picture(self.read(index), self.in_chans)
 
     def read(self, index: int) -> bytes:
         """A file's bytes, as they are stored.

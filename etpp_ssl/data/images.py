@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
@@ -19,8 +20,52 @@ Bands = tuple[Image.Image, ...]
 mode L per channel, all of one size."""
 
 
+Interpolation = Literal["bicubic", "bilinear", "box"]
+"""Kernel of a resize, widened where it shrinks (Pillow's kernels)."""
+Decoder = Literal["pillow", "simplejpeg"]
+"""Who decodes JPEGs; both stand on libjpeg-turbo."""
+
+
 class UnreadableImage(Exception):
     """An image that cannot be decoded; the message says why, without the name."""
+
+
+class Region(NamedTuple):
+    """Part of a picture, at the resolution it was decoded to."""
+
+    pixels: np.ndarray
+    """uint8 (H, W, C)."""
+    box: tuple[float, float, float, float]
+    """(left, top, right, bottom) of the part asked for, in pixels of `pixels`; less than a pixel lies
+    outside of it on each side."""
+
+
+class Picture(Protocol):
+    """An image whose size is known before it is decoded."""
+
+    size: tuple[int, int]
+    """(width, height) in pixels, upright."""
+
+    def bands(self) -> Bands:
+        """The whole image at full resolution, as `ImageSource.load` gives it.
+
+        Raises:
+            UnreadableImage: if it cannot be decoded.
+        """
+
+    def region(
+        self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
+    ) -> Region:
+        """Decode a part at full or, where the format can, at a lower resolution.
+
+        Args:
+            box: (left, top, right, bottom) in pixels of the full resolution, within `size`.
+            at_least: (width, height) in pixels that the part keeps, unless `box` itself has fewer.
+            decoder: who decodes.
+
+        Raises:
+            UnreadableImage: if it cannot be decoded.
+        """
 
 
 class ImageSource(Protocol):
@@ -37,6 +82,13 @@ class ImageSource(Protocol):
 
         Raises:
             UnreadableImage: if it cannot be decoded.
+        """
+
+    def open(self, index: int) -> Picture:
+        """An image that is decoded when its pixels are asked for, and no further than needed.
+
+        Raises:
+            UnreadableImage: if it cannot be decoded, as far as that is known already.
         """
 
     def label(self, index: int) -> int:
@@ -63,6 +115,15 @@ class DataConfig(Config, ABC):
     """Area range of the random resized crop (MAE: 0.2 to 1)."""
     flip: bool = True
     """Mirror half of the training images."""
+    decode: Literal["full", "reduced"] = "reduced"
+    """`full`: training images are decoded and resized at full resolution, by Pillow. `reduced`: below
+    the full bandwidth they are resized to an intermediate size (`augment.intermediate_size`), JPEGs are
+    decoded at 1/2, 1/4 or 1/8 where the crop keeps that size, and torch resizes."""
+    interpolation: Interpolation = "bicubic"
+    """Kernel of the random resized crop."""
+    decoder: Decoder = "pillow"
+    """Who decodes JPEGs for `decode: reduced`. `simplejpeg` is faster; its pixels are Pillow's as long as
+    both are built on the same libjpeg-turbo."""
     crop_pct: float = neutral(0.875, gt=0, le=1)
     """Evaluation: the centre crop's share of the resized image's side (timm's `crop_pct`)."""
     max_bad_share: float = neutral(0.01, ge=0, le=1)
@@ -81,6 +142,8 @@ class DataConfig(Config, ABC):
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale is {[low, high]}: use two shares of the area, 0 < low <= high <= 1")
+        if self.decoder != "pillow" and self.decode == "full":
+            raise ValueError(f"decoder {self.decoder} needs decode=reduced: decode=full is Pillow's alone")
         return self
 
     @abstractmethod

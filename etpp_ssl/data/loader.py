@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.augment import View, to_tensor
-from etpp_ssl.data.images import Bands, ImageSource, UnreadableImage
+from etpp_ssl.data.augment import View
+from etpp_ssl.data.images import ImageSource, UnreadableImage
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
 
 MAX_ATTEMPTS = 100
@@ -38,7 +38,8 @@ class Batch:
     """A micro-batch and everything that says where in the run it belongs."""
 
     images: Tensor
-    """uint8 (B, C, H, W): full size, or the stage's bandwidth where the worker crops (`lanczos`)."""
+    """uint8 (B, C, H, W): full size; with `decode: reduced` the stage's intermediate size; the stage's
+    bandwidth where the worker crops (`lanczos`)."""
     labels: Tensor
     """int64 (B,), -1 without labels."""
     positions: Tensor
@@ -88,9 +89,9 @@ class BatchBuilder(Dataset[Batch]):
     def __getitem__(self, request: BatchRequest) -> Batch:
         views, labels, bad = [], [], []
         for position, index in zip(request.positions, request.indices, strict=True):
-            image, used, broken = self._readable(position, index)
+            image, used, broken = self._readable(position, index, request.bandwidth)
             bad.extend(broken)
-            views.append(to_tensor(self.view(image, position, request.bandwidth)))
+            views.append(image)
             labels.append(self.source.label(used))
         return Batch(
             images=torch.stack(views),
@@ -100,11 +101,14 @@ class BatchBuilder(Dataset[Batch]):
             bad=tuple(bad),
         )
 
-    def _readable(self, position: int, index: int) -> tuple[Bands, int, list[BadImage]]:
+    def _readable(
+        self, position: int, index: int, bandwidth: tuple[int, int]
+    ) -> tuple[Tensor, int, list[BadImage]]:
+        """The view of the first image that can be read, its index, and those before it."""
         bad: list[BadImage] = []
         for attempt in range(MAX_ATTEMPTS):
             try:
-                return self.source.load(index), index, bad
+                return self.view(self.source.open(index), position, bandwidth), index, bad
             except UnreadableImage as error:
                 bad.append(BadImage(index, self.source.name(index), str(error)))
                 index = self.order.replacement(position, attempt + 1)

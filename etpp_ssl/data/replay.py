@@ -7,8 +7,9 @@ stage, whose images have another size; so the images drawn depend on the number 
 
 Kept are the loader's uint8 views: exact, and half the size of float16 values of as many pixels. Whatever
 happens to an image on the device (crop of the spectrum, mask) happens after the draw, anew each time. So
-where the device crops, pictures of full size are kept: at 96 of 224 pixels 2.7 times what float16 crops
-would take, which would have to come back from the device. Where the workers crop (`lanczos`), it is half.
+where the device crops, pictures of the intermediate size are kept: at 96 of 224 pixels 1.5 times what
+float16 crops would take, which would have to come back from the device, and 2.7 times with
+`data.decode: full`. Where the workers crop (`lanczos`), it is half.
 
 Legend: C channels, H, W pixels, R rows of the buffer.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.images import Bands, DataConfig, ImageSource
+from etpp_ssl.data.images import Bands, DataConfig, ImageSource, Picture
 from etpp_ssl.randomness import keyed_torch
 
 
@@ -28,6 +28,10 @@ class Subset:
     def load(self, index: int) -> Bands:
         """See `ImageSource.load`."""
         return self.source.load(self.indices[index])
+
+    def open(self, index: int) -> Picture:
+        """See `ImageSource.open`."""
+        return self.source.open(self.indices[index])
 
     def label(self, index: int) -> int:
         """See `ImageSource.label`."""

@@ -19,7 +19,8 @@ from PIL import Image
 from pydantic import Field, field_validator
 
 from etpp_ssl.config import as_pair
-from etpp_ssl.data.images import Bands, DataConfig
+from etpp_ssl.data.images import Bands, DataConfig, Picture
+from etpp_ssl.data.picture import WholePicture
 from etpp_ssl.randomness import keyed_numpy
 
 SHAPES = ("disk", "cross", "square", "ring", "triangle")
@@ -114,6 +115,10 @@ class SyntheticSource:
         if self.in_chans == 3:
             return (Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))),)
         return tuple(Image.fromarray(band) for band in image)
+
+    def open(self, index: int) -> Picture:
+        """Draw a picture; see `load`."""
+        return WholePicture(self.load(index))
 
     def label(self, index: int) -> int:
         """Class index: the classes take turns."""

@@ -11,9 +11,10 @@ from PIL import Image
 from timm.data import create_dataset
 
 from etpp_ssl.config import UserError, neutral
-from etpp_ssl.data.decode import decode, from_picture
+from etpp_ssl.data.decode import from_picture
 from etpp_ssl.data.folder import expanded, printable
-from etpp_ssl.data.images import Bands, DataConfig, UnreadableImage
+from etpp_ssl.data.images import Bands, DataConfig, Picture, UnreadableImage
+from etpp_ssl.data.picture import WholePicture, open_picture
 
 STREAMS = ("hfids", "tfds", "wds")
 FOLDERS = ("", "torch/folder", "torch/image_folder")
@@ -128,17 +129,21 @@ class TimmSource:
 
     def load(self, index: int) -> Bands:
         """Decode an image; see `ImageSource.load`."""
+        return self.open(index).bands()
+
+    def open(self, index: int) -> Picture:
+        """Read an image; see `ImageSource.open`."""
         try:
             picture = self._item(index)[0]
             if not isinstance(picture, Image.Image):
                 with picture:
-                    return decode(picture.read(), self.in_chans)
+                    return open_picture(picture.read(), self.in_chans)
         except UnreadableImage:
             raise
         except Exception as error:
             # As in `decode`: whatever a library raises here, it is one unreadable image.
             raise UnreadableImage(" ".join(f"{type(error).__name__}: {error}".split())) from error
-        return from_picture(picture, self.in_chans)
+        return WholePicture(from_picture(picture, self.in_chans))
 
     def label(self, index: int) -> int:
         """Class index, or -1."""

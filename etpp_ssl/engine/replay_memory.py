@@ -8,6 +8,7 @@ import psutil
 
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.curriculum.base import Curriculum, Stage
+from etpp_ssl.data.augment import intermediate_size
 from etpp_ssl.data.replay import buffer_bytes
 from etpp_ssl.recipe import Recipe
 
@@ -18,8 +19,10 @@ def replay_bytes(recipe: Recipe, stage: Stage) -> int:
 
 
 def view_size(recipe: Recipe, stage: Stage) -> tuple[int, int]:
-    """(H, W) of what the data workers make: the bandwidth where they crop, the full size otherwise."""
-    return stage.bandwidth if recipe.curriculum.crop == "lanczos" else recipe.size
+    """(H, W) of what the data workers make."""
+    if recipe.curriculum.crop == "lanczos":
+        return stage.bandwidth
+    return intermediate_size(stage.bandwidth, recipe.size) if recipe.data.decode == "reduced" else recipe.size
 
 
 def replay_notes(recipe: Recipe, curriculum: Curriculum) -> list[str]:

@@ -244,6 +244,20 @@ def test_images_are_bands_of_the_right_mode_and_size(example: Example, in_chans:
 
 
 @every_example
+@every_channel_count
+def test_an_opened_image_is_the_loaded_one(example: Example, in_chans: int, tmp_path: Path) -> None:
+    source = open_one(example.make(tmp_path, ()), in_chans=in_chans)
+    for index in range(len(source)):
+        loaded, picture = source.load(index), source.open(index)
+        assert picture.size == loaded[0].size
+        width, height = picture.size
+        region = picture.region((1, 2, width, height), (width, height))
+        assert region.box == (0, 0, width - 1, height - 2)
+        assert torch.equal(torch.from_numpy(region.pixels).permute(2, 0, 1), to_tensor(loaded)[:, 2:, 1:])
+        assert torch.equal(to_tensor(picture.bands()), to_tensor(loaded))
+
+
+@every_example
 def test_images_differ(example: Example, tmp_path: Path) -> None:
     source = open_one(example.make(tmp_path, ()))
     assert len({to_tensor(source.load(index)).numpy().tobytes() for index in range(NUM_IMAGES)}) == NUM_IMAGES

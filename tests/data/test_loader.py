@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.augment import EvalView, TrainView, to_tensor
+from etpp_ssl.data.augment import EvalView, TrainView
 from etpp_ssl.data.folder import FileSource, FolderConfig
 from etpp_ssl.data.loader import (
     MAX_ATTEMPTS,
@@ -100,14 +100,60 @@ def test_a_batch_holds_the_view_of_each_sample(tmp_path: Path) -> None:
             zip(batch.request.positions, batch.request.indices, strict=True)
         ):
             assert batch.labels[row] == source.label(index)
-            view = train_view()(source.load(index), position, SIZE)
-            assert torch.equal(batch.images[row], to_tensor(view))
+            view = train_view()(source.open(index), position, SIZE)
+            assert torch.equal(batch.images[row], view)
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_the_number_of_workers_changes_nothing(tmp_path: Path, num_workers: int) -> None:
     source = folder_of(tmp_path, 9)
     assert_same(train_batches(source, num_workers), train_batches(source, 0))
+
+
+BIG = (112, 168)
+
+
+def jpegs_of(root: Path, num_images: int, broken: Iterable[int]) -> FileSource:
+    """JPEGs of which crops can be decoded at half the resolution; the broken ones end in the middle."""
+    for number in range(num_images):
+        pixels = torch.randint(0, 256, (14, 20 + number, 3), dtype=torch.uint8, generator=seeded(number))
+        path = root / f"{number:02d}.jpg"
+        Image.fromarray(pixels.numpy()).resize((440 + 7 * number, 333)).save(path)
+        if number in broken:
+            path.write_bytes(path.read_bytes()[:-3000])
+    return FolderConfig(root=str(root)).open("train", in_chans=3, image_size=BIG, seed=SEED)
+
+
+def seeded(number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
+@pytest.mark.parametrize("lanczos", [False, True])
+def test_reduced_views_are_one_size_per_stage_and_bad_images_show_while_they_are_made(
+    tmp_path: Path, lanczos: bool
+) -> None:
+    source = jpegs_of(tmp_path, 6, broken={1, 4})
+    order = KeyedOrder(len(source), SEED)
+    view = TrainView(BIG, (0.3, 1.0), True, lanczos, SEED, "reduced")
+    requests = [
+        BatchRequest(step, tuple(range(6)), tuple(range(6)), bandwidth, 1.0, True)
+        for step, bandwidth in enumerate([(32, 48), BIG])
+    ]
+
+    def run(num_workers: int) -> list[Batch]:
+        builder = BatchBuilder(source, view, order)
+        return list(
+            batches(batch_loader(builder, requests, num_workers=num_workers, prefetch=2, pin_memory=False))
+        )
+
+    found = run(0)
+    small = (32, 48) if lanczos else (96, 96)
+    assert [tuple(batch.images.shape) for batch in found] == [(6, 3, *small), (6, 3, *BIG)]
+    for batch in found:
+        assert {bad.index for bad in batch.bad} == {1, 4}
+        assert all(bad.reason and "\n" not in bad.reason for bad in batch.bad)
+        assert torch.equal(batch.images[0], view(source.open(0), 0, batch.request.bandwidth))
+    assert_same(run(2), found)
 
 
 def test_batches_come_in_the_order_of_the_requests(tmp_path: Path) -> None:
@@ -125,9 +171,9 @@ def test_every_batch_has_the_bandwidth_of_its_own_stage_where_workers_crop(
     assert [tuple(batch.images.shape[2:]) for batch in found] == [b for b in BANDWIDTHS for _ in range(4)]
     for batch in found:
         view = train_view(lanczos=True)(
-            source.load(batch.request.indices[0]), batch.request.positions[0], batch.request.bandwidth
+            source.open(batch.request.indices[0]), batch.request.positions[0], batch.request.bandwidth
         )
-        assert torch.equal(batch.images[0], to_tensor(view))
+        assert torch.equal(batch.images[0], view)
 
 
 def test_every_batch_has_the_full_size_where_the_device_crops(tmp_path: Path) -> None:
@@ -152,7 +198,7 @@ def test_bad_images_are_replaced_by_the_next_readable_draw_and_named(tmp_path: P
                 index = order.replacement(position, attempt)
             chains += attempt > 1
             # The view is that of the sample's position, whichever image fills it.
-            assert torch.equal(batch.images[row], to_tensor(train_view()(source.load(index), position, SIZE)))
+            assert torch.equal(batch.images[row], train_view()(source.open(index), position, SIZE))
             assert batch.labels[row] == source.label(index)
         assert [image.index for image in batch.bad] == expected
         for image in batch.bad:
@@ -233,7 +279,7 @@ def test_evaluation_batches_hold_the_evaluation_view() -> None:
     requests = evaluation_requests([6, 0, 3, 5, 1], size=SIZE, batch_size=2)
     loader = batch_loader(builder, requests, num_workers=2, prefetch=1, pin_memory=False)
     images = torch.cat([batch.images for batch in batches(loader)])
-    expected = [to_tensor(view(source.load(index), 0, SIZE)) for index in (6, 0, 3, 5, 1)]
+    expected = [view(source.open(index), 0, SIZE) for index in (6, 0, 3, 5, 1)]
     assert torch.equal(images, torch.stack(expected))
 
 

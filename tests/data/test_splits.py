@@ -41,6 +41,7 @@ def test_a_held_out_image_keeps_its_picture_label_and_name() -> None:
             original = number[part.name(index)]
             assert part.label(index) == everything.label(original)
             assert to_tensor(part.load(index)).equal(to_tensor(everything.load(original)))
+            assert to_tensor(part.open(index).bands()).equal(to_tensor(everything.load(original)))
 
 
 def test_the_draw_is_keyed_by_the_seed() -> None:

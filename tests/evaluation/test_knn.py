@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.augment import EvalView, Normalise, to_tensor
+from etpp_ssl.data.augment import EvalView, Normalise
 from etpp_ssl.engine.run import build_probe
 from etpp_ssl.evaluation.features import extract_features, gather_rows, pooled_features
 from etpp_ssl.evaluation.knn import knn_vote
@@ -82,7 +82,7 @@ def test_features_are_timms_own_forward_in_the_order_asked(
     assert model.encoder.training
     assert labels.tolist() == [source.label(i) for i in indices]
     model.eval()
-    pictures = [to_tensor(view(source.load(i), i, recipe.size)) for i in indices]
+    pictures = [view(source.open(i), i, recipe.size) for i in indices]
     for start in (0, 3, 6):
         images = normalise(torch.stack(pictures[start : start + 3]))
         with torch.inference_mode():

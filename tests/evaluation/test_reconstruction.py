@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from etpp_ssl.data.augment import EvalView, Normalise, to_tensor
+from etpp_ssl.data.augment import EvalView, Normalise
 from etpp_ssl.data.splits import keyed_indices
 from etpp_ssl.engine.run import build_probe
 from etpp_ssl.model.masking import num_visible, random_masking
@@ -35,7 +35,7 @@ def test_it_is_the_plain_loss_over_the_drawn_images(tiny_recipe: Callable[..., R
     view = EvalView(recipe.size, recipe.data.crop_pct)
     losses = []
     for index in keyed_indices(20, 11, recipe.seed, "heldout"):
-        image = normalise(to_tensor(view(source.load(held_out[index]), index, recipe.size))[None])
+        image = normalise(view(source.open(held_out[index]), index, recipe.size)[None])
         ids = random_masking(torch.tensor([index]), 24, num_visible(24, 0.75), recipe.seed)
         with torch.no_grad():
             values, removed = model.eval()(image, ids)
