@@ -56,11 +56,13 @@ def _weights_at(path: Path, say: Callable[[str], None]) -> Weights:
 def _weights_of_run(run: RunFolder, say: Callable[[str], None]) -> Weights:
     checkpoint, recipe = run.trained(say), run.recipe()
     _, args = recipe.model.encoder_args(recipe.size, recipe.in_chans)
+    grid, fixed = grid_of(recipe.size, recipe.patch_size), recipe.model.pos_embed == "sincos"
     return Weights(
         checkpoint.model(),
         f"a run's checkpoint of step {checkpoint.step}",
-        grid=grid_of(recipe.size, recipe.patch_size),
+        grid=grid,
         num_heads=args["num_heads"],
+        position_grid=(recipe.model.position_grid or grid) if fixed else None,
     )
 
 

@@ -19,6 +19,7 @@ from etpp_ssl.export.folder import CARD_FILE, TrainedModel, contiguous, export_f
 from etpp_ssl.export.plain import LAYER_NORM_EPS, reason_without_decoder, require_plain_encoder
 from etpp_ssl.model.interop import decoder_positions
 from etpp_ssl.model.mae import MaskedAutoencoder
+from etpp_ssl.objective.pixels import PixelsConfig
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import MODEL_FILE
 
@@ -155,7 +156,7 @@ def mae_config(recipe: Recipe, model: MaskedAutoencoder) -> dict[str, Any]:
         "decoder_num_attention_heads": block.attn.num_heads,
         "decoder_intermediate_size": block.mlp.fc1.out_features,
         "mask_ratio": recipe.model.mask_ratio,
-        "norm_pix_loss": bool(getattr(recipe.target, "norm_pix", False)),
+        "norm_pix_loss": isinstance(recipe.target, PixelsConfig) and recipe.target.norm_pix,
     }
 
 

@@ -135,15 +135,18 @@ def _positions(weights: Weights, model: MaskedAutoencoder, source: str, notes: l
     positions = weights.tensors[POSITIONS]
     prefix = num_prefix_positions(encoder)
     grid: tuple[int, int] = tuple(encoder.patch_embed.grid_size)
-    table = sincos_grid(positions, prefix, weights.grid)
+    table = weights.position_grid or sincos_grid(positions, prefix, weights.grid)
     if model.fixed_positions:
         if table is None:
             raise UserError(
                 f"{source} has learned positions, which model.pos_embed=sincos would throw away; "
                 f"use model.pos_embed=learned"
             )
-        if table != grid:
-            notes.append(f"the sin-cos positions are those of {_show(grid)} patches, not {_show(table)}")
+        if table != model.position_grid:
+            notes.append(
+                f"the sin-cos positions count {_show(model.position_grid)} patches, not {_show(table)}; "
+                f"model.position_grid={list(table)} keeps the places that the weights know"
+            )
         own: Tensor = encoder.pos_embed.detach()
         return own
     num_patches = positions.shape[1] - prefix

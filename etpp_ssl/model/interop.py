@@ -53,6 +53,8 @@ class Weights:
     """Patches per axis that the positions belong to, where something beside the tensors says so."""
     num_heads: int | None = None
     """Of the encoder, likewise."""
+    position_grid: tuple[int, int] | None = None
+    """Patches per axis in whose units the positions are a sin-cos table, likewise."""
 
     @property
     def has_decoder(self) -> bool:
@@ -97,7 +99,7 @@ def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") 
             continue
         first, dot, rest = name.partition(".")
         tensors[f"{_DECODER_NAMES.get(first, f'encoder.{first}')}{dot}{rest}"] = value
-    layout = "a MAE with decoder" if "decoder_embed.weight" in names else "an encoder without decoder"
+    layout = "an MAE with decoder" if "decoder_embed.weight" in names else "an encoder without decoder"
     if heads:
         layout = "a classifier"
     return Weights(tensors, layout, tuple(notes))

@@ -68,15 +68,17 @@ def sincos_grid(
         num_prefix: P.
         grid: the one it must be, where that is known.
     """
+    # Tables that were stored in half precision are known to its last place only.
+    tolerance = max(POSITION_TOLERANCE, torch.finfo(pos_embed.dtype).eps)
     prefix, table = pos_embed[0, :num_prefix].float(), pos_embed[0, num_prefix:].float()
     num_patches, width = table.shape
-    if width % 4 or (prefix.numel() and prefix.abs().max() > POSITION_TOLERANCE):
+    if width % 4 or (prefix.numel() and prefix.abs().max() > tolerance):
         return None
     for rows in range(1, num_patches + 1):
         candidate = (rows, num_patches // rows)
         if num_patches % rows or (grid is not None and candidate != grid):
             continue
-        if torch.allclose(table, sincos_pos_embed(candidate, candidate, width), 0, POSITION_TOLERANCE):
+        if torch.allclose(table, sincos_pos_embed(candidate, candidate, width), 0, tolerance):
             return candidate
     return None
 
