@@ -67,12 +67,17 @@ def _weights_of_run(run: RunFolder, say: Callable[[str], None]) -> Weights:
 
 
 def _with_config(weights: Weights, config_file: Path) -> Weights:
-    """What our exports say beside the tensors: the grid of the positions and the number of heads."""
+    """What a folder of timm or transformers says beside the tensors: grid and number of heads."""
     try:
         config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
-        args = config["model_args"]
-        size, patch = as_pair(args["img_size"]), as_pair(args["patch_size"])
-        return replace(weights, grid=grid_of(size, patch), num_heads=int(args["num_heads"]))
+        if "model_args" in config:
+            args = config["model_args"]
+            size, heads = args["img_size"], args["num_heads"]
+        else:
+            args = config
+            size, heads = args["image_size"], args["num_attention_heads"]
+        (height, width), (p, q) = as_pair(size), as_pair(args["patch_size"])
+        return replace(weights, grid=(height // p, width // q), num_heads=int(heads))
     except (OSError, ValueError, KeyError, TypeError):
         # Another's folder: the tensors have to do.
         return weights

@@ -1,23 +1,19 @@
-"""A run as a folder of Hugging Face transformers, written without importing it.
-
-The names are those of the hub's checkpoints (`facebook/vit-mae-base`), which every version reads; newer
-versions rename on loading.
-"""
+"""A run as a folder of Hugging Face transformers, written without importing it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
 
 from etpp_ssl.config import show_size
 from etpp_ssl.export.card import model_card
 from etpp_ssl.export.folder import CARD_FILE, TrainedModel, contiguous, export_folder, replaced, write_json
 from etpp_ssl.export.plain import LAYER_NORM_EPS, reason_without_decoder, require_plain_encoder
-from etpp_ssl.model.interop import decoder_positions
+from etpp_ssl.model.huggingface import to_huggingface
+from etpp_ssl.model.interop import official_names
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.objective.pixels import PixelsConfig
 from etpp_ssl.recipe import Recipe
@@ -34,22 +30,6 @@ processor = AutoImageProcessor.from_pretrained("/path/to/this/folder")
 
 The processor resizes whole pictures to {size} px; the run's own evaluation resizes to cover and takes the
 centre crop. `ViTModel`'s pooler is not trained: leave it out, as above."""
-
-_LAYER_NAMES = {
-    "norm1": "layernorm_before",
-    "attn.proj": "attention.output.dense",
-    "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-}
-_ENCODER_NAMES = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
-    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
-    "norm.weight": "layernorm.weight",
-    "norm.bias": "layernorm.bias",
-}
 
 
 def export(
@@ -87,39 +67,12 @@ def export(
         say(f"the decoder stays behind, and the folder is one of ViTModel: {reason}")
     whole = reason is None
     with replaced(folder) as aside:
-        tensors = mae_tensors(model) if whole else encoder_tensors(model)
+        tensors = to_huggingface(official_names(model, decoder=whole))
         save_file(contiguous(tensors), aside / MODEL_FILE, metadata={"format": "pt"})
         write_json(aside / MARKER, mae_config(recipe, model) if whole else encoder_config(recipe, model))
         write_json(aside / "preprocessor_config.json", processor_config(recipe))
         (aside / CARD_FILE).write_text(_card(trained, license_name, whole=whole), encoding="utf-8")
     return folder
-
-
-def encoder_tensors(model: MaskedAutoencoder) -> dict[str, Tensor]:
-    """The encoder's tensors under the names of `ViTModel`."""
-    tensors: dict[str, Tensor] = {}
-    for name, value in model.encoder.state_dict().items():
-        if name.startswith("blocks."):
-            _, number, rest = name.split(".", 2)
-            tensors |= _layer(f"encoder.layer.{number}", rest, value)
-        else:
-            tensors[_ENCODER_NAMES[name]] = value
-    return tensors
-
-
-def mae_tensors(model: MaskedAutoencoder) -> dict[str, Tensor]:
-    """All tensors under the names of `ViTMAEForPreTraining`, fixed positions among them."""
-    tensors = {f"vit.{name}": value for name, value in encoder_tensors(model).items()}
-    tensors["decoder.decoder_pos_embed"] = decoder_positions(model)
-    names = {"embed": "decoder_embed", "norm": "decoder_norm", "head": "decoder_pred"}
-    for name, value in model.decoder.state_dict().items():
-        first, _, rest = name.partition(".")
-        if first == "blocks":
-            number, rest = rest.split(".", 1)
-            tensors |= _layer(f"decoder.decoder_layers.{number}", rest, value)
-        else:
-            tensors[f"decoder.{names[first]}.{rest}" if rest else f"decoder.{first}"] = value
-    return tensors
 
 
 def encoder_config(recipe: Recipe, model: MaskedAutoencoder) -> dict[str, Any]:
@@ -174,15 +127,6 @@ def processor_config(recipe: Recipe) -> dict[str, Any]:
         "image_mean": list(mean),
         "image_std": list(std),
     }
-
-
-def _layer(prefix: str, name: str, value: Tensor) -> Mapping[str, Tensor]:
-    """A tensor of a transformer block; timm keeps query, key and value in one."""
-    layer, _, part = name.rpartition(".")
-    if layer != "attn.qkv":
-        return {f"{prefix}.{_LAYER_NAMES[layer]}.{part}": value}
-    thirds = zip(("query", "key", "value"), value.chunk(3), strict=True)
-    return {f"{prefix}.attention.attention.{which}.{part}": third for which, third in thirds}
 
 
 def _one_or_two(size: tuple[int, int]) -> int | list[int]:

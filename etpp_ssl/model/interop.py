@@ -1,4 +1,4 @@
-"""Weights of others in our names: MAE's checkpoints, timm's, DeiT's; and ours in MAE's names.
+"""Weights of others in our names: MAE's, timm's, DeiT's, Hugging Face's; and ours in MAE's names.
 
 A layout is recognised by its tensors' names, an architecture by their shapes; the file's name says
 nothing. What no shape tells is the number of attention heads: see `etpp_ssl.model.architecture`.
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.model.architecture import Shape, shape_of
 from etpp_ssl.model.decoder import MAEDecoderConfig
+from etpp_ssl.model.huggingface import EMBEDDING, from_huggingface
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.pos_embed import sincos_pos_embed
 from etpp_ssl.model.state_dict import listed, load_weights
@@ -29,6 +30,12 @@ from etpp_ssl.model.vit import build_encoder
 from etpp_ssl.model.weights_file import read_state_dict, state_dict_in
 
 MAE_DECODER_HEADS = 16
+
+_HEADS = ("head", "pooler", "classifier")
+_PLAIN_ENCODER = re.compile(
+    r"encoder\.(cls_token|reg_token|pos_embed|(patch_embed\.proj|norm|fc_norm"
+    r"|blocks\.\d+\.(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2))\.(weight|bias))"
+)
 
 _DECODER_NAMES = {
     "decoder_embed": "decoder.embed",
@@ -66,8 +73,8 @@ def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") 
     """Weights of a known layout under our names.
 
     Known are MAE's (encoder alone, with decoder, fine-tuned or linear classifier), timm's plain
-    VisionTransformers, DeiT's, which are named alike, and ours. Classifier heads are dropped, and so is
-    MAE's `decoder_pos_embed`, which ours computes.
+    VisionTransformers, DeiT's, which are named alike, Hugging Face's ViTMAE and ViT, and ours. Classifier
+    heads and poolers are dropped, and so is MAE's `decoder_pos_embed`, which ours computes.
 
     Args:
         state_dict: tensors by name.
@@ -76,6 +83,8 @@ def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") 
     Raises:
         UserError: for another layout, or a distilled DeiT: nothing here holds its second token.
     """
+    if {EMBEDDING, f"vit.{EMBEDDING}"} & state_dict.keys():
+        state_dict = from_huggingface(state_dict, source)
     names = set(state_dict)
     if {"encoder.patch_embed.proj.weight", "encoder.norm.weight"} <= names:
         return Weights(dict(state_dict), "a masked autoencoder of etpp_ssl")
@@ -91,17 +100,15 @@ def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") 
         )
     tensors: dict[str, Tensor] = {}
     notes = []
-    heads = sorted(name for name in names if name.startswith("head."))
+    heads = sorted(name for name in names if name.partition(".")[0] in _HEADS)
     if heads:
-        notes.append(f"the classifier is dropped ({listed(heads)})")
+        notes.append(f"what stands behind the encoder is dropped ({listed(heads)})")
     for name, value in state_dict.items():
         if name in heads or name == "decoder_pos_embed":
             continue
         first, dot, rest = name.partition(".")
         tensors[f"{_DECODER_NAMES.get(first, f'encoder.{first}')}{dot}{rest}"] = value
     layout = "an MAE with decoder" if "decoder_embed.weight" in names else "an encoder without decoder"
-    if heads:
-        layout = "a classifier"
     return Weights(tensors, layout, tuple(notes))
 
 
@@ -144,12 +151,14 @@ def load_official_mae(
         where, weights = "the state dict", recognise(state_dict_in(source, "the state dict"))
     else:
         where, weights = repr(str(source)), read_weights(source)
-    for line in (f"{where} is {weights.layout}", *weights.notes):
-        say(line)
+    lines = [f"{where} is {weights.layout}", *weights.notes]
     tensors = weights.tensors
+    strange = [k for k in tensors if k.startswith("encoder.") and not _PLAIN_ENCODER.fullmatch(k)]
+    if strange:
+        raise UserError(f"{where} is of another architecture: no place for {listed(strange)}")
     shape = shape_of(tensors, where, image_size, num_heads)
     if image_size is None and not shape.fixed_positions:
-        say(f"its learned positions are taken for a square's: {show_size(shape.image_size)} px")
+        lines.append(f"its learned positions are taken for a square's: {show_size(shape.image_size)} px")
     config = ModelConfig(
         name="vit",
         **shape.dims,
@@ -162,12 +171,14 @@ def load_official_mae(
         num_values = tensors["decoder.head.weight"].shape[0]
     else:
         num_values = math.prod(shape.patch_size) * shape.in_chans
-        say("there is no decoder in it: MAE's own is initialised anew")
+        lines.append("there is no decoder in it: MAE's own is initialised anew")
     model = _build(config, shape, num_values, fc_norm="encoder.fc_norm.weight" in tensors)
     expected = model.state_dict()
     if not weights.has_decoder:
         tensors = {**{k: v for k, v in expected.items() if k.startswith("decoder.")}, **tensors}
     model.load_state_dict(load_weights(expected, tensors, where))
+    for line in lines:
+        say(line)
     return model
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from etpp_ssl.config import UserError
 from etpp_ssl.engine.pretrain import pretrain
 from etpp_ssl.export.transformers import export
+from etpp_ssl.model.interop import load_official_mae
 from etpp_ssl.recipe import Recipe
 
 SQUARE = ("image_size=24", "curriculum=constant", "budget_epochs=0.3", "model.mask_ratio=0.7")
@@ -54,7 +55,7 @@ def test_the_names_are_those_of_the_hubs_checkpoints(tiny_recipe: Callable[..., 
 
 
 def test_features_predictions_and_loss_agree(
-    transformers: Any, tiny_recipe: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]
+    transformers: Any, tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     run = pretrain(tiny_recipe(*SQUARE))
     folder = export(run.folder.path)
@@ -75,6 +76,13 @@ def test_features_predictions_and_loss_agree(
     index = ids_removed[:, :, None].expand(-1, -1, values.shape[-1])
     torch.testing.assert_close(out.logits.gather(1, index), values, rtol=0, atol=1e-5)
     torch.testing.assert_close(out.loss, loss, rtol=1e-5, atol=0)
+
+    # What transformers itself writes is read back to the same bits.
+    theirs.save_pretrained(tmp_path / "saved")
+    again = load_official_mae(
+        tmp_path / "saved" / "model.safetensors", num_heads=2, decoder_num_heads=2, say=lambda line: None
+    )
+    assert all(torch.equal(value, ours.state_dict()[name]) for name, value in again.state_dict().items())
 
 
 def test_a_rectangle_opens_as_an_encoder(transformers: Any, tiny_recipe: Callable[..., Recipe]) -> None:

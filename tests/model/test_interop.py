@@ -28,8 +28,12 @@ from torch.nn import functional as F
 
 from etpp_ssl.config import UserError
 from etpp_ssl.model.architecture import shape_of
+from etpp_ssl.model.decoder import MAEDecoderConfig
+from etpp_ssl.model.huggingface import from_huggingface, to_huggingface
 from etpp_ssl.model.interop import load_official_mae, official_names, recognise
+from etpp_ssl.model.mae import ModelConfig
 from etpp_ssl.model.masking import random_masking
+from etpp_ssl.model.pos_embed import sincos_pos_embed
 from etpp_ssl.objective.pixels import PixelObjective
 
 silent = partial(load_official_mae, say=lambda line: None)
@@ -157,6 +161,38 @@ def test_ours_to_mae_and_back_is_bitwise() -> None:
         assert torch.equal(value, again.state_dict()[name]), name
 
 
+def test_a_hugging_face_checkpoint_is_the_same_model() -> None:
+    state = published_mae()
+    theirs = to_huggingface(state)
+    assert theirs["vit.encoder.layer.1.attention.attention.value.bias"].shape == (64,)
+    assert theirs["decoder.decoder_layers.0.intermediate.dense.weight"].shape == (128, 32)
+    back = from_huggingface(theirs, "it")
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+    encoder = to_huggingface(published_encoder())
+    pooler = {"pooler.dense.weight": torch.zeros(64, 64), "pooler.dense.bias": torch.zeros(64)}
+    said: list[str] = []
+    model = load_official_mae({**encoder, **pooler}, num_heads=4, say=said.append)
+    assert torch.equal(
+        model.encoder.blocks[1].attn.qkv.weight, published_encoder()["blocks.1.attn.qkv.weight"]
+    )
+    assert any("dropped (pooler.dense.bias, pooler.dense.weight)" in line for line in said)
+    del theirs["vit.encoder.layer.1.attention.attention.key.bias"]
+    with pytest.raises(UserError, match=r"has no key of blocks\.1\.attn\.qkv\.bias"):
+        silent(theirs)
+
+
+def test_positions_of_another_scene_are_written_as_they_count() -> None:
+    config = ModelConfig(
+        name="vit", patch_size=4, embed_dim=16, depth=1, num_heads=2, position_grid=(2, 3)
+    ).model_copy(update={"decoder": MAEDecoderConfig(embed_dim=8, depth=1, num_heads=2)})
+    model = config.build(image_size=(16, 24), in_chans=3, num_values=48)
+    official = official_names(model)
+    for name, width in (("pos_embed", 16), ("decoder_pos_embed", 8)):
+        assert torch.equal(official[name][0, 1:], sincos_pos_embed((4, 6), (2, 3), width))
+        assert not official[name][0, 0].any()
+
+
 def write_namespace(state: StateDict, file: Path) -> None:
     arguments = argparse.Namespace(lr=1.5e-4, model="mae_vit_base_patch16", resume="", output_dir="./out")
     torch.save({"model": state, "optimizer": {}, "epoch": 3, "scaler": {}, "args": arguments}, file)
@@ -242,7 +278,7 @@ def test_another_architecture_names_five_tensors_and_how_many_more() -> None:
     with pytest.raises(UserError, match=r"has bn1\.bias, .*, and \d+ more"):
         silent(resnet)
     scaled = {**published_encoder(depth=6), **{f"blocks.{i}.ls1.gamma": torch.ones(64) for i in range(6)}}
-    with pytest.raises(UserError, match=r"encoder\.blocks\.0\.ls1\.gamma is not part .*and 1 more$"):
+    with pytest.raises(UserError, match=r"no place for encoder\.blocks\.0\.ls1\.gamma, .*, and 1 more$"):
         silent(scaled)
     with pytest.raises(UserError, match="distilled DeiT: its dist_token has no place"):
         silent({**published_encoder(), "dist_token": torch.zeros(1, 1, 64)})
