@@ -159,19 +159,17 @@ def load_official_mae(
     shape = shape_of(tensors, where, image_size, num_heads)
     if image_size is None and not shape.fixed_positions:
         lines.append(f"its learned positions are taken for a square's: {show_size(shape.image_size)} px")
+    if not weights.has_decoder:
+        lines.append("there is no decoder in it: MAE's own is initialised anew")
+    decoder, num_values = _decoder_of(weights, shape, where, decoder_num_heads)
     config = ModelConfig(
         name="vit",
         **shape.dims,
         patch_size=shape.patch_size,
         pos_embed="sincos" if shape.fixed_positions else "learned",
         mask_ratio=mask_ratio,
-        decoder=_decoder_config(tensors, decoder_num_heads) if weights.has_decoder else MAEDecoderConfig(),
+        decoder=decoder,
     )
-    if weights.has_decoder:
-        num_values = tensors["decoder.head.weight"].shape[0]
-    else:
-        num_values = math.prod(shape.patch_size) * shape.in_chans
-        lines.append("there is no decoder in it: MAE's own is initialised anew")
     model = _build(config, shape, num_values, fc_norm="encoder.fc_norm.weight" in tensors)
     expected = model.state_dict()
     if not weights.has_decoder:
@@ -212,13 +210,26 @@ def decoder_positions(model: MaskedAutoencoder) -> Tensor:
     return torch.cat([torch.zeros(model.encoder.num_prefix_tokens, width), table])[None]
 
 
-def _decoder_config(tensors: Mapping[str, Tensor], num_heads: int | None) -> MAEDecoderConfig:
+def _decoder_of(
+    weights: Weights, shape: Shape, source: str, num_heads: int | None
+) -> tuple[MAEDecoderConfig, int]:
+    """The decoder's sizes and V: those of the weights, or MAE's for their pixels where they have none."""
+    tensors, heads = weights.tensors, num_heads or MAE_DECODER_HEADS
+    if not weights.has_decoder:
+        return MAEDecoderConfig(), math.prod(shape.patch_size) * shape.in_chans
+    needed = ("decoder.embed.weight", "decoder.blocks.0.mlp.fc1.weight", "decoder.head.weight")
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        raise UserError(f"{source} has another decoder than MAE's: {listed(missing)} is missing")
+    width = tensors[needed[0]].shape[0]
+    if width % heads:
+        raise UserError(
+            f"{source} has a decoder of width {width}, which {heads} heads do not divide; "
+            f"decoder_num_heads must be given"
+        )
     blocks = {int(m[1]) for name in tensors if (m := re.match(r"decoder\.blocks\.(\d+)\.", name))}
-    return MAEDecoderConfig(
-        embed_dim=tensors["decoder.embed.weight"].shape[0],
-        depth=max(blocks) + 1,
-        num_heads=num_heads or MAE_DECODER_HEADS,
-    )
+    config = MAEDecoderConfig(embed_dim=width, depth=max(blocks) + 1, num_heads=heads)
+    return config, tensors[needed[2]].shape[0]
 
 
 def _build(config: ModelConfig, shape: Shape, num_values: int, *, fc_norm: bool) -> MaskedAutoencoder:

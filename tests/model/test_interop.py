@@ -136,6 +136,8 @@ def test_heads_follow_the_rule_unless_they_are_given() -> None:
     model = silent(published_mae(), num_heads=8, decoder_num_heads=4)
     assert model.encoder.blocks[0].attn.num_heads == 8
     assert model.decoder.blocks[0].attn.num_heads == 4
+    with pytest.raises(UserError, match="width 40, which 16 heads do not divide; decoder_num_heads must"):
+        silent(published_mae(decoder_width=40))
     with pytest.raises(UserError, match="width 40, which tells no number of heads; num_heads must be given"):
         silent(published_encoder(width=40))
 
@@ -280,6 +282,9 @@ def test_another_architecture_names_five_tensors_and_how_many_more() -> None:
     scaled = {**published_encoder(depth=6), **{f"blocks.{i}.ls1.gamma": torch.ones(64) for i in range(6)}}
     with pytest.raises(UserError, match=r"no place for encoder\.blocks\.0\.ls1\.gamma, .*, and 1 more$"):
         silent(scaled)
+    other_decoder = {k: v for k, v in published_mae().items() if not k.startswith("decoder_blocks")}
+    with pytest.raises(UserError, match=r"another decoder than MAE's: decoder\.blocks\.0\.mlp"):
+        silent(other_decoder)
     with pytest.raises(UserError, match="distilled DeiT: its dist_token has no place"):
         silent({**published_encoder(), "dist_token": torch.zeros(1, 1, 64)})
 
