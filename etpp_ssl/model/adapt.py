@@ -19,7 +19,7 @@ from etpp_ssl.model.interop import Weights
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_grid
 from etpp_ssl.model.state_dict import load_weights
-from etpp_ssl.model.vit import num_prefix_positions
+from etpp_ssl.model.vit import attention_heads, num_prefix_positions
 
 PROJECTION = "encoder.patch_embed.proj.weight"
 POSITIONS = "encoder.pos_embed"
@@ -120,7 +120,7 @@ def _projection(weight: Tensor, wanted: Tensor, source: str, notes: list[str]) -
 
 def _check_heads(weights: Weights, model: MaskedAutoencoder, source: str, notes: list[str]) -> None:
     """No shape tells the number of heads, and another one computes something else without a word."""
-    width, heads = model.encoder.embed_dim, int(model.encoder.blocks[0].attn.num_heads)
+    width, heads = model.encoder.embed_dim, attention_heads(model.encoder)
     if weights.num_heads is not None and heads != weights.num_heads:
         raise UserError(f"{source} has {weights.num_heads} heads, but model.num_heads is {heads}")
     if weights.num_heads is None and HEADS_OF_WIDTH.get(width, heads) != heads:

@@ -71,7 +71,7 @@ def encoder_args(
                 f"{image_size[axis]} (image_size {show_size(image_size)})"
             )
     embed_dim = given.get("embed_dim", probe.embed_dim)
-    num_heads = given.get("num_heads", _num_heads(probe))
+    num_heads = given.get("num_heads", attention_heads(probe))
     if embed_dim % num_heads:
         raise UserError(f"model.num_heads {num_heads} does not divide model.embed_dim {embed_dim}")
     class_token = given.get("class_token", probe.has_class_token)
@@ -207,7 +207,8 @@ def encode_visible(
     return normed
 
 
-def _num_heads(encoder: VisionTransformer) -> int:
+def attention_heads(encoder: VisionTransformer) -> int:
+    """Heads of each attention layer."""
     # Parallel blocks keep it elsewhere than in `attn`.
     return next(int(m.num_heads) for m in encoder.blocks.modules() if hasattr(m, "num_heads"))
 

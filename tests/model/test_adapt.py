@@ -50,6 +50,12 @@ def test_the_same_model_takes_everything_and_has_nothing_to_tell() -> None:
     assert all(torch.equal(official[name], value) for name, value in state.items())
 
 
+def test_a_model_of_parallel_blocks_starts_from_its_own_kind() -> None:
+    parallel = {"name": "vit_small_patch16_18x2_224", "depth": 1}
+    weights = Weights(dict(make_model(**parallel).state_dict()), "a run", num_heads=4)
+    assert start(make_model(**parallel), weights)[1] == []
+
+
 def test_one_channel_answers_a_grey_image_as_before() -> None:
     weight = torch.randn(8, 5, 3, 2, dtype=torch.float64)
     grey = torch.randn(2, 1, 9, 8, dtype=torch.float64)
