@@ -41,6 +41,8 @@ class Target(StrEnum):
     """Formats to export to."""
 
     timm = "timm"
+    mae = "mae"
+    transformers = "transformers"
 
 
 class Pool(StrEnum):
@@ -105,20 +107,26 @@ def probe(run: RunArgument, overrides: Overrides = None) -> None:
 def export(
     run: RunArgument,
     to: Annotated[Target, typer.Option(help="Format.")] = Target.timm,
-    out: Annotated[Path | None, typer.Option(help="Folder to write; by default RUN/export/timm.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; by default RUN/export/<format>.")] = None,
     pool: Annotated[
-        Pool | None, typer.Option(help="Pooling of the exported encoder; by default its own.")
+        Pool | None, typer.Option(help="Pooling of an encoder exported to timm; by default its own.")
     ] = None,
     license: Annotated[
         str, typer.Option(help="Licence for the model card, as the Hugging Face hub spells it.")
     ] = "other",
 ) -> None:
-    """Write a run's encoder as a folder that stock timm loads."""
-    from etpp_ssl.export.timm import export as export_timm
+    """Write a run's weights as a folder that timm, the original MAE code or transformers loads."""
+    from etpp_ssl.export import mae, timm, transformers
 
-    folder = export_timm(
-        run, out, pool=pool.value if pool is not None else None, license_name=license, say=say
-    )
+    if pool is not None and to is not Target.timm:
+        raise UserError(f"--pool {pool.value} is for --to timm; a folder of {to.value} gives all tokens")
+    if to is Target.timm:
+        folder = timm.export(
+            run, out, pool=pool.value if pool is not None else None, license_name=license, say=say
+        )
+    else:
+        write = mae.export if to is Target.mae else transformers.export
+        folder = write(run, out, license_name=license, say=say)
     print(f"{to.value}: {folder}")
 
 

@@ -72,7 +72,8 @@ class Recipe(Config):
     """Pixels at full resolution, one number or [height, width]."""
     in_chans: int = Field(default=3, ge=1)
     init: str | None = None
-    """Weights to start from: a run folder of ours, or an exported encoder's folder or safetensors."""
+    """Weights to start from: a run folder, an export's folder, or a .pth or safetensors file of MAE's,
+    timm's or DeiT's layout; a resumed run reads its own checkpoint instead."""
     deterministic: bool = False
     """Bitwise repeatable on CUDA too, at some cost in speed; the CPU always is."""
     budget_epochs: float = Field(gt=0)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from etpp_ssl.config import UserError
+from etpp_ssl.model.state_dict import load_weights as load_weights
 from etpp_ssl.recipe import Recipe, load_recipe
 
 MODEL_FILE = "model.safetensors"
@@ -152,29 +153,3 @@ class RunFolder:
             except json.JSONDecodeError:
                 continue
         return rows
-
-
-def load_weights(
-    model_state: dict[str, Tensor], tensors: dict[str, Tensor], source: str
-) -> dict[str, Tensor]:
-    """`tensors`, checked to be those of a model.
-
-    Args:
-        model_state: the model's `state_dict`.
-        tensors: what a file holds.
-        source: names the file in the message.
-
-    Raises:
-        UserError: naming up to five tensors that are missing, too many or of another shape.
-    """
-    wrong = [f"{name} is missing" for name in model_state if name not in tensors]
-    wrong += [f"{name} is not part of the model" for name in tensors if name not in model_state]
-    wrong += [
-        f"{name} is {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in model_state.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
-    if wrong:
-        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise UserError(f"{source} is of another model: {'; '.join(wrong[:5])}{more}")
-    return tensors

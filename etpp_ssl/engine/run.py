@@ -16,11 +16,12 @@ from etpp_ssl.data.augment import EvalView, Normalise, TrainView
 from etpp_ssl.data.images import ImageSource
 from etpp_ssl.data.splits import open_split
 from etpp_ssl.engine.checkpoint import load_checkpoint
+from etpp_ssl.engine.initial_weights import load_init
 from etpp_ssl.engine.kernels import attention_notes, kernels_in_use
 from etpp_ssl.engine.metrics import MetricsFile
 from etpp_ssl.engine.progress import Progress
 from etpp_ssl.engine.replay_memory import check_replay, replay_notes
-from etpp_ssl.engine.start import load_init, prepare_folder, starting_point
+from etpp_ssl.engine.start import prepare_folder, starting_point
 from etpp_ssl.engine.state import TrainState, environment, environment_changes
 from etpp_ssl.evaluation.base import Probe, ProbeContext
 from etpp_ssl.model.mae import MaskedAutoencoder
@@ -93,8 +94,6 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_key(recipe.seed, "init") >> 1)
         model = recipe.build_model()
-    if recipe.init is not None:
-        load_init(model, recipe.init, progress.say)
     optimizer = torch.optim.AdamW(
         weight_decay_groups(
             model, weight_decay=recipe.optim.weight_decay, decay_tokens=recipe.optim.decay_tokens
@@ -110,6 +109,8 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
     probe = build_probe(recipe, accelerator, normalise, objective)
     folder = RunFolder(recipe.output)
     start, state = starting_point(recipe, folder, source, fork, progress.say)
+    if recipe.init is not None and start is None:
+        load_init(model, recipe.init, progress.say)
     if state.step > curriculum.num_steps:
         raise UserError(
             f"checkpoint of step {state.step} is beyond this recipe's {curriculum.num_steps} steps"

@@ -1,4 +1,4 @@
-"""Where a run starts: new, resumed, forked, or from other weights."""
+"""Where a run starts: new, resumed or forked."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
 from etpp_ssl.config import UserError
 from etpp_ssl.data.images import ImageSource
 from etpp_ssl.engine.metrics import MetricsFile
 from etpp_ssl.engine.state import TrainState
-from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.recipe import Recipe, changed_keys
-from etpp_ssl.run_folder import MODEL_FILE, Checkpoint, RunFolder, load_weights
+from etpp_ssl.run_folder import Checkpoint, RunFolder
 
 
 def starting_point(
@@ -110,23 +106,3 @@ def prepare_folder(
         raise UserError(
             f"output {str(folder.path)!r} cannot be written to: {error.strerror or error}"
         ) from error
-
-
-def load_init(model: MaskedAutoencoder, init: str, say: Callable[[str], None]) -> None:
-    """Start from other weights: a run of ours (all of the model), or an encoder's safetensors.
-
-    Raises:
-        UserError: if there is nothing to read or it is of another model.
-    """
-    path = Path(init).expanduser()
-    if (path / "recipe.yaml").is_file():
-        tensors = RunFolder(path).trained(say).model()
-        model.load_state_dict(load_weights(model.state_dict(), tensors, f"init {init!r}"))
-        return
-    file = path / MODEL_FILE if path.is_dir() else path
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"init {init!r} is neither a run folder nor safetensors: {error}") from error
-    encoder = model.encoder
-    encoder.load_state_dict(load_weights(encoder.state_dict(), tensors, f"init {init!r}"))

@@ -9,7 +9,7 @@ from etpp_ssl.config import show_size
 from etpp_ssl.recipe import Recipe
 
 CARD = """---
-library_name: timm
+library_name: {library}
 license: {license}
 tags:
 - image-feature-extraction
@@ -20,27 +20,15 @@ tags:
 # {title}
 
 An image encoder, pre-trained by etpp_ssl {version} as a masked autoencoder under the `{curriculum}`
-curriculum: {epochs:g} equivalent epochs, {step:,} optimizer steps. It has no classifier. The decoder
-of pre-training is not part of it.
+curriculum: {epochs:g} equivalent epochs, {step:,} optimizer steps. {contents}
 
 ## Load
 
-```python
-import timm
-import torch
-
-model = timm.create_model("local-dir:/path/to/this/folder", pretrained=True).eval()
-config = timm.data.resolve_data_config({{}}, model=model)  # size, mean, std and interpolation
-with torch.inference_mode():
-    features = model(torch.zeros(1, {in_chans}, {height}, {width}))  # (1, {pooled})
-```
-
-Pass `num_classes=N` to put a new classifier on it. For other image sizes pass `img_size=...` or
-`dynamic_img_size=True`: timm resamples the position embedding.
+{load}
 
 ## Data
 
-{data}
+{data}{origin}
 
 Input: {in_chans} channels of {size} px, scaled to [0, 1], mean {mean}, standard deviation {std}.
 
@@ -55,24 +43,40 @@ other data than what the run's own log says.
 {recipe}```
 """
 
+ORIGIN = """
 
-def model_card(recipe: Recipe, step: int, num_features: int, license_name: str) -> str:
-    """A card in the Hugging Face hub's format (Markdown with YAML front matter)."""
+Training went on from other weights, `{init}`: their data and their licence count here too."""
+
+
+def model_card(
+    recipe: Recipe, step: int, license_name: str, *, library: str, contents: str, load: str
+) -> str:
+    """A card in the Hugging Face hub's format (Markdown with YAML front matter).
+
+    Args:
+        recipe: the run.
+        step: optimizer steps of the exported checkpoint.
+        license_name: as the hub spells it.
+        library: that opens the export, likewise.
+        contents: what is in it and what is not, in whole sentences.
+        load: how to open it, as Markdown.
+    """
     mean, std = recipe.data.statistics(recipe.in_chans)
     data = recipe.data.description or (
         f"A `{recipe.data.name}` data set; its recipe describes it no further (`data.description`)."
     )
     return CARD.format(
         license=license_name,
+        library=library,
+        contents=contents,
+        load=load,
+        origin=ORIGIN.format(init=recipe.init) if recipe.init is not None else "",
         title=f"{recipe.model.name}, MAE, {show_size(recipe.size)} px",
         version=__version__,
         curriculum=recipe.curriculum.name,
         epochs=recipe.budget_epochs,
         step=step,
         in_chans=recipe.in_chans,
-        height=recipe.size[0],
-        width=recipe.size[1],
-        pooled=num_features,
         data=data,
         size=show_size(recipe.size),
         mean=list(mean),

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors.torch import save_file
 
 from etpp_ssl.config import UserError
 from etpp_ssl.export.card import model_card
+from etpp_ssl.export.folder import (
+    CARD_FILE,
+    TrainedModel,
+    contiguous,
+    export_folder,
+    replaced,
+    write_json,
+)
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.run_folder import RunFolder, load_weights
+from etpp_ssl.run_folder import MODEL_FILE
+
+MARKER = "config.json"
+LOAD = """```python
+import timm
+import torch
+
+model = timm.create_model("local-dir:/path/to/this/folder", pretrained=True).eval()
+config = timm.data.resolve_data_config({{}}, model=model)  # size, mean, std and interpolation
+with torch.inference_mode():
+    features = model(torch.zeros(1, {in_chans}, {size[0]}, {size[1]}))  # (1, {pooled})
+```
+
+Pass `num_classes=N` to put a new classifier on it. For other image sizes pass `img_size=...` or
+`dynamic_img_size=True`: timm resamples the position embedding."""
 
 
 def export(
@@ -44,35 +62,24 @@ def export(
     Raises:
         UserError: if there is no run, no checkpoint, or `out` holds something else.
     """
-    run = RunFolder(run_dir)
-    recipe = run.recipe()
-    checkpoint = run.trained(say)
-    folder = Path(out) if out is not None else run.path / "export" / "timm"
-    if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
-        raise UserError(f"{str(folder)!r} holds something that is no export; choose another folder")
-
-    with torch.random.fork_rng(devices=[]):
-        model = recipe.build_model()
-    weights = load_weights(model.state_dict(), checkpoint.model(), f"checkpoint {checkpoint.path}")
-    model.load_state_dict(weights)
-    encoder = model.encoder
+    trained = TrainedModel.read(run_dir, say)
+    folder = export_folder(trained.run, out, "timm", MARKER)
+    recipe, encoder = trained.recipe, trained.model.encoder
     if pool == "token" and not encoder.has_class_token:
         raise UserError("the encoder has no cls token to pool; use avg")
-
-    config = timm_config(recipe, encoder.num_features, pool or encoder.global_pool)
-    card = model_card(recipe, checkpoint.step, encoder.num_features, license_name)
-    aside = folder.with_name(f".writing-{folder.name}")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-        save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
-        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (aside / "README.md").write_text(card, encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
-    except OSError as error:
-        raise UserError(f"{str(folder)!r} cannot be written: {error.strerror or error}") from error
+    card = model_card(
+        recipe,
+        trained.step,
+        license_name,
+        library="timm",
+        contents="It has no classifier. The decoder of pre-training is not part of it.",
+        load=LOAD.format(in_chans=recipe.in_chans, size=recipe.size, pooled=encoder.num_features),
+    )
+    with replaced(folder) as aside:
+        save_file(contiguous(encoder.state_dict()), aside / MODEL_FILE, metadata={"format": "pt"})
+        config = timm_config(recipe, encoder.num_features, pool or encoder.global_pool)
+        write_json(aside / MARKER, config)
+        (aside / CARD_FILE).write_text(card, encoding="utf-8")
     return folder
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -45,6 +45,9 @@ class ModelConfig(Config):
     class_token: bool | None = None
     reg_tokens: int | None = Field(default=None, ge=0)
     pos_embed: Literal["sincos", "learned"] = "sincos"
+    position_grid: tuple[PositiveInt, PositiveInt] | None = None
+    """Patches per axis in whose units sin-cos positions are counted; None is the model's own grid. With
+    `init` from another resolution, the grid of those weights keeps every place where they know it."""
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     """Share of the patches that is removed."""
     grad_checkpointing: bool = False
@@ -81,11 +84,14 @@ class ModelConfig(Config):
             num_values: V, numbers that the target asks for per patch.
         """
         architecture, args = self.encoder_args(image_size, in_chans)
-        encoder = build_encoder(architecture, args, pos_embed=self.pos_embed)
+        encoder = build_encoder(
+            architecture, args, pos_embed=self.pos_embed, position_grid=self.position_grid
+        )
+        position_grid = self.position_grid or tuple(encoder.patch_embed.grid_size)
         decoder = self.decoder.build(
             encoder_dim=encoder.embed_dim,
             num_prefix=encoder.num_prefix_tokens,
-            base_grid=tuple(encoder.patch_embed.grid_size),
+            base_grid=position_grid,
             num_values=num_values,
         )
         model = MaskedAutoencoder(
@@ -93,6 +99,7 @@ class ModelConfig(Config):
             decoder,
             mask_ratio=self.mask_ratio,
             fixed_positions=self.pos_embed == "sincos",
+            position_grid=position_grid,
         )
         use_attention(model, self.attention)
         model.run_blocks_by(BlockRunner(self.grad_checkpointing, self.compiled))
@@ -108,6 +115,7 @@ class MaskedAutoencoder(nn.Module):
         mask_ratio: share of the patches to remove where `forward` has to draw the mask itself.
         fixed_positions: evaluate sin-cos positions at the patch centres of other grids, instead of
             resampling the encoder's `pos_embed`.
+        position_grid: patches per axis in whose units they count; None is the encoder's own grid.
     """
 
     def __init__(
@@ -117,12 +125,14 @@ class MaskedAutoencoder(nn.Module):
         mask_ratio: float = 0.75,
         *,
         fixed_positions: bool = True,
+        position_grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
         self.mask_ratio = mask_ratio
         self.fixed_positions = fixed_positions
+        self.position_grid: tuple[int, int] = position_grid or tuple(encoder.patch_embed.grid_size)
         self._tables: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
         self.run = BlockRunner()
 
@@ -169,5 +179,5 @@ class MaskedAutoencoder(nn.Module):
             return None
         key = (grid, self.encoder.pos_embed.device)
         if key not in self._tables:
-            self._tables[key] = fixed_positions_at(self.encoder, grid)
+            self._tables[key] = fixed_positions_at(self.encoder, grid, self.position_grid)
         return self._tables[key]

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from etpp_ssl.config import UserError
 
+POSITION_TOLERANCE = 1e-4
+"""Between two ways to compute the table in float32; rows of neighbours differ by about 1."""
+
 
 def patch_centres(num_patches: int, base: int) -> Tensor:
     """Centres of the patches of one axis, float64 (num_patches,), in units of base patches."""
@@ -51,6 +54,33 @@ def sincos_pos_embed(grid: tuple[int, int], base_grid: tuple[int, int], dim: int
         dim=-1,
     )
     return both.flatten(0, 1).float()
+
+
+def sincos_grid(
+    pos_embed: Tensor, num_prefix: int, grid: tuple[int, int] | None = None
+) -> tuple[int, int] | None:
+    """The grid whose sin-cos table this is, with zeros for prefix tokens, or None for learned positions.
+
+    A table tells its grid, so that 4 x 9 patches are not taken for 6 x 6.
+
+    Args:
+        pos_embed: (1, P + N, D).
+        num_prefix: P.
+        grid: the one it must be, where that is known.
+    """
+    # Tables that were stored in half precision are known to its last place only.
+    tolerance = max(POSITION_TOLERANCE, torch.finfo(pos_embed.dtype).eps)
+    prefix, table = pos_embed[0, :num_prefix].float(), pos_embed[0, num_prefix:].float()
+    num_patches, width = table.shape
+    if width % 4 or (prefix.numel() and prefix.abs().max() > tolerance):
+        return None
+    for rows in range(1, num_patches + 1):
+        candidate = (rows, num_patches // rows)
+        if num_patches % rows or (grid is not None and candidate != grid):
+            continue
+        if torch.allclose(table, sincos_pos_embed(candidate, candidate, width), 0, tolerance):
+            return candidate
+    return None
 
 
 def _axis_embedding(coordinates: Tensor, dim: int) -> Tensor:

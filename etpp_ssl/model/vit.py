@@ -71,7 +71,7 @@ def encoder_args(
                 f"{image_size[axis]} (image_size {show_size(image_size)})"
             )
     embed_dim = given.get("embed_dim", probe.embed_dim)
-    num_heads = given.get("num_heads", _num_heads(probe))
+    num_heads = given.get("num_heads", attention_heads(probe))
     if embed_dim % num_heads:
         raise UserError(f"model.num_heads {num_heads} does not divide model.embed_dim {embed_dim}")
     class_token = given.get("class_token", probe.has_class_token)
@@ -93,12 +93,19 @@ def encoder_args(
     return architecture, args
 
 
-def build_encoder(architecture: str, args: dict[str, Any], *, pos_embed: str = "sincos") -> VisionTransformer:
+def build_encoder(
+    architecture: str,
+    args: dict[str, Any],
+    *,
+    pos_embed: str = "sincos",
+    position_grid: tuple[int, int] | None = None,
+) -> VisionTransformer:
     """The timm encoder, initialised as MAE's (xavier-uniform linears, tokens normal(0.02)).
 
     Args:
         architecture, args: from `encoder_args`.
         pos_embed: "sincos", fixed at MAE's table, or "learned".
+        position_grid: patches per axis in whose units the table counts; None is the encoder's own grid.
     """
     encoder: VisionTransformer = timm.create_model(architecture, pretrained=False, **args)
     encoder.apply(init_linear)
@@ -116,7 +123,7 @@ def build_encoder(architecture: str, args: dict[str, Any], *, pos_embed: str = "
         if encoder.embed_dim % 4:
             raise UserError(f"model.embed_dim {encoder.embed_dim} is no multiple of 4 (sin-cos positions)")
         grid = tuple(encoder.patch_embed.grid_size)
-        table = sincos_pos_embed(grid, grid, encoder.embed_dim)
+        table = sincos_pos_embed(grid, position_grid or grid, encoder.embed_dim)
         prefix = num_prefix_positions(encoder)
         with torch.no_grad():
             encoder.pos_embed.zero_()
@@ -140,9 +147,14 @@ def num_prefix_positions(encoder: VisionTransformer) -> int:
     return 0 if encoder.no_embed_class else int(encoder.num_prefix_tokens)
 
 
-def fixed_positions_at(encoder: VisionTransformer, grid: tuple[int, int]) -> Tensor:
-    """The sin-cos table for a grid in the layout of `pos_embed`, (1, P or 0 + N, D), on its device."""
-    base: tuple[int, int] = tuple(encoder.patch_embed.grid_size)
+def fixed_positions_at(
+    encoder: VisionTransformer, grid: tuple[int, int], position_grid: tuple[int, int] | None = None
+) -> Tensor:
+    """The sin-cos table for a grid in the layout of `pos_embed`, (1, P or 0 + N, D), on its device.
+
+    It counts in patches of `position_grid`; None is the encoder's own grid.
+    """
+    base = position_grid or tuple(encoder.patch_embed.grid_size)
     table = sincos_pos_embed(grid, base, encoder.embed_dim).to(encoder.pos_embed)
     prefix = num_prefix_positions(encoder)
     return torch.cat([encoder.pos_embed.detach()[:, :prefix], table[None]], dim=1)
@@ -195,7 +207,8 @@ def encode_visible(
     return normed
 
 
-def _num_heads(encoder: VisionTransformer) -> int:
+def attention_heads(encoder: VisionTransformer) -> int:
+    """Heads of each attention layer."""
     # Parallel blocks keep it elsewhere than in `attn`.
     return next(int(m.num_heads) for m in encoder.blocks.modules() if hasattr(m, "num_heads"))
 

@@ -1,0 +1,151 @@
+"""A run as a folder of Hugging Face transformers, written without importing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from etpp_ssl.config import show_size
+from etpp_ssl.export.card import model_card
+from etpp_ssl.export.folder import CARD_FILE, TrainedModel, contiguous, export_folder, replaced, write_json
+from etpp_ssl.export.plain import LAYER_NORM_EPS, reason_without_decoder, require_plain_encoder
+from etpp_ssl.model.huggingface import to_huggingface
+from etpp_ssl.model.interop import official_names
+from etpp_ssl.model.mae import MaskedAutoencoder
+from etpp_ssl.objective.pixels import PixelsConfig
+from etpp_ssl.recipe import Recipe
+from etpp_ssl.run_folder import MODEL_FILE
+
+MARKER = "config.json"
+BICUBIC = 3
+"""PIL's number, which image processors are configured with."""
+LOAD = """```python
+from transformers import AutoImageProcessor, {classes}
+
+processor = AutoImageProcessor.from_pretrained("/path/to/this/folder")
+{models}```
+
+The processor resizes whole pictures to {size} px; the run's own evaluation resizes to cover and takes the
+centre crop. `ViTModel`'s pooler is not trained: leave it out, as above."""
+
+
+def export(
+    run_dir: str | Path,
+    out: str | Path | None = None,
+    *,
+    license_name: str = "other",
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Write `model.safetensors`, `config.json`, `preprocessor_config.json` and a model card.
+
+    `ViTMAEForPreTraining.from_pretrained(folder)` opens it, and so does `ViTModel.from_pretrained`, with
+    the encoder alone. Where ViTMAE has no place for the decoder, the folder is one of `ViTModel`.
+
+    Args:
+        run_dir: a run with at least one checkpoint; the newest whole one is taken.
+        out: the folder to write; by default `RUN/export/transformers`. An earlier export there is
+            replaced.
+        license_name: for the card, as the Hugging Face hub spells it.
+        say: told of damaged checkpoints and of what stays behind.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: if there is no run, no checkpoint, `out` holds something else, or the encoder is not a
+            plain ViT with a cls token.
+    """
+    trained = TrainedModel.read(run_dir, say)
+    folder = export_folder(trained.run, out, "transformers", MARKER)
+    model, recipe = trained.model, trained.recipe
+    require_plain_encoder(model, "transformers")
+    reason = reason_without_decoder(model, recipe.in_chans)
+    if reason is not None:
+        say(f"the decoder stays behind, and the folder is one of ViTModel: {reason}")
+    whole = reason is None
+    with replaced(folder) as aside:
+        tensors = to_huggingface(official_names(model, decoder=whole))
+        save_file(contiguous(tensors), aside / MODEL_FILE, metadata={"format": "pt"})
+        write_json(aside / MARKER, mae_config(recipe, model) if whole else encoder_config(recipe, model))
+        write_json(aside / "preprocessor_config.json", processor_config(recipe))
+        (aside / CARD_FILE).write_text(_card(trained, license_name, whole=whole), encoding="utf-8")
+    return folder
+
+
+def encoder_config(recipe: Recipe, model: MaskedAutoencoder) -> dict[str, Any]:
+    """The `config.json` of a `ViTModel`."""
+    block = model.encoder.blocks[0]
+    return {
+        "architectures": ["ViTModel"],
+        "model_type": "vit",
+        "hidden_size": model.encoder.embed_dim,
+        "num_hidden_layers": len(model.encoder.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": LAYER_NORM_EPS,
+        "image_size": _one_or_two(recipe.size),
+        "patch_size": _one_or_two(model.patch_size),
+        "num_channels": recipe.in_chans,
+        "qkv_bias": True,
+        "torch_dtype": "float32",
+    }
+
+
+def mae_config(recipe: Recipe, model: MaskedAutoencoder) -> dict[str, Any]:
+    """The `config.json` of a `ViTMAEForPreTraining`."""
+    block: Any = model.decoder.blocks[0]
+    return {
+        **encoder_config(recipe, model),
+        "architectures": ["ViTMAEForPreTraining"],
+        "model_type": "vit_mae",
+        "decoder_hidden_size": model.decoder.embed.out_features,
+        "decoder_num_hidden_layers": len(model.decoder.blocks),
+        "decoder_num_attention_heads": block.attn.num_heads,
+        "decoder_intermediate_size": block.mlp.fc1.out_features,
+        "mask_ratio": recipe.model.mask_ratio,
+        "norm_pix_loss": isinstance(recipe.target, PixelsConfig) and recipe.target.norm_pix,
+    }
+
+
+def processor_config(recipe: Recipe) -> dict[str, Any]:
+    """The `preprocessor_config.json`: size, mean and standard deviation of the run."""
+    mean, std = recipe.data.statistics(recipe.in_chans)
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": recipe.size[0], "width": recipe.size[1]},
+        "resample": BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
+
+
+def _one_or_two(size: tuple[int, int]) -> int | list[int]:
+    return size[0] if size[0] == size[1] else list(size)
+
+
+def _card(trained: TrainedModel, license_name: str, *, whole: bool) -> str:
+    models = 'encoder = ViTModel.from_pretrained("/path/to/this/folder", add_pooling_layer=False)\n'
+    if whole:
+        models += 'autoencoder = ViTMAEForPreTraining.from_pretrained("/path/to/this/folder")\n'
+    return model_card(
+        trained.recipe,
+        trained.step,
+        license_name,
+        library="transformers",
+        contents="It holds encoder and decoder." if whole else "It holds the encoder alone.",
+        load=LOAD.format(
+            classes="ViTMAEForPreTraining, ViTModel" if whole else "ViTModel",
+            models=models,
+            size=show_size(trained.recipe.size),
+        ),
+    )

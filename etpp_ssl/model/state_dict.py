@@ -1,0 +1,40 @@
+"""State dicts against the model that is to take them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from etpp_ssl.config import UserError
+
+
+def load_weights(
+    model_state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """`tensors`, checked to be those of a model.
+
+    Args:
+        model_state: the model's `state_dict`.
+        tensors: what a file holds.
+        source: names the file in the message.
+
+    Raises:
+        UserError: naming up to five tensors that are missing, too many or of another shape.
+    """
+    wrong = [f"{name} is missing" for name in model_state if name not in tensors]
+    wrong += [f"{name} is not part of the model" for name in tensors if name not in model_state]
+    wrong += [
+        f"{name} is {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in model_state.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    if wrong:
+        raise UserError(f"{source} is of another model: {listed(wrong, '; ')}")
+    return dict(tensors)
+
+
+def listed(items: Sequence[str], separator: str = ", ") -> str:
+    """At most five of them, and how many more there are."""
+    more = f", and {len(items) - 5} more" if len(items) > 5 else ""
+    return separator.join(items[:5]) + more

@@ -1,0 +1,98 @@
+"""Tensors out of a file that others wrote, without running anything that the file says."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from etpp_ssl.config import UserError
+
+WRAPPERS = ("model", "state_dict")
+"""Keys under which training scripts keep the state dict beside optimizer and arguments."""
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a `.safetensors` or a `torch.save` file, on the CPU.
+
+    Which of the two it is shows in its first bytes, not in its name. A pickle is read with
+    `weights_only=True`; `argparse.Namespace`, which MAE's training script pickles beside the weights,
+    is the one class allowed on top of torch's own. It holds attributes and runs no code.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Tensors by name, from the key `model` or `state_dict` where there is one; a `module.` in front
+        of every name, as DistributedDataParallel leaves it, is taken off.
+
+    Raises:
+        UserError: if the file is missing, damaged or holds no tensors, or if its pickle asks for anything
+            else; nothing is executed then.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
+    # A zip archive, or a bare pickle of protocol 2 and up, as torch wrote before 1.6.
+    content = _load_pickle(path) if start == b"PK" or start[:1] == b"\x80" else _load_safetensors(path)
+    return state_dict_in(content, repr(str(path)))
+
+
+def state_dict_in(content: Any, source: str) -> dict[str, Tensor]:
+    """The tensors of a loaded checkpoint, unwrapped; see `read_state_dict`.
+
+    Args:
+        content: a state dict, or a dict with one under `model` or `state_dict`.
+        source: names it in the message.
+
+    Raises:
+        UserError: if there is no tensor in it.
+    """
+    for key in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    found = content.items() if isinstance(content, Mapping) else ()
+    tensors = {str(name): value for name, value in found if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(
+            f"{source} holds no state dict: no tensor at the top or under {' or '.join(WRAPPERS)}"
+        )
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    return tensors
+
+
+def _load_safetensors(path: Path) -> Any:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{str(path)!r} is neither safetensors nor a file of torch.save: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _load_pickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"its pickle asks for {asked[1]}" if asked else "its pickle holds more than tensors"
+        raise UserError(
+            f"{str(path)!r} was refused and nothing in it was run: {what}; only tensors, plain values and "
+            f"argparse.Namespace are read, so save the state dict alone, or as safetensors"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise UserError(f"{str(path)!r} cannot be read as a file of torch.save: {reason}") from error
