@@ -29,7 +29,7 @@ def validation_sentence(error: ValidationError, root: type[BaseModel]) -> str:
             f"unknown key {key!r}; {hint}valid keys{f' of {where}' if where else ''} are {', '.join(known)}"
         )
     if kind in ("union_tag_invalid", "union_tag_not_found", "literal_error"):
-        names = [name_of(m) for m in members(root, path[0])] if kind.startswith("union") else None
+        names = [name_of(m) for m in members_at(root, path)] if kind.startswith("union") else None
         valid = ", ".join(map(str, names)) if names else first.get("ctx", {}).get("expected", "")
         if kind == "union_tag_not_found":
             return f"{key}.name is missing; valid names are {valid}"
@@ -62,7 +62,8 @@ def _walk(loc: tuple[int | str, ...], root: type[BaseModel]) -> tuple[list[str],
         if tagged and len(models) > 1:
             models = tagged
             continue
-        if part.endswith("]") or part in ("int", "float", "bool", "str"):
+        named = any(model.__name__ == part for model in models)
+        if named or part.endswith("]") or part in ("int", "float", "bool", "str"):
             continue
         path.append(part)
         around = models
@@ -75,10 +76,13 @@ def _walk(loc: tuple[int | str, ...], root: type[BaseModel]) -> tuple[list[str],
     return path, around
 
 
-def members(root: type[BaseModel], section: str) -> list[type[BaseModel]]:
-    """The Configs that a section of `root` can hold."""
-    field = root.model_fields.get(section)
-    return models_in(field.annotation) if field is not None else []
+def members_at(root: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
+    """The Configs that the section at `path` below `root` can hold; `root` itself for an empty path."""
+    found = [root]
+    for key in path:
+        fields = [model.model_fields[key] for model in found if key in model.model_fields]
+        found = [inner for field in fields for inner in models_in(field.annotation)]
+    return found
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -1,6 +1,9 @@
 """What a reconstruction target must offer.
 
-Legend: B batch, C channels, M masked patches, V values per patch.
+`ids_removed` are the masked patches that are predicted: all of them, or the subset that a decoder was
+asked for.
+
+Legend: B batch, C channels, M predicted patches, V values per patch.
 """
 
 from __future__ import annotations
@@ -29,4 +32,4 @@ class Objective(Protocol):
         """
 
     def __call__(self, values_BMV: Tensor, ids_removed: Tensor, images: Tensor) -> Tensor:
-        """The loss, a float32 scalar: the mean over the masked patches of all images."""
+        """The loss, a float32 scalar: the mean over the predicted patches of all images."""
