@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import yaml
 
 from etpp_ssl import __version__
@@ -22,6 +24,8 @@ tags:
 An image encoder, pre-trained by etpp_ssl {version} as a masked autoencoder under the `{curriculum}`
 curriculum: {epochs:g} equivalent epochs, {step:,} optimizer steps. It has no classifier. The decoder
 of pre-training is not part of it.
+
+{final_norm}
 
 ## Load
 
@@ -56,6 +60,20 @@ other data than what the run's own log says.
 """
 
 
+def final_norm(recipe: Recipe) -> str:
+    """Where the encoder's final norm comes from, as one sentence.
+
+    A decoder that reads the encoder's blocks never sees the norm behind them, so nothing trains it.
+    """
+    if not recipe.model.decoder.reads_blocks:
+        return "Its final norm was trained with it: the decoder read its output."
+    values = "weight 1 and bias 0" if recipe.init is None else f"as it was in `init: {recipe.init}`"
+    return (
+        f"Its final norm is not trained ({values}): the decoder read the blocks before it; fine-tune it, or "
+        f"pool without it."
+    )
+
+
 def model_card(recipe: Recipe, step: int, num_features: int, license_name: str) -> str:
     """A card in the Hugging Face hub's format (Markdown with YAML front matter)."""
     mean, std = recipe.data.statistics(recipe.in_chans)
@@ -69,6 +87,7 @@ def model_card(recipe: Recipe, step: int, num_features: int, license_name: str) 
         curriculum=recipe.curriculum.name,
         epochs=recipe.budget_epochs,
         step=step,
+        final_norm=textwrap.fill(final_norm(recipe), 103),
         in_chans=recipe.in_chans,
         height=recipe.size[0],
         width=recipe.size[1],

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from etpp_ssl.config import UserError
-from etpp_ssl.export.card import model_card
+from etpp_ssl.export.card import final_norm, model_card
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder, load_weights
 
@@ -36,7 +36,7 @@ def export(
         out: the folder to write; by default `RUN/export/timm`. An earlier export there is replaced.
         pool: cls token or mean of the patch tokens; None is the encoder's own.
         license_name: for the card, as the Hugging Face hub spells it.
-        say: told of damaged checkpoints.
+        say: told of damaged checkpoints, and of a final norm that nothing trained.
 
     Returns:
         The folder.
@@ -61,6 +61,8 @@ def export(
 
     config = timm_config(recipe, encoder.num_features, pool or encoder.global_pool)
     card = model_card(recipe, checkpoint.step, encoder.num_features, license_name)
+    if recipe.model.decoder.reads_blocks:
+        say(f"about the exported encoder: {final_norm(recipe)}")
     aside = folder.with_name(f".writing-{folder.name}")
     try:
         shutil.rmtree(aside, ignore_errors=True)
