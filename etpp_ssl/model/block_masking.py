@@ -2,8 +2,9 @@
 
 BEiT (Bao et al., ICLR 2022, algorithm 1) draws area and aspect and stops somewhere near its count. Here a
 rectangle's height and width are drawn independently, as shares of the grid, so that a mask covers the same
-shares of the scene at every bandwidth; the last rectangle is trimmed to the exact count. Everything is
-integer arithmetic: CPU and GPU agree to the bit.
+shares of the scene at every bandwidth; it may hang over the border, or the corners would nearly always stay
+visible; and the last one is trimmed to the exact count. Everything is integer arithmetic: CPU and GPU agree
+to the bit.
 
 Legend: B batch, R rectangles, h, w grid, N = h w patches, K kept patches.
 """
@@ -74,10 +75,10 @@ def block_masking(
     )
     rows_BRh = _interval(words[..., 0], words[..., 1], grid[0], sides)
     columns_BRw = _interval(words[..., 2], words[..., 3], grid[1], sides)
-    # The first rectangle that covers a patch; one past the last where none does.
-    covered = (rows_BRh[..., :, None] & columns_BRw[..., None, :]).flatten(2)
-    nobody = torch.ones_like(covered[:, :1])
-    first_BN = torch.cat([covered, nobody], dim=1).to(torch.uint8).argmax(dim=1)
+    covered_BRN = (rows_BRh[..., :, None] & columns_BRw[..., None, :]).flatten(2)
+    # Ranks fall from R to 1, so the largest is the first rectangle's; 0 where none covers the patch.
+    ranks_R = torch.arange(num_rectangles, 0, -1, dtype=torch.int16, device=positions_B.device)
+    first_BN = num_rectangles - (covered_BRN * ranks_R[:, None]).amax(dim=1).to(torch.int64)
     order_BN = keyed_order(first_BN, keyed_words(seed, "mask", positions_B, num_patches))
     return order_BN[:, num_patches - num_keep :].sort(dim=1).values
 
@@ -91,13 +92,17 @@ def side_range(length: int, sides: tuple[float, float]) -> tuple[int, int]:
 def rectangles_needed(grid: tuple[int, int], num_keep: int, sides: tuple[float, float]) -> int:
     """Rectangles to draw, so that they nearly always reach N - K patches together.
 
-    Rectangles of share a, placed anywhere, leave (1 - a)^R of the patches; twice that R makes up for the
-    borders, which fewer of them reach. A larger R never changes a mask that is complete without it.
+    Each reaches a patch with the same chance a and R of them leave (1 - a)^R of the patches on average;
+    twice that R makes up for chance. A larger R never changes a mask that is complete without it.
     """
-    shares = [sum(side_range(length, sides)) / (2 * length) for length in grid]
-    share = min(0.9, shares[0] * shares[1])
+    chances = []
+    for length in grid:
+        smallest, largest = side_range(length, sides)
+        sizes = range(smallest, largest + 1)
+        chances.append(sum(size / (length + size - 1) for size in sizes) / len(sizes))
     left = num_keep / (grid[0] * grid[1])
-    return min(_MAX_RECTANGLES, 4 + math.ceil(2 * math.log(left) / math.log(1 - share)))
+    rest = max(0.1, 1 - chances[0] * chances[1])
+    return min(_MAX_RECTANGLES, 4 + math.ceil(2 * math.log(left) / math.log(rest)))
 
 
 def _interval(size_words: Tensor, start_words: Tensor, length: int, sides: tuple[float, float]) -> Tensor:
@@ -105,6 +110,6 @@ def _interval(size_words: Tensor, start_words: Tensor, length: int, sides: tuple
     smallest, largest = side_range(length, sides)
     # Words of 63 bits: what the remainder prefers is beyond anything that can be seen.
     size = smallest + size_words % (largest - smallest + 1)
-    start = start_words % (length - size + 1)
+    start = start_words % (length + size - 1) - (size - 1)
     places = torch.arange(length, device=size.device)
     return (places >= start[..., None]) & (places < (start + size)[..., None])
