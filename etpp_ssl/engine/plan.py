@@ -42,8 +42,8 @@ class StagePlan:
     decoder_flops_per_image: int
     """The decoder's part of `flops_per_image`, forward and backward."""
     memory_bytes: int
-    """Estimated device memory of one process at the largest micro-batch, at the stage's lowest mask
-    ratio."""
+    """Estimated device memory of one process at the largest micro-batch, at the mask ratio of the
+    stage that takes most."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,11 @@ def plan_run(recipe: Recipe) -> Plan:
             costs[key] = cost_at(recipe, model, bandwidth, counts)
         return costs[key]
 
-    ends = [*(stage.progress for stage in curriculum.stages[1:]), 1.0]
     images = [stage.num_steps * stage.batch_size for stage in curriculum.stages]
     area = [n * area_share(s.bandwidth, recipe.size) for n, s in zip(images, curriculum.stages, strict=True)]
     means = [
-        masker.counts(stage.bandwidth, (stage.progress + end) / 2)
-        for stage, end in zip(curriculum.stages, ends, strict=True)
+        masker.counts(stage.bandwidth, sum(span) / 2)
+        for stage, span in zip(curriculum.stages, curriculum.spans, strict=True)
     ]
     flops = [
         n * cost(stage.bandwidth, counts).flops
@@ -119,9 +118,8 @@ def plan_run(recipe: Recipe) -> Plan:
     ]
     stages = []
     for index, stage in enumerate(curriculum.stages):
-        at_ends = [masker.counts(stage.bandwidth, progress) for progress in (stage.progress, ends[index])]
-        heaviest = max([means[index], *at_ends], key=lambda counts: counts.num_keep)
-        saved_values = cost(stage.bandwidth, heaviest).saved_values
+        at_ends = [masker.counts(stage.bandwidth, progress) for progress in curriculum.spans[index]]
+        saved_values = max(cost(stage.bandwidth, c).saved_values for c in (means[index], *at_ends))
         grid = grid_of(stage.bandwidth, recipe.patch_size)
         stages.append(
             StagePlan(
@@ -191,5 +189,5 @@ def _schedule_note(recipe: Recipe) -> list[str]:
         return []
     return [
         f"the mask ratio goes from {ratio.start:g} to {ratio.end:g} over compute: patches and operations are "
-        f"those of each stage's mean ratio (of the run's, for full resolution), memory is of its lowest"
+        f"those of each stage's mean ratio (of the run's, for full resolution), memory is of its heaviest"
     ]

@@ -79,8 +79,8 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
         )
     curriculum = recipe.build_curriculum(len(source))
     masker = recipe.build_masker()
-    for stage in curriculum.stages:
-        masker.check(stage.bandwidth)
+    for stage, span in zip(curriculum.stages, curriculum.spans, strict=True):
+        masker.check(stage.bandwidth, span)
     progress = Progress(curriculum, visible=accelerator.is_main_process)
 
     with torch.random.fork_rng(devices=[]):

@@ -83,9 +83,9 @@ class Masker:
             num_predicted(num_patches, ratio, self.predict_ratio),
         )
 
-    def check(self, bandwidth: tuple[int, int]) -> None:
-        """Raise a UserError if the counts at a bandwidth are impossible anywhere in the run."""
-        for progress in (0.0, 1.0):
+    def check(self, bandwidth: tuple[int, int], span: tuple[float, float]) -> None:
+        """Raise a UserError if the counts at a bandwidth are impossible anywhere in a span of progress."""
+        for progress in span:
             self.counts(bandwidth, progress)
 
     def __call__(self, positions_B: Tensor, bandwidth: tuple[int, int], progress: float) -> Mask:
@@ -96,15 +96,15 @@ class Masker:
             bandwidth: (height, width) of the low-frequency crop in pixels.
             progress: share of the run's compute that is spent, in [0, 1].
         """
-        num_patches, num_keep, num_predict = self.counts(bandwidth, progress)
+        return self._draw(positions_B, bandwidth, self.counts(bandwidth, progress))
+
+    def everything(self, positions_B: Tensor, bandwidth: tuple[int, int]) -> Mask:
+        """The masks at the end of the run, with every masked patch to predict: for evaluation."""
+        return self._draw(positions_B, bandwidth, self.counts(bandwidth, 1.0).everything)
+
+    def _draw(self, positions_B: Tensor, bandwidth: tuple[int, int], counts: MaskCounts) -> Mask:
+        num_patches, num_keep, num_predict = counts
         grid = grid_of(bandwidth, self.patch_size)
         ids_keep = self.pattern.visible_ids(positions_B, grid, num_keep, self.seed)
         ids_removed = removed_ids(ids_keep, num_patches)
         return Mask(ids_keep, predicted_ids(positions_B, ids_removed, num_predict, num_patches, self.seed))
-
-    def everything(self, positions_B: Tensor, bandwidth: tuple[int, int]) -> Mask:
-        """The masks at the end of the run, with every masked patch to predict: for evaluation."""
-        num_patches, num_keep, _ = self.counts(bandwidth, 1.0)
-        grid = grid_of(bandwidth, self.patch_size)
-        ids_keep = self.pattern.visible_ids(positions_B, grid, num_keep, self.seed)
-        return Mask(ids_keep, removed_ids(ids_keep, num_patches))

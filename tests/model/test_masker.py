@@ -96,16 +96,17 @@ def test_a_subset_that_cannot_be_gets_a_sentence(predict: float, message: str) -
         num_predicted(24, 0.75, predict)
 
 
-def test_a_ramp_is_checked_at_both_ends_before_anything_runs() -> None:
+def test_a_ramp_is_checked_at_both_ends_of_a_stage_before_anything_runs() -> None:
     for ratio in (MaskRatioRamp(start=0.5, end=0.99), MaskRatioRamp(start=0.99, end=0.5)):
         with pytest.raises(UserError, match="leaves no visible patch out of 24"):
-            make_masker(ratio).check((16, 24))
+            make_masker(ratio).check((16, 24), (0.0, 1.0))
+        make_masker(ratio).check((16, 24), (0.4, 0.6))
     ramp = MaskRatioRamp(start=0.75, end=0.6)
     with pytest.raises(UserError, match=r"predict_ratio 0\.75 is larger than model\.mask_ratio 0\.6"):
-        make_masker(ramp, predict=0.75).check((16, 24))
+        make_masker(ramp, predict=0.75).check((16, 24), (0.0, 1.0))
     # Between the ends, rounding must not turn an allowed ratio into an error in the middle of a run.
     masker = make_masker(MaskRatioRamp(start=0.6, end=0.75), predict=0.6)
-    masker.check((16, 24))
+    masker.check((16, 24), (0.0, 1.0))
     assert {masker.counts((16, 24), i / 997).num_predict for i in range(997)} == {14}
     flat = make_masker(MaskRatioRamp(start=0.7, end=0.7), predict=0.7)
     assert {flat.counts((16, 24), i / 997).num_predict for i in range(997)} == {17}
