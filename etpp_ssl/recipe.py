@@ -22,12 +22,13 @@ from etpp_ssl.data.timm_dataset import TimmConfig
 from etpp_ssl.evaluation.knn import KnnConfig
 from etpp_ssl.evaluation.reconstruction import ReconstructionConfig
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
+from etpp_ssl.model.masker import Masker
 from etpp_ssl.objective.base import Objective
 from etpp_ssl.objective.combined import CombinedConfig
 from etpp_ssl.objective.hog import HogConfig
 from etpp_ssl.objective.pixels import PixelsConfig
 from etpp_ssl.optim.schedule import OptimConfig
-from etpp_ssl.sentences import members, name_of, shown, validation_sentence
+from etpp_ssl.sentences import members_at, name_of, shown, validation_sentence
 
 # One line here makes a new component known to recipes.
 AnyData = FolderConfig | FileListConfig | TimmConfig | SyntheticConfig | ShardsConfig
@@ -120,6 +121,10 @@ class Recipe(Config):
     def build_objective(self) -> Objective:
         """The reconstruction target and its loss."""
         return self.target.build(patch_size=self.patch_size, in_chans=self.in_chans)
+
+    def build_masker(self) -> Masker:
+        """The masks of the run's samples."""
+        return self.model.masker(patch_size=self.patch_size, seed=self.seed)
 
     def build_model(self) -> MaskedAutoencoder:
         """The model, freshly initialised from torch's global generator."""
@@ -216,31 +221,43 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r} is not of the form key=value")
     value = _read_yaml(text, f"override {override!r}")
     *sections, leaf = key.split(".")
-    if not sections and members(Recipe, leaf) and not isinstance(value, dict):
-        sections, leaf = [leaf], "name"
+    if _stands_for_a_name([*sections, leaf], value):
+        sections, leaf = [*sections, leaf], "name"
     node = values
     for depth, section in enumerate(sections):
         if section not in node:
-            node[section] = _default_section(section) if depth == 0 else {}
+            node[section] = _default_section(sections[: depth + 1])
         child = node[section]
         if not isinstance(child, dict):
             raise UserError(f"override {override!r}: {'.'.join(sections[: depth + 1])} has no keys")
         node = child
-    if leaf == "name" and len(sections) == 1 and node.get("name") != value:
+    if leaf == "name":
         # Another component takes the section over: keys that mean something else to it, or nothing, go.
-        by_name = {name_of(member): member for member in members(Recipe, sections[0])}
-        old, new = by_name.get(node.get("name")), by_name.get(value)
-        if old is not None and new is not None:
+        by_name = {name_of(member): member for member in members_at(Recipe, sections)}
+        before = node.get("name", _default_section(sections).get("name"))
+        old, new = by_name.get(before), by_name.get(value if isinstance(value, str) else None)
+        if old is not new and old is not None and new is not None:
             for stale in [key for key in node if not _same_field(old, new, key)]:
                 del node[stale]
     node[leaf] = value
 
 
-def _default_section(section: str) -> dict[str, Any]:
+def _stands_for_a_name(path: list[str], value: Any) -> bool:
+    """Whether `path=value` is short for `path.name=value`: a section of named components, and a word."""
+    sections = members_at(Recipe, path)
+    if len(path) == 1:
+        return bool(sections) and not isinstance(value, dict)
+    return isinstance(value, str) and any(name_of(member) is not None for member in sections)
+
+
+def _default_section(path: list[str]) -> dict[str, Any]:
     """What an override starts from where the recipe leaves a section to its default."""
-    field = Recipe.model_fields.get(section)
-    name = getattr(field.default, "name", None) if field is not None else None
-    return {"name": name} if len(members(Recipe, section)) > 1 and name is not None else {}
+    sections = members_at(Recipe, path)
+    if len(sections) < 2:
+        return {}
+    fields = [around.model_fields.get(path[-1]) for around in members_at(Recipe, path[:-1])]
+    names = [getattr(field.default, "name", None) for field in fields if field is not None]
+    return {"name": names[0]} if names[0] is not None else {}
 
 
 def _same_field(old: type[BaseModel], new: type[BaseModel], key: str) -> bool:

@@ -67,7 +67,8 @@ def _walk(
         if tagged and len(models) > 1:
             models = tagged
             continue
-        if part.endswith("]") or part in ("int", "float", "bool", "str"):
+        named = any(model.__name__ == part for model in models)
+        if named or part.endswith("]") or part in ("int", "float", "bool", "str"):
             continue
         path.append(part)
         around = models
@@ -80,10 +81,13 @@ def _walk(
     return path, around, models
 
 
-def members(root: type[BaseModel], section: str) -> list[type[BaseModel]]:
-    """The Configs that a section of `root` can hold."""
-    field = root.model_fields.get(section)
-    return models_in(field.annotation) if field is not None else []
+def members_at(root: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
+    """The Configs that the section at `path` below `root` can hold; `root` itself for an empty path."""
+    found = [root]
+    for key in path:
+        fields = [model.model_fields[key] for model in found if key in model.model_fields]
+        found = [inner for field in fields for inner in models_in(field.annotation)]
+    return found
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -39,6 +39,15 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "patch that does not divide": (["model.patch_size=5"], "does not divide the image height 16"),
     "no visible patch": (["model.mask_ratio=0.99"], "leaves no visible patch out of"),
     "no masked patch": (["model.mask_ratio=0.01"], "leaves no masked patch out of"),
+    "nothing to predict": (
+        ["model.decoder=cross", "model.decoder.predict_ratio=0.01"], "leaves nothing to predict out of 6"
+    ),
+    "more to predict than is masked": (
+        ["model.decoder=cross", "model.decoder.predict_ratio=0.8"], "larger than model.mask_ratio 0.75"
+    ),
+    "a schedule that ends without a visible patch": (
+        ["model.mask_ratio={start: 0.5, end: 0.99}"], "leaves no visible patch out of"
+    ),
     "no timm name": (["model.name=vit_smal_patch16_224"], "vit_small_patch16_224"),
     "no ViT": (["model.name=resnet18"], "not a plain Vision Transformer"),
     "wrong number of images": (["data.num_images=63", "data=folder", "data.root={tmp}/images",

@@ -10,6 +10,10 @@ from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.constant import ConstantConfig
 from etpp_ssl.curriculum.efficienttrain import EfficientTrainConfig
 from etpp_ssl.data.folder import FolderConfig
+from etpp_ssl.model.block_masking import BlockMaskingConfig
+from etpp_ssl.model.cross_decoder import CrossDecoderConfig
+from etpp_ssl.model.decoder import MAEDecoderConfig
+from etpp_ssl.model.masker import MaskRatioRamp
 from etpp_ssl.recipe import changed_keys, load_recipe, parse_recipe
 
 MINIMAL = "output: runs/x\nbudget_epochs: 2\nbatch_size: 4\ndata: {name: synthetic}\n"
@@ -49,8 +53,40 @@ def test_overrides_reach_nested_keys_and_lists() -> None:
     assert recipe.curriculum.stages[1].bandwidth == (32, 48)
 
 
+@pytest.mark.parametrize(
+    "override", ["model.decoder=cross", "model.decoder.name=cross", "model={decoder: {name: cross}}"]
+)
+def test_a_nested_section_is_taken_over_by_name_with_its_own_defaults(override: str) -> None:
+    decoder = parse_recipe(MINIMAL, [override]).model.decoder
+    assert decoder == CrossDecoderConfig()
+
+
+def test_a_new_decoder_keeps_what_means_the_same_to_it_and_drops_the_rest() -> None:
+    text = MINIMAL + "model: {decoder: {embed_dim: 128, depth: 4}}\n"
+    cross = parse_recipe(text, ["model.decoder=cross"]).model.decoder
+    assert cross == CrossDecoderConfig(embed_dim=128)
+    back = parse_recipe(
+        MINIMAL, ["model.decoder=cross", "model.decoder.reads=output", "model.decoder=mae"]
+    ).model.decoder
+    assert back == MAEDecoderConfig()
+    assert parse_recipe(MINIMAL, ["model.decoder.depth=3"]).model.decoder == MAEDecoderConfig(depth=3)
+    block = parse_recipe(MINIMAL, ["model.masking=block", "model.masking.max_side=0.4"]).model.masking
+    assert block == BlockMaskingConfig(max_side=0.4)
+    assert parse_recipe(MINIMAL, ["model.masking=block", "model.masking=grid"]).model.masking.name == "grid"
+
+
+def test_a_mask_ratio_is_a_number_or_a_ramp() -> None:
+    recipe = parse_recipe(MINIMAL, ["model.mask_ratio={start: 0.6, end: 0.8}"])
+    assert recipe.model.mask_ratio == MaskRatioRamp(start=0.6, end=0.8)
+    assert recipe.model.final_mask_ratio == 0.8
+    changed = changed_keys(parse_recipe(MINIMAL), recipe)
+    assert [text.split(" ")[0] for text in changed] == ["model.mask_ratio"]
+
+
 def test_a_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
-    recipe = parse_recipe(MINIMAL, ["image_size=[32, 48]", "probe=knn", "optim.base_lr=1e-05"])
+    recipe = parse_recipe(MINIMAL, ["image_size=[32, 48]", "probe=knn", "optim.base_lr=1e-05",
+                                    "model.decoder=cross", "model.masking=block",
+                                    "model.mask_ratio={start: 0.6, end: 0.8}"])  # fmt: skip
     recipe.save(tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
     # A run that was moved goes on where it is now.
@@ -76,6 +112,17 @@ def test_a_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
         (["data={root: x}"], ["data.name is missing", "folder, list, timm, synthetic"]),
         (["precision=fp8"], ["precision is 'fp8'", "'bf16'"]),
         (["model.mask_ratio=1.0"], ["model.mask_ratio is 1.0", "less than 1"]),
+        (["model.mask_ratio={start: 0.5}"], ["model.mask_ratio.end is missing"]),
+        (["model.mask_ratio={start: 0.5, end: 1.5}"], ["model.mask_ratio.end is 1.5", "less than 1"]),
+        (["model.mask_ratio={start: 0.5, end: 0.7, shape: 1}"], ["'model.mask_ratio.shape'", "end, start"]),
+        (["model.mask_ratio=high"], ["model.mask_ratio is 'high'", "number"]),
+        (["model.masking=stripes"], ["model.masking.name is 'stripes'", "uniform, block, grid"]),
+        (["model.masking=block", "model.masking.min_side=0.9"], ["model.masking", "larger than max_side"]),
+        (["model.decoder=unet"], ["model.decoder.name is 'unet'", "mae, cross"]),
+        (["model.decoder=cross", "model.decoder.predict_ratio=0"], ["predict_ratio is 0", "greater than 0"]),
+        (["model.decoder=cross", "model.decoder.dpth=0"], ["'model.decoder.dpth'", "did you mean 'depth'"]),
+        (["model.decoder.reads=output"], ["unknown key 'model.decoder.reads'"]),
+        (["curriculum=[1]"], ["curriculum.name is [1]"]),
         (["image_size=[3]"], ["image_size"]),
         (["curriculum.stages=[{bandwidth: 32, share: 0.4}]"], ["shares of stages add up to 0.4"]),
         (

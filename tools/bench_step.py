@@ -39,7 +39,6 @@ from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.engine.plan import cost_at
 from etpp_ssl.model.attention import AttentionName, use_attention
 from etpp_ssl.model.blocks import BlockRunner
-from etpp_ssl.model.masking import num_visible, random_masking
 from etpp_ssl.model.patches import grid_of
 from etpp_ssl.recipe import Recipe, load_recipe
 
@@ -119,8 +118,9 @@ def _bench_stage(
     recipe: Recipe, bandwidth: tuple[int, int], device: torch.device, options: argparse.Namespace
 ) -> None:
     grid = grid_of(bandwidth, recipe.patch_size)
+    counts = recipe.build_masker().counts(bandwidth, 1.0)
     with torch.device("meta"):
-        flops = cost_at(recipe, recipe.build_model(), bandwidth).flops
+        flops = cost_at(recipe, recipe.build_model(), bandwidth, counts).flops
     rates = {name: product_rate(DTYPES[name], device) for name in options.precision}
     print(f"\n{show_size(bandwidth)} px, grid {show_size(grid)}, {flops / 1e9:.2f} GFLOP an image")
     for name, rate in rates.items():
@@ -167,19 +167,17 @@ def our_step(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=recipe.optim.betas, fused=True)
     images = torch.randn(recipe.batch_size, recipe.in_chans, *recipe.size, device=device)
     positions = torch.arange(recipe.batch_size, device=device)
-    grid = grid_of(bandwidth, recipe.patch_size)
-    num_patches = grid[0] * grid[1]
-    num_keep = num_visible(num_patches, recipe.model.mask_ratio)
+    masker = recipe.build_masker()
 
     def step() -> list[float]:
         clock = Clock(device)
         shown = low_frequency_crop(images, bandwidth)
-        ids_keep = random_masking(positions, num_patches, num_keep, recipe.seed)
+        mask = masker(positions, bandwidth, 1.0)
         clock.part()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            values, ids_removed = model(shown, ids_keep)
+            values, ids_predicted = model(shown, *mask)
         clock.part()
-        loss = objective(values, ids_removed, shown)
+        loss = objective(values, ids_predicted, shown)
         clock.part()
         loss.backward()
         clock.part()
@@ -220,7 +218,7 @@ def original_step(
     def step() -> list[float]:
         clock = Clock(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss: Tensor = model(images, mask_ratio=recipe.model.mask_ratio)[0]
+            loss: Tensor = model(images, mask_ratio=recipe.model.final_mask_ratio)[0]
         clock.part()
         loss.backward()
         clock.part()

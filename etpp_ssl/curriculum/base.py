@@ -179,6 +179,12 @@ class Curriculum:
         spent = self._spent[index] + (step - stage.first_step) * self._costs[index]
         return replace(stage, step=step, progress=spent / self._total)
 
+    @property
+    def spans(self) -> list[tuple[float, float]]:
+        """The progress at which each stage begins and ends."""
+        starts = [stage.progress for stage in self.stages]
+        return list(zip(starts, [*starts[1:], 1.0], strict=True))
+
     def equivalent_epochs_after(self, step: int) -> float:
         """Equivalent epochs spent once `step` optimizer steps are done, 0 <= step <= num_steps."""
         if step == self.num_steps:

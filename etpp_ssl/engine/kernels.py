@@ -6,23 +6,26 @@ import torch
 
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.model.attention import choose_kernel
+from etpp_ssl.model.cross_decoder import CrossDecoder
 from etpp_ssl.model.mae import MaskedAutoencoder
-from etpp_ssl.model.masking import num_visible
-from etpp_ssl.model.patches import grid_of
+from etpp_ssl.model.masker import Masker
 from etpp_ssl.recipe import Recipe
 
 
 def attention_notes(
-    recipe: Recipe, model: MaskedAutoencoder, curriculum: Curriculum, device: torch.device
+    recipe: Recipe, model: MaskedAutoencoder, curriculum: Curriculum, masker: Masker, device: torch.device
 ) -> list[str]:
     """One sentence per kernel in use: the numbers of tokens it serves, in all stages, and the reason."""
     dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
     lengths = set()
     for stage in curriculum.stages:
-        grid = grid_of(stage.bandwidth, model.patch_size)
-        num_patches = grid[0] * grid[1]
-        for patches in (num_visible(num_patches, recipe.model.mask_ratio), num_patches):
-            lengths.add(model.encoder.num_prefix_tokens + patches)
+        counts = masker.counts(stage.bandwidth, stage.progress)
+        encoded = model.encoder.num_prefix_tokens + counts.num_keep
+        crossed = max(encoded, counts.num_predict)
+        lengths |= {
+            encoded,
+            crossed if isinstance(model.decoder, CrossDecoder) else encoded + counts.num_predict,
+        }
     served: dict[tuple[bool, str], list[str]] = {}
     for length in sorted(lengths):
         choice = choose_kernel(recipe.model.attention, device.type, dtype, length)

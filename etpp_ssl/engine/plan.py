@@ -10,9 +10,10 @@ from torch import Tensor
 from etpp_ssl.curriculum.base import Curriculum, Stage
 from etpp_ssl.curriculum.cost import Cost, area_share, count_cost
 from etpp_ssl.data.splits import open_split
+from etpp_ssl.engine.decoder_cost import decoder_flops, other_decoders
 from etpp_ssl.engine.replay_memory import replay_bytes, replay_notes
 from etpp_ssl.model.mae import MaskedAutoencoder
-from etpp_ssl.model.masking import num_visible
+from etpp_ssl.model.masker import MaskCounts, MaskRatioRamp
 from etpp_ssl.model.patches import grid_of
 from etpp_ssl.recipe import Recipe
 
@@ -27,7 +28,10 @@ class StagePlan:
     stage: Stage
     grid: tuple[int, int]
     num_visible: int
-    """Patches per image that the encoder sees, prefix tokens not counted."""
+    """Patches per image that the encoder sees, prefix tokens not counted; like all numbers here at the
+    stage's mean mask ratio, where the ratio follows a schedule."""
+    num_predicted: int
+    """Patches per image that the decoder predicts."""
     num_images: int
     """Images trained on, repeats counted."""
     area_share: float
@@ -35,9 +39,12 @@ class StagePlan:
     flops_share: float
     """Share of the run's compute by counted operations."""
     flops_per_image: int
-    """Forward and backward."""
+    """Forward and backward, target included."""
+    decoder_flops_per_image: int
+    """The decoder's part of `flops_per_image`, forward and backward."""
     memory_bytes: int
-    """Estimated device memory of one process at the largest micro-batch."""
+    """Estimated device memory of one process at the largest micro-batch, at the mask ratio of the
+    stage that takes most."""
     replay_bytes: int
     """Host memory of the replay buffers, over all processes; 0 without replay."""
 
@@ -53,6 +60,9 @@ class Plan:
     encoder_parameters: int
     decoder_parameters: int
     total_flops: int
+    other_decoders: dict[str, int]
+    """By name, FLOPs per image at full resolution, forward and backward, of the decoders that the recipe
+    does not use, at the width, depth and heads of the one that it uses, predicting every masked patch."""
     baseline_epochs: float
     speedup_by_area: float
     """Area-rule compute of `baseline_epochs` at full resolution over this run's."""
@@ -89,29 +99,50 @@ def plan_run(recipe: Recipe) -> Plan:
     micro_batch = min(recipe.micro_batch_size or recipe.batch_size, recipe.batch_size)
     bytes_per_value = 4 if recipe.precision == "fp32" else 2
 
-    costs = {stage.bandwidth: cost_at(recipe, model, stage.bandwidth) for stage in curriculum.stages}
-    full = costs[recipe.size]
+    masker = recipe.build_masker()
+    num_values = recipe.build_objective().num_values
+    costs: dict[tuple[tuple[int, int], MaskCounts], Cost] = {}
+
+    def cost(bandwidth: tuple[int, int], counts: MaskCounts) -> Cost:
+        key = (bandwidth, counts)
+        if key not in costs:
+            costs[key] = cost_at(recipe, model, bandwidth, counts)
+        return costs[key]
+
     images = [stage.num_steps * stage.batch_size for stage in curriculum.stages]
-    flops = [n * costs[s.bandwidth].flops for n, s in zip(images, curriculum.stages, strict=True)]
     area = [n * area_share(s.bandwidth, recipe.size) for n, s in zip(images, curriculum.stages, strict=True)]
+    means = [
+        masker.counts(stage.bandwidth, sum(span) / 2)
+        for stage, span in zip(curriculum.stages, curriculum.spans, strict=True)
+    ]
+    flops = [
+        n * cost(stage.bandwidth, counts).flops
+        for n, stage, counts in zip(images, curriculum.stages, means, strict=True)
+    ]
     stages = []
-    for stage, seen, spent, covered in zip(curriculum.stages, images, flops, area, strict=True):
+    for index, stage in enumerate(curriculum.stages):
+        at_ends = [masker.counts(stage.bandwidth, progress) for progress in curriculum.spans[index]]
+        saved_values = max(cost(stage.bandwidth, c).saved_values for c in (means[index], *at_ends))
         grid = grid_of(stage.bandwidth, recipe.patch_size)
-        cost = costs[stage.bandwidth]
         stages.append(
             StagePlan(
                 stage=stage,
                 grid=grid,
-                num_visible=num_visible(grid[0] * grid[1], recipe.model.mask_ratio),
-                num_images=seen,
-                area_share=covered / sum(area),
-                flops_share=spent / sum(flops),
-                flops_per_image=cost.flops,
-                memory_bytes=parameters * BYTES_PER_PARAMETER
-                + micro_batch * cost.saved_values * bytes_per_value,
+                num_visible=means[index].num_keep,
+                num_predicted=means[index].num_predict,
+                num_images=images[index],
+                area_share=area[index] / sum(area),
+                flops_share=flops[index] / sum(flops),
+                flops_per_image=cost(stage.bandwidth, means[index]).flops,
+                decoder_flops_per_image=decoder_flops(
+                    recipe.model.decoder, model, grid, means[index], num_values
+                ),
+                memory_bytes=parameters * BYTES_PER_PARAMETER + micro_batch * saved_values * bytes_per_value,
                 replay_bytes=replay_bytes(recipe, stage),
             )
         )
+    full_counts = masker.counts(recipe.size, 0.5)
+    full_grid = grid_of(recipe.size, recipe.patch_size)
     baseline_epochs = recipe.baseline_epochs or recipe.budget_epochs
     baseline_images = baseline_epochs * num_images
     return Plan(
@@ -124,30 +155,47 @@ def plan_run(recipe: Recipe) -> Plan:
         total_flops=sum(flops),
         baseline_epochs=baseline_epochs,
         speedup_by_area=baseline_images / sum(area),
-        speedup_by_flops=baseline_images * full.flops / sum(flops),
+        speedup_by_flops=baseline_images * cost(recipe.size, full_counts).flops / sum(flops),
+        other_decoders={
+            other.name: decoder_flops(other, model, full_grid, full_counts.everything, num_values)
+            for other in other_decoders(recipe.model.decoder)
+        },
         micro_batch=micro_batch,
-        notes=recipe.curriculum.roundings(recipe.size, recipe.patch_size) + replay_notes(recipe, curriculum),
+        notes=[
+            *recipe.curriculum.roundings(recipe.size, recipe.patch_size),
+            *_schedule_note(recipe),
+            *replay_notes(recipe, curriculum),
+        ],
     )
 
 
-def cost_at(recipe: Recipe, model: MaskedAutoencoder, bandwidth: tuple[int, int]) -> Cost:
+def cost_at(recipe: Recipe, model: MaskedAutoencoder, bandwidth: tuple[int, int], counts: MaskCounts) -> Cost:
     """Counted cost of one image at a bandwidth, forward and backward, target included.
 
     Args:
         recipe: the run.
         model: its model, on the meta device.
         bandwidth: (height, width) in pixels.
+        counts: patches of the image.
     """
-    grid = grid_of(bandwidth, recipe.patch_size)
-    num_patches = grid[0] * grid[1]
-    num_keep = num_visible(num_patches, recipe.model.mask_ratio)
     objective = recipe.build_objective()
     with torch.device("meta"):
         images = torch.zeros(1, recipe.in_chans, *bandwidth)
-        ids_keep = torch.zeros(1, num_keep, dtype=torch.int64)
+        ids_keep = torch.zeros(1, counts.num_keep, dtype=torch.int64)
+        ids_predict = torch.zeros(1, counts.num_predict, dtype=torch.int64)
 
     def loss() -> Tensor:
-        values, ids_removed = model(images, ids_keep)
-        return objective(values, ids_removed, images)
+        values, ids_predicted = model(images, ids_keep, ids_predict)
+        return objective(values, ids_predicted, images)
 
     return count_cost(loss, model)
+
+
+def _schedule_note(recipe: Recipe) -> list[str]:
+    ratio = recipe.model.mask_ratio
+    if not isinstance(ratio, MaskRatioRamp):
+        return []
+    return [
+        f"the mask ratio goes from {ratio.start:g} to {ratio.end:g} over compute: patches and operations are "
+        f"those of each stage's mean ratio (of the run's, for full resolution), memory is of its heaviest"
+    ]

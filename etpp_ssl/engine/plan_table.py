@@ -8,6 +8,8 @@ from rich.table import Table
 
 from etpp_ssl.config import show_size
 from etpp_ssl.engine.plan import Plan
+from etpp_ssl.model.masker import MaskRatioRamp
+from etpp_ssl.recipe import Recipe
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 60
@@ -18,9 +20,9 @@ def print_plan(plan: Plan, console: Console) -> None:
     recipe, curriculum = plan.recipe, plan.curriculum
     console.print(
         f"{recipe.model.name}, image {show_size(recipe.size)}, patch {show_size(recipe.patch_size)}, "
-        f"{recipe.in_chans} channels, mask ratio {recipe.model.mask_ratio:g}: "
+        f"{recipe.in_chans} channels, {_masking(recipe)}: "
         f"{plan.encoder_parameters / 1e6:.2f} M parameters in the encoder, "
-        f"{plan.decoder_parameters / 1e6:.2f} M in the decoder"
+        f"{plan.decoder_parameters / 1e6:.2f} M in the {recipe.model.decoder.name} decoder"
     )
     console.print(
         f"{plan.num_images:,} images, global batch {recipe.batch_size}, "
@@ -31,6 +33,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(_stage_table(plan))
     for note in plan.notes:
         console.print(f"note: {note}")
+    console.print(_decoders(plan))
     console.print(_learning_rate(plan))
     baseline = f"{plan.baseline_epochs:g} epochs at full resolution"
     console.print(
@@ -43,20 +46,41 @@ def print_plan(plan: Plan, console: Console) -> None:
     )
 
 
+def _masking(recipe: Recipe) -> str:
+    ratio = recipe.model.mask_ratio
+    shown = f"{ratio.start:g} to {ratio.end:g}" if isinstance(ratio, MaskRatioRamp) else f"{ratio:g}"
+    pattern = recipe.model.masking.name
+    return f"mask ratio {shown}" + (f" ({pattern})" if pattern != "uniform" else "")
+
+
+def _decoders(plan: Plan) -> str:
+    own, full = plan.recipe.model.decoder, plan.stages[-1]
+    others = ", ".join(
+        f"{flops / 1e9:.4g} with a {name} decoder" for name, flops in plan.other_decoders.items()
+    )
+    share = full.decoder_flops_per_image / full.flops_per_image
+    return (
+        f"encoder (target included) and decoder are in GFLOP per image, forward and backward; at full "
+        f"resolution the {own.name} decoder takes {full.decoder_flops_per_image / 1e9:.4g} ({share:.0%}); it "
+        f"would be {others} of this width, depth and heads that predicts every masked patch"
+    )
+
+
 def _stage_table(plan: Plan) -> Table:
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, collapse_padding=True)
     for title in (
         "stage",
         "bandwidth",
         "grid",
-        "patches",
         "visible",
+        "predicted",
         "batch",
         "steps",
         "images",
         "area share",
         "FLOP share",
-        "GFLOP/image",
+        "encoder",
+        "decoder",
         "memory",
     ):
         table.add_column(title, justify="right", no_wrap=True)
@@ -65,14 +89,15 @@ def _stage_table(plan: Plan) -> Table:
             str(row.stage.index + 1),
             show_size(row.stage.bandwidth),
             f"{row.grid[0]}x{row.grid[1]}",
-            str(row.grid[0] * row.grid[1]),
             str(row.num_visible),
+            str(row.num_predicted),
             str(row.stage.batch_size),
             f"{row.stage.num_steps:,}",
             f"{row.num_images:,}",
             f"{row.area_share:.1%}",
             f"{row.flops_share:.1%}",
-            f"{row.flops_per_image / 1e9:.4g}",
+            f"{(row.flops_per_image - row.decoder_flops_per_image) / 1e9:.4g}",
+            f"{row.decoder_flops_per_image / 1e9:.4g}",
             f"{row.memory_bytes / 1e9:.2f} GB",
         )
     return table

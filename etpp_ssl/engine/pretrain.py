@@ -27,7 +27,6 @@ from etpp_ssl.engine.metrics import Meter
 from etpp_ssl.engine.run import Run, open_run
 from etpp_ssl.engine.signals import Interrupted, StopRequest
 from etpp_ssl.engine.state import environment
-from etpp_ssl.model.masking import random_masking
 from etpp_ssl.recipe import Recipe
 
 
@@ -75,17 +74,16 @@ def _train(run: Run, stop_request: StopRequest) -> int:
 
     while not run.finished:
         stage = curriculum.stage_at(state.step)
-        num_patches, num_keep = run.num_visible(stage.bandwidth)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage.progress)
 
         for batch in feed.step():
             bad_images.note(batch)
             images = low_frequency_crop(run.normalise(batch.images), stage.bandwidth)
-            ids_keep = random_masking(batch.positions, num_patches, num_keep, recipe.seed)
+            mask = run.masker(batch.positions, stage.bandwidth, stage.progress)
             with _synchronised(run, batch):
-                values, ids_removed = model(images, ids_keep)
-                losses = objective.losses(values, ids_removed, images)
+                values, ids_predicted = model(images, mask.ids_keep, mask.ids_predict)
+                losses = objective.losses(values, ids_predicted, images)
                 loss = losses["loss"] * batch.request.weight
                 # DDP averages over the processes; the weights are shares of the global batch.
                 accelerator.backward(loss * accelerator.num_processes)

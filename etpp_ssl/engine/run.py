@@ -25,8 +25,7 @@ from etpp_ssl.engine.start import prepare_folder, starting_point
 from etpp_ssl.engine.state import TrainState, environment, environment_changes
 from etpp_ssl.evaluation.base import Probe, ProbeContext
 from etpp_ssl.model.mae import MaskedAutoencoder
-from etpp_ssl.model.masking import num_visible
-from etpp_ssl.model.patches import grid_of
+from etpp_ssl.model.masker import Masker
 from etpp_ssl.objective.base import Objective
 from etpp_ssl.optim.groups import weight_decay_groups
 from etpp_ssl.randomness import derive_key
@@ -45,6 +44,7 @@ class Run:
     source: ImageSource
     view: TrainView
     normalise: Normalise
+    masker: Masker
     objective: Objective
     model: torch.nn.Module
     """The MaskedAutoencoder as accelerate prepared it."""
@@ -60,11 +60,6 @@ class Run:
     def finished(self) -> bool:
         """Whether every step is done."""
         return self.state.step >= self.curriculum.num_steps
-
-    def num_visible(self, bandwidth: tuple[int, int]) -> tuple[int, int]:
-        """(patches, visible patches) at a bandwidth."""
-        grid = grid_of(bandwidth, self.bare_model.patch_size)
-        return grid[0] * grid[1], num_visible(grid[0] * grid[1], self.recipe.model.mask_ratio)
 
 
 def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
@@ -86,9 +81,9 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
             f"each needs at least one image per step"
         )
     curriculum = recipe.build_curriculum(len(source))
-    for stage in curriculum.stages:
-        grid = grid_of(stage.bandwidth, recipe.patch_size)
-        num_visible(grid[0] * grid[1], recipe.model.mask_ratio)
+    masker = recipe.build_masker()
+    for stage, span in zip(curriculum.stages, curriculum.spans, strict=True):
+        masker.check(stage.bandwidth, span)
     progress = Progress(curriculum, visible=accelerator.is_main_process)
 
     with torch.random.fork_rng(devices=[]):
@@ -144,6 +139,7 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
             decoder=recipe.data.decoder,
         ),
         normalise=normalise,
+        masker=masker,
         objective=objective,
         model=prepared,
         bare_model=model,
@@ -162,7 +158,7 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
         if accelerator.is_main_process:
             num_parameters = sum(parameter.numel() for parameter in model.parameters())
             prepare_folder(folder, recipe, state.step, num_parameters, run.metrics)
-            for note in attention_notes(recipe, model, curriculum, accelerator.device):
+            for note in attention_notes(recipe, model, curriculum, masker, accelerator.device):
                 progress.say(note)
         accelerator.wait_for_everyone()
         if recipe.tracker.name != "none":
@@ -224,7 +220,7 @@ def build_probe(
             view=EvalView(recipe.size, recipe.data.crop_pct),
             normalise=normalise,
             objective=objective,
-            mask_ratio=recipe.model.mask_ratio,
+            masker=recipe.build_masker(),
             seed=recipe.seed,
             num_workers=recipe.data.num_workers,
         )

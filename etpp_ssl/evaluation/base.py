@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from etpp_ssl.data.augment import EvalView, Normalise
 from etpp_ssl.data.images import ImageSource
 from etpp_ssl.model.mae import MaskedAutoencoder
+from etpp_ssl.model.masker import Masker
 from etpp_ssl.objective.base import Objective
 
 
@@ -24,7 +25,7 @@ class ProbeContext:
     view: EvalView
     normalise: Normalise
     objective: Objective
-    mask_ratio: float
+    masker: Masker
     seed: int
     num_workers: int
 

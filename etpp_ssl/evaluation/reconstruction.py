@@ -1,7 +1,8 @@
 """Reconstruction loss on images that training never sees.
 
-The images, their masks and the resolution are fixed, so the number is comparable across the stages of
-a curriculum, where the training loss is not.
+The images, their masks and the resolution are fixed, and every masked patch is predicted whatever subset
+training predicts, so the number is comparable across the stages of a curriculum and of a mask-ratio
+schedule (its last ratio is taken), where the training loss is not.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from etpp_ssl.data.splits import keyed_indices
 from etpp_ssl.evaluation.base import ProbeContext
 from etpp_ssl.evaluation.features import evaluating, evaluation_batches, readable_rows
 from etpp_ssl.model.mae import MaskedAutoencoder
-from etpp_ssl.model.masking import num_visible, random_masking
-from etpp_ssl.model.patches import grid_of
 
 
 class ReconstructionConfig(Config):
@@ -57,9 +56,6 @@ class ReconstructionProbe:
     def run(self, model: MaskedAutoencoder) -> dict[str, float]:
         """Mean losses over the evaluation images, in float32."""
         context = self.context
-        grid = grid_of(context.view.image_size, model.patch_size)
-        num_patches = grid[0] * grid[1]
-        num_keep = num_visible(num_patches, context.mask_ratio)
         sums: dict[str, float] = {}
         count = 0
         with evaluating(model):
@@ -75,10 +71,10 @@ class ReconstructionProbe:
                 if not len(rows):
                     continue
                 images = context.normalise(batch.images[rows])
-                ids = random_masking(batch.positions[rows], num_patches, num_keep, context.seed)
+                mask = context.masker.everything(batch.positions[rows], context.view.image_size)
                 # The class's own forward: accelerate wraps the instance's in autocast.
-                values, ids_removed = MaskedAutoencoder.forward(model, images, ids)
-                for name, loss in context.objective.losses(values, ids_removed, images).items():
+                values, ids_predicted = MaskedAutoencoder.forward(model, images, *mask)
+                for name, loss in context.objective.losses(values, ids_predicted, images).items():
                     sums[name] = sums.get(name, 0.0) + loss.item() * len(rows)
                 count += len(rows)
         shares = gather_object([(sums, count)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import yaml
 
 from etpp_ssl import __version__
@@ -21,6 +23,8 @@ tags:
 
 An image encoder, pre-trained by etpp_ssl {version} as a masked autoencoder under the `{curriculum}`
 curriculum: {epochs:g} equivalent epochs, {step:,} optimizer steps. {contents}
+
+{final_norm}
 
 ## Load
 
@@ -46,6 +50,20 @@ other data than what the run's own log says.
 ORIGIN = """
 
 Training went on from other weights, `{init}`: their data and their licence count here too."""
+
+
+def final_norm(recipe: Recipe) -> str:
+    """Where the encoder's final norm comes from, as one sentence.
+
+    A decoder that reads the encoder's blocks never sees the norm behind them, so nothing trains it.
+    """
+    if not recipe.model.decoder.reads_blocks:
+        return "Its final norm was trained with it: the decoder read its output."
+    values = "weight 1 and bias 0" if recipe.init is None else f"as it was in `init: {recipe.init}`"
+    return (
+        f"Its final norm is not trained ({values}): the decoder read the blocks before it; fine-tune it, or "
+        f"pool without it."
+    )
 
 
 def model_card(
@@ -76,6 +94,7 @@ def model_card(
         curriculum=recipe.curriculum.name,
         epochs=recipe.budget_epochs,
         step=step,
+        final_norm=textwrap.fill(final_norm(recipe), 103),
         in_chans=recipe.in_chans,
         data=data,
         size=show_size(recipe.size),

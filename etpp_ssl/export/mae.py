@@ -12,6 +12,7 @@ from etpp_ssl.config import UserError, show_size
 from etpp_ssl.export.card import model_card
 from etpp_ssl.export.folder import CARD_FILE, TrainedModel, contiguous, export_folder, replaced
 from etpp_ssl.export.plain import is_square, reason_without_decoder, require_plain_encoder
+from etpp_ssl.model.decoder import MAEDecoder
 from etpp_ssl.model.interop import official_names
 from etpp_ssl.model.mae import MaskedAutoencoder
 
@@ -101,6 +102,7 @@ def _original(model: MaskedAutoencoder, in_chans: int) -> str:
         "mlp_ratio": _mlp_width(model) / encoder.embed_dim,
     }
     if reason_without_decoder(model, in_chans) is None:
+        assert isinstance(decoder, MAEDecoder)
         block: Any = decoder.blocks[0]
         sizes |= {
             "decoder_embed_dim": decoder.embed.out_features,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from safetensors.torch import save_file
 
 from etpp_ssl.config import UserError
-from etpp_ssl.export.card import model_card
+from etpp_ssl.export.card import final_norm, model_card
 from etpp_ssl.export.folder import (
     CARD_FILE,
     TrainedModel,
@@ -54,7 +54,7 @@ def export(
         out: the folder to write; by default `RUN/export/timm`. An earlier export there is replaced.
         pool: cls token or mean of the patch tokens; None is the encoder's own.
         license_name: for the card, as the Hugging Face hub spells it.
-        say: told of damaged checkpoints.
+        say: told of damaged checkpoints, and of a final norm that nothing trained.
 
     Returns:
         The folder.
@@ -67,6 +67,8 @@ def export(
     recipe, encoder = trained.recipe, trained.model.encoder
     if pool == "token" and not encoder.has_class_token:
         raise UserError("the encoder has no cls token to pool; use avg")
+    if recipe.model.decoder.reads_blocks:
+        say(f"about the exported encoder: {final_norm(recipe)}")
     card = model_card(
         recipe,
         trained.step,

@@ -12,6 +12,7 @@ from etpp_ssl.config import show_size
 from etpp_ssl.export.card import model_card
 from etpp_ssl.export.folder import CARD_FILE, TrainedModel, contiguous, export_folder, replaced, write_json
 from etpp_ssl.export.plain import LAYER_NORM_EPS, reason_without_decoder, require_plain_encoder
+from etpp_ssl.model.decoder import MAEDecoder
 from etpp_ssl.model.huggingface import to_huggingface
 from etpp_ssl.model.interop import official_names
 from etpp_ssl.model.mae import MaskedAutoencoder
@@ -99,16 +100,18 @@ def encoder_config(recipe: Recipe, model: MaskedAutoencoder) -> dict[str, Any]:
 
 def mae_config(recipe: Recipe, model: MaskedAutoencoder) -> dict[str, Any]:
     """The `config.json` of a `ViTMAEForPreTraining`."""
-    block: Any = model.decoder.blocks[0]
+    decoder = model.decoder
+    assert isinstance(decoder, MAEDecoder)
+    block: Any = decoder.blocks[0]
     return {
         **encoder_config(recipe, model),
         "architectures": ["ViTMAEForPreTraining"],
         "model_type": "vit_mae",
-        "decoder_hidden_size": model.decoder.embed.out_features,
-        "decoder_num_hidden_layers": len(model.decoder.blocks),
+        "decoder_hidden_size": decoder.embed.out_features,
+        "decoder_num_hidden_layers": len(decoder.blocks),
         "decoder_num_attention_heads": block.attn.num_heads,
         "decoder_intermediate_size": block.mlp.fc1.out_features,
-        "mask_ratio": recipe.model.mask_ratio,
+        "mask_ratio": recipe.model.final_mask_ratio,
         "norm_pix_loss": isinstance(recipe.target, PixelsConfig) and recipe.target.norm_pix,
     }
 

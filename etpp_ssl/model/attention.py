@@ -1,6 +1,6 @@
-"""Self-attention in training, by the kernel that is fastest on the device; what is computed stays timm's.
+"""Attention in training, by the kernel that is fastest on the device; what is computed stays the same.
 
-Legend: B batch, H heads, N tokens, D head width, E = H D.
+Legend: B batch, H heads, N tokens, M tokens that ask, D head width, E = H D.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from einops import rearrange
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 AttentionName = Literal["auto", "fused", "unfused"]
 
@@ -62,12 +63,15 @@ class SelfAttention(Attention):
         """(B, N, E) to (B, N, E); further arguments, such as a mask, are timm's."""
         # timm's blocks hand on a mask that is None, under names that differ between its versions.
         no_mask = all(value is None or value is False for value in (*args, *kwargs.values()))
-        if self.training and no_mask and self._has_no_extras():
-            qkv = self.qkv(x)
-            if not choose_kernel(self.kernel, qkv.device.type, qkv.dtype, qkv.shape[1]).fused:
-                mixed = unfused_attention(qkv, self.num_heads)
-                return self.proj_drop(self.proj(mixed))  # type: ignore[no-any-return]
-        return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if not self.training or not no_mask or not self._has_no_extras():
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        qkv = self.qkv(x)
+        if choose_kernel(self.kernel, qkv.device.type, qkv.dtype, qkv.shape[1]).fused:
+            q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+            mixed = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+        else:
+            mixed = unfused_attention(qkv, self.num_heads)
+        return self.proj_drop(self.proj(mixed))  # type: ignore[no-any-return]
 
     def _has_no_extras(self) -> bool:
         norms = (self.q_norm, self.k_norm, getattr(self, "norm", nn.Identity()))
@@ -75,16 +79,47 @@ class SelfAttention(Attention):
         return identity and self.attn_drop.p == 0 and getattr(self, "gate", None) is None
 
 
-def use_attention(module: nn.Module, kernel: AttentionName) -> None:
-    """Let every plain timm attention below `module` take this kernel in training.
+class CrossAttention(nn.Module):
+    """Multi-head attention whose keys and values come from other tokens, at their width.
 
-    The modules change their class in place, as `torch.nn.utils.parametrize` does it: parameters, their
+    Args:
+        width: E, of queries and output.
+        memory_width: of the tokens that keys and values are made of.
+        num_heads: H.
+    """
+
+    kernel: AttentionName = "auto"
+
+    def __init__(self, width: int, memory_width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(memory_width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
+        """(B, M, E) and (B, N, memory_width) to (B, M, E)."""
+        q = rearrange(self.q(queries), "b m (h d) -> b h m d", h=self.num_heads)
+        k, v = rearrange(self.kv(memory), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
+        longest = max(queries.shape[1], memory.shape[1])
+        if choose_kernel(self.kernel, q.device.type, q.dtype, longest).fused:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        else:
+            mixed = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(dim=-1) @ v
+        result: Tensor = self.proj(rearrange(mixed, "b h m d -> b m (h d)"))
+        return result
+
+
+def use_attention(module: nn.Module, kernel: AttentionName) -> None:
+    """Let every plain attention below `module` take this kernel in training.
+
+    timm's modules change their class in place, as `torch.nn.utils.parametrize` does it: parameters, their
     names and hooks stay, so that timm builds the networks and loads the weights.
     """
     for attention in module.modules():
         if type(attention) is Attention:
             attention.__class__ = SelfAttention
-        if isinstance(attention, SelfAttention):
+        if isinstance(attention, SelfAttention | CrossAttention):
             attention.kernel = kernel
 
 

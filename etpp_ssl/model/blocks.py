@@ -27,22 +27,22 @@ class BlockRunner:
     grad_checkpointing: bool = False
     compiled: bool = False
 
-    def __call__(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        """`block(tokens)`, (B, N, D) to (B, N, D)."""
+    def __call__(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """`block(*inputs)`: tokens, (B, N, D) to (B, N, D), and what else a block reads."""
         run = _compiled() if self.compiled else call_block
         if self.grad_checkpointing:
-            tokens = checkpoint(run, block, tokens, use_reentrant=False)
-            return tokens
-        return run(block, tokens)
+            output: Tensor = checkpoint(run, block, *inputs, use_reentrant=False)
+            return output
+        return run(block, *inputs)
 
 
-def call_block(block: nn.Module, tokens: Tensor) -> Tensor:
+def call_block(block: nn.Module, *inputs: Tensor) -> Tensor:
     """The plain call, through the module, so that hooks (FSDP's among them) see it."""
-    output: Tensor = block(tokens)
+    output: Tensor = block(*inputs)
     return output
 
 
 @cache
-def _compiled() -> Callable[[nn.Module, Tensor], Tensor]:
+def _compiled() -> Callable[..., Tensor]:
     # Shapes change with the stage only; torch's default would make the second stage's graph dynamic.
     return torch.compile(call_block, dynamic=False)

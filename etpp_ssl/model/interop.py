@@ -206,7 +206,7 @@ def decoder_positions(model: MaskedAutoencoder) -> Tensor:
     """The decoder's fixed positions as a tensor, (1, P + N, E), zero for prefix tokens."""
     grid: tuple[int, int] = tuple(model.encoder.patch_embed.grid_size)
     width = model.decoder.mask_token.shape[-1]
-    table = sincos_pos_embed(grid, model.decoder.base_grid, width)
+    table = sincos_pos_embed(grid, model.position_grid, width)
     return torch.cat([torch.zeros(model.encoder.num_prefix_tokens, width), table])[None]
 
 
@@ -241,9 +241,10 @@ def _build(config: ModelConfig, shape: Shape, num_values: int, *, fc_norm: bool)
     assert isinstance(encoder.norm, nn.Identity)
     decoder = config.decoder.build(
         encoder_dim=encoder.embed_dim,
+        encoder_depth=len(encoder.blocks),
         num_prefix=encoder.num_prefix_tokens,
         base_grid=shape.grid,
         num_values=num_values,
     )
     fixed = config.pos_embed == "sincos"
-    return MaskedAutoencoder(encoder, decoder, mask_ratio=config.mask_ratio, fixed_positions=fixed)
+    return MaskedAutoencoder(encoder, decoder, mask_ratio=config.final_mask_ratio, fixed_positions=fixed)

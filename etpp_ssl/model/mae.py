@@ -1,34 +1,46 @@
-"""The masked autoencoder: visible patches in, predictions of the masked ones out.
+"""The masked autoencoder: visible patches in, predictions of masked ones out.
 
-Legend: B batch, C channels, H, W pixels, N patches, K visible, M masked, D width, V values per patch.
+Legend: B batch, C channels, H, W pixels, N patches, K visible, M predicted, D width, V values per patch.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Discriminator, Field, PositiveInt, Tag, ValidationInfo, field_validator
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from etpp_ssl.config import Config, as_pair, neutral
 from etpp_ssl.model.attention import AttentionName, use_attention
+from etpp_ssl.model.block_masking import BlockMaskingConfig
 from etpp_ssl.model.blocks import BlockRunner
+from etpp_ssl.model.cross_decoder import CrossDecoder, CrossDecoderConfig
 from etpp_ssl.model.decoder import MAEDecoder, MAEDecoderConfig
-from etpp_ssl.model.masking import num_visible, removed_ids
+from etpp_ssl.model.grid_masking import GridMaskingConfig
+from etpp_ssl.model.masker import Masker, MaskRatioRamp
+from etpp_ssl.model.masking import UniformMaskingConfig, num_visible, removed_ids
 from etpp_ssl.model.patches import grid_of
 from etpp_ssl.model.vit import build_encoder, encode_visible, encoder_args, fixed_positions_at
+
+# One line here makes a new decoder or mask pattern known to recipes.
+AnyDecoder = MAEDecoderConfig | CrossDecoderConfig
+AnyMasking = UniformMaskingConfig | BlockMaskingConfig | GridMaskingConfig
+
+
+def _ratio_kind(value: Any) -> str:
+    return MaskRatioRamp.__name__ if isinstance(value, dict | MaskRatioRamp) else "float"
 
 
 class Prediction(NamedTuple):
     """What the model predicts for a batch."""
 
     values_BMV: Tensor
-    """(B, M, V): the target's values for each masked patch."""
-    ids_removed: Tensor
-    """int64 (B, M): which patches of the grid these are, ascending."""
+    """(B, M, V): the target's values for each predicted patch."""
+    ids_predicted: Tensor
+    """int64 (B, M): which patches of the grid these are."""
 
 
 class ModelConfig(Config):
@@ -48,8 +60,13 @@ class ModelConfig(Config):
     position_grid: tuple[PositiveInt, PositiveInt] | None = None
     """Patches per axis in whose units sin-cos positions are counted; None is the model's own grid. With
     `init` from another resolution, the grid of those weights keeps every place where they know it."""
-    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
-    """Share of the patches that is removed."""
+    mask_ratio: Annotated[
+        Annotated[float, Field(gt=0, lt=1), Tag("float")]
+        | Annotated[MaskRatioRamp, Tag(MaskRatioRamp.__name__)],
+        Discriminator(_ratio_kind),
+    ] = 0.75
+    """Share of the patches that is removed: a number, or `{start: ..., end: ...}`, linear over compute."""
+    masking: Annotated[AnyMasking, Field(discriminator="name")] = UniformMaskingConfig()
     grad_checkpointing: bool = False
     """Recompute the blocks in the backward pass: less memory, about a third more compute."""
     attention: AttentionName = neutral("auto")
@@ -57,7 +74,24 @@ class ModelConfig(Config):
     `auto`, what measured faster on the device; they differ by rounding."""
     compiled: bool = neutral(False)
     """Run the blocks through `torch.compile`: a compilation for each stage."""
-    decoder: MAEDecoderConfig = MAEDecoderConfig()
+    decoder: Annotated[AnyDecoder, Field(discriminator="name")] = MAEDecoderConfig()
+
+    @field_validator("decoder", "masking", mode="before")
+    @classmethod
+    def _default_name(cls, value: Any, info: ValidationInfo) -> Any:
+        """The default's name where settings are given without one."""
+        if isinstance(value, dict) and "name" not in value:
+            return {"name": cls.model_fields[info.field_name or ""].default.name, **value}
+        return value
+
+    @property
+    def final_mask_ratio(self) -> float:
+        """The mask ratio at the end of the run."""
+        return self.mask_ratio.end if isinstance(self.mask_ratio, MaskRatioRamp) else self.mask_ratio
+
+    def masker(self, *, patch_size: tuple[int, int], seed: int) -> Masker:
+        """The masks of a run."""
+        return Masker(self.masking, self.mask_ratio, self.decoder.predict_ratio, patch_size, seed)
 
     def encoder_args(self, image_size: tuple[int, int], in_chans: int) -> tuple[str, dict[str, Any]]:
         """timm's name and arguments of the encoder; see `etpp_ssl.model.vit.encoder_args`."""
@@ -90,6 +124,7 @@ class ModelConfig(Config):
         position_grid = self.position_grid or tuple(encoder.patch_embed.grid_size)
         decoder = self.decoder.build(
             encoder_dim=encoder.embed_dim,
+            encoder_depth=len(encoder.blocks),
             num_prefix=encoder.num_prefix_tokens,
             base_grid=position_grid,
             num_values=num_values,
@@ -97,7 +132,7 @@ class ModelConfig(Config):
         model = MaskedAutoencoder(
             encoder,
             decoder,
-            mask_ratio=self.mask_ratio,
+            mask_ratio=self.final_mask_ratio,
             fixed_positions=self.pos_embed == "sincos",
             position_grid=position_grid,
         )
@@ -111,7 +146,8 @@ class MaskedAutoencoder(nn.Module):
 
     Args:
         encoder: a plain timm VisionTransformer at full resolution.
-        decoder: predicts the masked patches from the encoder's tokens.
+        decoder: predicts masked patches from the encoder's tokens. One that reads the encoder's blocks
+            leaves the encoder's final norm without a gradient, so that norm is frozen here.
         mask_ratio: share of the patches to remove where `forward` has to draw the mask itself.
         fixed_positions: evaluate sin-cos positions at the patch centres of other grids, instead of
             resampling the encoder's `pos_embed`.
@@ -121,7 +157,7 @@ class MaskedAutoencoder(nn.Module):
     def __init__(
         self,
         encoder: VisionTransformer,
-        decoder: MAEDecoder,
+        decoder: MAEDecoder | CrossDecoder,
         mask_ratio: float = 0.75,
         *,
         fixed_positions: bool = True,
@@ -135,6 +171,8 @@ class MaskedAutoencoder(nn.Module):
         self.position_grid: tuple[int, int] = position_grid or tuple(encoder.patch_embed.grid_size)
         self._tables: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
         self.run = BlockRunner()
+        if decoder.reads_blocks:
+            encoder.norm.requires_grad_(False)
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -150,13 +188,17 @@ class MaskedAutoencoder(nn.Module):
         """Recompute the blocks in the backward pass (timm's name for the switch)."""
         self.run_blocks_by(replace(self.run, grad_checkpointing=enable))
 
-    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Prediction:
-        """Predict the masked patches.
+    def forward(
+        self, images: Tensor, ids_keep: Tensor | None = None, ids_predict: Tensor | None = None
+    ) -> Prediction:
+        """Predict masked patches.
 
         Args:
             images: float (B, C, h p, w q): a whole number of patches, at any bandwidth.
             ids_keep: int64 (B, K), the visible patches; given, the result is deterministic. None
                 draws them uniformly from torch's global generator, at `mask_ratio`.
+            ids_predict: int64 (B, M), the patches to predict; None predicts every masked one, in
+                ascending order.
         """
         grid = grid_of((images.shape[-2], images.shape[-1]), self.patch_size)
         num_patches = grid[0] * grid[1]
@@ -164,15 +206,19 @@ class MaskedAutoencoder(nn.Module):
             noise_BN = torch.rand(len(images), num_patches, device=images.device)
             num_keep = num_visible(num_patches, self.mask_ratio)
             ids_keep = noise_BN.argsort(dim=1)[:, :num_keep].sort(dim=1).values
-        ids_removed = removed_ids(ids_keep, num_patches)
+        if ids_predict is None:
+            ids_predict = removed_ids(ids_keep, num_patches)
+        block_outputs: list[Tensor] = []
         tokens = encode_visible(
             self.encoder,
             images,
             ids_keep,
             positions=self._fixed_table(grid) if self.fixed_positions else None,
             run=self.run,
+            block_outputs=block_outputs if self.decoder.reads_blocks else None,
         )
-        return Prediction(self.decoder(tokens, ids_keep, ids_removed, grid), ids_removed)
+        values = self.decoder(block_outputs or tokens, ids_keep, ids_predict, grid)
+        return Prediction(values, ids_predict)
 
     def _fixed_table(self, grid: tuple[int, int]) -> Tensor | None:
         if grid == tuple(self.encoder.patch_embed.grid_size):

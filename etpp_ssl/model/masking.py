@@ -1,15 +1,34 @@
-"""Which patches the encoder sees: uniform random, keyed by sample, exact in number.
+"""Which patches the encoder sees and which are predicted: counts, uniform masks, complements.
 
-Legend: B batch, N patches, K kept (visible) patches, M = N - K removed patches.
+Every mask is keyed by sample and exact in number. `block_masking.py` and `grid_masking.py` hold other
+patterns, `masker.py` puts pattern, ratio and subset together.
+
+Legend: B batch, N patches, K kept (visible) patches, R = N - K removed patches, M <= R predicted patches.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from etpp_ssl.config import UserError
+from etpp_ssl.config import Config, UserError
 from etpp_ssl.randomness import keyed_words
+
+_WORD_BITS = 48
+_TOLERANCE = 1e-9
+"""Ratios of a schedule are computed in floating point."""
+
+
+class UniformMaskingConfig(Config):
+    """Every subset of the patches is equally likely (MAE, section 3)."""
+
+    name: Literal["uniform"] = "uniform"
+
+    def visible_ids(self, positions_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
+        """Ids of the visible patches of a grid of (h, w), int64 (B, K), ascending in each row."""
+        return random_masking(positions_B, grid[0] * grid[1], num_keep, seed)
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:
@@ -31,6 +50,35 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
     return keep
 
 
+def num_predicted(num_patches: int, mask_ratio: float, predict_ratio: float | None) -> int:
+    """Predicted patches of an image, by the rule of `num_visible`, the same for every image.
+
+    Args:
+        num_patches: N.
+        mask_ratio: share of the patches that is removed.
+        predict_ratio: share of all patches that is predicted; equal to `mask_ratio`, or None, it means
+            every removed one.
+
+    Raises:
+        UserError: if none would be predicted, or more than are removed.
+    """
+    num_removed = num_patches - num_visible(num_patches, mask_ratio)
+    if predict_ratio is None:
+        return num_removed
+    if predict_ratio > mask_ratio + _TOLERANCE:
+        raise UserError(
+            f"model.decoder.predict_ratio {predict_ratio:g} is larger than model.mask_ratio {mask_ratio:g}: "
+            f"both are shares of all patches, and only masked ones are predicted; use at most {mask_ratio:g}"
+        )
+    predicted = min(num_removed, num_patches - round(num_patches * (1 - predict_ratio)))
+    if not predicted:
+        raise UserError(
+            f"model.decoder.predict_ratio {predict_ratio:g} leaves nothing to predict out of {num_patches} "
+            f"patches; use a ratio between {1 / num_patches:.3g} and {mask_ratio:g}"
+        )
+    return predicted
+
+
 def random_masking(positions_B: Tensor, num_patches: int, num_keep: int, seed: int) -> Tensor:
     """Ids of the visible patches, uniform over all subsets, a function of (seed, sample) alone.
 
@@ -48,10 +96,46 @@ def random_masking(positions_B: Tensor, num_patches: int, num_keep: int, seed: i
 
 
 def removed_ids(ids_keep: Tensor, num_patches: int) -> Tensor:
-    """Ids of the masked patches: the complement of int64 (B, K), as int64 (B, M), ascending."""
+    """Ids of the masked patches: the complement of int64 (B, K), as int64 (B, R), ascending."""
     removed_BN = torch.ones(ids_keep.shape[0], num_patches, dtype=torch.bool, device=ids_keep.device).scatter(
         1, ids_keep, False
     )
     # A stable sort moves the kept ids to the front without the synchronisation of `nonzero`.
     order_BN = removed_BN.to(torch.uint8).argsort(dim=1, stable=True)
     return order_BN[:, ids_keep.shape[1] :]
+
+
+def predicted_ids(
+    positions_B: Tensor, ids_removed: Tensor, num_predict: int, num_patches: int, seed: int
+) -> Tensor:
+    """A uniform subset of the masked patches, a function of (seed, sample) and the mask alone.
+
+    Args:
+        positions_B: int64 (B,), the samples' numbers in the run.
+        ids_removed: int64 (B, R).
+        num_predict: M, 0 < M <= R; the subset of a smaller M is part of a larger one's.
+        num_patches: N.
+        seed: the run's seed.
+
+    Returns:
+        int64 (B, M), ascending in each row.
+    """
+    if num_predict == ids_removed.shape[1]:
+        return ids_removed
+    words_BN = keyed_words(seed, "predict", positions_B, num_patches)
+    chosen_BM = words_BN.gather(1, ids_removed).argsort(dim=1)[:, :num_predict]
+    return ids_removed.gather(1, chosen_BM).sort(dim=1).values
+
+
+def keyed_order(groups_BN: Tensor, words_BN: Tensor) -> Tensor:
+    """Ids of the patches by group, in random order within a group.
+
+    Args:
+        groups_BN: int64 (B, N), 0 <= group < 2^15.
+        words_BN: int64 (B, N), random words; 48 bits of each break the ties.
+
+    Returns:
+        int64 (B, N).
+    """
+    ties_BN = words_BN & ((1 << _WORD_BITS) - 1)
+    return ((groups_BN << _WORD_BITS) | ties_BN).argsort(dim=1)

@@ -83,6 +83,27 @@ def sincos_grid(
     return None
 
 
+class SincosTables:
+    """`sincos_pos_embed` of one module, computed once per grid and device.
+
+    Args:
+        base_grid: (H, W) patches at full resolution.
+        dim: D, a multiple of 4.
+    """
+
+    def __init__(self, base_grid: tuple[int, int], dim: int) -> None:
+        self.base_grid = base_grid
+        self.dim = dim
+        self._tables: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
+
+    def at(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        """The table of a grid of (h, w) patches, float32 (N, D)."""
+        key = (grid, device)
+        if key not in self._tables:
+            self._tables[key] = sincos_pos_embed(grid, self.base_grid, self.dim).to(device)
+        return self._tables[key]
+
+
 def _axis_embedding(coordinates: Tensor, dim: int) -> Tensor:
     omega = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
     angles = coordinates[:, None] * omega

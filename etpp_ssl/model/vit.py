@@ -167,6 +167,7 @@ def encode_visible(
     *,
     positions: Tensor | None = None,
     run: BlockRunner = BlockRunner(),  # noqa: B008 (immutable)
+    block_outputs: list[Tensor] | None = None,
 ) -> Tensor:
     """Encode the visible patches only: the tokens that a ViT gives when it is fed nothing else.
 
@@ -177,6 +178,8 @@ def encode_visible(
         positions: (1, P or 0 + N, D) for this grid, in the layout of `pos_embed`; None resamples
             `pos_embed` itself.
         run: how blocks are run.
+        block_outputs: a list that receives the tokens in front of the first block and after each one,
+            depth + 1 tensors (B, P + K, D), all before the final norm.
 
     Returns:
         (B, P + K, D), after the final norm; prefix tokens first, patches in the order of `ids_keep`.
@@ -202,7 +205,11 @@ def encode_visible(
         tokens = torch.cat([prefix_tokens.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], 1)
     tokens = encoder.norm_pre(tokens)
     for block in encoder.blocks:
+        if block_outputs is not None:
+            block_outputs.append(tokens)
         tokens = run(block, tokens)
+    if block_outputs is not None:
+        block_outputs.append(tokens)
     normed: Tensor = encoder.norm(tokens)
     return normed
 

@@ -1,6 +1,9 @@
 """What a reconstruction target must offer.
 
-Legend: B batch, C channels, M masked patches, V values per patch.
+`ids_removed` are the masked patches that are predicted: all of them, or the subset that a decoder was
+asked for.
+
+Legend: B batch, C channels, M predicted patches, V values per patch.
 """
 
 from __future__ import annotations
@@ -38,5 +41,5 @@ class Objective(ABC):
         return {"loss": error.square().mean()}
 
     def __call__(self, values_BMV: Tensor, ids_removed: Tensor, images: Tensor) -> Tensor:
-        """The loss to minimise, a float32 scalar: the mean over the masked patches of all images."""
+        """The loss to minimise, a float32 scalar: the mean over the predicted patches of all images."""
         return self.losses(values_BMV, ids_removed, images)["loss"]

@@ -71,3 +71,50 @@ def test_the_plan_is_printed_with_its_learning_rate_and_speedup(
     text = out.getvalue()
     for words in ("8x12", "16x24", "rounded to 8x12", "half-cosine", "▁", "over 6 epochs", "GB"):
         assert words in text
+
+
+def test_encoder_and_decoder_are_counted_apart_and_add_up(tiny_recipe: Callable[..., Recipe]) -> None:
+    plans = {
+        name: plan_run(tiny_recipe(f"model.decoder={name}", "model.decoder.depth=1"))
+        for name in ("mae", "cross")
+    }
+    for name, plan in plans.items():
+        other = "cross" if name == "mae" else "mae"
+        assert list(plan.other_decoders) == [other]
+        for stage in plan.stages:
+            assert 0 < stage.decoder_flops_per_image < stage.flops_per_image
+            assert stage.num_visible + stage.num_predicted == stage.grid[0] * stage.grid[1]
+        assert plan.other_decoders[other] == plans[other].stages[-1].decoder_flops_per_image
+    encoders = [
+        [stage.flops_per_image - stage.decoder_flops_per_image for stage in plan.stages]
+        for plan in plans.values()
+    ]
+    assert encoders[0] == encoders[1]
+    assert plans["mae"].other_decoders["cross"] < plans["cross"].other_decoders["mae"]
+
+
+def test_a_subset_to_predict_makes_the_decoder_cheaper(tiny_recipe: Callable[..., Recipe]) -> None:
+    all_, some = (
+        plan_run(tiny_recipe("model.decoder=cross", *extra)).stages[-1]
+        for extra in ([], ["model.decoder.predict_ratio=0.25"])
+    )
+    assert (all_.num_predicted, some.num_predicted) == (18, 6)
+    assert some.decoder_flops_per_image < 0.7 * all_.decoder_flops_per_image
+    assert some.memory_bytes < all_.memory_bytes
+
+
+def test_a_schedule_of_the_mask_ratio_is_planned_at_each_stages_mean(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    plan = plan_run(tiny_recipe("model.mask_ratio={start: 0.5, end: 0.75}"))
+    for stage, end in zip(plan.stages, [0.2, 0.6, 1.0], strict=True):
+        assert stage.stage.progress == pytest.approx(end - stage.stage.share, abs=0.02)
+    # Means of 0.525, 0.6 and 0.7 over grids of 6, 12 and 24 patches.
+    assert [stage.num_visible for stage in plan.stages] == [3, 5, 7]
+    constant = plan_run(tiny_recipe("model.mask_ratio=0.7"))
+    assert plan.stages[-1].flops_per_image == constant.stages[-1].flops_per_image
+    assert plan.stages[-1].memory_bytes > constant.stages[-1].memory_bytes
+    assert "0.5 to 0.75" in plan.notes[-1]
+    out = io.StringIO()
+    print_plan(plan, Console(file=out, width=140))
+    assert "mask ratio 0.5 to 0.75" in out.getvalue()

@@ -60,3 +60,22 @@ def test_it_stays_in_float32_under_mixed_precision(tiny_recipe: Callable[..., Re
         assert probe is not None
         results.append(probe.run(model))
     assert results[0] == results[1]
+
+
+def test_a_decoder_trained_on_a_subset_is_held_to_every_masked_patch(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    overrides = ["probe=reconstruction", "probe.num_eval=5", "model.masking=block"]
+    results = []
+    for extra in (
+        ["model.mask_ratio=0.7"],
+        ["model.mask_ratio={start: 0.5, end: 0.7}", "model.decoder.predict_ratio=0.2"],
+    ):
+        recipe = tiny_recipe(*overrides, "model.decoder=cross", *extra)
+        accelerator = Accelerator(cpu=True)
+        normalise = Normalise(*recipe.data.statistics(3), accelerator.device)
+        probe = build_probe(recipe, accelerator, normalise, recipe.build_objective())
+        assert probe is not None
+        torch.manual_seed(1)
+        results.append(probe.run(recipe.build_model()))
+    assert results[0] == results[1]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from etpp_ssl.config import UserError
 from etpp_ssl.engine.pretrain import pretrain
 from etpp_ssl.evaluation.features import pooled_features
+from etpp_ssl.export.card import final_norm
 from etpp_ssl.export.timm import export
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
@@ -137,3 +138,11 @@ def test_what_is_no_run_or_has_no_checkpoint_is_refused(
         export(tmp_path)
     assert not (tmp_path / "export").exists()
     assert RunFolder(tmp_path).metrics() == []
+
+
+def test_the_card_says_where_the_final_norm_comes_from(tiny_recipe: Callable[..., Recipe]) -> None:
+    cross = "model.decoder=cross"
+    assert "was trained with it" in final_norm(tiny_recipe())
+    assert "was trained with it" in final_norm(tiny_recipe(cross, "model.decoder.reads=output"))
+    assert "not trained (weight 1 and bias 0)" in final_norm(tiny_recipe(cross))
+    assert "not trained (as it was in `init: runs/a`)" in final_norm(tiny_recipe(cross, "init=runs/a"))

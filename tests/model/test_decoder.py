@@ -19,7 +19,7 @@ CONFIG = MAEDecoderConfig(embed_dim=WIDTH, depth=2, num_heads=4)
 def make_decoder(num_prefix: int) -> MAEDecoder:
     torch.manual_seed(0)
     decoder = CONFIG.build(
-        encoder_dim=ENCODER_DIM, num_prefix=num_prefix, base_grid=BASE, num_values=VALUES
+        encoder_dim=ENCODER_DIM, encoder_depth=3, num_prefix=num_prefix, base_grid=BASE, num_values=VALUES
     ).double()
     with torch.no_grad():
         for parameter in decoder.parameters():
@@ -133,7 +133,9 @@ def test_the_predictions_have_the_type_of_the_parameters(dtype: torch.dtype) -> 
 
 def test_the_defaults_are_maes_imagenet_decoder() -> None:
     with torch.device("meta"):
-        decoder = MAEDecoderConfig().build(encoder_dim=768, num_prefix=1, base_grid=(14, 14), num_values=768)
+        decoder = MAEDecoderConfig().build(
+            encoder_dim=768, encoder_depth=12, num_prefix=1, base_grid=(14, 14), num_values=768
+        )
     # Embedding, mask token, eight blocks of width 512 and ratio 4, final norm, head.
     block = 2 * (2 * 512) + 512 * 1536 + 1536 + 512 * 512 + 512 + 2 * 512 * 2048 + 2048 + 512
     expected = (768 * 512 + 512) + 512 + 8 * block + 2 * 512 + (512 * 768 + 768)
@@ -154,4 +156,4 @@ def test_the_defaults_are_maes_imagenet_decoder() -> None:
 def test_a_width_that_does_not_divide_gets_a_sentence(width: int, heads: int, message: str) -> None:
     config = MAEDecoderConfig(embed_dim=width, depth=1, num_heads=heads)
     with pytest.raises(UserError, match=message):
-        config.build(encoder_dim=8, num_prefix=1, base_grid=BASE, num_values=4)
+        config.build(encoder_dim=8, encoder_depth=1, num_prefix=1, base_grid=BASE, num_values=4)

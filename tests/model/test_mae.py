@@ -106,7 +106,7 @@ def plain_mae_loss(model: MaskedAutoencoder, images: Tensor, ids_keep: Tensor, n
 def loss_of(model: MaskedAutoencoder, images: Tensor, ids_keep: Tensor, norm_pix: bool) -> Tensor:
     objective = PixelObjective(model.patch_size, images.shape[1], norm_pix=norm_pix)
     prediction = model(images, ids_keep)
-    return objective(prediction.values_BMV, prediction.ids_removed, images)
+    return objective(prediction.values_BMV, prediction.ids_predicted, images)
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
@@ -156,7 +156,7 @@ def test_given_ids_make_the_forward_deterministic() -> None:
     second = model(images, ids_keep)
     assert isinstance(first, Prediction)
     assert torch.equal(first.values_BMV, second.values_BMV)
-    assert torch.equal(first.ids_removed, second.ids_removed)
+    assert torch.equal(first.ids_predicted, second.ids_predicted)
     torch.manual_seed(2)
     expected = torch.rand(1)
     torch.manual_seed(2)
@@ -173,11 +173,11 @@ def test_without_ids_it_draws_a_mask_of_its_own_ratio_for_each_image(
     torch.manual_seed(3)
     drawn = model(images)
     assert drawn.values_BMV.shape == (8, num_masked, 48)
-    assert len(drawn.ids_removed.unique(dim=0)) == 8
+    assert len(drawn.ids_predicted.unique(dim=0)) == 8
     torch.manual_seed(3)
-    assert torch.equal(model(images).ids_removed, drawn.ids_removed)
-    assert not torch.equal(model(images).ids_removed, drawn.ids_removed)
-    kept = [sorted(set(range(35)) - set(row)) for row in drawn.ids_removed.tolist()]
+    assert torch.equal(model(images).ids_predicted, drawn.ids_predicted)
+    assert not torch.equal(model(images).ids_predicted, drawn.ids_predicted)
+    kept = [sorted(set(range(35)) - set(row)) for row in drawn.ids_predicted.tolist()]
     again = model(images, torch.tensor(kept))
     torch.testing.assert_close(again.values_BMV, drawn.values_BMV)
 

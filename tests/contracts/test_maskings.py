@@ -1,0 +1,128 @@
+"""What every mask pattern promises; a new `...MaskingConfig` in etpp_ssl/model is found by itself."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+import pytest
+import torch
+from pydantic import BaseModel
+
+import etpp_ssl.model
+from etpp_ssl.curriculum.efficienttrain import EfficientTrain
+from etpp_ssl.model.mae import ModelConfig
+from etpp_ssl.model.masker import Masker
+from etpp_ssl.model.masking import num_visible
+from etpp_ssl.sentences import members_at
+
+PATCH = (16, 8)
+BANDWIDTHS = [
+    stage.bandwidth
+    for size in ((96, 160), (224, 224))
+    for stage in EfficientTrain(
+        "deit", image_size=size, multiple=PATCH, num_images=100, batch_size=4, budget_epochs=1.0
+    ).stages
+]
+POSITIONS = torch.tensor([12, 5, 2**33, 7, 12])
+
+
+def masking_configs() -> list[type[BaseModel]]:
+    """The Config classes of the model package that are mask patterns."""
+    found = []
+    for module_info in pkgutil.iter_modules(etpp_ssl.model.__path__, etpp_ssl.model.__name__ + "."):
+        module = importlib.import_module(module_info.name)
+        for name, member in vars(module).items():
+            if name.endswith("MaskingConfig") and member.__module__ == module.__name__:
+                found.append(member)
+    return found
+
+
+CONFIGS = masking_configs()
+every_pattern = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_fields["name"].default)
+every_bandwidth = pytest.mark.parametrize("bandwidth", BANDWIDTHS)
+every_ratio = pytest.mark.parametrize("ratio", [0.5, 0.6, 0.75, 0.9])
+
+
+def make_masker(
+    config: type[BaseModel], ratio: Any = 0.75, predict: float | None = None, seed: int = 4
+) -> Masker:
+    pattern: Any = config()
+    return Masker(pattern, ratio, predict, PATCH, seed)
+
+
+def test_the_search_finds_the_patterns_that_recipes_know_and_no_name_twice() -> None:
+    names = [config.model_fields["name"].default for config in CONFIGS]
+    assert {"uniform", "block", "grid"} <= set(names)
+    assert len(names) == len(set(names))
+    assert set(CONFIGS) == set(members_at(ModelConfig, ["masking"]))
+
+
+@every_pattern
+@every_bandwidth
+@every_ratio
+def test_the_counts_are_exact_and_the_sets_ascending_and_apart(
+    config: type[BaseModel], bandwidth: tuple[int, int], ratio: float
+) -> None:
+    num_patches = bandwidth[0] * bandwidth[1] // (PATCH[0] * PATCH[1])
+    num_keep = num_visible(num_patches, ratio)
+    for predict, num_predict in ((None, num_patches - num_keep), (0.3, round(0.3 * num_patches))):
+        mask = make_masker(config, ratio, predict)(torch.arange(40), bandwidth, 0.3)
+        for ids, count in ((mask.ids_keep, num_keep), (mask.ids_predict, num_predict)):
+            assert ids.dtype == torch.int64
+            assert ids.shape == (40, count)
+            assert ids.min() >= 0
+            assert ids.max() < num_patches
+            assert (ids.diff(dim=1) > 0).all()
+        both = torch.cat(list(mask), dim=1).sort(dim=1).values
+        assert (both.diff(dim=1) > 0).all()
+
+
+@every_pattern
+@every_bandwidth
+def test_a_samples_mask_does_not_depend_on_its_batch(
+    config: type[BaseModel], bandwidth: tuple[int, int]
+) -> None:
+    masker = make_masker(config, predict=0.4)
+    together = masker(POSITIONS, bandwidth, 0.3)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    turned = masker(POSITIONS[order], bandwidth, 0.9)
+    for ids, reordered in zip(together, turned, strict=True):
+        assert torch.equal(ids[0], ids[4])
+        assert torch.equal(reordered, ids[order])
+    for row, position in enumerate(POSITIONS):
+        alone = masker(position[None], bandwidth, 0.0)
+        for ids, single in zip(together, alone, strict=True):
+            assert torch.equal(single[0], ids[row])
+
+
+@every_pattern
+def test_it_neither_reads_nor_moves_the_global_generator(config: type[BaseModel]) -> None:
+    masker = make_masker(config, predict=0.4)
+    torch.manual_seed(0)
+    first = masker(POSITIONS, (96, 160), 0.0)
+    after = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(3), after)
+    assert all(torch.equal(a, b) for a, b in zip(first, masker(POSITIONS, (96, 160), 0.0), strict=True))
+
+
+@every_pattern
+def test_samples_and_seeds_have_masks_and_subsets_of_their_own(config: type[BaseModel]) -> None:
+    for choose in range(2):
+        seen = [
+            make_masker(config, 0.7, 0.4, seed=seed)(torch.arange(50), (224, 224), 0.0)[choose]
+            for seed in (0, 1, -1)
+        ]
+        rows = torch.cat(seen)
+        assert len(rows.unique(dim=0)) == len(rows)
+
+
+@every_pattern
+def test_every_patch_is_visible_sometimes_and_predicted_sometimes(config: type[BaseModel]) -> None:
+    mask = make_masker(config, predict=0.25)(torch.arange(3000), (96, 160), 0.0)
+    for ids in mask:
+        share = torch.zeros(3000, 120).scatter(1, ids, 1.0).mean(dim=0)
+        assert share.min() > 0.05
+        assert share.max() < 0.95
