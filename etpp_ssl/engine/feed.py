@@ -57,6 +57,10 @@ class Feed:
             last = batch.request.last
             yield batch.to(self._device)
 
+    def close(self) -> None:
+        """End the data workers; what they have prepared is lost."""
+        self._batches.close()
+
 
 class BadImages:
     """Counts unreadable images, names each once, and ends the run when there are too many.

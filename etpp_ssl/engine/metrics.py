@@ -52,7 +52,7 @@ class Meter:
         # The other processes' part of a resumed sum is in the main process's.
         start = state.loss_sum if accelerator.is_main_process else 0.0
         self._loss = torch.tensor(start, dtype=torch.float32, device=accelerator.device)
-        self._since = time.perf_counter()
+        self._since = self._noted = time.perf_counter()
         self._images = 0
         self._wait = 0.0
 
@@ -72,13 +72,16 @@ class Meter:
         self._since += seconds
 
     def synchronise(self) -> None:
-        """Bring the loss sum into the state, over all processes.
+        """Bring the loss sum, over all processes, and the time spent into the state.
 
         Raises:
             UserError: on every process, if it is not finite.
         """
         total: Tensor = self.accelerator.reduce(self._loss.clone(), reduction="sum")
         self.state.loss_sum = total.item()
+        now = time.perf_counter()
+        self.state.elapsed += now - self._noted
+        self._noted = now
         if not math.isfinite(self.state.loss_sum):
             first = self.state.step - self.state.loss_steps + 1
             raise UserError(

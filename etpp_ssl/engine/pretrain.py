@@ -11,18 +11,16 @@ To read the whole method: this file, `curriculum/efficienttrain.py`, `curriculum
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from etpp_ssl.curriculum.base import Stage
 from etpp_ssl.curriculum.frequency import low_frequency_crop
-from etpp_ssl.data.loader import Batch, BatchBuilder
-from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.engine.agreement import Agreement
+from etpp_ssl.engine.budget import decide_steps, replan_due, replan_steps
 from etpp_ssl.engine.checkpoint import CheckpointClock, save_checkpoint
 from etpp_ssl.engine.feed import BadImages, Feed
 from etpp_ssl.engine.metrics import Meter
-from etpp_ssl.engine.run import Run, open_run
+from etpp_ssl.engine.run import Run, open_run, prepare_run
 from etpp_ssl.engine.signals import Interrupted, StopRequest
 from etpp_ssl.engine.state import environment
 from etpp_ssl.model.masking import random_masking
@@ -47,6 +45,8 @@ def pretrain(recipe: Recipe, fork: Path | None = None) -> Run:
     if run.finished:
         run.progress.say(f"run {run.folder.path} is finished ({run.state.step} steps)")
         return run
+    decide_steps(run)
+    prepare_run(run)
     try:
         with StopRequest() as stop_request:
             signum = _train(run, stop_request)
@@ -61,27 +61,30 @@ def pretrain(recipe: Recipe, fork: Path | None = None) -> Run:
 
 def _train(run: Run, stop_request: StopRequest) -> int:
     """Train to the end, or until a signal arrives; returns the signal, or 0."""
-    recipe, state, curriculum, accelerator = run.recipe, run.state, run.curriculum, run.accelerator
+    recipe, state, accelerator = run.recipe, run.state, run.accelerator
     model, optimizer, objective = run.model, run.optimizer, run.objective
-    learning_rate = recipe.optim.schedule(recipe.batch_size)
-    feed = _open_feed(run)
     meter = Meter(accelerator, state)
+    feed = _open_feed(run)
     bad_images = BadImages(state, len(run.source), recipe.data.max_bad_share, run.progress)
     agreement, clock = Agreement(accelerator), CheckpointClock(recipe.checkpoint)
     model.train()
     run.progress.start(state.step)
+    if state.plan is not None and state.step == 0:
+        # What was measured cannot be measured again with the same result.
+        _save(run)
 
     while not run.finished:
-        stage = curriculum.stage_at(state.step)
+        stage = run.curriculum.stage_at(state.step)
         num_patches, num_keep = run.num_visible(stage.bandwidth)
+        lr = recipe.optim.schedule(stage.batch_size)(stage.progress)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(stage.progress)
+            group["lr"] = lr
 
         for batch in feed.step():
             bad_images.note(batch)
             images = low_frequency_crop(run.normalise(batch.images), stage.bandwidth)
             ids_keep = random_masking(batch.positions, num_patches, num_keep, recipe.seed)
-            with _synchronised(run, batch):
+            with run.synchronised(batch):
                 values, ids_removed = model(images, ids_keep)
                 loss = objective(values, ids_removed, images) * batch.request.weight
                 # DDP averages over the processes; the weights are shares of the global batch.
@@ -95,12 +98,19 @@ def _train(run: Run, stop_request: StopRequest) -> int:
         meter.step_done(stage.batch_size, feed.wait_seconds)
         run.progress.step(state.step)
 
-        if _log_due(run, stage):
+        if _log_due(run):
             bad_images.share(accelerator)
-            _log(run, stage, meter, learning_rate(stage.progress))
+            _log(run, stage, meter, lr)
         if _probe_due(run):
             meter.pause(_run_probe(run))
-        signum, checkpoint_due = agreement.reach(stop_request.signum, clock.due(state.step))
+        replanned = replan_due(run)
+        if replanned:
+            meter.synchronise()
+            replan_steps(run)
+            # The workers may have prepared batches for steps that have another stage now.
+            feed.close()
+            feed = _open_feed(run)
+        signum, checkpoint_due = agreement.reach(stop_request.signum, replanned or clock.due(state.step))
         if checkpoint_due or signum or run.finished:
             meter.synchronise()
             _save(run)
@@ -111,37 +121,13 @@ def _train(run: Run, stop_request: StopRequest) -> int:
 
 
 def _open_feed(run: Run) -> Feed:
-    recipe, accelerator = run.recipe, run.accelerator
-    order = KeyedOrder(len(run.source), recipe.seed)
-    requests = RequestSampler(
-        order,
-        run.curriculum.stage_at,
-        range(run.state.step, run.curriculum.num_steps),
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        micro_batch_size=recipe.micro_batch_size,
-    )
-    return Feed(
-        BatchBuilder(run.source, run.view, order),
-        requests,
-        accelerator,
-        num_workers=recipe.data.num_workers,
-        prefetch=recipe.data.prefetch,
-    )
+    return run.open_feed(run.curriculum.stage_at, range(run.state.step, run.curriculum.num_steps))
 
 
-def _synchronised(run: Run, batch: Batch) -> AbstractContextManager[None]:
-    """Exchange gradients with the step's last micro-batch only."""
-    if batch.request.last:
-        return nullcontext()
-    context: AbstractContextManager[None] = run.accelerator.no_sync(run.model)
-    return context
-
-
-def _log_due(run: Run, stage: Stage) -> bool:
-    """Every so many steps, and at a stage's last one, so that no row mixes two bandwidths."""
+def _log_due(run: Run) -> bool:
+    """Every so many steps, and at a segment's last one, so that no row mixes two bandwidths."""
     done = run.state.step
-    return done % run.recipe.log_every_steps == 0 or done == stage.first_step + stage.num_steps
+    return done % run.recipe.log_every_steps == 0 or run.curriculum.ends_segment(done)
 
 
 def _log(run: Run, stage: Stage, meter: Meter, lr: float) -> None:
@@ -154,6 +140,7 @@ def _log(run: Run, stage: Stage, meter: Meter, lr: float) -> None:
         "lr": lr,
         "stage": stage.index,
         "bandwidth": list(stage.bandwidth),
+        "batch_size": stage.batch_size,
         "equivalent_epochs": epochs,
         "images_seen": stage.samples.stop,
         "bad_images": len(state.bad_images),

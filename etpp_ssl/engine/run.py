@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +16,11 @@ from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.data.augment import EvalView, Normalise, TrainView
 from etpp_ssl.data.images import ImageSource
+from etpp_ssl.data.loader import Batch, BatchBuilder
+from etpp_ssl.data.sampler import KeyedOrder, RequestSampler, StepPlan
 from etpp_ssl.data.splits import open_split
 from etpp_ssl.engine.checkpoint import load_checkpoint
+from etpp_ssl.engine.feed import Feed
 from etpp_ssl.engine.metrics import MetricsFile
 from etpp_ssl.engine.progress import Progress
 from etpp_ssl.engine.start import load_init, prepare_folder, starting_point
@@ -58,6 +63,33 @@ class Run:
         """Whether every step is done."""
         return self.state.step >= self.curriculum.num_steps
 
+    def open_feed(self, step_plan: Callable[[int], StepPlan], steps: range) -> Feed:
+        """This process's batches of the given steps."""
+        order = KeyedOrder(len(self.source), self.recipe.seed)
+        requests = RequestSampler(
+            order,
+            step_plan,
+            steps,
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            micro_batch_size=self.recipe.micro_batch_size,
+            batch_size=self.recipe.batch_size,
+        )
+        return Feed(
+            BatchBuilder(self.source, self.view, order),
+            requests,
+            self.accelerator,
+            num_workers=self.recipe.data.num_workers,
+            prefetch=self.recipe.data.prefetch,
+        )
+
+    def synchronised(self, batch: Batch) -> AbstractContextManager[None]:
+        """Exchange gradients with the step's last micro-batch only."""
+        if batch.request.last:
+            return nullcontext()
+        context: AbstractContextManager[None] = self.accelerator.no_sync(self.model)
+        return context
+
     def num_visible(self, bandwidth: tuple[int, int]) -> tuple[int, int]:
         """(patches, visible patches) at a bandwidth."""
         grid = grid_of(bandwidth, self.bare_model.patch_size)
@@ -67,23 +99,25 @@ class Run:
 def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
     """Open a recipe's run folder: a new run, or the newest checkpoint of the one that is there.
 
+    Nothing is written; see `prepare_run`.
+
     Args:
         recipe: the run.
         fork: another run folder to start from: its newest checkpoint's weights, optimizer and step go
             into a new folder under this recipe, whose schedules hold from that step on.
 
     Raises:
-        UserError: for anything wrong with recipe, data, folder or checkpoint; nothing is written then.
+        UserError: for anything wrong with recipe, data, folder or checkpoint.
     """
     accelerator = open_accelerator(recipe)
     source = _open_training_images(recipe)
-    if recipe.batch_size < accelerator.num_processes:
-        raise UserError(
-            f"batch_size {recipe.batch_size} is smaller than the {accelerator.num_processes} processes; "
-            f"each needs at least one image per step"
-        )
     curriculum = recipe.build_curriculum(len(source))
     for stage in curriculum.stages:
+        if stage.batch_size < accelerator.num_processes:
+            raise UserError(
+                f"batch_size {stage.batch_size} (stage {stage.index + 1}) is smaller than the "
+                f"{accelerator.num_processes} processes; each needs at least one image per step"
+            )
         grid = grid_of(stage.bandwidth, recipe.patch_size)
         num_visible(grid[0] * grid[1], recipe.model.mask_ratio)
     progress = Progress(curriculum, visible=accelerator.is_main_process)
@@ -107,7 +141,9 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
     objective = recipe.build_objective()
     probe = build_probe(recipe, accelerator, normalise, objective)
     folder = RunFolder(recipe.output)
-    start, state = starting_point(recipe, folder, source, fork, progress.say)
+    start, state = starting_point(recipe, folder, source, curriculum, fork, progress.say)
+    if state.plan is not None:
+        curriculum = progress.curriculum = curriculum.laid_out(state.plan.segments)
     if state.step > curriculum.num_steps:
         raise UserError(
             f"checkpoint of step {state.step} is beyond this recipe's {curriculum.num_steps} steps"
@@ -122,7 +158,7 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
         )
         if changes:
             progress.say(f"warning: the last bits may differ from the run so far: {', '.join(changes)}")
-    run = Run(
+    return Run(
         recipe=recipe,
         folder=folder,
         accelerator=accelerator,
@@ -146,16 +182,22 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
         progress=progress,
         data_fingerprint=source.fingerprint(),
     )
-    if not run.finished:
-        # The other processes may still be reading what the main one is about to change.
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            num_parameters = sum(parameter.numel() for parameter in model.parameters())
-            prepare_folder(folder, recipe, state.step, num_parameters, run.metrics)
-        accelerator.wait_for_everyone()
-        if recipe.tracker.name != "none":
-            accelerator.init_trackers(recipe.tracker.project)
-    return run
+
+
+def prepare_run(run: Run) -> None:
+    """Create the folder of a run that is about to train, or bring it back to where the run stands.
+
+    Raises:
+        UserError: if the disk is too full or the folder cannot be written to.
+    """
+    # The other processes may still be reading what the main one is about to change.
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        num_parameters = sum(parameter.numel() for parameter in run.bare_model.parameters())
+        prepare_folder(run.folder, run.recipe, run.state, num_parameters, run.metrics)
+    run.accelerator.wait_for_everyone()
+    if run.recipe.tracker.name != "none":
+        run.accelerator.init_trackers(run.recipe.tracker.project)
 
 
 def open_accelerator(recipe: Recipe) -> Accelerator:

@@ -20,7 +20,7 @@ tags:
 # {title}
 
 An image encoder, pre-trained by etpp_ssl {version} as a masked autoencoder under the `{curriculum}`
-curriculum: {epochs:g} equivalent epochs, {step:,} optimizer steps. It has no classifier. The decoder
+curriculum: {budget}, {step:,} optimizer steps. It has no classifier. The decoder
 of pre-training is not part of it.
 
 ## Load
@@ -67,7 +67,11 @@ def model_card(recipe: Recipe, step: int, num_features: int, license_name: str) 
         title=f"{recipe.model.name}, MAE, {show_size(recipe.size)} px",
         version=__version__,
         curriculum=recipe.curriculum.name,
-        epochs=recipe.budget_epochs,
+        budget=(
+            f"{recipe.budget_epochs:g} equivalent epochs"
+            if recipe.budget_epochs is not None
+            else f"{recipe.budget_hours:g} hours"
+        ),
         step=step,
         in_chans=recipe.in_chans,
         height=recipe.size[0],

@@ -36,11 +36,11 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, how: type[BaseExcepti
     """End the next run right after its optimizer step number `step`, as a crash would."""
     real = loop._log_due
 
-    def crash(run: Any, stage: Any) -> bool:
+    def crash(run: Any) -> bool:
         if run.state.step == step:
             monkeypatch.setattr(loop, "_log_due", real)
             raise how
-        return real(run, stage)
+        return real(run)
 
     monkeypatch.setattr(loop, "_log_due", crash)
 
