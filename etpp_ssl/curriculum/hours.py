@@ -15,8 +15,9 @@ from typing import Any
 from etpp_ssl.curriculum.base import Curriculum, Portion
 from etpp_ssl.curriculum.segments import Segment, segments_from, whole_steps
 
-LAST_STAGE_CUTS = (1 / 2, 1 / 4, 1 / 8, 1 / 8)
-"""The last stage as segments: no later stage could make good for its own error."""
+LAST_STAGE_CUTS = (1 / 4, 1 / 4, 1 / 4, 1 / 8, 1 / 8)
+"""The last stage as segments: no later stage could make good for its own error. Not too few: what a
+surprise costs is taken from the rest of the schedule, and late it would be crammed into a few steps."""
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def test_a_run_as_fast_as_measured_keeps_its_plan() -> None:
     curriculum = Curriculum(portions, image_size=SIZE, num_images=64, budget_epochs=1.0)
     plan = first_plan(curriculum, hours=1.0, pace=[1.0, 4.0], elapsed=0.0, reserve=0.0)
     # A quarter of the area in a quarter of the time: 900 seconds and 2700.
-    assert [segment.num_steps for segment in plan.segments] == [900, 338, 168, 85, 84]
+    assert [segment.num_steps for segment in plan.segments] == [900, 169, 168, 169, 85, 84]
     assert [stage.num_steps for stage in curriculum.laid_out(plan.segments).stages] == [900, 675]
     assert replan(curriculum, plan, step=900, elapsed=900.0).segments == plan.segments
 
