@@ -53,6 +53,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["data=folder", "data.root={tmp}/images", "probe=reconstruction"], "data.holdout"
     ),
     "init that is not there": (["init={tmp}/nowhere"], "init"),
+    "two budgets": (["budget_hours=1"], "give exactly one of them"),
+    "no budget": (["budget_epochs=null"], "give exactly one of them"),
     "holdout of everything": (["data.holdout=64"], "leaves nothing to train on"),
 }  # fmt: skip
 

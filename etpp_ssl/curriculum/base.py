@@ -91,6 +91,7 @@ class Curriculum:
 
     Attributes:
         portions: as given.
+        step_costs: compute of one step of each stage, in images at full resolution.
         segments: the steps of each stage, one segment per stage unless `laid_out` says otherwise.
         stages: one `Stage` each, at its first step.
         num_steps: optimizer steps of the whole run.
@@ -112,7 +113,6 @@ class Curriculum:
         self.portions = tuple(portions)
         full_area = image_size[0] * image_size[1]
         self.step_costs = [p.batch_size * p.bandwidth[0] * p.bandwidth[1] / full_area for p in portions]
-        """Compute of one step of each stage, in images at full resolution."""
         budget = budget_epochs * num_images
         counts = whole_steps([p.share * budget for p in portions], self.step_costs)
         self._lay_out(

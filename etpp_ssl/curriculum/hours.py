@@ -1,23 +1,25 @@
 """A budget in hours: from measured seconds per step to the steps of a run, in pure arithmetic.
 
-A plan gives every stage its share of compute, in as many steps as fill the time. It is made again
-whenever a segment ends, from the seconds that were really spent: the past stays, progress goes on from
-where it is, and what is left of it is spread over what is left of the time. So the learning rate, a
-function of progress, does not jump.
+A plan gives every stage its share of compute, in as many steps as fill the time. It is made again at
+every end of a stage, and at fixed points within the long ones, from the seconds that were really spent:
+the past stays, progress goes on from where it is, and what is left of it is spread over what is left of
+the time. So the learning rate, a function of progress, does not jump.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 from typing import Any
 
 from etpp_ssl.curriculum.base import Curriculum, Portion
 from etpp_ssl.curriculum.segments import Segment, segments_from, whole_steps
 
-LAST_STAGE_CUTS = (1 / 4, 1 / 4, 1 / 4, 1 / 8, 1 / 8)
-"""The last stage as segments: no later stage could make good for its own error. Not too few: what a
-surprise costs is taken from the rest of the schedule, and late it would be crammed into a few steps."""
+LARGEST_SHARE = 1 / 8
+"""Stages are cut into equal segments of at most this share of the run's compute. What a surprise costs is
+taken from what is left: found out at the end of a long stage, it would starve the stage after it. The
+run's last segment is cut once more, since no other could make good for its error."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,13 @@ def replan(
 
 def _whole_parts(curriculum: Curriculum) -> list[tuple[int, float]]:
     """(stage, share) of each segment of a whole run."""
-    *early, last = ((stage, portion.share) for stage, portion in enumerate(curriculum.portions))
-    return [*early, *((last[0], last[1] * cut) for cut in LAST_STAGE_CUTS)]
+    parts = []
+    for stage, portion in enumerate(curriculum.portions):
+        # Shares such as 0.375 are not always whole eighths once they are floats.
+        count = ceil(portion.share / LARGEST_SHARE - 1e-6)
+        parts += [(stage, portion.share / count)] * count
+    stage, share = parts.pop()
+    return [*parts, (stage, share / 2), (stage, share / 2)]
 
 
 def _cut(segments: Sequence[Segment], step: int) -> tuple[list[Segment], list[tuple[int, float]]]:

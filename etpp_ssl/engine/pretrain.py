@@ -38,17 +38,18 @@ def pretrain(recipe: Recipe, fork: Path | None = None) -> Run:
         The finished run.
 
     Raises:
-        UserError: for a mistake in recipe, data, folder or checkpoint, or a loss that is not finite.
+        UserError: for a mistake in recipe, data, folder or checkpoint, a budget in hours that is too
+            short, or a loss that is not finite.
         Interrupted: after SIGTERM or SIGINT, once the step is finished and its checkpoint is written.
     """
     run = open_run(recipe, fork)
     if run.finished:
         run.progress.say(f"run {run.folder.path} is finished ({run.state.step} steps)")
         return run
-    decide_steps(run)
-    prepare_run(run)
     try:
         with StopRequest() as stop_request:
+            decide_steps(run)
+            prepare_run(run)
             signum = _train(run, stop_request)
     finally:
         run.progress.stop()
@@ -70,7 +71,7 @@ def _train(run: Run, stop_request: StopRequest) -> int:
     model.train()
     run.progress.start(state.step)
     if state.plan is not None and state.step == 0:
-        # What was measured cannot be measured again with the same result.
+        # Measured again after a kill, the speed would give another plan.
         _save(run)
 
     while not run.finished:
@@ -105,7 +106,7 @@ def _train(run: Run, stop_request: StopRequest) -> int:
             meter.pause(_run_probe(run))
         replanned = replan_due(run)
         if replanned:
-            meter.synchronise()
+            meter.synchronise()  # The time of a probe counts, too.
             replan_steps(run)
             # The workers may have prepared batches for steps that have another stage now.
             feed.close()

@@ -144,7 +144,9 @@ def test_a_run_as_fast_as_measured_keeps_its_plan() -> None:
     curriculum = Curriculum(portions, image_size=SIZE, num_images=64, budget_epochs=1.0)
     plan = first_plan(curriculum, hours=1.0, pace=[1.0, 4.0], elapsed=0.0, reserve=0.0)
     # A quarter of the area in a quarter of the time: 900 seconds and 2700.
-    assert [segment.num_steps for segment in plan.segments] == [900, 169, 168, 169, 85, 84]
+    steps = [segment.num_steps for segment in plan.segments]
+    assert steps == [450, 450, 112, 113, 112, 113, 112, 57, 56]
+    assert [segment.stage for segment in plan.segments] == [0, 0, 1, 1, 1, 1, 1, 1, 1]
     assert [stage.num_steps for stage in curriculum.laid_out(plan.segments).stages] == [900, 675]
     assert replan(curriculum, plan, step=900, elapsed=900.0).segments == plan.segments
 
@@ -153,7 +155,7 @@ def test_a_slower_machine_gets_fewer_steps_for_the_same_compute_shares() -> None
     portions = [Portion((16, 24), 0.2, 8), Portion((24, 32), 0.4, 8), Portion(SIZE, 0.4, 8)]
     curriculum = Curriculum(portions, image_size=SIZE, num_images=64, budget_epochs=1.0)
     plan = first_plan(curriculum, hours=1.0, pace=[1.0, 2.0, 4.0], elapsed=0.0, reserve=0.0)
-    first = plan.segments[0].num_steps
+    first = curriculum.laid_out(plan.segments).stages[0].num_steps
     new = curriculum.laid_out(replan(curriculum, plan, step=first, elapsed=2.0 * first).segments)
     assert new.stages[0].num_steps == first
     assert new.stages[1].progress == pytest.approx(0.2, abs=1e-3)
