@@ -80,10 +80,13 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     from etpp_ssl.engine.plan import plan_run
     from etpp_ssl.engine.plan_table import print_plan
     from etpp_ssl.recipe import load_recipe
+    from etpp_ssl.run_folder import RunFolder
 
+    folder = RunFolder(recipe) if Path(recipe).is_dir() else None
     # A pipe has no width; the table needs its own.
     wide = None if sys.stdout.isatty() else 140
-    print_plan(plan_run(load_recipe(recipe, overrides or ())), Console(width=wide, highlight=False))
+    made = plan_run(load_recipe(recipe, overrides or ()), folder)
+    print_plan(made, Console(width=wide, highlight=False))
 
 
 @app.command()

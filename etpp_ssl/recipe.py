@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from etpp_ssl.config import Config, UserError, as_pair, is_neutral, neutral
 from etpp_ssl.curriculum.base import Curriculum
@@ -34,6 +34,10 @@ from etpp_ssl.sentences import members_at, name_of, shown, validation_sentence
 AnyData = FolderConfig | FileListConfig | TimmConfig | SyntheticConfig | ShardsConfig
 AnyCurriculum = EfficientTrainConfig | ConstantConfig
 AnyTarget = PixelsConfig | HogConfig | CombinedConfig
+
+
+UNDECIDED_EPOCHS = 1000.0
+"""Stands in for a budget that is not known yet; long, so that rounding to steps shows in no share."""
 
 
 class CheckpointConfig(Config):
@@ -77,14 +81,18 @@ class Recipe(Config):
     timm's or DeiT's layout; a resumed run reads its own checkpoint instead."""
     deterministic: bool = False
     """Bitwise repeatable on CUDA too, at some cost in speed; the CPU always is."""
-    budget_epochs: float = Field(gt=0)
+    budget_epochs: float | None = Field(default=None, gt=0)
     """Equivalent epochs: the compute of so many epochs at full resolution."""
+    budget_hours: float | None = Field(default=None, gt=0)
+    """Wall time instead: the run measures its speed and trains as many equivalent epochs as fit. Time
+    between a kill and its resume, and steps done again, do not count."""
     baseline_epochs: float | None = neutral(None, gt=0)
     """Constant-resolution epochs that `plan` compares the cost with."""
     batch_size: int = Field(ge=1)
-    """Images per optimizer step, over all processes."""
+    """Images per optimizer step, over all processes, at full resolution; see `curriculum.large_batch`."""
     micro_batch_size: int | None = neutral(None, ge=1)
-    """Images per forward pass and process at most; smaller ones are accumulated to the global batch."""
+    """Images per forward pass and process at most; smaller ones are accumulated to the global batch. In a
+    stage with a larger batch, larger in proportion."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     log_every_steps: int = neutral(10, ge=1)
     data: Annotated[AnyData, Field(discriminator="name")]
@@ -98,6 +106,15 @@ class Recipe(Config):
         NoProbeConfig()
     )
 
+    @model_validator(mode="after")
+    def _one_budget(self) -> Recipe:
+        if (self.budget_epochs is None) == (self.budget_hours is None):
+            raise ValueError(
+                f"budget_epochs is {self.budget_epochs} and budget_hours is {self.budget_hours}: give "
+                f"exactly one of them, and null for the other"
+            )
+        return self
+
     @property
     def size(self) -> tuple[int, int]:
         """(H, W) at full resolution."""
@@ -109,13 +126,17 @@ class Recipe(Config):
         return self.model.resolved_patch(self.size, self.in_chans)
 
     def build_curriculum(self, num_images: int) -> Curriculum:
-        """The run's stages for a data set of `num_images`."""
+        """The run's stages for a data set of `num_images`.
+
+        Under `budget_hours` only the stages are known: their numbers of steps stand for some budget
+        until `Curriculum.laid_out` gives them those of the run's plan.
+        """
         return self.curriculum.build(
             image_size=self.size,
             multiple=self.patch_size,
             num_images=num_images,
             batch_size=self.batch_size,
-            budget_epochs=self.budget_epochs,
+            budget_epochs=self.budget_epochs or UNDECIDED_EPOCHS,
         )
 
     def build_objective(self) -> Objective:

@@ -2,6 +2,7 @@
 
     recipe.yaml                  the resolved recipe
     metrics.jsonl                one object a line
+    plan.json                    the steps of a run with a budget in hours, as its newest plan has them
     checkpoints/step-XXXXXXXX/   model.safetensors, optimizer.safetensors, state.json
     export/, report/             written later
 
@@ -82,6 +83,7 @@ class RunFolder:
         self.path = Path(path)
         self.recipe_file = self.path / "recipe.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.plan_file = self.path / "plan.json"
         self.checkpoint_folder = self.path / "checkpoints"
 
     def exists(self) -> bool:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 from pydantic import Field, model_validator
 
 from etpp_ssl.config import Config, UserError, as_pair, show_size
+from etpp_ssl.curriculum.segments import Segment, segments_from, whole_steps
 
 
 class ReplaySpec(Config):
@@ -36,6 +38,8 @@ class StageSpec(Config):
     share: float
     """Share of the run's compute, in (0, 1]; the shares of all stages add up to 1."""
     replay: ReplaySpec | None = None
+    batch_factor: float | None = Field(default=None, gt=0)
+    """Global batch over the recipe's `batch_size`; None leaves it to the curriculum's `large_batch`."""
 
     @model_validator(mode="after")
     def _positive(self) -> StageSpec:
@@ -44,6 +48,18 @@ class StageSpec(Config):
         if min(as_pair(self.bandwidth)) < 1:
             raise ValueError(f"bandwidth is {self.bandwidth}: at least one pixel per axis is shown")
         return self
+
+
+@dataclass(frozen=True)
+class Portion:
+    """A stage before it is laid out in steps."""
+
+    bandwidth: tuple[int, int]
+    share: float
+    """Share of the run's compute, in (0, 1]."""
+    batch_size: int
+    """Images per optimizer step, over all processes."""
+    replay: ReplaySpec | None = None
 
 
 @dataclass(frozen=True)
@@ -74,11 +90,15 @@ class Stage:
         return 1 if self.replay is None else self.replay.times
 
     @property
+    def samples_per_step(self) -> int:
+        """By how many samples of the data set's order the run advances with each step."""
+        return self.batch_size // self.times
+
+    @property
     def samples(self) -> range:
         """Numbers, in the run, of the samples that `step` loads: all that it trains on, without replay."""
-        size = self.batch_size // self.times
-        start = self.first_sample + (self.step - self.first_step) * size
-        return range(start, start + size)
+        start = self.first_sample + (self.step - self.first_step) * self.samples_per_step
+        return range(start, start + self.samples_per_step)
 
     @property
     def slots(self) -> range:
@@ -102,14 +122,15 @@ class Curriculum:
     """A sequence of stages that covers every step of a run; holds no state.
 
     Args:
-        shares: (bandwidth, share of compute) of each stage; the last one shows the full image.
+        portions: the stages; the last one shows the full image.
         image_size: (H, W) in pixels.
         num_images: images in the data set.
-        batch_size: images per optimizer step, over all processes.
         budget_epochs: equivalent epochs, > 0.
-        replays: each stage's replay, None for none.
 
     Attributes:
+        portions: as given.
+        step_costs: compute of one step of each stage, in images at full resolution.
+        segments: the steps of each stage, one segment per stage unless `laid_out` says otherwise.
         stages: one `Stage` each, at its first step.
         num_steps: optimizer steps of the whole run.
         num_samples: images loaded in the whole run, later epochs counted.
@@ -123,48 +144,81 @@ class Curriculum:
 
     def __init__(
         self,
-        shares: Sequence[tuple[tuple[int, int], float]],
+        portions: Sequence[Portion],
         *,
         image_size: tuple[int, int],
         num_images: int,
-        batch_size: int,
         budget_epochs: float,
-        replays: Sequence[ReplaySpec | None] | None = None,
     ) -> None:
         self.image_size = image_size
+        self.num_images = num_images
+        self.portions = tuple(portions)
         full_area = image_size[0] * image_size[1]
+        self.step_costs = [p.batch_size * p.bandwidth[0] * p.bandwidth[1] / full_area for p in portions]
         budget = budget_epochs * num_images
-        stages: list[Stage] = []
-        spent = due = 0.0
-        step = sample = slot = 0
-        for index, (bandwidth, share) in enumerate(shares):
-            cost = batch_size * bandwidth[0] * bandwidth[1] / full_area
-            due += share * budget
-            # Rounding against what is due so far keeps the whole run within half a step of its budget.
-            num_steps = max(1, round((due - spent) / cost))
-            replay = None if replays is None else replays[index]
-            stage = Stage(
-                index, bandwidth, share, batch_size, step, num_steps, sample, step, spent, slot, replay
-            )
-            if batch_size % stage.times:
+        for index, portion in enumerate(portions):
+            times = 1 if portion.replay is None else portion.replay.times
+            if portion.batch_size % times:
                 raise UserError(
-                    f"curriculum: stage {index + 1} has replay.times {stage.times}, which does not divide "
-                    f"its batch of {batch_size}"
+                    f"curriculum: stage {index + 1} has replay.times {times}, which does not divide "
+                    f"its batch of {portion.batch_size}"
                 )
-            stages.append(stage)
-            spent += num_steps * cost
+        counts = whole_steps([p.share * budget for p in portions], self.step_costs)
+        self._lay_out(
+            segments_from(
+                [(stage, portion.share) for stage, portion in enumerate(portions)],
+                counts,
+                self.step_costs,
+                first_step=0,
+                progress=0.0,
+            )
+        )
+
+    def laid_out(self, segments: Sequence[Segment]) -> Curriculum:
+        """The same stages over other steps, as a recorded plan says.
+
+        Args:
+            segments: in order and without gaps; every stage has at least one, and progress ends at 1.
+        """
+        other = copy(self)
+        other._lay_out(segments)
+        return other
+
+    def _lay_out(self, segments: Sequence[Segment]) -> None:
+        self.segments = tuple(segments)
+        self._starts = [segment.first_step for segment in segments]
+        counts = [0] * len(self.portions)
+        self._spent = []
+        spent = 0.0
+        for segment in segments:
+            self._spent.append(spent)
+            spent += segment.num_steps * self.step_costs[segment.stage]
+            counts[segment.stage] += segment.num_steps
+        self.equivalent_epochs = spent / self.num_images
+        starts = {s.stage: s.spent / s.total for s in reversed(segments)}
+        self.stages: list[Stage] = []
+        step = sample = slot = 0
+        for index, (portion, num_steps) in enumerate(zip(self.portions, counts, strict=True)):
+            stage = Stage(
+                index=index,
+                bandwidth=portion.bandwidth,
+                share=portion.share,
+                batch_size=portion.batch_size,
+                first_step=step,
+                num_steps=num_steps,
+                first_sample=sample,
+                step=step,
+                progress=starts[index],
+                first_slot=slot,
+                replay=portion.replay,
+            )
+            self.stages.append(stage)
             step += num_steps
-            sample += num_steps * len(stage.samples)
-            slot += num_steps * batch_size
+            sample += num_steps * stage.samples_per_step
+            slot += num_steps * stage.batch_size
         self.num_steps = step
         self.num_samples = sample
         self.num_slots = slot
-        self.equivalent_epochs = spent / num_images
-        self._total = spent
-        self._costs = [s.bandwidth[0] * s.bandwidth[1] * batch_size / full_area for s in stages]
-        self._spent = [stage.progress for stage in stages]
-        self._starts = [stage.first_step for stage in stages]
-        self.stages = [replace(stage, progress=stage.progress / spent) for stage in stages]
 
     def stage_at(self, step: int) -> Stage:
         """The stage of an optimizer step, 0 <= step < num_steps, callable in any order.
@@ -174,10 +228,13 @@ class Curriculum:
         """
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} is outside a run of {self.num_steps} steps")
-        index = bisect_right(self._starts, step) - 1
-        stage = self.stages[index]
-        spent = self._spent[index] + (step - stage.first_step) * self._costs[index]
-        return replace(stage, step=step, progress=spent / self._total)
+        segment = self.segments[bisect_right(self._starts, step) - 1]
+        spent = segment.spent + (step - segment.first_step) * self.step_costs[segment.stage]
+        return replace(self.stages[segment.stage], step=step, progress=spent / segment.total)
+
+    def progress_after(self, step: int) -> float:
+        """Share of the run's compute spent once `step` steps are done, 0 <= step <= num_steps."""
+        return 1.0 if step == self.num_steps else self.stage_at(step).progress
 
     @property
     def spans(self) -> list[tuple[float, float]]:
@@ -189,7 +246,24 @@ class Curriculum:
         """Equivalent epochs spent once `step` optimizer steps are done, 0 <= step <= num_steps."""
         if step == self.num_steps:
             return self.equivalent_epochs
-        return self.stage_at(step).progress * self.equivalent_epochs
+        index = bisect_right(self._starts, step) - 1
+        segment = self.segments[index]
+        spent = self._spent[index] + (step - segment.first_step) * self.step_costs[segment.stage]
+        return spent / self.num_images
+
+    def ends_segment(self, step: int) -> bool:
+        """Whether a segment ends once `step` optimizer steps are done."""
+        return step == self.num_steps or (step > 0 and step in self._starts)
+
+
+def stage_batch(batch_size: int, factor: float) -> int:
+    """A stage's global batch: `factor` times the recipe's, rounded so that it divides well.
+
+    It is a multiple of the largest divisor of `batch_size` up to a sixteenth of it, so whatever number
+    of processes divides that divisor, divides every stage's batch.
+    """
+    quantum = max(d for d in range(1, max(1, batch_size // 16) + 1) if batch_size % d == 0)
+    return quantum * max(1, round(batch_size * factor / quantum))
 
 
 def legal_bandwidth(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from etpp_ssl.config import Config, as_pair
-from etpp_ssl.curriculum.base import Curriculum, ReplaySpec
+from etpp_ssl.curriculum.base import Curriculum, Portion, ReplaySpec
 
 
 class ConstantConfig(Config):
@@ -24,7 +24,7 @@ class ConstantConfig(Config):
         batch_size: int,
         budget_epochs: float,
     ) -> Constant:
-        """The run's curriculum; see `Curriculum` for the arguments. `multiple` has no effect here."""
+        """The run's curriculum; see `Constant` for the arguments. `multiple` has no effect here."""
         return Constant(
             image_size=image_size,
             num_images=num_images,
@@ -39,7 +39,7 @@ class ConstantConfig(Config):
 
 
 class Constant(Curriculum):
-    """One stage at full resolution; the arguments are those of `Curriculum`."""
+    """One stage at full resolution; the arguments are those of `EfficientTrain`."""
 
     def __init__(
         self,
@@ -52,10 +52,8 @@ class Constant(Curriculum):
     ) -> None:
         size = as_pair(image_size)
         super().__init__(
-            [(size, 1.0)],
-            replays=[replay],
+            [Portion(size, 1.0, batch_size, replay)],
             image_size=size,
             num_images=num_images,
-            batch_size=batch_size,
             budget_epochs=budget_epochs,
         )

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from etpp_ssl.config import Config, UserError, as_pair, show_size
-from etpp_ssl.curriculum.base import Curriculum, ReplaySpec, StageSpec, legal_bandwidth
+from etpp_ssl.curriculum.base import (
+    Curriculum,
+    Portion,
+    ReplaySpec,
+    StageSpec,
+    legal_bandwidth,
+    stage_batch,
+)
 
 TABLES: dict[str, list[tuple[int, float]]] = {
     "general": [(96, 0.2), (160, 0.4), (224, 0.4)],
@@ -21,6 +29,15 @@ From the public scripts of `LeapLabTHU/EfficientTrain`; the table of the paper's
 TABLE_SIZE = 224
 
 TableName = Literal["general", "deit", "convnext"]
+LargeBatch = Literal["off", "tokens"]
+
+
+class AskedStage(NamedTuple):
+    """A stage before rounding."""
+
+    bandwidth: tuple[float, float]
+    share: float
+    batch_factor: float | None
 
 
 class EfficientTrainConfig(Config):
@@ -37,6 +54,10 @@ class EfficientTrainConfig(Config):
     """One for each stage of the published table, null for none. Stages of one's own have it in
     themselves. The paper's (times, buffer) for the general table: (4, 1920), (2, 256) and none for DeiT-S
     and ResNet-50; (2, 1024), none and none for Swin-T and CSWin-T."""
+    large_batch: LargeBatch = "off"
+    """`tokens`: a stage at a smaller bandwidth gets a larger global batch, by the ratio of full area to
+    its own, so that the tokens per device stay about constant: for many processes, whose parts of a
+    batch would be too small to keep a device busy early on. The learning rate follows the batch."""
 
     @model_validator(mode="after")
     def _whole(self) -> EfficientTrainConfig:
@@ -67,6 +88,7 @@ class EfficientTrainConfig(Config):
             table=self.table,
             stages=self.stages,
             replay=self.replay,
+            large_batch=self.large_batch,
             image_size=image_size,
             multiple=multiple,
             num_images=num_images,
@@ -77,7 +99,7 @@ class EfficientTrainConfig(Config):
     def roundings(self, image_size: tuple[int, int], multiple: tuple[int, int]) -> list[str]:
         """One sentence for each bandwidth that had to be rounded to whole patches."""
         sentences = []
-        for asked, _ in asked_stages(self.table, self.stages, image_size):
+        for asked, *_ in asked_stages(self.table, self.stages, image_size):
             used = legal_bandwidth(asked, image_size, multiple)
             if used != asked:
                 sentences.append(
@@ -94,10 +116,12 @@ class EfficientTrain(Curriculum):
         table: "general", "deit" or "convnext", scaled by image size / 224 on each axis.
         stages: stages of one's own, which take the table's place; the last shows the full image.
         replay: one for each stage of the table, None for none; not with `stages`, which have their own.
+        large_batch: "tokens" enlarges the batch of early stages, unless a stage says its own factor.
         image_size: (H, W) or one number for both, pixels.
         multiple: bandwidths are rounded to multiples of this on each axis: the patch size, or the
             total stride of a convolutional net.
-        num_images, batch_size, budget_epochs: see `Curriculum`.
+        num_images, budget_epochs: see `Curriculum`.
+        batch_size: images per optimizer step, over all processes, where the factor is 1.
 
     Raises:
         UserError: for a bandwidth beyond the image or below two patches per axis, bandwidths that
@@ -110,6 +134,7 @@ class EfficientTrain(Curriculum):
         stages: Sequence[StageSpec] | None = None,
         replay: Sequence[ReplaySpec | None] | None = None,
         *,
+        large_batch: LargeBatch = "off",
         image_size: int | tuple[int, int] = TABLE_SIZE,
         multiple: int | tuple[int, int] = 16,
         num_images: int,
@@ -117,53 +142,45 @@ class EfficientTrain(Curriculum):
         budget_epochs: float,
     ) -> None:
         size, step = as_pair(image_size), as_pair(multiple)
-        merged: list[tuple[tuple[int, int], float]] = []
-        replays: list[ReplaySpec | None] = []
-        asked_replays = replay or [None] * len(TABLES[table])
+        merged: list[Portion] = []
+        replays = replay or [None] * len(TABLES[table])
         if stages is not None:
-            asked_replays = [stage.replay for stage in stages]
-        for (asked, share), own in zip(asked_stages(table, stages, size), asked_replays, strict=True):
+            replays = [stage.replay for stage in stages]
+        for (asked, share, factor), own in zip(asked_stages(table, stages, size), replays, strict=True):
             used = legal_bandwidth(asked, size, step)
-            if merged and (used[0] < merged[-1][0][0] or used[1] < merged[-1][0][1]):
+            if merged and (used[0] < merged[-1].bandwidth[0] or used[1] < merged[-1].bandwidth[1]):
                 raise UserError(
                     f"curriculum.stages: bandwidth {show_size(used)} follows "
-                    f"{show_size(merged[-1][0])}, but bandwidths must not shrink"
+                    f"{show_size(merged[-1].bandwidth)}, but bandwidths must not shrink"
                 )
-            if merged and used == merged[-1][0] and own == replays[-1]:
-                merged[-1] = (used, merged[-1][1] + share)
-            else:
-                merged.append((used, share))
-                replays.append(own)
-        if merged[-1][0] != size:
+            if factor is None:
+                factor = size[0] * size[1] / (used[0] * used[1]) if large_batch == "tokens" else 1.0
+            portion = Portion(used, share, stage_batch(batch_size, factor), own)
+            if merged and replace(merged[-1], share=share) == portion:
+                portion = replace(portion, share=merged.pop().share + share)
+            merged.append(portion)
+        if merged[-1].bandwidth != size:
             raise UserError(
-                f"curriculum.stages: the last stage shows {show_size(merged[-1][0])}, "
+                f"curriculum.stages: the last stage shows {show_size(merged[-1].bandwidth)}, "
                 f"but a run ends at the full image, {show_size(size)}"
             )
-        super().__init__(
-            merged,
-            image_size=size,
-            num_images=num_images,
-            batch_size=batch_size,
-            budget_epochs=budget_epochs,
-            replays=replays,
-        )
+        super().__init__(merged, image_size=size, num_images=num_images, budget_epochs=budget_epochs)
 
 
 def asked_stages(
     table: TableName, stages: Sequence[StageSpec] | None, image_size: tuple[int, int]
-) -> list[tuple[tuple[float, float], float]]:
-    """(bandwidth, share) of each stage before rounding, scaled to the image size."""
+) -> list[AskedStage]:
+    """The stages before rounding, scaled to the image size."""
     if stages is None:
-        scaled = ((_scaled(b, image_size, TABLE_SIZE), share) for b, share in TABLES[table])
-        return list(scaled)
+        return [AskedStage(_scaled(b, image_size, TABLE_SIZE), share, None) for b, share in TABLES[table]]
     short = min(image_size)
-    asked: list[tuple[tuple[float, float], float]] = []
+    asked = []
     for stage in stages:
         if isinstance(stage.bandwidth, int):
             pair = _scaled(stage.bandwidth, image_size, short)
         else:
             pair = (float(stage.bandwidth[0]), float(stage.bandwidth[1]))
-        asked.append((pair, stage.share))
+        asked.append(AskedStage(pair, stage.share, stage.batch_factor))
     return asked
 
 

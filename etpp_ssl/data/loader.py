@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -153,7 +153,7 @@ def batch_loader(
     )
 
 
-def batches(loader: DataLoader[Batch]) -> Iterator[Batch]:
+def batches(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
     """Iterate over a loader.
 
     Raises:

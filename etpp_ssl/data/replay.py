@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from etpp_ssl.data.loader import BadImage, Batch
-from etpp_ssl.data.sampler import BatchRequest, StepPlan, process_part
+from etpp_ssl.data.sampler import BatchRequest, StepPlan, micro_batch_of, process_part
 from etpp_ssl.randomness import keyed_torch
 
 SUB_BATCHES = 32
@@ -101,7 +101,7 @@ class Replay:
         seed: the run's seed.
         say: told how much there is to read again, and how long it took.
         rank, num_processes: which part of every step is this process's.
-        micro_batch_size: images per forward pass at most; None takes the whole part at once.
+        micro_batch_size, batch_size: images per forward pass; see `RequestSampler`.
         pin_memory: whether the batches go to a GPU.
     """
 
@@ -115,6 +115,7 @@ class Replay:
         rank: int = 0,
         num_processes: int = 1,
         micro_batch_size: int | None = None,
+        batch_size: int | None = None,
         pin_memory: bool = False,
     ) -> None:
         self.step_plan = step_plan
@@ -124,6 +125,7 @@ class Replay:
         self.rank = rank
         self.num_processes = num_processes
         self.micro_batch_size = micro_batch_size
+        self.batch_size = batch_size
         self.pin_memory = pin_memory
         self._ring: Ring | None = None
         self._stage_start = -1
@@ -190,7 +192,7 @@ class Replay:
             num_kept, num_fresh, len(slots) - num_fresh, seed=self.seed, step=step, rank=self.rank
         )
         places = torch.cat([torch.arange(num_kept - num_fresh, num_kept), drawn])
-        size = self.micro_batch_size or len(slots)
+        size = micro_batch_of(len(plan.slots), self.micro_batch_size, self.batch_size)
         for first in range(0, len(slots), size):
             images, labels, samples, indices = self._ring.take(places[first : first + size])
             batch = Batch(

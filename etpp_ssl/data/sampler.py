@@ -84,6 +84,8 @@ class RequestSampler:
         steps: the optimizer steps to serve.
         rank, num_processes: which part of every step is this process's.
         micro_batch_size: images per forward pass at most; None takes the whole part at once.
+        batch_size: the step size that `micro_batch_size` is meant for: steps of other sizes, at other
+            bandwidths, get micro-batches in proportion. None takes it as it is for all steps.
     """
 
     order: KeyedOrder
@@ -92,13 +94,14 @@ class RequestSampler:
     rank: int = 0
     num_processes: int = 1
     micro_batch_size: int | None = None
+    batch_size: int | None = None
 
     def __iter__(self) -> Iterator[BatchRequest]:
         for step in self.steps:
             plan = self.step_plan(step)
             samples = plan.samples
             part = process_part(samples, self.rank, self.num_processes)
-            size = self.micro_batch_size or len(part)
+            size = micro_batch_of(len(samples), self.micro_batch_size, self.batch_size)
             micro_batches = [part[i : i + size] for i in range(0, len(part), size)]
             for number, positions in enumerate(micro_batches):
                 yield BatchRequest(
@@ -109,6 +112,15 @@ class RequestSampler:
                     weight=len(positions) / len(samples),
                     last=number == len(micro_batches) - 1,
                 )
+
+
+def micro_batch_of(num_samples: int, micro_batch_size: int | None, batch_size: int | None) -> int:
+    """Images per forward pass at most, in a step of `num_samples`; see `RequestSampler`."""
+    if micro_batch_size is None:
+        return num_samples
+    if batch_size is not None:
+        micro_batch_size = max(1, micro_batch_size * num_samples // batch_size)
+    return min(micro_batch_size, num_samples)
 
 
 def process_part(samples: range, rank: int, num_processes: int) -> range:

@@ -45,10 +45,11 @@ class Feed:
             prefetch=prefetch,
             pin_memory=accelerator.device.type == "cuda",
         )
-        self._batches = batches(loader)
+        self._loaded = batches(loader)
+        self._batches: Iterator[Batch] = self._loaded
         if replay is not None:
-            replay.refill(self._batches)
-            self._batches = replay.batches(self._batches)
+            replay.refill(self._loaded)
+            self._batches = replay.batches(self._loaded)
         self._device = accelerator.device
         self.wait_seconds = 0.0
         """Time that the current step has waited for data."""
@@ -63,6 +64,10 @@ class Feed:
             self.wait_seconds += time.perf_counter() - start
             last = batch.request.last
             yield batch.to(self._device)
+
+    def close(self) -> None:
+        """End the data workers; what they have prepared is lost."""
+        self._loaded.close()
 
 
 class BadImages:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.model.attention import choose_kernel
 from etpp_ssl.model.cross_decoder import CrossDecoder
-from etpp_ssl.model.mae import MaskedAutoencoder
-from etpp_ssl.model.masker import Masker
 from etpp_ssl.recipe import Recipe
 
+if TYPE_CHECKING:
+    from etpp_ssl.engine.run import Run
 
-def attention_notes(
-    recipe: Recipe, model: MaskedAutoencoder, curriculum: Curriculum, masker: Masker, device: torch.device
-) -> list[str]:
+
+def attention_notes(run: Run) -> list[str]:
     """One sentence per kernel in use: the numbers of tokens it serves, in all stages, and the reason."""
+    recipe, model, device = run.recipe, run.bare_model, run.accelerator.device
     dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
     lengths = set()
-    for stage in curriculum.stages:
-        counts = masker.counts(stage.bandwidth, stage.progress)
+    for stage in run.curriculum.stages:
+        counts = run.masker.counts(stage.bandwidth, stage.progress)
         encoded = model.encoder.num_prefix_tokens + counts.num_keep
         crossed = max(encoded, counts.num_predict)
         lengths |= {

@@ -55,7 +55,7 @@ class Meter:
             name: torch.tensor(share * value, dtype=torch.float32, device=accelerator.device)
             for name, value in {"loss": state.loss_sum, **state.part_sums}.items()
         }
-        self._since = time.perf_counter()
+        self._since = self._noted = time.perf_counter()
         self._images = 0
         self._wait = 0.0
 
@@ -77,7 +77,7 @@ class Meter:
         self._since += seconds
 
     def synchronise(self) -> None:
-        """Bring the loss sums into the state, over all processes.
+        """Bring the loss sums, over all processes, and the time spent into the state.
 
         Raises:
             UserError: on every process, if it is not finite.
@@ -86,6 +86,9 @@ class Meter:
         sums = dict(zip(self._sums, total.tolist(), strict=True))
         self.state.loss_sum = sums.pop("loss")
         self.state.part_sums = sums
+        now = time.perf_counter()
+        self.state.elapsed += now - self._noted
+        self._noted = now
         if not math.isfinite(self.state.loss_sum):
             first = self.state.step - self.state.loss_steps + 1
             raise UserError(

@@ -9,13 +9,17 @@ from torch import Tensor
 
 from etpp_ssl.curriculum.base import Curriculum, Stage
 from etpp_ssl.curriculum.cost import Cost, area_share, count_cost
+from etpp_ssl.curriculum.hours import TimePlan
+from etpp_ssl.data.sampler import micro_batch_of
 from etpp_ssl.data.splits import open_split
 from etpp_ssl.engine.decoder_cost import decoder_flops, other_decoders
 from etpp_ssl.engine.replay_memory import replay_bytes, replay_notes
+from etpp_ssl.engine.start import read_plan
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.masker import MaskCounts, MaskRatioRamp
 from etpp_ssl.model.patches import grid_of
 from etpp_ssl.recipe import Recipe
+from etpp_ssl.run_folder import RunFolder
 
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and AdamW's two moments, in float32."""
@@ -42,9 +46,11 @@ class StagePlan:
     """Forward and backward, target included."""
     decoder_flops_per_image: int
     """The decoder's part of `flops_per_image`, forward and backward."""
+    micro_batch: int
+    """Images that one process, where it is the only one, takes at a time."""
     memory_bytes: int
-    """Estimated device memory of one process at the largest micro-batch, at the mask ratio of the
-    stage that takes most."""
+    """Estimated device memory of one process at that micro-batch, at the mask ratio of the stage that takes
+    most."""
     replay_bytes: int
     """Host memory of the replay buffers, over all processes; 0 without replay."""
 
@@ -56,6 +62,10 @@ class Plan:
     recipe: Recipe
     num_images: int
     curriculum: Curriculum
+    decided: bool
+    """Whether the numbers of steps are known: a budget in hours becomes steps when the run starts."""
+    recorded: TimePlan | None
+    """What a budget in hours has become."""
     stages: list[StagePlan]
     encoder_parameters: int
     decoder_parameters: int
@@ -64,17 +74,21 @@ class Plan:
     """By name, FLOPs per image at full resolution, forward and backward, of the decoders that the recipe
     does not use, at the width, depth and heads of the one that it uses, predicting every masked patch."""
     baseline_epochs: float
+    """Epochs at full resolution to compare with: the recipe's, or else as many as the run's own."""
     speedup_by_area: float
     """Area-rule compute of `baseline_epochs` at full resolution over this run's."""
     speedup_by_flops: float
-    micro_batch: int
     notes: list[str]
 
 
-def plan_run(recipe: Recipe) -> Plan:
+def plan_run(recipe: Recipe, folder: RunFolder | None = None) -> Plan:
     """Compute the plan of a recipe.
 
     The number of images is `data.num_images`, or comes from the data where that is not given.
+
+    Args:
+        recipe: the run.
+        folder: its folder, which knows what a budget in hours has become.
 
     Raises:
         UserError: for anything that would keep the run from starting, as far as it shows without data.
@@ -92,11 +106,18 @@ def plan_run(recipe: Recipe) -> Plan:
             )
         )
     curriculum = recipe.build_curriculum(num_images)
+    recorded = read_plan(folder) if folder is not None else None
+    if recorded is not None and (recorded.hours, recorded.stages) != (
+        recipe.budget_hours,
+        curriculum.portions,
+    ):
+        recorded = None
+    if recorded is not None:
+        curriculum = curriculum.laid_out(recorded.segments)
     with torch.device("meta"):
         model = recipe.build_model()
     parameters = sum(p.numel() for p in model.parameters())
     encoder_parameters = sum(p.numel() for p in model.encoder.parameters())
-    micro_batch = min(recipe.micro_batch_size or recipe.batch_size, recipe.batch_size)
     bytes_per_value = 4 if recipe.precision == "fp32" else 2
 
     masker = recipe.build_masker()
@@ -124,6 +145,7 @@ def plan_run(recipe: Recipe) -> Plan:
         at_ends = [masker.counts(stage.bandwidth, progress) for progress in curriculum.spans[index]]
         saved_values = max(cost(stage.bandwidth, c).saved_values for c in (means[index], *at_ends))
         grid = grid_of(stage.bandwidth, recipe.patch_size)
+        micro_batch = micro_batch_of(stage.batch_size, recipe.micro_batch_size, recipe.batch_size)
         stages.append(
             StagePlan(
                 stage=stage,
@@ -137,18 +159,21 @@ def plan_run(recipe: Recipe) -> Plan:
                 decoder_flops_per_image=decoder_flops(
                     recipe.model.decoder, model, grid, means[index], num_values
                 ),
+                micro_batch=micro_batch,
                 memory_bytes=parameters * BYTES_PER_PARAMETER + micro_batch * saved_values * bytes_per_value,
                 replay_bytes=replay_bytes(recipe, stage),
             )
         )
     full_counts = masker.counts(recipe.size, 0.5)
     full_grid = grid_of(recipe.size, recipe.patch_size)
-    baseline_epochs = recipe.baseline_epochs or recipe.budget_epochs
+    baseline_epochs = recipe.baseline_epochs or recipe.budget_epochs or curriculum.equivalent_epochs
     baseline_images = baseline_epochs * num_images
     return Plan(
         recipe=recipe,
         num_images=num_images,
         curriculum=curriculum,
+        decided=recipe.budget_epochs is not None or recorded is not None,
+        recorded=recorded,
         stages=stages,
         encoder_parameters=encoder_parameters,
         decoder_parameters=parameters - encoder_parameters,
@@ -160,7 +185,6 @@ def plan_run(recipe: Recipe) -> Plan:
             other.name: decoder_flops(other, model, full_grid, full_counts.everything, num_values)
             for other in other_decoders(recipe.model.decoder)
         },
-        micro_batch=micro_batch,
         notes=[
             *recipe.curriculum.roundings(recipe.size, recipe.patch_size),
             *_schedule_note(recipe),

@@ -17,31 +17,28 @@ SPARK_WIDTH = 60
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Stages, learning rate, parameters, memory and cost."""
-    recipe, curriculum = plan.recipe, plan.curriculum
+    recipe = plan.recipe
     console.print(
         f"{recipe.model.name}, image {show_size(recipe.size)}, patch {show_size(recipe.patch_size)}, "
         f"{recipe.in_chans} channels, {_masking(recipe)}: "
         f"{plan.encoder_parameters / 1e6:.2f} M parameters in the encoder, "
         f"{plan.decoder_parameters / 1e6:.2f} M in the {recipe.model.decoder.name} decoder"
     )
-    console.print(
-        f"{plan.num_images:,} images, global batch {recipe.batch_size}, "
-        f"{curriculum.equivalent_epochs:.4g} equivalent epochs (asked: {recipe.budget_epochs:g}), "
-        f"{curriculum.num_steps:,} steps, {curriculum.num_slots:,} images seen "
-        f"({curriculum.num_slots / plan.num_images:.4g} passes)"
-    )
+    console.print(f"{plan.num_images:,} images, global batch {recipe.batch_size}, {_budget(plan)}")
     console.print(_stage_table(plan))
     for note in plan.notes:
         console.print(f"note: {note}")
     console.print(_decoders(plan))
     console.print(_learning_rate(plan))
-    baseline = f"{plan.baseline_epochs:g} epochs at full resolution"
+    if plan.decided:
+        baseline = f"{plan.baseline_epochs:.4g} epochs at full resolution"
+        console.print(
+            f"compute: {plan.total_flops / 1e18:.4g} EFLOP; computed speed-up over {baseline}: "
+            f"{plan.speedup_by_area:.2f}x by the area rule, {plan.speedup_by_flops:.2f}x by counted FLOPs"
+        )
+    at_a_time = " / ".join(str(size) for size in dict.fromkeys(row.micro_batch for row in plan.stages))
     console.print(
-        f"compute: {plan.total_flops / 1e18:.4g} EFLOP; computed speed-up over {baseline}: "
-        f"{plan.speedup_by_area:.2f}x by the area rule, {plan.speedup_by_flops:.2f}x by counted FLOPs"
-    )
-    console.print(
-        f"memory is estimated per process, for {plan.micro_batch} images at a time in {recipe.precision}"
+        f"memory is estimated per process, for {at_a_time} images at a time in {recipe.precision}"
         + ("" if recipe.micro_batch_size else " (set micro_batch_size to accumulate smaller ones)")
     )
 
@@ -63,6 +60,23 @@ def _decoders(plan: Plan) -> str:
         f"encoder (target included) and decoder are in GFLOP per image, forward and backward; at full "
         f"resolution the {own.name} decoder takes {full.decoder_flops_per_image / 1e9:.4g} ({share:.0%}); it "
         f"would be {others} of this width, depth and heads that predicts every masked patch"
+    )
+
+
+def _budget(plan: Plan) -> str:
+    recipe, curriculum, recorded = plan.recipe, plan.curriculum, plan.recorded
+    if not plan.decided:
+        return f"a budget of {recipe.budget_hours:g} hours: the run measures its speed and decides its steps"
+    asked = f"asked: {recipe.budget_epochs:g}" if recipe.budget_epochs is not None else ""
+    if recorded is not None:
+        asked = (
+            f"for {recorded.hours:g} hours, as planned at step {recorded.step:,} "
+            f"after {recorded.elapsed / 3600:.3g} hours"
+        )
+    return (
+        f"{curriculum.equivalent_epochs:.4g} equivalent epochs ({asked}), "
+        f"{curriculum.num_steps:,} steps, {curriculum.num_slots:,} images seen "
+        f"({curriculum.num_slots / plan.num_images:.4g} passes)"
     )
 
 
@@ -92,8 +106,8 @@ def _stage_table(plan: Plan) -> Table:
             str(row.num_visible),
             str(row.num_predicted),
             str(row.stage.batch_size),
-            f"{row.stage.num_steps:,}",
-            f"{row.num_images:,}",
+            f"{row.stage.num_steps:,}" if plan.decided else "?",
+            f"{row.num_images:,}" if plan.decided else "?",
             f"{row.area_share:.1%}",
             f"{row.flops_share:.1%}",
             f"{(row.flops_per_image - row.decoder_flops_per_image) / 1e9:.4g}",
@@ -104,14 +118,21 @@ def _stage_table(plan: Plan) -> Table:
 
 
 def _learning_rate(plan: Plan) -> str:
-    optim = plan.recipe.optim
-    schedule = optim.schedule(plan.recipe.batch_size)
-    heights = [schedule(i / (SPARK_WIDTH - 1)) / schedule.peak for i in range(SPARK_WIDTH)]
+    optim, stages = plan.recipe.optim, plan.curriculum.stages
+    schedules = [optim.schedule(stage.batch_size) for stage in stages]
+    highest = max(schedule.peak for schedule in schedules)
+    heights = []
+    for i in range(SPARK_WIDTH):
+        progress = i / (SPARK_WIDTH - 1)
+        index = max(stage.index for stage in stages if stage.progress <= progress)
+        heights.append(schedules[index](progress) / highest)
     spark = "".join(BARS[round(height * (len(BARS) - 1))] for height in heights)
-    changes = ", ".join(f"{s.progress:.0%}" for s in plan.curriculum.stages[1:])
+    peaks = " / ".join(f"{peak:.3g}" for peak in dict.fromkeys(schedule.peak for schedule in schedules))
+    changes = ", ".join(f"{stage.progress:.0%}" for stage in stages[1:])
+    how = "unbroken" if len({stage.batch_size for stage in stages}) == 1 else "rescaled with the batch"
+    at_changes = f", {how} at the stage changes ({changes})" if changes else ""
     return (
         f"learning rate over compute: {spark}\n"
-        f"  0 -> {schedule.peak:.3g} linearly in the first {optim.warmup_share:.3g} of compute, then one "
-        f"half-cosine to {schedule.minimum:.3g}"
-        + (f", unbroken at the stage changes ({changes})" if changes else "")
+        f"  0 -> {peaks} linearly in the first {optim.warmup_share:.3g} of compute, then one "
+        f"half-cosine to {optim.min_lr:.3g}{at_changes}"
     )

@@ -11,20 +11,17 @@ To read the whole method: this file, `curriculum/efficienttrain.py`, `curriculum
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from etpp_ssl.curriculum.base import Stage
 from etpp_ssl.curriculum.frequency import low_frequency_crop
-from etpp_ssl.data.loader import Batch, BatchBuilder
-from etpp_ssl.data.replay import Replay
-from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.engine.agreement import Agreement
+from etpp_ssl.engine.budget import decide_steps, replan_due, replan_steps
 from etpp_ssl.engine.checkpoint import CheckpointClock, save_checkpoint
 from etpp_ssl.engine.feed import BadImages, Feed
 from etpp_ssl.engine.kernels import kernels_in_use
 from etpp_ssl.engine.metrics import Meter
-from etpp_ssl.engine.run import Run, open_run
+from etpp_ssl.engine.run import Run, open_run, prepare_run
 from etpp_ssl.engine.signals import Interrupted, StopRequest
 from etpp_ssl.engine.state import environment
 from etpp_ssl.recipe import Recipe
@@ -41,7 +38,8 @@ def pretrain(recipe: Recipe, fork: Path | None = None) -> Run:
         The finished run.
 
     Raises:
-        UserError: for a mistake in recipe, data, folder or checkpoint, or a loss that is not finite.
+        UserError: for a mistake in recipe, data, folder or checkpoint, a budget in hours that is too
+            short, or a loss that is not finite.
         Interrupted: after SIGTERM or SIGINT, once the step is finished and its checkpoint is written.
     """
     run = open_run(recipe, fork)
@@ -50,6 +48,8 @@ def pretrain(recipe: Recipe, fork: Path | None = None) -> Run:
         return run
     try:
         with StopRequest() as stop_request:
+            decide_steps(run)
+            prepare_run(run)
             signum = _train(run, stop_request)
     finally:
         run.progress.stop()
@@ -62,26 +62,29 @@ def pretrain(recipe: Recipe, fork: Path | None = None) -> Run:
 
 def _train(run: Run, stop_request: StopRequest) -> int:
     """Train to the end, or until a signal arrives; returns the signal, or 0."""
-    recipe, state, curriculum, accelerator = run.recipe, run.state, run.curriculum, run.accelerator
+    recipe, state, accelerator = run.recipe, run.state, run.accelerator
     model, optimizer, objective = run.model, run.optimizer, run.objective
-    learning_rate = recipe.optim.schedule(recipe.batch_size)
-    feed = _open_feed(run)
     meter = Meter(accelerator, state)
+    feed = _open_feed(run)
     bad_images = BadImages(state, len(run.source), recipe.data.max_bad_share, run.progress)
     agreement, clock = Agreement(accelerator), CheckpointClock(recipe.checkpoint)
     model.train()
     run.progress.start(state.step)
+    if state.plan is not None and state.step == 0:
+        # Measured again after a kill, the speed would give another plan.
+        _save(run)
 
     while not run.finished:
-        stage = curriculum.stage_at(state.step)
+        stage = run.curriculum.stage_at(state.step)
+        lr = recipe.optim.schedule(stage.batch_size)(stage.progress)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(stage.progress)
+            group["lr"] = lr
 
         for batch in feed.step():
             bad_images.note(batch)
             images = low_frequency_crop(run.normalise(batch.images), stage.bandwidth)
             mask = run.masker(batch.positions, stage.bandwidth, stage.progress)
-            with _synchronised(run, batch):
+            with run.synchronised(batch):
                 values, ids_predicted = model(images, mask.ids_keep, mask.ids_predict)
                 losses = objective.losses(values, ids_predicted, images)
                 loss = losses["loss"] * batch.request.weight
@@ -96,12 +99,19 @@ def _train(run: Run, stop_request: StopRequest) -> int:
         meter.step_done(stage.batch_size, feed.wait_seconds)
         run.progress.step(state.step)
 
-        if _log_due(run, stage):
+        if _log_due(run):
             bad_images.share(accelerator)
-            _log(run, stage, meter, learning_rate(stage.progress))
+            _log(run, stage, meter, lr)
         if _probe_due(run):
             meter.pause(_run_probe(run))
-        signum, checkpoint_due = agreement.reach(stop_request.signum, clock.due(state.step))
+        replanned = replan_due(run)
+        if replanned:
+            meter.synchronise()  # The time of a probe counts, too.
+            replan_steps(run)
+            # The workers may have prepared batches for steps that have another stage now.
+            feed.close()
+            feed = _open_feed(run)
+        signum, checkpoint_due = agreement.reach(stop_request.signum, replanned or clock.due(state.step))
         if checkpoint_due or signum or run.finished:
             meter.synchronise()
             _save(run)
@@ -112,48 +122,13 @@ def _train(run: Run, stop_request: StopRequest) -> int:
 
 
 def _open_feed(run: Run) -> Feed:
-    recipe, accelerator = run.recipe, run.accelerator
-    order = KeyedOrder(len(run.source), recipe.seed)
-    replay = Replay(
-        run.curriculum.stage_at,
-        run.state.step,
-        seed=recipe.seed,
-        say=run.progress.say,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        micro_batch_size=recipe.micro_batch_size,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    requests = RequestSampler(
-        order,
-        run.curriculum.stage_at,
-        range(replay.first_read, run.curriculum.num_steps),
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        micro_batch_size=recipe.micro_batch_size,
-    )
-    return Feed(
-        BatchBuilder(run.source, run.view, order),
-        requests,
-        accelerator,
-        num_workers=recipe.data.num_workers,
-        prefetch=recipe.data.prefetch,
-        replay=replay,
-    )
+    return run.open_feed(run.curriculum.stage_at, range(run.state.step, run.curriculum.num_steps))
 
 
-def _synchronised(run: Run, batch: Batch) -> AbstractContextManager[None]:
-    """Exchange gradients with the step's last micro-batch only."""
-    if batch.request.last:
-        return nullcontext()
-    context: AbstractContextManager[None] = run.accelerator.no_sync(run.model)
-    return context
-
-
-def _log_due(run: Run, stage: Stage) -> bool:
-    """Every so many steps, and at a stage's last one, so that no row mixes two bandwidths."""
+def _log_due(run: Run) -> bool:
+    """Every so many steps, and at a segment's last one, so that no row mixes two bandwidths."""
     done = run.state.step
-    return done % run.recipe.log_every_steps == 0 or done == stage.first_step + stage.num_steps
+    return done % run.recipe.log_every_steps == 0 or run.curriculum.ends_segment(done)
 
 
 def _log(run: Run, stage: Stage, meter: Meter, lr: float) -> None:
@@ -166,6 +141,7 @@ def _log(run: Run, stage: Stage, meter: Meter, lr: float) -> None:
         "lr": lr,
         "stage": stage.index,
         "bandwidth": list(stage.bandwidth),
+        "batch_size": stage.batch_size,
         "equivalent_epochs": epochs,
         "images_seen": stage.slots.stop,
         "images_loaded": stage.samples.stop,

@@ -24,6 +24,7 @@ class Progress:
 
     def __init__(self, curriculum: Curriculum, *, visible: bool) -> None:
         self.curriculum = curriculum
+        """The run's stages, to be replaced when they are planned anew."""
         self.visible = visible
         self.console = Console(stderr=True, quiet=not visible, soft_wrap=True, highlight=False)
         self._bar: RichProgress | None = None
@@ -74,8 +75,7 @@ class Progress:
             self._bar = None
 
     def _spent(self, step: int) -> float:
-        total = self.curriculum.equivalent_epochs
-        return self.curriculum.equivalent_epochs_after(step) / total
+        return self.curriculum.progress_after(step)
 
     def _line(self, row: dict[str, Any]) -> str:
         stages = self.curriculum.stages

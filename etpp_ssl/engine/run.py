@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,8 +17,12 @@ from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.data.augment import EvalView, Normalise, TrainView
 from etpp_ssl.data.images import ImageSource
+from etpp_ssl.data.loader import Batch, BatchBuilder
+from etpp_ssl.data.replay import Replay, ReplayPlan
+from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.splits import open_split
 from etpp_ssl.engine.checkpoint import load_checkpoint
+from etpp_ssl.engine.feed import Feed
 from etpp_ssl.engine.initial_weights import load_init
 from etpp_ssl.engine.kernels import attention_notes, kernels_in_use
 from etpp_ssl.engine.metrics import MetricsFile
@@ -61,9 +68,45 @@ class Run:
         """Whether every step is done."""
         return self.state.step >= self.curriculum.num_steps
 
+    def open_feed(self, step_plan: Callable[[int], ReplayPlan], steps: range) -> Feed:
+        """This process's batches of the given steps."""
+        recipe, accelerator = self.recipe, self.accelerator
+        order = KeyedOrder(len(self.source), recipe.seed)
+        part: dict[str, Any] = {
+            "rank": accelerator.process_index,
+            "num_processes": accelerator.num_processes,
+            "micro_batch_size": recipe.micro_batch_size,
+            "batch_size": recipe.batch_size,
+        }
+        replay = Replay(
+            step_plan,
+            steps.start,
+            seed=recipe.seed,
+            say=self.progress.say,
+            pin_memory=accelerator.device.type == "cuda",
+            **part,
+        )
+        return Feed(
+            BatchBuilder(self.source, self.view, order),
+            RequestSampler(order, step_plan, range(replay.first_read, steps.stop), **part),
+            accelerator,
+            num_workers=recipe.data.num_workers,
+            prefetch=recipe.data.prefetch,
+            replay=replay,
+        )
+
+    def synchronised(self, batch: Batch) -> AbstractContextManager[None]:
+        """Exchange gradients with the step's last micro-batch only."""
+        if batch.request.last:
+            return nullcontext()
+        context: AbstractContextManager[None] = self.accelerator.no_sync(self.model)
+        return context
+
 
 def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
     """Open a recipe's run folder: a new run, or the newest checkpoint of the one that is there.
+
+    Nothing is written; see `prepare_run`.
 
     Args:
         recipe: the run.
@@ -71,19 +114,19 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
             into a new folder under this recipe, whose schedules hold from that step on.
 
     Raises:
-        UserError: for anything wrong with recipe, data, folder or checkpoint; nothing is written then.
+        UserError: for anything wrong with recipe, data, folder or checkpoint.
     """
     accelerator = open_accelerator(recipe)
     source = _open_training_images(recipe)
-    if recipe.batch_size < accelerator.num_processes:
-        raise UserError(
-            f"batch_size {recipe.batch_size} is smaller than the {accelerator.num_processes} processes; "
-            f"each needs at least one image per step"
-        )
     curriculum = recipe.build_curriculum(len(source))
     masker = recipe.build_masker()
     for stage, span in zip(curriculum.stages, curriculum.spans, strict=True):
         masker.check(stage.bandwidth, span)
+        if stage.batch_size < accelerator.num_processes:
+            raise UserError(
+                f"batch_size {stage.batch_size} (stage {stage.index + 1}) is smaller than the "
+                f"{accelerator.num_processes} processes; each needs at least one image per step"
+            )
     progress = Progress(curriculum, visible=accelerator.is_main_process)
 
     with torch.random.fork_rng(devices=[]):
@@ -103,9 +146,11 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
     objective = recipe.build_objective()
     probe = build_probe(recipe, accelerator, normalise, objective)
     folder = RunFolder(recipe.output)
-    start, state = starting_point(recipe, folder, source, fork, progress.say)
+    start, state = starting_point(recipe, folder, source, curriculum, fork, progress.say)
     if recipe.init is not None and start is None:
         load_init(model, recipe.init, progress.say)
+    if state.plan is not None:
+        curriculum = progress.curriculum = curriculum.laid_out(state.plan.segments)
     if state.step > curriculum.num_steps:
         raise UserError(
             f"checkpoint of step {state.step} is beyond this recipe's {curriculum.num_steps} steps"
@@ -122,7 +167,7 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
         )
         if changes:
             progress.say(f"warning: the last bits may differ from the run so far: {', '.join(changes)}")
-    run = Run(
+    return Run(
         recipe=recipe,
         folder=folder,
         accelerator=accelerator,
@@ -150,20 +195,24 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
         progress=progress,
         data_fingerprint=source.fingerprint(),
     )
-    if not run.finished:
-        for note in replay_notes(recipe, curriculum):
-            progress.say(note)
-        # The other processes may still be reading what the main one is about to change.
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            num_parameters = sum(parameter.numel() for parameter in model.parameters())
-            prepare_folder(folder, recipe, state.step, num_parameters, run.metrics)
-            for note in attention_notes(recipe, model, curriculum, masker, accelerator.device):
-                progress.say(note)
-        accelerator.wait_for_everyone()
-        if recipe.tracker.name != "none":
-            accelerator.init_trackers(recipe.tracker.project)
-    return run
+
+
+def prepare_run(run: Run) -> None:
+    """Create the folder of a run that is about to train, or bring it back to where the run stands.
+
+    Raises:
+        UserError: if the disk is too full or the folder cannot be written to.
+    """
+    # The other processes may still be reading what the main one is about to change.
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        num_parameters = sum(parameter.numel() for parameter in run.bare_model.parameters())
+        prepare_folder(run.folder, run.recipe, run.state, num_parameters, run.metrics)
+        for note in (*replay_notes(run.recipe, run.curriculum), *attention_notes(run)):
+            run.progress.say(note)
+    run.accelerator.wait_for_everyone()
+    if run.recipe.tracker.name != "none":
+        run.accelerator.init_trackers(run.recipe.tracker.project)
 
 
 def open_accelerator(recipe: Recipe) -> Accelerator:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from etpp_ssl.config import UserError
+from etpp_ssl.curriculum.base import Curriculum
+from etpp_ssl.curriculum.hours import TimePlan, replan
 from etpp_ssl.data.images import ImageSource
 from etpp_ssl.engine.metrics import MetricsFile
 from etpp_ssl.engine.state import TrainState
@@ -18,6 +22,7 @@ def starting_point(
     recipe: Recipe,
     folder: RunFolder,
     source: ImageSource,
+    curriculum: Curriculum,
     fork: Path | None,
     say: Callable[[str], None],
 ) -> tuple[Checkpoint | None, TrainState]:
@@ -27,11 +32,13 @@ def starting_point(
         recipe: the run.
         folder: its folder, which may hold an earlier part of it.
         source: the training images.
+        curriculum: its stages.
         fork: another run folder to start from where `folder` has no checkpoint.
         say: told of damaged checkpoints and of what was chosen.
 
     Raises:
-        UserError: if the folder's run has another recipe, other data or no readable checkpoint.
+        UserError: if the folder's run has another recipe, other data or no readable checkpoint, or a
+            budget in hours cannot go on from the forked run.
     """
     start = None
     if folder.exists():
@@ -62,21 +69,45 @@ def starting_point(
     if forked:
         # The old recipe's losses belong in no row of this one's.
         state.loss_sum, state.part_sums, state.loss_steps = 0.0, {}, 0
+        state.plan = _plan_of_fork(recipe, curriculum, state, start)
         say(f"forked from {start.path} at step {state.step}")
     else:
         say(f"resuming {folder.path} at step {state.step}")
     return start, state
 
 
+def _plan_of_fork(
+    recipe: Recipe, curriculum: Curriculum, state: TrainState, start: Checkpoint
+) -> TimePlan | None:
+    """The forked run's plan in hours, with its future fitted to this recipe's budget."""
+    if recipe.budget_hours is None:
+        return None
+    plan = state.plan
+    if plan is None or plan.stages != curriculum.portions:
+        what = "no plan in hours" if plan is None else "a plan of other stages"
+        raise UserError(
+            f"budget_hours {recipe.budget_hours:g} cannot go on from {start.path}, which has {what}; "
+            f"give budget_epochs"
+        )
+    if plan.hours == recipe.budget_hours:
+        return plan
+    if state.step == curriculum.laid_out(plan.segments).num_steps:
+        raise UserError(
+            f"budget_hours {recipe.budget_hours:g} cannot prolong {start.path}, whose run of {plan.hours:g} "
+            f"hours is finished; give budget_epochs"
+        )
+    return replan(curriculum, plan, step=state.step, elapsed=state.elapsed, hours=recipe.budget_hours)
+
+
 def prepare_folder(
-    folder: RunFolder, recipe: Recipe, step: int, num_parameters: int, metrics: MetricsFile
+    folder: RunFolder, recipe: Recipe, state: TrainState, num_parameters: int, metrics: MetricsFile
 ) -> None:
     """Create a run's folder, or bring it back to a checkpoint's step; the main process only.
 
     Args:
         folder: the run's folder.
         recipe: what to record there.
-        step: optimizer steps done; later checkpoints and rows are of a past that did not happen.
+        state: after its step, checkpoints and rows are of a past that did not happen.
         num_parameters: of the model, to see whether its checkpoints fit the disk.
         metrics: the folder's log.
 
@@ -98,11 +129,34 @@ def prepare_folder(
         for leftover in folder.checkpoint_folder.glob(".writing-*"):
             shutil.rmtree(leftover)
         for checkpoint in folder.checkpoints():
-            if checkpoint.step > step:
+            if checkpoint.step > state.step:
                 shutil.rmtree(checkpoint.path)
         recipe.save(folder.recipe_file)
-        metrics.cut_back(step)
+        metrics.cut_back(state.step)
+        write_plan(folder, state.plan)
     except OSError as error:
         raise UserError(
             f"output {str(folder.path)!r} cannot be written to: {error.strerror or error}"
         ) from error
+
+
+def write_plan(folder: RunFolder, plan: TimePlan | None) -> None:
+    """Put a plan in hours where people and `etpp plan` find it; the checkpoints have it, too."""
+    if plan is not None:
+        aside = folder.plan_file.with_suffix(".writing")
+        aside.write_text(json.dumps(plan.to_json(), indent=1), encoding="utf-8")
+        os.replace(aside, folder.plan_file)
+
+
+def read_plan(folder: RunFolder) -> TimePlan | None:
+    """The newest plan in hours of a run, or None where it has none.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    if not folder.plan_file.is_file():
+        return None
+    try:
+        return TimePlan.from_json(json.loads(folder.plan_file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{str(folder.plan_file)!r} is no plan: {error!r}") from error

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from etpp_ssl.curriculum.hours import TimePlan
+
 LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "etpp-ssl")
 
 
@@ -25,6 +27,10 @@ class TrainState:
     loss_steps: int = 0
     seconds: float = 0.0
     """Wall time spent training so far."""
+    elapsed: float = 0.0
+    """Wall time spent so far, probes, checkpoints and the measuring of a budget in hours included."""
+    plan: TimePlan | None = None
+    """The steps of a run with a budget in hours."""
     bad_images: dict[int, str] = field(default_factory=dict)
     """Unreadable images met so far: number in the data set, and name."""
 
@@ -36,6 +42,8 @@ class TrainState:
             "part_sums": self.part_sums,
             "loss_steps": self.loss_steps,
             "seconds": self.seconds,
+            "elapsed": self.elapsed,
+            "plan": self.plan.to_json() if self.plan is not None else None,
             "bad_images": sorted(self.bad_images.items()),
         }
 
@@ -49,6 +57,9 @@ class TrainState:
             part_sums=values.get("part_sums", {}),
             loss_steps=values["loss_steps"],
             seconds=values["seconds"],
+            # Checkpoints of version 0.1.0 have neither.
+            elapsed=values.get("elapsed", values["seconds"]),
+            plan=TimePlan.from_json(values["plan"]) if values.get("plan") else None,
             bad_images=dict(values["bad_images"]),
         )
 

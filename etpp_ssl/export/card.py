@@ -22,7 +22,7 @@ tags:
 # {title}
 
 An image encoder, pre-trained by etpp_ssl {version} as a masked autoencoder under the `{curriculum}`
-curriculum: {epochs:g} equivalent epochs, {step:,} optimizer steps. {contents}
+curriculum: {budget}, {step:,} optimizer steps. {contents}
 
 {final_norm}
 
@@ -92,7 +92,11 @@ def model_card(
         title=f"{recipe.model.name}, MAE, {show_size(recipe.size)} px",
         version=__version__,
         curriculum=recipe.curriculum.name,
-        epochs=recipe.budget_epochs,
+        budget=(
+            f"{recipe.budget_epochs:g} equivalent epochs"
+            if recipe.budget_epochs is not None
+            else f"{recipe.budget_hours:g} hours"
+        ),
         step=step,
         final_norm=textwrap.fill(final_norm(recipe), 103),
         in_chans=recipe.in_chans,

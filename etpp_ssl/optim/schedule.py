@@ -14,7 +14,7 @@ class OptimConfig(Config):
     """AdamW and its schedule (MAE, Table 8)."""
 
     base_lr: float = Field(default=1.5e-4, gt=0)
-    """Peak learning rate per 256 images of the global batch."""
+    """Peak learning rate per 256 images of the global batch, that of the stage where stages differ."""
     min_lr: float = Field(default=0.0, ge=0)
     """Final learning rate, as it is (not scaled by the batch)."""
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
@@ -29,7 +29,7 @@ class OptimConfig(Config):
     """Largest gradient norm; None does not clip, as MAE."""
 
     def schedule(self, batch_size: int) -> Schedule:
-        """The run's learning-rate function, for a global batch of `batch_size` images."""
+        """The learning-rate function of steps with a global batch of `batch_size` images."""
         return Schedule(
             peak=self.base_lr * batch_size / 256,
             minimum=self.min_lr,
@@ -39,10 +39,11 @@ class OptimConfig(Config):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then one half-cosine, unbroken across stages.
+    """Linear warm-up, then one half-cosine, unbroken across stages of one batch size.
 
     The reference re-bases its cosine at every stage change, where its learning rate jumps up; ours
-    is continuous, on purpose.
+    is continuous, on purpose. Where the global batch changes with the stage, the peak changes with it
+    (linear scaling), and the learning rate jumps by the same factor.
     """
 
     peak: float

@@ -81,7 +81,7 @@ def test_it_covers_every_step_and_every_sample(case: Case) -> None:
         stage = curriculum.stage_at(step)
         assert stage.step == step
         assert stage.samples.start == next_sample
-        assert len(stage.samples) == case.run["batch_size"]
+        assert len(stage.samples) == stage.batch_size
         for bandwidth, full, multiple in zip(stage.bandwidth, case.size, case.multiple, strict=True):
             assert 0 < bandwidth <= full
             assert bandwidth % multiple == 0
@@ -110,7 +110,7 @@ def test_it_spends_its_budget(case: Case) -> None:
         assert epochs == pytest.approx(spent / num_images, abs=1e-9)
         last_progress = stage.progress
         area = stage.bandwidth[0] * stage.bandwidth[1] / (case.size[0] * case.size[1])
-        spent += batch_size * area
+        spent += stage.batch_size * area
     assert curriculum.equivalent_epochs == pytest.approx(spent / num_images)
     assert abs(spent - case.run["budget_epochs"] * num_images) <= batch_size / 2 + 1e-6
 

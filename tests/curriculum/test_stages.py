@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from etpp_ssl.config import UserError
-from etpp_ssl.curriculum.base import Curriculum, ReplaySpec, Stage, StageSpec
+from etpp_ssl.curriculum.base import Curriculum, ReplaySpec, Stage, StageSpec, stage_batch
 from etpp_ssl.curriculum.constant import Constant, ConstantConfig
 from etpp_ssl.curriculum.efficienttrain import EfficientTrain, EfficientTrainConfig
 
@@ -290,6 +291,80 @@ def test_thirds_add_up_to_one_despite_rounding() -> None:
     config = EfficientTrainConfig(stages=tuple(own((96, 1 / 3), (160, 1 / 3), (224, 1 / 3))))
     curriculum = config.build(image_size=(224, 224), multiple=(16, 16), **RUN)
     assert curriculum.equivalent_epochs == pytest.approx(10, abs=0.01)
+
+
+def batches(curriculum: Curriculum) -> list[int]:
+    return [stage.batch_size for stage in curriculum.stages]
+
+
+def test_a_large_batch_keeps_the_pixels_per_step_about_constant() -> None:
+    run = {"num_images": 1_281_167, "batch_size": 4096, "budget_epochs": 400.0}
+    off = EfficientTrain(image_size=224, multiple=16, **run)
+    tokens = EfficientTrain(image_size=224, multiple=16, large_batch="tokens", **run)
+    assert batches(off) == [4096] * 3
+    # 224^2 / 96^2 = 5.44 and 224^2 / 160^2 = 1.96 times as many, in multiples of 256.
+    assert batches(tokens) == [22272, 7936, 4096]
+    for stage in tokens.stages:
+        assert stage.batch_size * relative_cost(stage, (224, 224)) == pytest.approx(4096, rel=0.02)
+    # The budget and its shares are the same; the samples follow each other without a gap.
+    assert tokens.equivalent_epochs == pytest.approx(off.equivalent_epochs, rel=1e-3)
+    for a, b in zip(tokens.stages, off.stages, strict=True):
+        assert a.num_steps * a.batch_size == pytest.approx(b.num_steps * b.batch_size, rel=1e-3)
+    for before, after in pairwise(tokens.stages):
+        assert after.first_sample == before.first_sample + before.num_steps * before.batch_size
+
+
+@given(st.integers(1, 3000), st.floats(0.01, 40))
+@settings(deadline=None, max_examples=200)
+def test_a_stages_batch_is_near_its_factor_and_divides_well(batch_size: int, factor: float) -> None:
+    found = stage_batch(batch_size, factor)
+    quantum = [
+        d for d in range(1, batch_size + 1) if batch_size % d == 0 and (d == 1 or 16 * d <= batch_size)
+    ][-1]
+    assert found % quantum == 0
+    assert found >= quantum
+    assert abs(found - batch_size * factor) <= quantum / 2 or found == quantum
+    assert stage_batch(batch_size, 1.0) == batch_size
+
+
+def test_a_stages_own_factor_goes_before_the_curriculums() -> None:
+    stages = [
+        StageSpec(bandwidth=96, share=0.25, batch_factor=2),
+        StageSpec(bandwidth=112, share=0.25),
+        StageSpec(bandwidth=224, share=0.5, batch_factor=0.5),
+    ]
+    run = {"image_size": 224, "multiple": 16, "num_images": 500, "batch_size": 32, "budget_epochs": 20.0}
+    assert batches(EfficientTrain(stages=stages, **run)) == [64, 32, 16]
+    assert batches(EfficientTrain(stages=stages, large_batch="tokens", **run)) == [64, 128, 16]
+
+
+def test_stages_of_one_bandwidth_but_different_batches_stay_apart() -> None:
+    stages = [StageSpec(bandwidth=224, share=0.5, batch_factor=2), StageSpec(bandwidth=224, share=0.5)]
+    curriculum = EfficientTrain(stages=stages, image_size=224, multiple=16, **RUN)
+    assert batches(curriculum) == [128, 64]
+
+
+def test_a_batch_factor_of_nothing_is_refused() -> None:
+    with pytest.raises(ValidationError, match="batch_factor"):
+        StageSpec(bandwidth=96, share=0.5, batch_factor=0)
+
+
+@given(runs())
+@settings(deadline=None, max_examples=20)
+def test_without_a_factor_progress_has_the_bits_of_the_plain_sum(
+    drawn: tuple[Curriculum, dict[str, Any]],
+) -> None:
+    # Learning rates, and so weights, of runs made before batches could differ must come out the same.
+    curriculum, run = drawn
+    height, width = curriculum.image_size
+    spent, before = 0.0, []
+    for stage in curriculum.stages:
+        cost = run["batch_size"] * stage.bandwidth[0] * stage.bandwidth[1] / (height * width)
+        before.append((spent, cost))
+        spent += stage.num_steps * cost
+    for stage in walk(curriculum):
+        start, cost = before[stage.index]
+        assert stage.progress == (start + (stage.step - stage.first_step) * cost) / spent
 
 
 def test_no_stages_at_all_is_refused() -> None:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etpp_ssl.curriculum.base import Curriculum, ReplaySpec
+from etpp_ssl.curriculum.base import Curriculum, Portion, ReplaySpec
 from etpp_ssl.data.augment import TrainView
 from etpp_ssl.data.loader import BadImage, Batch, BatchBuilder, batch_loader, batches
 from etpp_ssl.data.replay import Replay, Ring, buffer_bytes, draw_places, sub_batch_size
@@ -30,12 +30,13 @@ def curriculum_of(*replays: ReplaySpec | None, batch_size: int = BATCH_SIZE) -> 
     bandwidths = [(4, 6), (6, 8), SIZE][-len(replays) :]
     areas = [height * width for height, width in bandwidths]
     return Curriculum(
-        [(bandwidth, area / sum(areas)) for bandwidth, area in zip(bandwidths, areas, strict=True)],
+        [
+            Portion(bandwidth, area / sum(areas), batch_size, replay)
+            for bandwidth, area, replay in zip(bandwidths, areas, replays, strict=True)
+        ],
         image_size=SIZE,
         num_images=30,
-        batch_size=batch_size,
         budget_epochs=9 * batch_size * sum(areas) / (SIZE[0] * SIZE[1] * 30),
-        replays=replays,
     )
 
 
@@ -238,12 +239,10 @@ def test_without_replay_every_batch_is_what_the_loader_gave() -> None:
 def test_a_stage_starts_with_an_empty_buffer() -> None:
     # The same bandwidth, so that a buffer which is not emptied would go unnoticed otherwise.
     curriculum = Curriculum(
-        [(SIZE, 0.5), (SIZE, 0.5)],
+        [Portion(SIZE, 0.5, BATCH_SIZE, ReplaySpec(times=times, buffer=99)) for times in (4, 2)],
         image_size=SIZE,
         num_images=30,
-        batch_size=BATCH_SIZE,
         budget_epochs=6.0,
-        replays=[ReplaySpec(times=4, buffer=99), ReplaySpec(times=2, buffer=99)],
     )
     first = curriculum.stages[1].first_step
     order = KeyedOrder(30, SEED)

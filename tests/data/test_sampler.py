@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, RequestSampler, process_part
+from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, RequestSampler, micro_batch_of, process_part
 
 bounded = settings(max_examples=60, deadline=None)
 
@@ -191,3 +191,29 @@ def test_iterating_twice_gives_the_same_requests() -> None:
 
 def test_no_steps_are_no_requests() -> None:
     assert requests(10, 4, range(5, 5)) == []
+
+
+def test_larger_steps_get_larger_micro_batches_in_proportion() -> None:
+    sizes = [10, 10, 54, 5, 1]
+    starts = [sum(sizes[:step]) for step in range(len(sizes))]
+    sampler = RequestSampler(
+        KeyedOrder(30, seed=3),
+        lambda step: Growing(range(starts[step], starts[step] + sizes[step])),
+        range(len(sizes)),
+        micro_batch_size=4,
+        batch_size=10,
+    )
+    found = [[len(request.positions) for request in step] for _, step in groupby(sampler, lambda r: r.step)]
+    # 54 / 10 of 4 is 21.6; a half is 2; less than one is one.
+    assert found == [[4, 4, 2], [4, 4, 2], [21, 21, 12], [2, 2, 1], [1]]
+    assert [micro_batch_of(size, 4, 10) for size in sizes] == [4, 4, 21, 2, 1]
+    assert [micro_batch_of(size, None, 10) for size in sizes] == sizes
+    assert [micro_batch_of(size, 4, None) for size in sizes] == [4, 4, 4, 4, 1]
+
+
+@dataclass(frozen=True)
+class Growing:
+    """A step of any size."""
+
+    samples: range
+    bandwidth: tuple[int, int] = (8, 16)

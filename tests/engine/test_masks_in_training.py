@@ -59,10 +59,10 @@ def test_resume_is_bitwise_with_any_pattern_and_a_schedule(
     pretrain(tiny_recipe(f"output={tmp_path / 'whole'}", *overrides))
     real = loop._log_due
 
-    def crash(run: Any, stage: Any) -> bool:
+    def crash(run: Any) -> bool:
         if run.state.step == 7:
             raise Crash
-        return real(run, stage)
+        return real(run)
 
     cut = tiny_recipe(f"output={tmp_path / 'cut'}", "data.num_workers=1", *overrides)
     monkeypatch.setattr(loop, "_log_due", crash)

@@ -118,3 +118,33 @@ def test_a_schedule_of_the_mask_ratio_is_planned_at_each_stages_mean(
     out = io.StringIO()
     print_plan(plan, Console(file=out, width=140))
     assert "mask ratio 0.5 to 0.75" in out.getvalue()
+
+
+def printed(recipe: Recipe) -> str:
+    out = io.StringIO()
+    print_plan(plan_run(recipe), Console(file=out, width=140))
+    return " ".join(out.getvalue().split())
+
+
+def test_a_large_batch_shows_its_batches_peaks_and_memory() -> None:
+    path = next(p for p in RECIPES if p.stem == "in1k_vit_base_etpp400")
+    recipe = load_recipe(path, ["curriculum.large_batch=tokens"])
+    plan = plan_run(recipe)
+    assert [row.stage.batch_size for row in plan.stages] == [22272, 7936, 4096]
+    assert [row.micro_batch for row in plan.stages] == [1392, 496, 256]
+    memory = [row.memory_bytes for row in plan.stages]
+    assert max(memory) / min(memory) < 1.15
+    assert plan.speedup_by_area == pytest.approx(4.0, rel=1e-3)
+    text = printed(recipe)
+    for words in ("22272", "1392 / 496 / 256 images", "0.013 / 0.00465 / 0.0024", "rescaled with the batch"):
+        assert words in text
+
+
+def test_a_budget_in_hours_has_no_steps_yet(tiny_recipe: Callable[..., Recipe]) -> None:
+    plan = plan_run(tiny_recipe("budget_epochs=null", "budget_hours=2.5"))
+    assert not plan.decided
+    assert [round(row.area_share, 3) for row in plan.stages] == [0.2, 0.4, 0.4]
+    text = printed(plan.recipe)
+    assert "a budget of 2.5 hours: the run measures its speed and decides its steps" in text
+    assert "speed-up" not in text
+    assert "epochs" not in text

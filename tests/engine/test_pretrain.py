@@ -36,11 +36,11 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, how: type[BaseExcepti
     """End the next run right after its optimizer step number `step`, as a crash would."""
     real = loop._log_due
 
-    def crash(run: Any, stage: Any) -> bool:
+    def crash(run: Any) -> bool:
         if run.state.step == step:
             monkeypatch.setattr(loop, "_log_due", real)
             raise how
-        return real(run, stage)
+        return real(run)
 
     monkeypatch.setattr(loop, "_log_due", crash)
 
@@ -152,6 +152,29 @@ def test_the_learning_rate_is_one_curve_over_compute(whole: Path) -> None:
         assert tuple(row["bandwidth"]) == stage.bandwidth
         assert row["images_seen"] == stage.samples.stop
     assert trained[-1]["equivalent_epochs"] == curriculum.equivalent_epochs
+
+
+def test_a_large_batch_moves_learning_rate_and_samples_with_the_stage_and_resumes_to_the_bit(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["curriculum.large_batch=tokens", "budget_epochs=6", "micro_batch_size=4"]
+    run = pretrain(tiny_recipe(f"output={tmp_path / 'whole'}", *overrides))
+    assert [stage.batch_size for stage in run.curriculum.stages] == [40, 20, 10]
+    seen = 0
+    for row in rows(tmp_path / "whole"):
+        stage = run.curriculum.stage_at(row["step"] - 1)
+        assert row["batch_size"] == stage.batch_size
+        assert row["lr"] == run.recipe.optim.schedule(stage.batch_size)(stage.progress)
+        seen = row["images_seen"]
+    assert seen == run.curriculum.num_samples
+    first, second = (stage.first_step for stage in run.curriculum.stages[1:])
+    cut = tiny_recipe(f"output={tmp_path / 'cut'}", *overrides, "checkpoint.every_steps=1")
+    for stop in (first - 1, first + 1, second + 1):
+        stop_after(stop, monkeypatch, Crash)
+        with pytest.raises(Crash):
+            pretrain(cut)
+    pretrain(cut)
+    assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_it_learns(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from etpp_ssl.engine.plan import plan_run
 from etpp_ssl.engine.plan_table import print_plan
 from etpp_ssl.engine.pretrain import pretrain
 from etpp_ssl.engine.replay_memory import check_replay
+from etpp_ssl.model.masker import Masker
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 
@@ -41,11 +42,11 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """End the next run right after its optimizer step number `step`, as a crash would."""
     real = loop._log_due
 
-    def crash(run: Any, stage: Any) -> bool:
+    def crash(run: Any) -> bool:
         if run.state.step == step:
             monkeypatch.setattr(loop, "_log_due", real)
             raise Crash
-        return real(run, stage)
+        return real(run)
 
     monkeypatch.setattr(loop, "_log_due", crash)
 
@@ -116,7 +117,7 @@ def test_steps_and_compute_stay_and_fewer_images_are_loaded(
 ) -> None:
     from etpp_ssl.data.synthetic import SyntheticSource
 
-    real_load, real_masking = SyntheticSource.load, loop.random_masking
+    real_load, real_masking = SyntheticSource.load, Masker.__call__
     num_loads = 0
     masked: list[int] = []
 
@@ -125,12 +126,12 @@ def test_steps_and_compute_stay_and_fewer_images_are_loaded(
         num_loads += 1
         return real_load(source, index)
 
-    def masking(positions: Tensor, *rest: Any) -> Tensor:
+    def masking(masker: Masker, positions: Tensor, *rest: Any) -> Any:
         masked.extend(positions.tolist())
-        return real_masking(positions, *rest)
+        return real_masking(masker, positions, *rest)
 
     monkeypatch.setattr(SyntheticSource, "load", load)
-    monkeypatch.setattr(loop, "random_masking", masking)
+    monkeypatch.setattr(Masker, "__call__", masking)
     run = pretrain(tiny_recipe(*REPLAY, "micro_batch_size=5"))
     curriculum = run.curriculum
     assert max(Counter(masked).values()) == 1

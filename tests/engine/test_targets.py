@@ -39,11 +39,11 @@ def crash_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """End the next run right after its optimizer step number `step`."""
     real = loop._log_due
 
-    def due(run: Any, stage: Any) -> bool:
+    def due(run: Any) -> bool:
         if run.state.step == step:
             monkeypatch.setattr(loop, "_log_due", real)
             raise Crash
-        return real(run, stage)
+        return real(run)
 
     monkeypatch.setattr(loop, "_log_due", due)
 

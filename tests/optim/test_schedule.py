@@ -83,6 +83,18 @@ def test_a_settings_peak_grows_with_the_global_batch_but_its_minimum_does_not() 
         assert schedule(1.0) == pytest.approx(1e-6)
 
 
+def test_where_the_batch_changes_the_rate_changes_by_the_same_factor() -> None:
+    curriculum = EfficientTrain(
+        image_size=224, large_batch="tokens", num_images=1000, batch_size=64, budget_epochs=20.0
+    )
+    config = OptimConfig(warmup_share=0.05)
+    for stage in curriculum.stages[1:]:
+        before = curriculum.stage_at(stage.first_step - 1)
+        assert before.batch_size > stage.batch_size
+        per_image = [config.schedule(s.batch_size)(stage.progress) / s.batch_size for s in (before, stage)]
+        assert per_image[0] == pytest.approx(per_image[1])
+
+
 def test_the_defaults_are_maes_pre_training_settings() -> None:
     config = OptimConfig()
     assert config.betas == (0.9, 0.95)
