@@ -78,6 +78,11 @@ def colour_of(index: int) -> str:
     return PALETTE[index % len(PALETTE)]
 
 
+def dashed(index: int) -> bool:
+    """Whether a run's lines are dashed: those beyond the palette, whose colours repeat."""
+    return index >= len(PALETTE)
+
+
 def curve_figure(histories: Sequence[History], quantity: Quantity, x_axis: XAxis) -> Figure | None:
     """One quantity of all runs; None if no run has it."""
     figure, axes = _empty(x_axis.label)
@@ -153,6 +158,8 @@ def _probe_positions(history: History, rows: list[dict[str, Any]], x_axis: XAxis
 def _draw(axes: Axes, x: np.ndarray, y: np.ndarray, index: int, stepped: bool = False) -> bool:
     # Lines that coincide: the first is drawn wider, so that it shows on both sides of the others.
     (line,) = axes.plot(x, y, color=colour_of(index), lw=1.5 if index else 2.0)
+    if dashed(index):
+        line.set_linestyle("--")
     if stepped:
         line.set_drawstyle("steps-pre")
     if len(x) <= FEW_POINTS:

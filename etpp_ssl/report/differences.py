@@ -35,7 +35,8 @@ def differences(recipes: Sequence[Recipe]) -> list[Difference]:
     found = []
     for key in keys:
         values = [values[key][0] if key in values else ABSENT for values in flat]
-        if len(set(values)) > 1 and key != "output":
+        # A key that one component has and leaves unset, and another lacks, tells nothing.
+        if len(set(values)) > 1 and not set(values) <= {"null", ABSENT} and key != "output":
             neutral = all(values[key][1] for values in flat if key in values)
             found.append(Difference(key, values, neutral))
     return sorted(found, key=lambda difference: difference.neutral)

@@ -135,7 +135,7 @@ def stages_figure(
     shares = np.linspace(0, 1, 1001)
     rates = learning_rate if isinstance(learning_rate, Mapping) else {"": learning_rate}
     for index, rate in enumerate(rates.values()):
-        colour = colours[index % len(colours)] if len(rates) > 1 else INK
+        colour = colours[index % len(colours)] if rates is learning_rate else INK
         # The first is wider, so that it shows on both sides of one that coincides.
         width = 1.8 if index or len(rates) == 1 else 2.6
         rate_axes.plot(100 * shares, [rate(share) for share in shares.tolist()], color=colour, lw=width)

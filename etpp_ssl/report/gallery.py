@@ -84,7 +84,7 @@ def _crops(seen: list[Shown]) -> str:
 def _strip(picture: Picture, checkpoints: list[Checkpoint], seen: list[Shown]) -> str:
     """One image: whole, masked, in the best picture of each checkpoint, and in the leaking one."""
     last = seen[-1]
-    panels = [_panel(last.crops[-1]._replace(note=""), last), _panel(last.masked, last)]
+    panels = [_panel(last.crops[-1]._replace(note=""), last), _panel(last.masked._replace(note=""), last)]
     for checkpoint, shown in zip(checkpoints, seen, strict=True):
         for panel in shown.predictions[:1]:
             note = f"loss {shown.reconstruction.loss:.3g}"

@@ -45,19 +45,21 @@ def write_report(
 
 def page(histories: Sequence[History], say: Callable[[str], None]) -> str:
     """The whole document."""
-    title = "Report: " + ", ".join(history.name for history in histories)
+    names = ", ".join(history.name for history in histories)
+    title = f"Report: {names}" if len(histories) <= 3 else f"Report on {len(histories)} runs"
     style = files("etpp_ssl.report").joinpath("page.css").read_text(encoding="utf-8")
     written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     parts = {
         "Summary": sections.summary(histories),
+        "Differences": sections.recipe_differences(histories),
         "Curves": sections.curves(histories),
         "Curriculum": sections.curriculum(histories),
         "Reconstructions": reconstructions(histories, say),
         "Probes": sections.probes(histories),
-        "Recipe": sections.recipes(histories),
         "Environment": sections.environment(histories),
+        "Recipe": sections.recipes(histories),
     }
-    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in parts)
+    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name, part in parts.items() if part)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

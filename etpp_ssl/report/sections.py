@@ -12,6 +12,7 @@ from etpp_ssl.report.curves import (
     XAxis,
     colour_of,
     curve_figure,
+    dashed,
     probe_figures,
     x_axes,
 )
@@ -26,11 +27,11 @@ def legend(histories: Sequence[History]) -> str:
     """Names and colours of several runs; it stays in view while the figures below it are read."""
     if len(histories) < 2:
         return ""
-    entries = "".join(
-        f'<span><i style="background:{_page_colour(index)}"></i>{markup.escape(history.name)}</span>'
-        for index, history in enumerate(histories)
-    )
-    return f'<div class="legend">{entries}</div>\n'
+    entries = []
+    for index, history in enumerate(histories):
+        line = f"{'dashed' if dashed(index) else 'solid'} {_page_colour(index)}"
+        entries.append(f'<span><i style="border-top:.25rem {line}"></i>{markup.escape(history.name)}</span>')
+    return f'<div class="legend">{"".join(entries)}</div>\n'
 
 
 def summary(histories: Sequence[History]) -> str:
@@ -62,6 +63,8 @@ def _summary_of(history: History) -> dict[str, str]:
         "target": recipe.target.name,
         "data": recipe.data.name,
     }
+    if history.curriculum is not None and len(history.curriculum.stages) > 1:
+        values["images gained"] = f"{images_gained(history.curriculum):.3g} x those at full size"
     epochs, images, seconds = (number(last.get(k)) for k in ("equivalent_epochs", "images_seen", "seconds"))
     if epochs is not None:
         values["compute"] = f"{epochs:.4g} of {recipe.budget_epochs:g} equivalent epochs"
@@ -118,15 +121,9 @@ def curriculum(histories: Sequence[History]) -> str:
         )
         picture = inline_svg(drawn, "stages", "bandwidth, images seen and learning rate over compute")
         parts.append(markup.figure(picture, "the plan", "over the share of each run's own compute", "wide"))
-    for history in histories:
-        rows = stage_rows(history)
-        if rows:
-            parts.append(f"<h3>{markup.escape(history.name)}, stage by stage</h3>")
-            parts.append(markup.table(stage_titles(), rows, "numbers"))
-        if history.curriculum is not None and len(history.curriculum.stages) > 1:
-            gained = images_gained(history.curriculum)
-            text = f"The whole run sees {gained:.3g} times the images that its compute buys at full size."
-            parts.append(markup.paragraph(text if rows else f"{history.name}: {text}", "soft"))
+    rows = [[history.name, *row] for history in histories for row in stage_rows(history)]
+    if rows:
+        parts.append(markup.table(["run", *stage_titles()], rows, "numbers"))
     return markup.section("curriculum", "Curriculum, compute and time", *parts)
 
 
@@ -161,22 +158,26 @@ def _protocol(values: object) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
 
 
+def recipe_differences(histories: Sequence[History]) -> str:
+    """Keys that differ between the recipes of several runs; nothing for one run."""
+    if len(histories) < 2:
+        return ""
+    found = differences([history.recipe for history in histories])
+    rows = [[d.key + (" (no effect on the result)" if d.neutral else ""), *d.values] for d in found]
+    head = ["key", *(history.name for history in histories)]
+    same = markup.paragraph("The recipes are the same in every key but the run folder.")
+    return markup.section(
+        "differences", "Differences between the recipes", markup.table(head, rows) if rows else same
+    )
+
+
 def recipes(histories: Sequence[History]) -> str:
-    """Keys that differ between the runs, and every recipe in full."""
-    names = [history.name for history in histories]
+    """Every recipe in full, folded away."""
     parts = []
-    if len(histories) > 1:
-        found = differences([history.recipe for history in histories])
-        rows = [[d.key + (" (no effect on the result)" if d.neutral else ""), *d.values] for d in found]
-        same = markup.paragraph("The recipes are the same in every key but the run folder.")
-        parts.append(markup.table(["key", *names], rows) if rows else same)
     for history in histories:
         text = history.folder.recipe_file.read_text(encoding="utf-8")
-        folded = markup.details(f"the whole recipe of {history.name}", f"<pre>{markup.escape(text)}</pre>")
-        parts.append(folded)
-    return markup.section(
-        "recipe", "Recipe" if len(histories) == 1 else "Recipes and their differences", *parts
-    )
+        parts.append(markup.details(f"recipe of {history.name}", f"<pre>{markup.escape(text)}</pre>"))
+    return markup.section("recipe", "Recipe" if len(histories) == 1 else "Recipes", *parts)
 
 
 def environment(histories: Sequence[History]) -> str:

@@ -16,7 +16,7 @@ def stage_titles() -> list[str]:
         "bandwidth",
         "steps",
         "images",
-        "equivalent epochs",
+        "eq. epochs",
         "time",
         "images/s",
         "first loss",
