@@ -82,7 +82,7 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
             other.parts[-length:] == folder.parts[-length:] for other in others
         ):
             length += 1
-        names.append("/".join(folder.parts[-length:]))
+        names.append(str(Path(*folder.parts[-length:])))
     return names
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -39,6 +40,8 @@ def write_report(
         aside.write_text(text, encoding="utf-8", errors="replace")
         os.replace(aside, file)
     except OSError as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise UserError(f"{str(file)!r} cannot be written: {error.strerror or error}") from error
     return file
 
