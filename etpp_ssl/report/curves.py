@@ -57,6 +57,18 @@ class XAxis:
     divisor: float = 1.0
 
 
+def quantities(histories: Sequence[History]) -> list[Quantity]:
+    """What the runs' logs measure, the losses of a combined target's parts included."""
+    keys = dict.fromkeys(key for history in histories for row in history.rows for key in row)
+    parts = [key for key in keys if key.startswith("loss_")]
+    whole, *others = QUANTITIES
+    return [
+        whole,
+        *(Quantity(key, f"part of the loss: {key[5:]}", whole.note, broken=True) for key in parts),
+        *others,
+    ]
+
+
 def x_axes(histories: Sequence[History]) -> list[XAxis]:
     """Steps, compute and time, the last in the unit that suits the longest run."""
     last = [number(row.get("seconds")) or 0.0 for history in histories for row in history.rows[-1:]]

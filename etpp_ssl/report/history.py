@@ -144,9 +144,9 @@ def _num_images(recipe: Recipe, rows: list[dict[str, Any]]) -> int:
         return recipe.data.num_images
     for row in rows:
         epochs, bandwidth = number(row.get("equivalent_epochs")), row.get("bandwidth")
-        if row.get("stage") == 0 and epochs and bandwidth:
-            images_at_full_size: float = row["step"] * recipe.batch_size * area_share(bandwidth, recipe.size)
-            return max(1, round(images_at_full_size / epochs))
+        if row.get("stage") == 0 and epochs and bandwidth and "images_seen" in row:
+            at_full_size = float(row["images_seen"]) * area_share(bandwidth, recipe.size)
+            return max(1, round(at_full_size / epochs))
     source = open_split(
         recipe.data, "train", in_chans=recipe.in_chans, image_size=recipe.size, seed=recipe.seed
     )

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.model.mae import MaskedAutoencoder
-from etpp_ssl.model.masking import num_visible, random_masking
 from etpp_ssl.model.patches import gather_patches, grid_of, patchify, unpatchify
 from etpp_ssl.objective.base import Objective
 
@@ -64,30 +63,16 @@ class Reconstruction:
 
 
 def reconstruct(
-    model: MaskedAutoencoder,
-    objective: Objective,
-    images: Tensor,
-    number: int,
-    *,
-    mask_ratio: float,
-    seed: int,
+    model: MaskedAutoencoder, objective: Objective, images: Tensor, ids_keep: Tensor
 ) -> Reconstruction:
-    """Mask an image and let the model predict the rest, in float32.
+    """Let the model predict what is masked, in float32.
 
     Args:
         model: in eval mode.
         objective: the run's target.
         images: the normalised low-frequency crop, float32 (1, C, H, W), whole patches.
-        number: of the image; mask and (seed, number) belong together as in the reconstruction probe.
-        mask_ratio: share of the patches to remove.
-        seed: of the masks.
-
-    Raises:
-        UserError: if the ratio leaves no visible or no masked patch.
+        ids_keep: int64 (1, K), the visible patches.
     """
-    grid = grid_of((images.shape[-2], images.shape[-1]), model.patch_size)
-    num_patches = grid[0] * grid[1]
-    ids_keep = random_masking(torch.tensor([number]), num_patches, num_visible(num_patches, mask_ratio), seed)
     with torch.inference_mode():
         values_BMV, ids_removed = model(images, ids_keep)
         loss = objective(values_BMV, ids_removed, images).item()

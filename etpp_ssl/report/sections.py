@@ -8,12 +8,12 @@ from etpp_ssl.config import show_size
 from etpp_ssl.report import markup
 from etpp_ssl.report.curves import (
     PALETTE,
-    QUANTITIES,
     XAxis,
     colour_of,
     curve_figure,
     dashed,
     probe_figures,
+    quantities,
     x_axes,
 )
 from etpp_ssl.report.differences import ABSENT, differences
@@ -67,7 +67,8 @@ def _summary_of(history: History) -> dict[str, str]:
         values["images gained"] = f"{images_gained(history.curriculum):.3g} x those at full size"
     epochs, images, seconds = (number(last.get(k)) for k in ("equivalent_epochs", "images_seen", "seconds"))
     if epochs is not None:
-        values["compute"] = f"{epochs:.4g} of {recipe.budget_epochs:g} equivalent epochs"
+        whole = f" of {history.curriculum.equivalent_epochs:.4g}" if history.curriculum is not None else ""
+        values["compute"] = f"{epochs:.4g}{whole} equivalent epochs"
     if images is not None:
         values["images seen"] = f"{images:,.0f}"
     if seconds:
@@ -94,7 +95,7 @@ def curves(histories: Sequence[History]) -> str:
 
 def _curves_over(histories: Sequence[History], x_axis: XAxis) -> str:
     figures = []
-    for quantity in QUANTITIES:
+    for quantity in quantities(histories):
         drawn = curve_figure(histories, quantity, x_axis)
         if drawn is not None:
             key, about = f"{quantity.key}-{x_axis.key}", f"{quantity.label} over {x_axis.label}"

@@ -8,10 +8,11 @@ Legend: C channels, H, W pixels, M masked patches, V values per patch, K bins, a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor
 
 from etpp_ssl.objective.pixels import PixelsConfig
@@ -114,5 +115,33 @@ def _glyphs(shown: Reconstruction, cells: Tensor) -> np.ndarray:
     return grey[:, :, None].repeat(3, axis=2)
 
 
-DRAWN: dict[str, Callable[[Any, Reconstruction, ChannelView], list[Panel]]] = {"pixels": _pixel_panels}
+def _hog_panels(target: Any, shown: Reconstruction, view: ChannelView) -> list[Panel]:
+    """Of `hog`, whose values are in the order (cell row, cell column, C, K)."""
+    channels = shown.images.shape[1]
+    objective = target.build(patch_size=shown.patch_size, in_chans=channels)
+    a, b = objective.cells_per_patch
+
+    def mean_over_channels(values: Tensor) -> Tensor:
+        return reduce(values, "n m (a b c k) -> n m k a b", "mean", a=a, b=b, c=channels)
+
+    return histogram_panels(shown, mean_over_channels)
+
+
+def _combined_panels(target: Any, shown: Reconstruction, view: ChannelView) -> list[Panel]:
+    """Of `combined`, whose parts' values stand one after the other."""
+    channels = shown.images.shape[1]
+    lengths = [part.build(patch_size=shown.patch_size, in_chans=channels).num_values for part in target.parts]
+    values, targets = shown.values_BMV.split(lengths, dim=-1), shown.target_BMV.split(lengths, dim=-1)
+    panels = [
+        target_panels(part, replace(shown, values_BMV=own, target_BMV=wanted), view)
+        for part, own, wanted in zip(target.parts, values, targets, strict=True)
+    ]
+    return [panel for part in panels for panel in part]
+
+
+DRAWN: dict[str, Callable[[Any, Reconstruction, ChannelView], list[Panel]]] = {
+    "pixels": _pixel_panels,
+    "hog": _hog_panels,
+    "combined": _combined_panels,
+}
 """By the literal `name` of a target's Config."""

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.curriculum.cost import area_share
+from etpp_ssl.model.masking import num_visible, random_masking
+from etpp_ssl.model.patches import grid_of
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.report.channels import ChannelView
 from etpp_ssl.report.grid import enlargement, grid_figure, save_grid
@@ -70,19 +73,13 @@ class Viewer:
         """Show an image to the model, masked, at a bandwidth; None is the full image.
 
         Raises:
-            UserError: for a bandwidth that does not serve.
+            UserError: for a bandwidth that does not serve, or leaves no visible or no masked patch.
         """
         recipe = self.recipe
         bandwidth = bandwidth or recipe.size
         check_bandwidth(bandwidth, recipe.size, recipe.patch_size)
-        shown = reconstruct(
-            self.model,
-            self.objective,
-            self.crops(picture, bandwidth),
-            picture.number,
-            mask_ratio=recipe.model.mask_ratio,
-            seed=self.seed,
-        )
+        images = self.crops(picture, bandwidth)
+        shown = reconstruct(self.model, self.objective, images, self._visible(picture.number, bandwidth))
         removed = shown.grid[0] * shown.grid[1] - shown.ids_keep.shape[1]
         note = f"{removed} of {shown.grid[0] * shown.grid[1]} patches removed"
         at = "" if bandwidth == recipe.size else f", bandwidth {show_size(bandwidth)}"
@@ -92,6 +89,12 @@ class Viewer:
             target_panels(recipe.target, shown, self.view),
             shown,
         )
+
+    def _visible(self, number: int, bandwidth: tuple[int, int]) -> Tensor:
+        """Ids of the visible patches, as the reconstruction probe draws them for image `number`."""
+        grid = grid_of(bandwidth, self.recipe.patch_size)
+        num_keep = num_visible(grid[0] * grid[1], self.recipe.model.mask_ratio)
+        return random_masking(torch.tensor([number]), grid[0] * grid[1], num_keep, self.seed)
 
     def crops_of(self, picture: Picture) -> list[Panel]:
         """The image at every bandwidth of the curriculum; last the image itself."""
@@ -198,8 +201,7 @@ def _heading(viewer: Viewer, picture: Picture, shown: Shown, run: str) -> str:
     recipe = viewer.recipe
     parts = [
         f"{run}: {picture.name}",
-        f"mask ratio {recipe.model.mask_ratio:g}",
-        f"seed {viewer.seed}",
+        f"mask seed {viewer.seed}",
         f"loss on this image {shown.reconstruction.loss:.4g}",
         viewer.view.caption,
         missing_picture(recipe.target) or "",

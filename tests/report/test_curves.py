@@ -21,6 +21,7 @@ from etpp_ssl.report.curves import (
     dashed,
     points,
     probe_figures,
+    quantities,
     x_axes,
 )
 from etpp_ssl.report.figures import INK
@@ -95,6 +96,15 @@ def test_figures_overlay_all_runs_on_each_axis(run: Path, tmp_path: Path) -> Non
     histories[0].rows.clear()
     histories[1].rows.clear()
     assert curve_figure(histories, QUANTITIES[0], axes[0]) is None
+
+
+def test_parts_of_a_loss_have_curves_of_their_own(run: Path) -> None:
+    (history,) = read_histories([run], print)
+    assert quantities([history]) == list(QUANTITIES)
+    history.rows[1]["loss_hog"] = 0.25
+    extra = quantities([history])[1]
+    assert (extra.key, extra.broken) == ("loss_hog", True)
+    assert points(history.rows, extra, STEPS)[1].tolist() == [0.25]
 
 
 @pytest.mark.parametrize(("seconds", "unit"), [(10, "seconds"), (130, "minutes"), (8000, "hours")])

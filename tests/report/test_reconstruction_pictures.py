@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,8 +82,7 @@ def test_the_honest_picture_knows_nothing_of_the_removed_pixels() -> None:
     other = shown.images.clone()
     removed = shown.visible()[None].isnan()
     other[removed] = 7 * other[removed] + 3
-    changed = Reconstruction(other, PATCH, *(getattr(shown, name) for name in (
-        "ids_keep", "ids_removed", "values_BMV", "target_BMV", "loss")))  # fmt: skip
+    changed = replace(shown, images=other)
     before, after = (target_panels(PixelsConfig(), x, VIEW) for x in (shown, changed))
     for place_ in (0, 1):
         np.testing.assert_array_equal(before[place_].picture, after[place_].picture)
@@ -113,7 +113,7 @@ def test_histograms_are_drawn_cell_by_cell_in_the_removed_patches() -> None:
     shown = example()
     generator = torch.Generator().manual_seed(1)
     target, values = (torch.rand(1, 10, 54, generator=generator) for _ in range(2))
-    shown = Reconstruction(shown.images, PATCH, shown.ids_keep, shown.ids_removed, values, target, 0.0)
+    shown = replace(shown, values_BMV=values, target_BMV=target)
     panels = histogram_panels(shown, lambda v: rearrange(v, "b m (y x k) -> b m k y x", y=2, x=3))
     assert [panel.title for panel in panels] == ["prediction, orientations", "target, orientations"]
     for panel, numbers in zip(panels, (values, target), strict=True):
@@ -128,6 +128,34 @@ def test_histograms_are_drawn_cell_by_cell_in_the_removed_patches() -> None:
         assert set(np.unique(panel.picture[: 2 * GLYPH_PIXELS, 3 * GLYPH_PIXELS : 6 * GLYPH_PIXELS])) == set(
             BLANK
         )
+
+
+def test_hog_is_drawn_as_the_features_of_the_image() -> None:
+    hog = pytest.importorskip("etpp_ssl.objective.hog")
+    shown, target = example(), hog.HogConfig(cell=(2, 3))
+    objective = target.build(patch_size=PATCH, in_chans=3)
+    wanted = objective.target(shown.images, shown.ids_removed)
+    shown = replace(shown, values_BMV=torch.zeros_like(wanted), target_BMV=wanted)
+    prediction, drawn = target_panels(target, shown, VIEW)
+    features = hog.hog_features(shown.images, (2, 3)).mean(1)[0].numpy()
+    expected = np.round(255 * orientation_glyphs(features, GLYPH_PIXELS))
+    hidden = shown.visible()[0].isnan().numpy()[::2, ::3].repeat(GLYPH_PIXELS, 0).repeat(GLYPH_PIXELS, 1)
+    np.testing.assert_allclose(drawn.picture[hidden][:, 0], expected[hidden], atol=1)
+    assert not prediction.picture[hidden].any()
+
+
+def test_a_combined_target_is_drawn_part_by_part() -> None:
+    combined = pytest.importorskip("etpp_ssl.objective.combined")
+    target, shown = combined.CombinedConfig(), example()
+    objective = target.build(patch_size=PATCH, in_chans=3)
+    wanted = objective.target(shown.images, shown.ids_removed)
+    panels = target_panels(target, replace(shown, values_BMV=wanted, target_BMV=wanted), VIEW)
+    alone = target_panels(target.parts[0], example(), VIEW)
+    assert [panel.title for panel in panels[:4]] == [panel.title for panel in alone]
+    for panel, other in zip(panels[:4], alone, strict=True):
+        np.testing.assert_array_equal(panel.picture, other.picture)
+    prediction, truth = panels[4:]
+    np.testing.assert_array_equal(prediction.picture, truth.picture)
 
 
 def test_loss_and_masks_are_those_of_the_reconstruction_probe(trained_run: Callable[[str], Path]) -> None:
