@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 BLANK = (208, 236)
-"""Grey levels, as a checkerboard of pixels, of what is not there (NaN): no grey alone would be told from
+"""Grey levels, as a checkerboard, of what is not there (NaN): no grey alone would be told from
 an image's own."""
 
 
@@ -60,7 +60,8 @@ class ChannelView:
 
 def as_levels(values: np.ndarray) -> np.ndarray:
     """uint8 of float (H, W, ...) in [0, 1], clipped; NaN becomes `BLANK`."""
-    rows, columns = np.indices(values.shape[:2])
+    # Single pixels of a large picture would blur, or beat with those of the screen.
+    rows, columns = np.indices(values.shape[:2]) // max(1, max(values.shape[:2]) // 32)
     blank = np.where((rows + columns) % 2, *BLANK).reshape(*values.shape[:2], *(1,) * (values.ndim - 2))
     levels = np.where(np.isnan(values), blank, np.round(255 * np.clip(values, 0, 1)))
     return levels.astype(np.uint8)

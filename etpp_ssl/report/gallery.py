@@ -65,7 +65,7 @@ def _of_run(history: History, say: Callable[[str], None]) -> str:
 def _explanation(seen: list[Shown]) -> list[str]:
     """What the panels' own captions are too short for."""
     notes = {
-        panel.note: "outlined" if panel.leaks else "predictions"
+        panel.note: "outlined" if panel.leaks else "orientations" if panel.magnified else "predictions"
         for shown in seen[:1]
         for panel in shown.predictions
         if panel.note
@@ -89,9 +89,13 @@ def _strip(picture: Picture, checkpoints: list[Checkpoint], seen: list[Shown]) -
         for panel in shown.predictions[:1]:
             note = f"loss {shown.reconstruction.loss:.3g}"
             panels.append(_panel(panel._replace(title=f"step {checkpoint.step:,}", note=note), last))
+    newest = f"step {checkpoints[-1].step:,}"
     for panel in [panel for panel in last.predictions if panel.leaks][:1]:
-        title = f"step {checkpoints[-1].step:,}, leaking"
+        title = f"{newest}, leaking"
         panels.append(_panel(panel._replace(title=title, note="true statistics"), last, "leaks"))
+    # What is not made of pixels needs its target beside it: nobody sees that in the image.
+    for panel in [panel for panel in last.predictions[1:] if panel.magnified]:
+        panels.append(_panel(panel._replace(note=newest), last))
     name = markup.paragraph(picture.name, "soft")
     return f'{name}<div class="strip">{"".join(panels)}</div>\n'
 

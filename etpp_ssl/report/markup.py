@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+SMALL = 128
+"""Images with fewer pixels than this along each side are enlarged pixel by pixel, not smoothly."""
+
 
 def escape(text: object) -> str:
     """Text between tags or in a quoted attribute."""
@@ -65,7 +68,9 @@ def image(pixels: np.ndarray, description: str, share: float = 1.0) -> str:
     stored = io.BytesIO()
     Image.fromarray(pixels).save(stored, "PNG", optimize=True)
     height, width = pixels.shape[:2]
-    return png(stored.getvalue(), description, f'width="{width}" height="{height}" style="width:{share:.2%}"')
+    kind = _kind("small" if max(height, width) < SMALL else "")
+    attributes = f'width="{width}" height="{height}" style="width:{share:.2%}"{kind}'
+    return png(stored.getvalue(), description, attributes)
 
 
 def png(data: bytes, description: str, attributes: str = "") -> str:
