@@ -57,5 +57,8 @@ def _flat(config: BaseModel, prefix: str = "", neutral: bool = False) -> dict[st
 
 def _written(value: Any) -> str:
     if isinstance(value, tuple):
-        value = [item.model_dump(mode="json") if isinstance(item, BaseModel) else item for item in value]
+        value = [
+            item.model_dump(mode="json", exclude_none=True) if isinstance(item, BaseModel) else item
+            for item in value
+        ]
     return value if isinstance(value, str) else json.dumps(value, default=str)
