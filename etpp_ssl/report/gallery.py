@@ -39,14 +39,21 @@ def reconstructions(histories: Sequence[History], say: Callable[[str], None]) ->
 def _of_run(history: History, say: Callable[[str], None]) -> str:
     if not history.checkpoints:
         return markup.paragraph("There is no checkpoint yet.", "soft")
-    recipe, chosen = history.recipe, spread(history.checkpoints, MOST_CHECKPOINTS)
+    recipe = history.recipe
     pictures, split = pictures_of_run(recipe, NUM_IMAGES)
     viewer = Viewer(recipe)
+    chosen: list[Checkpoint] = []
     seen: list[list[Shown]] = []
-    for checkpoint in chosen:
+    for checkpoint in spread(history.checkpoints, MOST_CHECKPOINTS):
+        if not checkpoint.path.is_dir():
+            say(f"{history.name}: the run has removed its checkpoint of step {checkpoint.step} meanwhile")
+            continue
         say(f"{history.name}: reconstructing at step {checkpoint.step}")
         viewer.load(checkpoint)
         seen.append([viewer.look(picture) for picture in pictures])
+        chosen.append(checkpoint)
+    if not chosen:
+        return markup.paragraph("The run has removed its checkpoints meanwhile.", "soft")
     kept = len(history.checkpoints)
     sentences = [
         f"{len(pictures)} images of the {split} data at full size, with fixed masks, predicted by "

@@ -17,7 +17,8 @@ from PIL import Image
 from etpp_ssl.cli import main
 from etpp_ssl.report import markup
 from etpp_ssl.report.gallery import spread
-from etpp_ssl.report.page import write_report
+from etpp_ssl.report.history import read_histories
+from etpp_ssl.report.page import page, write_report
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 SECTIONS = ["summary", "curves", "curriculum", "reconstructions", "probes", "environment", "recipe"]
@@ -150,6 +151,17 @@ def test_a_broken_run_beside_a_sound_one(run: Path, trained_run: Callable[[str],
     read = outline(write_report([run, trained_run("five channels")], say=lambda _: None))
     assert "run: nothing is logged yet" in read.text
     assert read.drawings == 3 * 5 + 1
+
+
+def test_a_run_in_progress_may_remove_checkpoints_while_it_is_read(run: Path) -> None:
+    remove_log(run)
+    histories = read_histories([run], print)
+    shutil.rmtree(histories[0].checkpoints[0].path)
+    said: list[str] = []
+    assert "predicted by 2 of the 3 checkpoints" in page(histories, said.append)
+    assert "has removed its checkpoint of step 2" in said[0]
+    remove_checkpoints(run)
+    assert "The run has removed its checkpoints meanwhile." in page(histories, said.append)
 
 
 def test_pictures_of_checkpoints_that_are_gone_are_taken_from_what_was_saved(run: Path) -> None:
