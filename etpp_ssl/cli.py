@@ -179,6 +179,56 @@ def prepare(
         )
 
 
+@app.command()
+def reconstruct(
+    run: RunArgument,
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="IMAGE", help="Files and folders; by default a few images of the run's own data."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write; by default RUN/report/reconstruction.")
+    ] = None,
+    checkpoint: Annotated[int | None, typer.Option(help="Its step; by default the newest.")] = None,
+    bandwidth: Annotated[
+        str | None, typer.Option(help="Pixels that the model gets, as 96 or 96x128; by default all.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the masks; by default the run's.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Images of each folder, or of the run's data.")] = 8,
+) -> None:
+    """Show what a run makes of masked images: one PNG per image."""
+    from etpp_ssl.report.reconstruction import parse_bandwidth
+    from etpp_ssl.report.viewer import write_grids
+
+    files = write_grids(
+        run,
+        images or (),
+        out=out,
+        step=checkpoint,
+        bandwidth=None if bandwidth is None else parse_bandwidth(bandwidth),
+        seed=seed,
+        count=count,
+        say=say,
+    )
+    for file in files:
+        print(file)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Folders of runs.")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file to write; by default RUN/report/index.html of the first.")
+    ] = None,
+) -> None:
+    """Write one HTML page about a run, or about several side by side."""
+    from etpp_ssl.report.page import write_report
+
+    print(write_report(runs, out, say=say))
+
+
 def say(text: str) -> None:
     """A message beside the result."""
     print(text, file=sys.stderr)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from etpp_ssl.config import UserError
+from etpp_ssl.curriculum.hours import TimePlan
 from etpp_ssl.model.state_dict import load_weights as load_weights
 from etpp_ssl.recipe import Recipe, load_recipe
 
@@ -85,6 +86,19 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"
         self.plan_file = self.path / "plan.json"
         self.checkpoint_folder = self.path / "checkpoints"
+
+    def plan(self) -> TimePlan | None:
+        """The newest plan of a run with a budget in hours, or None where it has none.
+
+        Raises:
+            UserError: if it cannot be read.
+        """
+        if not self.plan_file.is_file():
+            return None
+        try:
+            return TimePlan.from_json(json.loads(self.plan_file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{str(self.plan_file)!r} is no plan: {error!r}") from error
 
     def exists(self) -> bool:
         """Whether a run was started here."""

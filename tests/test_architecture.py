@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "objective": {*BASE, "objective", "model.patches"},
     "evaluation": {*BASE, *SIBLINGS, "evaluation"},
     "recipe": {*BASE, *SIBLINGS, "evaluation"},
-    "run_folder": {*BASE, "recipe", "model.state_dict"},
+    "run_folder": {*BASE, "curriculum.hours", "recipe", "model.state_dict"},
     "engine": {*BASE, *SIBLINGS, "evaluation", "recipe", "run_folder", "engine"},
     "export": {*BASE, *SIBLINGS, "recipe", "run_folder", "export"},
     "report": {*BASE, *SIBLINGS, "recipe", "run_folder", "report"},

@@ -14,7 +14,6 @@ from etpp_ssl.data.sampler import micro_batch_of
 from etpp_ssl.data.splits import open_split
 from etpp_ssl.engine.decoder_cost import decoder_flops, other_decoders
 from etpp_ssl.engine.replay_memory import replay_bytes, replay_notes
-from etpp_ssl.engine.start import read_plan
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.masker import MaskCounts, MaskRatioRamp
 from etpp_ssl.model.patches import grid_of
@@ -106,7 +105,7 @@ def plan_run(recipe: Recipe, folder: RunFolder | None = None) -> Plan:
             )
         )
     curriculum = recipe.build_curriculum(num_images)
-    recorded = read_plan(folder) if folder is not None else None
+    recorded = folder.plan() if folder is not None else None
     if recorded is not None and (recorded.hours, recorded.stages) != (
         recipe.budget_hours,
         curriculum.portions,

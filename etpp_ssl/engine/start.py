@@ -146,17 +146,3 @@ def write_plan(folder: RunFolder, plan: TimePlan | None) -> None:
         aside = folder.plan_file.with_suffix(".writing")
         aside.write_text(json.dumps(plan.to_json(), indent=1), encoding="utf-8")
         os.replace(aside, folder.plan_file)
-
-
-def read_plan(folder: RunFolder) -> TimePlan | None:
-    """The newest plan in hours of a run, or None where it has none.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
-    if not folder.plan_file.is_file():
-        return None
-    try:
-        return TimePlan.from_json(json.loads(folder.plan_file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{str(folder.plan_file)!r} is no plan: {error!r}") from error

@@ -101,18 +101,22 @@ def crop_figure(
 
 def stages_figure(
     curricula: Mapping[str, Curriculum],
-    learning_rate: Callable[[float], float],
+    learning_rate: Callable[[float], float] | Mapping[str, Callable[[float], float]],
     *,
     figsize: tuple[float, float] = (8.3, 5.2),
+    colours: Sequence[str] = (INK, *COLOURS),
+    legend: bool = True,
 ) -> Figure:
     """How runs spend their compute: bandwidth, images seen and learning rate over the share of compute.
 
     Args:
         curricula: by the name in the legend. The legend also says how many times the images each run
             sees that its compute would buy at full resolution.
-        learning_rate: from the share of compute spent, in [0, 1], as an optimizer `Schedule`; one curve
-            for all, as it does not depend on the stages.
+        learning_rate: from the share of compute spent, in [0, 1], as an optimizer `Schedule`; one for
+            all, as it does not depend on the stages, or one for each name.
         figsize: (width, height) in inches.
+        colours: of the curricula, in turn.
+        legend: whether the figure names the curricula; without it, the page around has to.
 
     Returns:
         A figure on white with three axes in this order; bandwidths in pixels (of the shorter side where
@@ -129,10 +133,15 @@ def stages_figure(
         3, 1, sharex=True, gridspec_kw={"height_ratios": [1.7, 1.3, 1]}
     )
     shares = np.linspace(0, 1, 1001)
-    rate_axes.plot(100 * shares, [learning_rate(share) for share in shares.tolist()], color=INK, lw=1.8)
+    rates = learning_rate if isinstance(learning_rate, Mapping) else {"": learning_rate}
+    for index, rate in enumerate(rates.values()):
+        colour = colours[index % len(colours)] if rates is learning_rate else INK
+        # The first is wider, so that it shows on both sides of one that coincides.
+        width = 1.8 if index or len(rates) == 1 else 2.6
+        rate_axes.plot(100 * shares, [rate(share) for share in shares.tolist()], color=colour, lw=width)
     for index, (name, curriculum) in enumerate(curricula.items()):
-        colour = COLOURS[(index - 1) % len(COLOURS)] if index else INK
-        label = f"{name} ({_images_gained(curriculum):.3g}× the images)"
+        colour = colours[index % len(colours)]
+        label = f"{name} ({images_gained(curriculum):.3g}× the images)"
         # Neighbouring tracks that step up together stay apart if what is drawn higher steps earlier.
         aside = 2.6 * ((len(curricula) - 1) / 2 - index) / 72
         apart = bandwidth_axes.transData + ScaledTranslation(-aside, aside, figure.dpi_scale_trans)
@@ -155,6 +164,15 @@ def stages_figure(
             turns = (4 * index, (4, 4 * (len(curricula) - 1)))
             images_axes.plot(starts, seen, color=colour, lw=1.8, linestyle=turns, zorder=3)
     _dress_stages(figure, list(curricula.values()))
+    if legend:
+        figure.legend(
+            loc="outside upper center",
+            ncols=min(2, len(curricula)),
+            fontsize=FONT_SIZE,
+            frameon=False,
+            labelcolor=INK,
+            handlelength=1.8,
+        )
     return figure
 
 
@@ -188,14 +206,6 @@ def _dress_stages(figure: Figure, curricula: list[Curriculum]) -> None:
         for change in changes:
             axes.axvline(change, color=FAINT, lw=0.8, ls=":", zorder=0)
     figure.align_ylabels()
-    figure.legend(
-        loc="outside upper center",
-        ncols=min(2, len(curricula)),
-        fontsize=FONT_SIZE,
-        frameon=False,
-        labelcolor=INK,
-        handlelength=1.8,
-    )
 
 
 def _far_enough(values: list[int], distance: float) -> bool:
@@ -209,7 +219,7 @@ def _unit(largest: int) -> tuple[int, str]:
     return 1, ""
 
 
-def _images_gained(curriculum: Curriculum) -> float:
+def images_gained(curriculum: Curriculum) -> float:
     """Images seen over images that the same compute buys at full resolution."""
     full = sum(
         stage.num_steps * stage.batch_size * area_share(stage.bandwidth, curriculum.image_size)

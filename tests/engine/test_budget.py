@@ -20,7 +20,6 @@ from etpp_ssl.engine.budget import train_step
 from etpp_ssl.engine.plan import plan_run
 from etpp_ssl.engine.pretrain import pretrain
 from etpp_ssl.engine.run import Run, open_run
-from etpp_ssl.engine.start import read_plan
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 
@@ -98,7 +97,7 @@ def test_it_ends_on_time_and_gives_stages_their_shares(
     shares = [spent / sum(compute) for spent in compute]
     assert shares == pytest.approx([0.2, 0.4, 0.4], abs=0.03)
     assert rows(tmp_path / "run")[-1]["equivalent_epochs"] == run.curriculum.equivalent_epochs
-    assert read_plan(run.folder) == run.state.plan
+    assert run.folder.plan() == run.state.plan
 
     assert not plan_run(run.recipe).decided
     plan = plan_run(run.recipe, run.folder)

@@ -228,6 +228,17 @@ def test_tracks_that_coincide_are_drawn_apart() -> None:
     assert one[1] - other[1] >= steps.lines[0].get_linewidth()
 
 
+def test_stages_figure_can_have_a_rate_and_a_colour_for_each_run_and_no_legend() -> None:
+    curricula = {"one": EfficientTrain(**RUN), "other": Constant(image_size=(224, 224), **RUN)}
+    rates = {"one": SCHEDULE, "other": Schedule(peak=3e-3, minimum=0.0, warmup_share=0.1)}
+    figure = stages_figure(curricula, rates, colours=("#112233", "#445566"), legend=False)
+    assert figure.legends == []
+    steps, _, rate = figure.axes
+    assert [line.get_color() for line in rate.lines[:2]] == ["#112233", "#445566"]
+    assert [line.get_color() for line in steps.lines[:2]] == ["#112233", "#445566"]
+    assert [max(line.get_ydata()) for line in rate.lines[:2]] == pytest.approx([1e-3, 3e-3])
+
+
 def test_stages_figure_needs_a_curriculum() -> None:
     with pytest.raises(UserError, match="at least one curriculum"):
         stages_figure({}, SCHEDULE)

@@ -1,0 +1,194 @@
+"""Curves of one or more runs over steps, compute or time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from etpp_ssl.report.figures import COLOURS, FAINT, FONT_SIZE, INK
+from etpp_ssl.report.history import History, number, probe_keys
+
+MOST_POINTS = 400
+"""Of a curve; longer logs are averaged down to about this many."""
+FEW_POINTS = 12
+"""Curves of no more are marked point by point: one row alone has no line."""
+PALETTE = (COLOURS[1], COLOURS[0], *COLOURS[2:], INK)
+FIGURE_SIZE = (4.4, 2.4)
+"""Inches; drawn so that the text is still read when a phone shows the width in 360 pixels."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Something that a row of the log measures."""
+
+    key: str
+    label: str
+    note: str = ""
+    factor: float = 1.0
+    averaged: bool = True
+    """Whether points of long logs are means; otherwise the last value stands for its neighbours."""
+    from_zero: bool = False
+    broken: bool = False
+    """Whether the curve starts anew at each stage, since values of two stages do not compare."""
+
+
+QUANTITIES = (
+    Quantity("loss", "training loss", "on what each stage shows: stages do not compare", broken=True),
+    Quantity("lr", "learning rate", averaged=False, from_zero=True),
+    Quantity("bandwidth", "bandwidth (px)", "of the shorter side", averaged=False),
+    Quantity("images_per_second", "images per second", "over all processes", from_zero=True),
+    Quantity("data_wait_share", "waiting for data (%)", "share of the time", factor=100, from_zero=True),
+)
+
+
+@dataclass(frozen=True)
+class XAxis:
+    """What curves are drawn over."""
+
+    key: str
+    title: str
+    label: str
+    divisor: float = 1.0
+
+
+def quantities(histories: Sequence[History]) -> list[Quantity]:
+    """What the runs' logs measure, the losses of a combined target's parts included."""
+    keys = dict.fromkeys(key for history in histories for row in history.rows for key in row)
+    parts = [key for key in keys if key.startswith("loss_")]
+    whole, *others = QUANTITIES
+    return [
+        whole,
+        *(Quantity(key, f"part of the loss: {key[5:]}", whole.note, broken=True) for key in parts),
+        *others,
+    ]
+
+
+def x_axes(histories: Sequence[History]) -> list[XAxis]:
+    """Steps, compute and time, the last in the unit that suits the longest run."""
+    last = [number(row.get("seconds")) or 0.0 for history in histories for row in history.rows[-1:]]
+    longest = max(last, default=0.0)
+    unit, divisor = next(
+        (unit, divisor)
+        for unit, divisor in (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+        if longest >= 2 * divisor or divisor == 1
+    )
+    return [
+        XAxis("step", "steps", "optimizer steps"),
+        XAxis("equivalent_epochs", "compute", "compute (equivalent epochs)"),
+        XAxis("seconds", "time", f"training time ({unit})", divisor),
+    ]
+
+
+def colour_of(index: int) -> str:
+    """Of the run at `index` in a report."""
+    return PALETTE[index % len(PALETTE)]
+
+
+def dashed(index: int) -> bool:
+    """Whether a run's lines are dashed: those beyond the palette, whose colours repeat."""
+    return index >= len(PALETTE)
+
+
+def curve_figure(histories: Sequence[History], quantity: Quantity, x_axis: XAxis) -> Figure | None:
+    """One quantity of all runs; None if no run has it."""
+    figure, axes = _empty(x_axis.label)
+    drawn = False
+    for index, history in enumerate(histories):
+        x, y = points(history.rows, quantity, x_axis)
+        drawn |= _draw(axes, x, y, index, stepped=quantity.key == "bandwidth")
+    if quantity.from_zero and drawn:
+        axes.set_ylim(bottom=0)
+    return figure if drawn else None
+
+
+def probe_figures(histories: Sequence[History], x_axis: XAxis) -> dict[str, Figure]:
+    """A figure for each result of the probes that ran during training, where a run has two or more."""
+    keys = probe_keys([row for history in histories for row in history.probes])
+    figures = {}
+    for key in keys:
+        figure, axes = _empty(x_axis.label)
+        longest = 0
+        for index, history in enumerate(histories):
+            rows = [row for row in history.probes if number(row.get(key)) is not None]
+            x = _probe_positions(history, rows, x_axis)
+            _draw(axes, x, np.array([row[key] for row in rows], dtype=float), index)
+            longest = max(longest, len(rows))
+        if longest >= 2:
+            figures[key] = figure
+    return figures
+
+
+def points(
+    rows: Sequence[dict[str, Any]], quantity: Quantity, x_axis: XAxis
+) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of a curve, thinned stage by stage; NaN between stages where the curve is broken."""
+    kept = [
+        (row.get("stage"), x / x_axis.divisor, y * quantity.factor)
+        for row in rows
+        if (x := number(row.get(x_axis.key))) is not None and (y := _value(row, quantity.key)) is not None
+    ]
+    xs: list[np.ndarray] = []
+    ys: list[np.ndarray] = []
+    size = -(-len(kept) // MOST_POINTS)
+    for stage in dict.fromkeys(stage for stage, _, _ in kept):
+        inside = np.array([(x, y) for other, x, y in kept if other == stage])
+        parts = np.array_split(inside, -(-len(inside) // size))
+        reduced = np.array([part.mean(0) if quantity.averaged else part[-1] for part in parts])
+        if quantity.broken and xs:
+            xs.append(reduced[:1, 0])
+            ys.append(np.array([np.nan]))
+        xs.append(reduced[:, 0])
+        ys.append(reduced[:, 1])
+    if not xs:
+        return np.empty(0), np.empty(0)
+    return np.concatenate(xs), np.concatenate(ys)
+
+
+def _value(row: dict[str, Any], key: str) -> float | None:
+    value = row.get(key)
+    if key == "bandwidth" and isinstance(value, list) and value:
+        return number(min(value))
+    return number(value)
+
+
+def _probe_positions(history: History, rows: list[dict[str, Any]], x_axis: XAxis) -> np.ndarray:
+    """Where probes stand on an axis: their rows know the step alone."""
+    steps = np.array([row["step"] for row in rows], dtype=float)
+    known = [(row["step"], x) for row in history.rows if (x := number(row.get(x_axis.key))) is not None]
+    if x_axis.key == "step" or not known:
+        return steps
+    at, there = np.array(known, dtype=float).T
+    return np.asarray(np.interp(steps, at, there)) / x_axis.divisor
+
+
+def _draw(axes: Axes, x: np.ndarray, y: np.ndarray, index: int, stepped: bool = False) -> bool:
+    # Lines that coincide: the first is drawn wider, so that it shows on both sides of the others.
+    (line,) = axes.plot(x, y, color=colour_of(index), lw=1.5 if index else 2.0)
+    if dashed(index):
+        line.set_linestyle("--")
+    if stepped:
+        line.set_drawstyle("steps-pre")
+    if len(x) <= FEW_POINTS:
+        line.set(marker="o", markersize=3)
+    return len(x) > 0
+
+
+def _empty(x_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=FIGURE_SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x_label, size=FONT_SIZE, color=INK)
+    axes.tick_params(labelsize=FONT_SIZE, color=FAINT, labelcolor=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.grid(color=FAINT, lw=0.5, alpha=0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
+    return figure, axes
