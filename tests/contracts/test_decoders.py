@@ -241,10 +241,10 @@ def test_a_run_with_it_resumes_to_the_same_bits(
     pretrain(tiny_recipe(f"output={tmp_path / 'whole'}", *extra))
     real = loop._log_due
 
-    def crash(run: Any, stage: Any) -> bool:
+    def crash(run: Any) -> bool:
         if run.state.step == 4:
             raise Crash
-        return real(run, stage)
+        return real(run)
 
     recipe = tiny_recipe(f"output={tmp_path / 'cut'}", "checkpoint.every_steps=3", *extra)
     monkeypatch.setattr(loop, "_log_due", crash)

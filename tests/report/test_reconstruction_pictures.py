@@ -168,7 +168,7 @@ def test_loss_and_masks_are_those_of_the_reconstruction_probe(trained_run: Calla
     source = open_split(recipe.data, "eval", in_chans=3, image_size=recipe.size, seed=recipe.seed)
     view = EvalView(recipe.size, recipe.data.crop_pct)
     losses = [
-        viewer.look(Picture("", index, view(source.load(index), index, recipe.size))).reconstruction.loss
+        viewer.look(Picture("", index, view(source.open(index), index, recipe.size))).reconstruction.loss
         for index in keyed_indices(len(source), 6, recipe.seed, "heldout")
     ]
     probed = [row["heldout_loss"] for row in folder.metrics() if "heldout_loss" in row]
