@@ -1,8 +1,8 @@
 """One resize out of a box that may lie between pixels, by torch's kernel where it can, else by Pillow's.
 
-Torch's uint8 kernels have Pillow's weights and agree with Pillow's to one level, two when they enlarge
-(more where an overshoot is clipped between the two passes, which they take in another order), at a third
-to a sixth of the time on a processor with AVX2. They know no box: an axis has to start at the border of
+Torch's uint8 kernels have Pillow's weights and agree with Pillow's to two levels, mostly to one (more where
+an overshoot is clipped between the two passes, which they take in another order), at a third to a sixth of
+the time on a processor with AVX2. They know no box: an axis has to start at the border of
 a pixel. An axis of which only the end does is resized backwards.
 
 Legend: C channels, H, W input and h, w output pixels.

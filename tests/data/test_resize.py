@@ -45,7 +45,7 @@ fractions = st.sampled_from([0.0, 0.125, 0.25, 0.5, 0.75, 0.875])
     interpolation=st.sampled_from(["bicubic", "bilinear", "lanczos"]),
 )
 @settings(max_examples=150, deadline=None)
-def test_torch_agrees_with_pillow_to_a_level_or_two(
+def test_torch_agrees_with_pillow_to_two_levels(
     shape: tuple[int, int, int],
     size: tuple[int, int],
     edges: tuple[float, float],
@@ -61,8 +61,8 @@ def test_torch_agrees_with_pillow_to_a_level_or_two(
     found = resize(region, size, interpolation)
     assert found.dtype == torch.uint8
     assert found.shape == (shape[2], size[1], size[0])
-    enlarges = size[0] > right - left or size[1] > bottom - top
-    assert gap(found, by_pillow(region, size, interpolation)).max() <= (2 if enlarges else 1)
+    # Two passes, each rounded, in another order than Pillow's.
+    assert gap(found, by_pillow(region, size, interpolation)).max() <= 2
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
