@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 
 if TYPE_CHECKING:
+    from etpp_ssl.engine.run import Run
     from etpp_ssl.recipe import Recipe
 
 
@@ -35,6 +37,31 @@ def _fresh_accelerate() -> Iterator[None]:
 
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+
+
+@pytest.fixture
+def crash_after() -> Callable[[int], AbstractContextManager[None]]:
+    """Call it with a step: a run inside ends right after that optimizer step, as a crash would end it."""
+    from etpp_ssl.engine import pretrain as loop
+
+    class Crash(Exception):
+        pass
+
+    @contextmanager
+    def crashing(step: int) -> Iterator[None]:
+        real = loop._log_due
+
+        def crash(run: Run) -> bool:
+            if run.state.step == step:
+                raise Crash
+            return real(run)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "_log_due", crash)
+            with pytest.raises(Crash):
+                yield
+
+    return crashing
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -15,7 +16,6 @@ from pydantic import BaseModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-import etpp_ssl.engine.pretrain as loop
 import etpp_ssl.model
 from etpp_ssl.engine.decoder_cost import decoder_flops, other_decoders
 from etpp_ssl.engine.pretrain import pretrain
@@ -224,33 +224,20 @@ def test_the_export_is_the_encoder_alone_and_opens_in_timm(
     assert trained != (not exported["norm.bias"].any())
 
 
-class Crash(Exception):
-    pass
-
-
 @every_decoder
 def test_a_run_with_it_resumes_to_the_same_bits(
     settings: dict[str, Any],
     tiny_recipe: Callable[..., Recipe],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    crash_after: Callable[[int], AbstractContextManager[None]],
 ) -> None:
     extra = overrides(settings)
     if "predict_ratio" in type(ModelConfig(decoder=settings).decoder).model_fields:
         extra.append("model.decoder.predict_ratio=0.4")
     pretrain(tiny_recipe(f"output={tmp_path / 'whole'}", *extra))
-    real = loop._log_due
-
-    def crash(run: Any) -> bool:
-        if run.state.step == 4:
-            raise Crash
-        return real(run)
-
     recipe = tiny_recipe(f"output={tmp_path / 'cut'}", "checkpoint.every_steps=3", *extra)
-    monkeypatch.setattr(loop, "_log_due", crash)
-    with pytest.raises(Crash):
+    with crash_after(4):
         pretrain(recipe)
-    monkeypatch.setattr(loop, "_log_due", real)
     pretrain(recipe)
     whole, cut = (RunFolder(tmp_path / name).checkpoints()[0].model() for name in ("whole", "cut"))
     assert whole.keys() == cut.keys()

@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import etpp_ssl.engine.pretrain as loop
 from etpp_ssl.engine.pretrain import pretrain
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.recipe import Recipe
@@ -20,10 +20,6 @@ from etpp_ssl.run_folder import RunFolder
 
 CROSS = "model.decoder={name: cross, embed_dim: 8, depth: 2, num_heads: 2, predict_ratio: 0.4}"
 RAMP = "model.mask_ratio={start: 0.5, end: 0.75}"
-
-
-class Crash(Exception):
-    pass
 
 
 def test_every_step_has_the_masks_of_its_samples_and_its_progress(
@@ -53,22 +49,16 @@ def test_every_step_has_the_masks_of_its_samples_and_its_progress(
 
 @pytest.mark.parametrize("pattern", ["block", "grid"])
 def test_resume_is_bitwise_with_any_pattern_and_a_schedule(
-    pattern: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pattern: str,
+    tiny_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    crash_after: Callable[[int], AbstractContextManager[None]],
 ) -> None:
     overrides = [CROSS, RAMP, f"model.masking={pattern}", "checkpoint.every_steps=4"]
     pretrain(tiny_recipe(f"output={tmp_path / 'whole'}", *overrides))
-    real = loop._log_due
-
-    def crash(run: Any) -> bool:
-        if run.state.step == 7:
-            raise Crash
-        return real(run)
-
     cut = tiny_recipe(f"output={tmp_path / 'cut'}", "data.num_workers=1", *overrides)
-    monkeypatch.setattr(loop, "_log_due", crash)
-    with pytest.raises(Crash):
+    with crash_after(7):
         pretrain(cut)
-    monkeypatch.setattr(loop, "_log_due", real)
     pretrain(cut)
     whole, resumed = (RunFolder(tmp_path / name).checkpoints()[0].model() for name in ("whole", "cut"))
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +33,11 @@ def rows(folder: Path, *, without: set[str] = TIMINGS) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in without} for line in lines]
 
 
-def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, how: type[BaseException]) -> None:
-    """End the next run right after its optimizer step number `step`, as a crash would."""
-    real = loop._log_due
-
-    def crash(run: Any) -> bool:
-        if run.state.step == step:
-            monkeypatch.setattr(loop, "_log_due", real)
-            raise how
-        return real(run)
-
-    monkeypatch.setattr(loop, "_log_due", crash)
-
-
 def assert_same(a: Path, b: Path) -> None:
     x, y = weights(a), weights(b)
     assert x.keys() == y.keys()
     assert [name for name in x if not torch.equal(x[name], y[name])] == []
     assert rows(a) == rows(b)
-
-
-class Crash(Exception):
-    pass
 
 
 @pytest.fixture
@@ -66,7 +50,7 @@ def test_resume_is_bitwise_at_any_step_with_any_workers(
     whole: Path,
     tiny_recipe: Callable[..., Recipe],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    crash_after: Callable[[int], AbstractContextManager[None]],
 ) -> None:
     # Steps 5 and 11 lie between two rows, 12 and 17 in the middle of an epoch and of a stage.
     for number, (stop, workers) in enumerate([(5, 2), (11, 0), (12, 1), (17, 3)]):
@@ -77,8 +61,7 @@ def test_resume_is_bitwise_at_any_step_with_any_workers(
             "probe=knn",
             "probe.every_steps=7",
         )
-        stop_after(stop, monkeypatch, Crash)
-        with pytest.raises(Crash):
+        with crash_after(stop):
             pretrain(recipe)
         steps = [checkpoint.step for checkpoint in RunFolder(tmp_path / "cut").checkpoints()]
         assert steps[0] == stop - 1 - (stop - 1) % 2, f"attempt {number}"
@@ -155,7 +138,9 @@ def test_the_learning_rate_is_one_curve_over_compute(whole: Path) -> None:
 
 
 def test_a_large_batch_moves_learning_rate_and_samples_with_the_stage_and_resumes_to_the_bit(
-    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    crash_after: Callable[[int], AbstractContextManager[None]],
 ) -> None:
     overrides = ["curriculum.large_batch=tokens", "budget_epochs=6", "micro_batch_size=4"]
     run = pretrain(tiny_recipe(f"output={tmp_path / 'whole'}", *overrides))
@@ -170,8 +155,7 @@ def test_a_large_batch_moves_learning_rate_and_samples_with_the_stage_and_resume
     first, second = (stage.first_step for stage in run.curriculum.stages[1:])
     cut = tiny_recipe(f"output={tmp_path / 'cut'}", *overrides, "checkpoint.every_steps=1")
     for stop in (first - 1, first + 1, second + 1):
-        stop_after(stop, monkeypatch, Crash)
-        with pytest.raises(Crash):
+        with crash_after(stop):
             pretrain(cut)
     pretrain(cut)
     assert_same(tmp_path / "whole", tmp_path / "cut")
@@ -222,13 +206,15 @@ def test_a_recipe_that_changes_the_result_is_refused_on_resume(
 
 
 def test_changed_data_is_refused_on_resume(
-    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    crash_after: Callable[[int], AbstractContextManager[None]],
 ) -> None:
     from etpp_ssl.data.synthetic import SyntheticSource
 
     recipe = tiny_recipe("checkpoint.every_steps=2")
-    stop_after(5, monkeypatch, Crash)
-    with pytest.raises(Crash):
+    with crash_after(5):
         pretrain(recipe)
     monkeypatch.setattr(SyntheticSource, "fingerprint", lambda self: "other")
     with pytest.raises(UserError, match="the data is not what run"):
@@ -285,13 +271,12 @@ def test_rows_after_the_checkpoint_are_cut_and_a_torn_line_is_survived(
     whole: Path,
     tiny_recipe: Callable[..., Recipe],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    crash_after: Callable[[int], AbstractContextManager[None]],
 ) -> None:
     recipe = tiny_recipe(
         f"output={tmp_path / 'cut'}", "checkpoint.every_steps=4", "probe=knn", "probe.every_steps=7"
     )
-    stop_after(11, monkeypatch, Crash)
-    with pytest.raises(Crash):
+    with crash_after(11):
         pretrain(recipe)
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "lo')
@@ -326,12 +311,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint(
 def test_a_changed_environment_is_a_warning(
     tiny_recipe: Callable[..., Recipe],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    crash_after: Callable[[int], AbstractContextManager[None]],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     recipe = tiny_recipe("checkpoint.every_steps=2")
-    stop_after(5, monkeypatch, Crash)
-    with pytest.raises(Crash):
+    with crash_after(5):
         pretrain(recipe)
     state = tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json"
     values = json.loads(state.read_text())

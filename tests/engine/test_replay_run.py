@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-import etpp_ssl.engine.pretrain as loop
 import etpp_ssl.engine.replay_memory as replay_memory
 from etpp_ssl.config import UserError
 from etpp_ssl.engine.plan import plan_run
@@ -32,23 +32,6 @@ STAGES = (
     "{bandwidth: [16, 24], share: 0.3}]"
 )
 REPLAY = ["batch_size=12", STAGES]
-
-
-class Crash(Exception):
-    pass
-
-
-def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """End the next run right after its optimizer step number `step`, as a crash would."""
-    real = loop._log_due
-
-    def crash(run: Any) -> bool:
-        if run.state.step == step:
-            monkeypatch.setattr(loop, "_log_due", real)
-            raise Crash
-        return real(run)
-
-    monkeypatch.setattr(loop, "_log_due", crash)
 
 
 def results(folder: Path) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -71,7 +54,7 @@ def test_resume_in_the_middle_of_a_replay_is_bitwise_with_any_workers(
     micro_batch: str,
     tiny_recipe: Callable[..., Recipe],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    crash_after: Callable[[int], AbstractContextManager[None]],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     settings = [*REPLAY, f"micro_batch_size={micro_batch}"]
@@ -87,8 +70,7 @@ def test_resume_in_the_middle_of_a_replay_is_bitwise_with_any_workers(
             f"data.num_workers={workers}",
             "checkpoint.every_steps=2",
         )
-        stop_after(stop, monkeypatch)
-        with pytest.raises(Crash):
+        with crash_after(stop):
             pretrain(recipe)
     pretrain(tiny_recipe(f"output={tmp_path / 'cut'}", *settings, "data.num_workers=2"))
     assert "once more" in " ".join(capfd.readouterr().err.split())

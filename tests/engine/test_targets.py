@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import etpp_ssl.engine.pretrain as loop
 from etpp_ssl.cli import main
 from etpp_ssl.engine.pretrain import pretrain
 from etpp_ssl.engine.state import TrainState
@@ -29,23 +29,6 @@ PARTS = {"loss_norm_pixels": 0.5, "loss_hog": 3.0, "loss_pixels": 1.0}
 def rows(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
-
-
-class Crash(Exception):
-    pass
-
-
-def crash_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """End the next run right after its optimizer step number `step`."""
-    real = loop._log_due
-
-    def due(run: Any) -> bool:
-        if run.state.step == step:
-            monkeypatch.setattr(loop, "_log_due", real)
-            raise Crash
-        return real(run)
-
-    monkeypatch.setattr(loop, "_log_due", due)
 
 
 def test_the_parts_are_logged_and_the_loss_is_their_weighted_sum(
@@ -66,14 +49,13 @@ def test_resume_is_bitwise_also_between_two_rows(
     target: tuple[str, ...],
     tiny_recipe: Callable[..., Recipe],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    crash_after: Callable[[int], AbstractContextManager[None]],
 ) -> None:
     pretrain(tiny_recipe(*target, f"output={tmp_path / 'whole'}"))
     cut = tiny_recipe(*target, f"output={tmp_path / 'cut'}", "checkpoint.every_steps=2")
     # Rows are due after 3, 6, ...: the checkpoints of steps 4 and 10 hold a step's losses each.
     for stop in (5, 11):
-        crash_after(stop, monkeypatch)
-        with pytest.raises(Crash):
+        with crash_after(stop):
             pretrain(cut)
         assert RunFolder(tmp_path / "cut").checkpoints()[0].step == stop - 1
     pretrain(cut)
@@ -92,11 +74,12 @@ def test_it_learns_histograms(tiny_recipe: Callable[..., Recipe], tmp_path: Path
 
 
 def test_a_fork_under_another_target_logs_only_its_own_losses(
-    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    crash_after: Callable[[int], AbstractContextManager[None]],
 ) -> None:
     parts = "target.parts=[{name: pixels, label: before}]"
-    crash_after(5, monkeypatch)
-    with pytest.raises(Crash):
+    with crash_after(5):
         pretrain(tiny_recipe("target=combined", parts, "checkpoint.every_steps=4"))
     fork = tiny_recipe(f"output={tmp_path / 'fork'}", "target.norm_pix=false")
     pretrain(fork, fork=tmp_path / "run")
