@@ -55,9 +55,10 @@ def _of_run(history: History, say: Callable[[str], None]) -> str:
     if not chosen:
         return markup.paragraph("The run has removed its checkpoints meanwhile.", "soft")
     kept = len(history.checkpoints)
+    by = f"{len(chosen)} of the {kept} checkpoints" if kept > 1 else "the one checkpoint"
     sentences = [
         f"{len(pictures)} images of the {split} data at full size, with fixed masks, predicted by "
-        f"{len(chosen)} of the {kept} checkpoint{'s' if kept > 1 else ''} that the run has kept",
+        f"{by} that the run has kept",
         *_explanation(seen[-1]),
         missing_picture(recipe.target) or "",
         viewer.view.caption,
