@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
-from etpp_ssl.curriculum.base import Curriculum, Portion
+from etpp_ssl.curriculum.base import Curriculum, Portion, ReplaySpec
 from etpp_ssl.curriculum.segments import Segment, segments_from, whole_steps
 
 LARGEST_SHARE = 1 / 8
@@ -43,12 +43,24 @@ class TimePlan:
 
     def to_json(self) -> dict[str, Any]:
         """A form that survives JSON to the bit."""
-        return asdict(self)
+        stages = [
+            {**asdict(stage), "replay": stage.replay and stage.replay.model_dump()} for stage in self.stages
+        ]
+        return {**asdict(self), "stages": stages}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TimePlan:
         """The inverse of `to_json`."""
-        stages = [Portion(**{**stage, "bandwidth": tuple(stage["bandwidth"])}) for stage in values["stages"]]
+        stages = [
+            Portion(
+                **{
+                    **stage,
+                    "bandwidth": tuple(stage["bandwidth"]),
+                    "replay": stage["replay"] and ReplaySpec(**stage["replay"]),
+                }
+            )
+            for stage in values["stages"]
+        ]
         segments = [Segment(**segment) for segment in values["segments"]]
         tuples = {"stages": tuple(stages), "segments": tuple(segments), "pace": tuple(values["pace"])}
         return cls(**{**values, **tuples})

@@ -25,6 +25,13 @@ from etpp_ssl.run_folder import RunFolder
 
 SECONDS = {(8, 12): 1.0, (12, 16): 2.0, (16, 24): 4.0}
 BUDGET = 120.0
+REPLAY = [
+    "batch_size=12",
+    "curriculum.stages=["
+    "{bandwidth: [8, 12], share: 0.3, replay: {times: 4, buffer: 5}},"
+    "{bandwidth: [12, 16], share: 0.4, replay: {times: 2, buffer: 100}},"
+    "{bandwidth: [16, 24], share: 0.3}]",
+]
 
 
 class Crash(Exception):
@@ -128,16 +135,17 @@ def test_a_machine_that_slows_down_ends_on_time_too(
     assert max(b - a for a, b in zip(progress, [*progress[1:], 1.0], strict=True)) < 0.05
 
 
+@pytest.mark.parametrize("settings", [[], REPLAY], ids=["plain", "replay"])
 def test_it_resumes_to_the_bit_between_plans_and_right_after_one(
-    clock: Clock, hours_recipe: Callable[..., Recipe], tmp_path: Path
+    settings: list[str], clock: Clock, hours_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    whole = pretrain(hours_recipe(f"output={tmp_path / 'whole'}"))
+    whole = pretrain(hours_recipe(f"output={tmp_path / 'whole'}", *settings))
     assert whole.state.plan is not None
     ends = [segment.first_step for segment in whole.state.plan.segments[1:]]
     measured = 4 * len(SECONDS)
     # Before the first plan's first end, right after that end, and in the middle of the last stage.
     stops = [ends[0] - 1, ends[0] + 1, ends[-3] + 2]
-    cut = hours_recipe(f"output={tmp_path / 'cut'}", "checkpoint.every_steps=4")
+    cut = hours_recipe(f"output={tmp_path / 'cut'}", "checkpoint.every_steps=4", *settings)
     done = 0
     for stop in stops:
         clock.steps, clock.crash_at = 0, (measured if done == 0 else 0) + stop - done
