@@ -25,6 +25,9 @@ from etpp_ssl.run_folder import (
     load_weights,
 )
 
+GROUP_STEP = "group_step"
+"""Slot of a step that is counted per parameter group."""
+
 
 class CheckpointClock:
     """Says when a checkpoint is due: every so many steps, or minutes."""
@@ -107,13 +110,22 @@ def load_checkpoint(
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as `parameter name.slot`, so that no order and no pickle is involved."""
+    """The optimizer's state as `parameter name.slot`, so that no order and no pickle is involved.
+
+    A step that an optimizer counts per group (timm's Lamb) stands with each of the group's parameters.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {
+    tensors = {
         f"{names[id(parameter)]}.{slot}": value
         for parameter, slots in optimizer.state.items()
         for slot, value in slots.items()
     }
+    for group in optimizer.param_groups:
+        if "step" in group:
+            for parameter in group["params"]:
+                # Cloned, because safetensors refuses tensors that share memory.
+                tensors[f"{names[id(parameter)]}.{GROUP_STEP}"] = torch.as_tensor(group["step"]).clone()
+    return tensors
 
 
 def load_optimizer_tensors(
@@ -125,9 +137,14 @@ def load_optimizer_tensors(
         name, _, slot = key.rpartition(".")
         slots.setdefault(name, {})[slot] = value
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    group_steps = {name: own.pop(GROUP_STEP) for name, own in slots.items() if GROUP_STEP in own}
     packed = optimizer.state_dict()
-    packed["state"] = {i: slots[name] for i, name in enumerate(ordered) if name in slots}
+    for group, packed_group in zip(optimizer.param_groups, packed["param_groups"], strict=True):
+        step = group_steps.get(names[id(group["params"][0])])
+        if step is not None:
+            packed_group["step"] = step if step.is_floating_point() else int(step)
+    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    packed["state"] = {i: slots[name] for i, name in enumerate(ordered) if slots.get(name)}
     optimizer.load_state_dict(packed)
 
 

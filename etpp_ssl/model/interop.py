@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from etpp_ssl.config import UserError, show_size
+from etpp_ssl.config import UserError, listed, show_size
 from etpp_ssl.model.architecture import Shape, shape_of
 from etpp_ssl.model.decoder import MAEDecoderConfig
 from etpp_ssl.model.huggingface import EMBEDDING, from_huggingface
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.pos_embed import sincos_pos_embed
-from etpp_ssl.model.state_dict import listed, load_weights
+from etpp_ssl.model.state_dict import load_weights
 from etpp_ssl.model.vit import build_encoder
 from etpp_ssl.model.weights_file import read_state_dict, state_dict_in
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from etpp_ssl.config import UserError
+from etpp_ssl.config import UserError, listed
 
 
 def load_weights(
@@ -32,9 +32,3 @@ def load_weights(
     if wrong:
         raise UserError(f"{source} is of another model: {listed(wrong, '; ')}")
     return dict(tensors)
-
-
-def listed(items: Sequence[str], separator: str = ", ") -> str:
-    """At most five of them, and how many more there are."""
-    more = f", and {len(items) - 5} more" if len(items) > 5 else ""
-    return separator.join(items[:5]) + more
