@@ -19,7 +19,7 @@ class WeightAverage:
     What it does at a step depends on that step's number alone, so the average is exactly its `state_dict`.
 
     Args:
-        model: the bare model, neither compiled nor wrapped for several processes.
+        model: the bare model on its device, neither compiled nor wrapped for several processes.
         decay: d, in (0, 1).
         warmup: take min(d, 1 - k^(-2/3)) at step k instead, so that a short run forgets its beginning.
     """
