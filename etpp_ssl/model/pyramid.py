@@ -36,7 +36,13 @@ def default_cfg(**changes: Any) -> dict[str, Any]:
 
 
 def build(model_class: type[Pyramid], name: str, pretrained: bool, **args: Any) -> Pyramid:
-    """A registered pyramid, as timm builds its own."""
+    """A registered pyramid, as timm builds its own.
+
+    Raises:
+        UserError: for `features_only`.
+    """
+    if args.get("features_only"):
+        raise UserError(f"{name} gives features of its last stage only: leave features_only out")
     model: Pyramid = timm.models.build_model_with_cfg(model_class, name, pretrained, **args)
     return model
 

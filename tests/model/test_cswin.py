@@ -55,8 +55,7 @@ def test_parameters_and_multiply_adds_are_the_published_ones(
     # The paper rounds 22.32, 34.64 and 77.38 up.
     assert -(-sum(p.numel() for p in model.parameters()) // 10**6) == published_millions
     assert round(counter.get_total_flops() / 2e9, 3) == giga
-    # CSWin-S: the authors' own code counts 6.801 too with this counter, not 6.9; norms, GELU and softmax,
-    # which it leaves out, are of that order.
+    # CSWin-S: the authors' own code, counted by the same counter, has 6.801 too, not the paper's 6.9.
     assert round(giga, 1) == published_giga or name == "cswin_small"
     assert giga == pytest.approx(published_giga, rel=0.015)
 

@@ -204,3 +204,9 @@ def test_a_size_that_32_does_not_divide_gets_a_sentence(name: str, size: tuple[i
 def test_another_pooling_gets_a_sentence(name: str) -> None:
     with pytest.raises(UserError, match=r"global_pool of \w+ is one of .*'avg', '', not 'max'"):
         tiny(name, global_pool="max")
+
+
+@families
+def test_features_only_gets_a_sentence(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} gives features of its last stage only"):
+        tiny(name, features_only=True)
