@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
@@ -23,7 +23,6 @@ OWN_KEYS = {
     "num_classes": "model.num_classes",
     "drop_path_rate": "model.drop_path",
     "global_pool": "model.global_pool",
-    "patch_size": "model.patch_size",
 }
 """Arguments of timm that have a key of their own in a recipe."""
 VIT_DIMS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "reg_tokens")
@@ -76,6 +75,12 @@ class ClassifierConfig(Config):
                 )
         return args
 
+    @model_validator(mode="after")
+    def _pools_what_there_is(self) -> ClassifierConfig:
+        if self.class_token is False and self.global_pool == "token":
+            raise ValueError("global_pool is 'token' and class_token is false; without one it must be 'avg'")
+        return self
+
     def timm_args(
         self, image_size: tuple[int, int], in_chans: int, num_classes: int
     ) -> tuple[str, dict[str, Any]]:
@@ -101,8 +106,9 @@ class ClassifierConfig(Config):
             args["drop_path_rate"] = self.drop_path
         elif self.drop_path:
             raise UserError(f"model.drop_path is {self.drop_path}, but {architecture} has none: it must be 0")
-        if self.global_pool is not None:
-            args["global_pool"] = self.global_pool
+        pool = "avg" if self.class_token is False else self.global_pool
+        if pool is not None:
+            args["global_pool"] = pool
         return architecture, args
 
     def multiple(self, image_size: tuple[int, int], in_chans: int) -> tuple[int, int]:
@@ -150,6 +156,12 @@ class ClassifierConfig(Config):
         """The architecture, and the arguments of a ViT's dimensions."""
         given = {key: getattr(self, key) for key in VIT_DIMS if getattr(self, key) is not None}
         patch = as_pair(given["patch_size"]) if "patch_size" in given else None
+        vit = self.name == EXPLICIT_NAME or is_vit(self.name)
+        misplaced = [key for key in VIT_DIMS if vit and key in self.args]
+        if misplaced:
+            raise UserError(
+                f"model.args.{misplaced[0]} of a Vision Transformer is the key model.{misplaced[0]}"
+            )
         if self.name == EXPLICIT_NAME:
             dims = {key: value for key, value in given.items() if key != "patch_size"}
             architecture, args = encoder_args(
@@ -158,7 +170,7 @@ class ClassifierConfig(Config):
             # An encoder for pre-training keeps its final norm in front of the pooling.
             del args["fc_norm"]
             return architecture, args
-        if given and not is_vit(self.name):
+        if given and not vit:
             key = next(iter(given))
             raise UserError(
                 f"model.{key} is for Vision Transformers, and {self.name} is none: arguments of other "
