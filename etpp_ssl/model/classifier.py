@@ -229,6 +229,8 @@ class Classifier(nn.Module):
             UserError: in training with drop-path, without positions.
         """
         keys = self.drop_path_keys
+        if positions_B is not None:
+            positions_B = positions_B.to(images_BCHW.device)
         keys.set_positions(positions_B)
         logits: Tensor = self.net(images_BCHW)
         if self.grad_checkpointing and logits.requires_grad:
