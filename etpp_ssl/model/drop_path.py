@@ -105,16 +105,18 @@ def key_drop_path(net: nn.Module, seed: int) -> DropPathKeys:
     Returns:
         The keys to give each batch's positions to.
     """
-    pairs = [
-        (owner, cast(KeyedDropPath, module)) for owner, module in _owned(net) if type(module) is DropPath
-    ]
-    active = [(owner, module) for owner, module in pairs if module.drop_prob > 0]
+    named = [(name, cast(KeyedDropPath, m)) for name, m in net.named_modules() if type(m) is DropPath]
+    active = [(name, module) for name, module in named if module.drop_prob > 0]
     keys = DropPathKeys(seed, len(active))
-    for number, (owner, module) in enumerate(active):
+    for number, (name, module) in enumerate(active):
         module.__class__ = KeyedDropPath
         module.keys, module.number, module.calls = keys, number, 0
-        # A recomputation (gradient checkpointing) runs whole blocks again: it counts from 0 as well.
-        owner.register_forward_pre_hook(_CountAnew(module))
+        # A recomputation (gradient checkpointing) runs whole blocks again: they count from 0 as well. Any
+        # module above may be the one that is called, because some call the parts of others themselves.
+        path = name.split(".")
+        for length in range(len(path)):
+            above = net.get_submodule(".".join(path[:length]))
+            above.register_forward_pre_hook(_CountAnew(module))
     return keys
 
 
@@ -131,22 +133,3 @@ class _CountAnew:
 
     def __call__(self, owner: nn.Module, inputs: Any) -> None:
         self.module.calls = 0
-
-
-def _owned(net: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """Each module once, with the nearest module above it that has a forward pass of its own."""
-    found: list[tuple[nn.Module, nn.Module]] = []
-    seen: set[nn.Module] = set()
-
-    def visit(owner: nn.Module) -> None:
-        for child in owner.children():
-            if child not in seen:
-                seen.add(child)
-                found.append((callers[owner], child))
-                containers = nn.ModuleList | nn.ModuleDict
-                callers[child] = callers[owner] if isinstance(child, containers) else child
-                visit(child)
-
-    callers = {net: net}
-    visit(net)
-    return found

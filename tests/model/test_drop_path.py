@@ -143,6 +143,25 @@ def test_a_module_that_a_block_calls_twice_is_recomputed_right() -> None:
     torch.testing.assert_close(scale.grad, plain.grad)
 
 
+class Reaching(nn.Module):
+    """A block that calls a part of another module, whose own forward pass it never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Identity(), DropPath(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.part[1](x), self.part[1](x)])
+
+
+def test_calls_are_counted_anew_whoever_makes_them() -> None:
+    net = Reaching().train()
+    key_drop_path(net, seed=0).set_positions(torch.arange(50))
+    first = net(torch.ones(50))
+    assert torch.equal(net(torch.ones(50)), first)
+    assert not torch.equal(first[0], first[1])
+
+
 def test_a_copy_has_keys_of_its_own() -> None:
     model = make_classifier().train()
     images, positions = batch()
