@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from etpp_ssl.config import Config, UserError, neutral
 from etpp_ssl.data.images import ImageSource
-from etpp_ssl.data.splits import keyed_indices
+from etpp_ssl.data.splits import check_same_classes, keyed_indices
 from etpp_ssl.evaluation.base import ProbeContext
 from etpp_ssl.evaluation.features import Pool, extract_features
 from etpp_ssl.model.mae import MaskedAutoencoder
@@ -61,12 +61,7 @@ class KnnProbe:
                 "probe=knn needs labels, and the data has none (class sub-folders, or class names in a "
                 "list); probe=reconstruction works without"
             )
-        if self.train.classes != self.evaluation.classes:
-            odd = sorted(set(self.train.classes) ^ set(self.evaluation.classes))
-            raise UserError(
-                f"training and evaluation images have different classes: {', '.join(odd[:5])} "
-                f"{'are' if len(odd) > 1 else 'is'} in one of them only"
-            )
+        check_same_classes(self.train, self.evaluation)
 
     def run(self, model: MaskedAutoencoder) -> dict[str, float]:
         """Accuracy of the vote on the evaluation images."""
