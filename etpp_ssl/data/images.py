@@ -166,6 +166,11 @@ class DataConfig(Config, ABC):
             UserError: if the data is not there or has no images.
         """
 
+    @property
+    def stated_images(self) -> int | None:
+        """Images in the training set as the recipe states it; None where the data has to tell."""
+        return self.num_images
+
     def statistics(self, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(mean, std) per channel, defaults filled in.
 

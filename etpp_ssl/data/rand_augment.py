@@ -53,7 +53,7 @@ class RandAugment:
     Args:
         config: timm's string, for instance "rand-m9-mstd0.5-inc1".
         ramp: whether the magnitude grows from 0 to that of the string, in `RAMP_STAGES` equal shares of
-            compute (EfficientTrain++, section 4.2: 0 to 9 in ten stages). Its noise, `mstd`, stays.
+            compute (the published code of EfficientTrain++: 0 to 9). Its noise, `mstd`, stays.
         mean: the data's, of values in [0, 1]; fills what a shift or a rotation uncovers.
         image_size: (H, W) at full bandwidth.
         interpolation: of rotations and shears; `box` takes bicubic there.

@@ -92,7 +92,7 @@ def plan_run(recipe: Recipe, folder: RunFolder | None = None) -> Plan:
     Raises:
         UserError: for anything that would keep the run from starting, as far as it shows without data.
     """
-    num_images = recipe.data.num_images
+    num_images = recipe.data.stated_images
     recipe.data.statistics(recipe.in_chans)
     if num_images is None:
         num_images = len(

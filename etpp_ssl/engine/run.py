@@ -281,7 +281,7 @@ def _open_training_images(recipe: Recipe) -> ImageSource:
     source = open_split(
         recipe.data, "train", in_chans=recipe.in_chans, image_size=recipe.size, seed=recipe.seed
     )
-    expected = recipe.data.num_images
+    expected = recipe.data.stated_images
     if expected is not None and expected != len(source):
         raise UserError(
             f"data.num_images is {expected}, but the data has {len(source)} images; "

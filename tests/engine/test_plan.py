@@ -52,6 +52,16 @@ def test_bandwidths_of_patch_14_are_rounded_and_the_rounding_is_reported() -> No
     assert "154" in plan.notes[1]
 
 
+@pytest.mark.parametrize(
+    ("override", "num_images"),
+    [("data.holdout=10", 54), ("data.labels_per_class=2", 20), ("data.label_share=0.5", 34)],
+)
+def test_the_plan_counts_the_images_that_are_left(
+    override: str, num_images: int, tiny_recipe: Callable[..., Recipe]
+) -> None:
+    assert plan_run(tiny_recipe(override)).num_images == num_images
+
+
 def test_counted_operations_are_those_of_the_matrix_products() -> None:
     linear = torch.nn.Linear(7, 5, device="meta")
     cost = count_cost(lambda: linear(torch.zeros(3, 7, device="meta")).sum(), linear)
