@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from etpp_ssl.curriculum.base import Curriculum, Portion, ReplaySpec
 from etpp_ssl.data.augment import TrainView
+from etpp_ssl.data.augmentation import AugmentConfig
 from etpp_ssl.data.loader import BadImage, Batch, BatchBuilder, batch_loader, batches
 from etpp_ssl.data.replay import Replay, Ring, buffer_bytes, draw_places, sub_batch_size
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, RequestSampler
@@ -41,10 +42,14 @@ def curriculum_of(*replays: ReplaySpec | None, batch_size: int = BATCH_SIZE) -> 
 
 
 def loaded(curriculum: Curriculum, first: int, num_workers: int = 0, **part: Any) -> Iterator[Batch]:
-    """What the loader gives from step `first` on, cut by its workers as `lanczos` does."""
+    """What the loader gives from step `first` on, cut by its workers as `lanczos` does.
+
+    The views depend on the progress of the step that loads them.
+    """
     source = SyntheticConfig(num_images=30, num_classes=7).open("train", in_chans=3, image_size=SIZE, seed=0)
     order = KeyedOrder(len(source), SEED)
-    view = TrainView(image_size=SIZE, crop_scale=(0.5, 1.0), flip=True, lanczos=True, seed=SEED)
+    base = TrainView(image_size=SIZE, crop_scale=(0.5, 1.0), flip=True, lanczos=True, seed=SEED)
+    view = AugmentConfig(ramp=True).build_view(base, mean=(0.5, 0.5, 0.5))
     requests = RequestSampler(order, curriculum.stage_at, range(first, curriculum.num_steps), **part)
     return batches(
         batch_loader(
