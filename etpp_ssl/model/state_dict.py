@@ -8,6 +8,9 @@ from torch import Tensor
 
 from etpp_ssl.config import UserError
 
+FINE_TUNED = "net."
+"""In front of timm's names in the checkpoints of a fine-tuning run."""
+
 
 def load_weights(
     model_state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str
@@ -31,6 +34,13 @@ def load_weights(
     ]
     if wrong:
         raise UserError(f"{source} is of another model: {listed(wrong, '; ')}")
+    return dict(tensors)
+
+
+def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors with `prefix` taken off their names where all of them have it."""
+    if all(name.startswith(prefix) for name in tensors):
+        return {name.removeprefix(prefix): value for name, value in tensors.items()}
     return dict(tensors)
 
 

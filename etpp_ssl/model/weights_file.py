@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from etpp_ssl.config import UserError
+from etpp_ssl.model.state_dict import without_prefix
 
 WRAPPERS = ("model", "state_dict")
 """Keys under which training scripts keep the state dict beside optimizer and arguments."""
@@ -68,9 +69,7 @@ def state_dict_in(content: Any, source: str) -> dict[str, Tensor]:
         raise UserError(
             f"{source} holds no state dict: no tensor at the top or under {' or '.join(WRAPPERS)}"
         )
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return tensors
+    return without_prefix(tensors, "module.")
 
 
 def _load_safetensors(path: Path) -> Any:
