@@ -95,7 +95,14 @@ def _of_fine_tuning(run: RunFolder, checkpoint: Checkpoint, tensors: dict[str, T
     which = "checkpoint"
     if (checkpoint.path / EMA_FILE).is_file():
         tensors, which = read_state_dict(checkpoint.path / EMA_FILE), "averaged weights (EMA)"
-    return StoredWeights(tensors, f"a fine-tuning run's {which} of step {checkpoint.step}")
+    try:
+        image_size = run.recipe().size
+    except UserError:
+        # Only positions that are no square grid need it.
+        image_size = None
+    return StoredWeights(
+        tensors, f"a fine-tuning run's {which} of step {checkpoint.step}", image_size=image_size
+    )
 
 
 def _with_config(stored: StoredWeights, config_file: Path) -> StoredWeights:
@@ -112,6 +119,6 @@ def _with_config(stored: StoredWeights, config_file: Path) -> StoredWeights:
             # Pyramids have a list of them, one for each stage.
             num_heads=heads if isinstance(heads, int) else None,
         )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         # Another's folder: the tensors have to do.
         return stored

@@ -48,10 +48,10 @@ def adapt_head(
         notes.append(f"its head is kept: it has as many classes, {net.num_classes}")
         return {**rest, **theirs}
     else:
-        classes = [theirs[f"{name}.weight"].shape[0] for name in last if f"{name}.weight" in theirs]
+        old = next((theirs[f"{name}.bias"].numel() for name in last if f"{name}.bias" in theirs), None)
         reason = "its own is of another layout"
-        if classes and classes[0] != net.num_classes:
-            reason = f"{net.num_classes} classes, not {classes[0]}"
+        if old not in (None, net.num_classes):
+            reason = f"{net.num_classes} classes, not {old}"
         if hidden and hidden <= fits:
             notes.append(f"the last layer of the head is initialised anew: {reason}")
             return {**rest, **ours, **{name: theirs[name] for name in hidden}}

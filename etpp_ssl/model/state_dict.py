@@ -23,7 +23,7 @@ def load_weights(
         source: names the file in the message.
 
     Raises:
-        UserError: naming up to five tensors that are missing, too many or of another shape.
+        UserError: naming up to five tensors that are missing, too many, or of another shape or type.
     """
     wrong = [f"{name} is missing" for name in model_state if name not in tensors]
     wrong += [f"{name} is not part of the model" for name in tensors if name not in model_state]
@@ -31,6 +31,11 @@ def load_weights(
         f"{name} is {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
         for name, value in model_state.items()
         if name in tensors and tensors[name].shape != value.shape
+    ]
+    wrong += [
+        f"{name} is {str(tensors[name].dtype).removeprefix('torch.')}"
+        for name, value in model_state.items()
+        if name in tensors and tensors[name].is_floating_point() != value.is_floating_point()
     ]
     if wrong:
         raise UserError(f"{source} is of another model: {listed(wrong, '; ')}")
