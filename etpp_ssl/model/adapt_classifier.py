@@ -1,14 +1,16 @@
 """Weights of one network as the start of a classifier: other size, patches, channels or classes.
 
-The classifier is any timm model. What its size gives another shape is converted: the input convolution,
-learned positions (a ViT's, and those of PVT's stages), and tables of relative positions (Swin, BEiT).
-Everything else has to fit, the head and the norm in front of it excepted: see `adapt_classifier`.
+The classifier is any timm model, and the weights are under timm's names. What has another shape at another
+size is converted: the input convolution, learned positions (a ViT's, and those of PVT's stages), and tables
+of relative positions (Swin, BEiT). Everything else has to fit, but for the head and the norm in front of it:
+see `adapt_classifier`.
 
 Legend: N patches, P prefix tokens, D width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,7 +64,7 @@ def adapt_classifier(
     conversions = {
         name: conversion
         for name, conversion in _conversions(weights, net, source)
-        if name in tensors and is_resizable(tensors[name], expected[name])
+        if name in tensors.keys() & expected.keys() and is_resizable(tensors[name], expected[name])
     }
     # Another architecture shows in the tensors that are not converted; those are looked at first.
     load_weights(expected, {**tensors, **{name: expected[name] for name in conversions}}, source)
@@ -70,13 +72,15 @@ def adapt_classifier(
         check_heads(weights.num_heads, attention_heads(net), net.embed_dim, source, notes)
     for name, conversion in conversions.items():
         tensors[name] = conversion(tensors[name], notes)
-    return load_weights(expected, tensors, source), _without_repeats(notes)
+    # What happens to every block is told once.
+    return load_weights(expected, tensors, source), list(dict.fromkeys(notes))
 
 
 def _conversions(weights: Weights, net: nn.Module, source: str) -> Iterator[tuple[str, _Conversion]]:
     """What the size of images, patches and windows gives its shape, by name, and how to convert it."""
     yield from _input_convolution(net, source)
-    yield from _positions(weights, net, source)
+    yield from _vit_positions(weights, net, source)
+    yield from _stage_positions(weights, net, source)
     for name in net.state_dict():
         if name.endswith(f".{_TABLE}"):
             yield name, _table_conversion(net.get_submodule(name.removesuffix(f".{_TABLE}")), source)
@@ -100,25 +104,28 @@ def _input_convolution(net: nn.Module, source: str) -> Iterator[tuple[str, _Conv
     yield f"{first}.weight", convert
 
 
-def _positions(weights: Weights, net: Any, source: str) -> Iterator[tuple[str, _Conversion]]:
-    projection = weights.tensors.get("patch_embed.proj.weight")
-    if hasattr(net, "num_prefix_tokens") and hasattr(getattr(net, "patch_embed", None), "grid_size"):
-        prefix = 0 if getattr(net, "no_embed_class", False) else int(net.num_prefix_tokens)
-        has_patches = projection is not None and projection.ndim == 4 and projection.numel() > 0
-        old = weights.grid_of(projection) if projection is not None and has_patches else None
-        grid: tuple[int, int] = tuple(net.patch_embed.grid_size)
-        yield "pos_embed", _position_conversion(weights, grid, prefix, source, old, "positions")
+def _vit_positions(weights: Weights, net: Any, source: str) -> Iterator[tuple[str, _Conversion]]:
+    grid: tuple[int, int] | None = getattr(getattr(net, "patch_embed", None), "grid_size", None)
+    prefix = 0 if getattr(net, "no_embed_class", False) else int(getattr(net, "num_prefix_tokens", 0))
+    positions: Tensor | None = getattr(net, "pos_embed", None)
+    # Other architectures have a map of positions under the same name, or count other tokens.
+    if grid and positions is not None and positions.shape[1:-1] == (prefix + grid[0] * grid[1],):
+        projection = weights.tensors.get("patch_embed.proj.weight")
+        known = projection is not None and is_resizable(projection, net.patch_embed.proj.weight)
+        old = weights.grid_of(projection) if projection is not None and known else None
+        yield "pos_embed", _position_conversion(weights, (grid[0], grid[1]), prefix, source, old)
+
+
+def _stage_positions(weights: Weights, net: Any, source: str) -> Iterator[tuple[str, _Conversion]]:
+    """Those of a PVT, whose patches keep their size."""
     grids: list[tuple[int, int]] = getattr(net, "grids", [])
-    for stage, grid in enumerate(grids, start=1):
+    for stage, (h, w) in enumerate(grids, start=1):
+        old, size = None, weights.image_size
+        if size is not None:
+            old = size[0] * h // net.img_size[0], size[1] * w // net.img_size[1]
         prefix = int(net.num_prefix_tokens) if stage == len(grids) else 0
-        old = None
-        if weights.image_size is not None:
-            old = (
-                weights.image_size[0] * grid[0] // net.img_size[0],
-                weights.image_size[1] * grid[1] // net.img_size[1],
-            )
-        name = f"pos_embed{stage}"
-        yield name, _position_conversion(weights, grid, prefix, source, old, f"positions of stage {stage}")
+        what = f"positions of stage {stage}"
+        yield f"pos_embed{stage}", _position_conversion(weights, (h, w), prefix, source, old, what)
 
 
 def _position_conversion(
@@ -127,7 +134,7 @@ def _position_conversion(
     prefix: int,
     source: str,
     old: tuple[int, int] | None,
-    what: str,
+    what: str = "positions",
 ) -> _Conversion:
     def convert(positions: Tensor, notes: list[str]) -> Tensor:
         table = weights.position_grid or sincos_grid(positions, prefix, old)
@@ -154,22 +161,16 @@ def _table_conversion(attention: Any, source: str) -> _Conversion:
         if table.shape == wanted.shape or table.ndim != 2 or table.shape[1] != wanted.shape[1]:
             # The same, or of another architecture, which the shapes tell.
             return table
-        try:
-            resized: Tensor = resize_rel_pos_bias_table(table.float(), window, tuple(wanted.shape))
-        except (ValueError, RuntimeError, IndexError) as error:
-            raise UserError(
-                f"{source} has {table.shape[0]} relative positions, which are those of no square window, "
-                f"for {wanted.shape[0]} of windows of {window[0]}x{window[1]}"
-            ) from error
+        # (2 w - 1)^2 of them belong to a window of w x w; BEiT's have some more, for the cls token.
+        num_others = wanted.shape[0] - (2 * window[0] - 1) * (2 * window[1] - 1)
+        num_positions = max(table.shape[0] - num_others, 0)
+        if math.isqrt(num_positions) ** 2 != num_positions or num_positions % 2 == 0:
+            raise UserError(f"{source} has {num_positions} relative positions, which are no square window's")
+        resized: Tensor = resize_rel_pos_bias_table(table.float(), window, tuple(wanted.shape))
         notes.append(
-            f"the tables of {table.shape[0]} relative positions are resampled for windows of "
+            f"the tables of {num_positions} relative positions are resampled for windows of "
             f"{window[0]}x{window[1]}"
         )
         return resized
 
     return convert
-
-
-def _without_repeats(notes: list[str]) -> list[str]:
-    """Each line once, in order: what happens to every block is told once."""
-    return list(dict.fromkeys(notes))

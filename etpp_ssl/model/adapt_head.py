@@ -45,7 +45,7 @@ def adapt_head(
     elif not reads_the_same:
         reason = "its own reads other features"
     elif fits == ours.keys() == theirs.keys():
-        notes.append(f"its head is kept: it has as many classes, {net.num_classes}")
+        notes.append(f"its head of {net.num_classes} classes is kept: they are taken for the same ones")
         return {**rest, **theirs}
     else:
         old = next((theirs[f"{name}.bias"].numel() for name in last if f"{name}.bias" in theirs), None)

@@ -21,6 +21,7 @@ from etpp_ssl.model.huggingface import to_huggingface
 from etpp_ssl.model.interop import Weights
 from etpp_ssl.model.pos_embed import sincos_pos_embed
 
+KEPT_HEAD = "its head of 5 classes is kept: they are taken for the same ones"
 VIT: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4}
 FAMILIES: dict[str, dict[str, Any]] = {
     "vit_base_patch16_224": VIT,
@@ -41,6 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "token_mixers": (SepConv, SepConv, Attention, Attention),
     },
     "beit_base_patch16_224": VIT,
+    "deit_tiny_distilled_patch16_224": VIT,
 }
 INPUTS = {
     "vit_base_patch16_224": "patch_embed.proj",
@@ -49,6 +51,16 @@ INPUTS = {
     "swin_tiny_patch4_window7_224": "patch_embed.proj",
     "caformer_s18": "stem.conv",
     "beit_base_patch16_224": "patch_embed.proj",
+    "deit_tiny_distilled_patch16_224": "patch_embed.proj",
+}
+LAST = {
+    "vit_base_patch16_224": ("head",),
+    "resnet18": ("fc",),
+    "convnext_atto": ("head.fc",),
+    "swin_tiny_patch4_window7_224": ("head.fc",),
+    "caformer_s18": ("head.fc.fc2",),
+    "beit_base_patch16_224": ("head",),
+    "deit_tiny_distilled_patch16_224": ("head", "head_dist"),
 }
 
 
@@ -90,14 +102,14 @@ def test_the_same_classifier_takes_everything_head_included(name: str) -> None:
     theirs, net = make_net(name, seed=1), make_net(name)
     assert differing(theirs.state_dict(), net.state_dict())
     _, notes, _ = start(net, theirs.state_dict())
-    assert notes == ["its head is kept: it has as many classes, 5"]
+    assert notes == [KEPT_HEAD]
     assert differing(theirs.state_dict(), net.state_dict()) == set()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_classes_and_channels_change_the_input_and_the_last_layer_only(name: str) -> None:
     theirs, net = make_net(name, seed=1), make_net(name, num_classes=7, in_chans=1)
-    last = [f"{net.default_cfg['classifier']}.{part}" for part in ("weight", "bias")]  # type: ignore[index]
+    last = [f"{layer}.{part}" for layer in LAST[name] for part in ("weight", "bias")]
     state = theirs.state_dict()
     _, notes, fresh = start(net, state)
     weight = f"{INPUTS[name]}.weight"
@@ -130,8 +142,8 @@ def test_a_head_that_is_not_asked_for_is_new_as_a_whole(name: str) -> None:
     theirs, net = make_net(name, seed=1), make_net(name)
     _, notes, fresh = start(net, theirs.state_dict(), keep_head=False)
     assert notes == ["the head is initialised anew: its own is not asked for"]
-    classifier = "head.fc" if name == "caformer_s18" else str(net.default_cfg["classifier"])  # type: ignore[index]
-    new = {key for key in fresh if key.startswith(f"{classifier}.")}
+    classifier = ("head.fc",) if name == "caformer_s18" else LAST[name]
+    new = {key for key in fresh if key.startswith(tuple(f"{layer}." for layer in classifier))}
     assert differing(net.state_dict(), theirs.state_dict()) == new
     assert all(torch.equal(net.state_dict()[key], fresh[key]) for key in new)
 
@@ -166,7 +178,7 @@ def test_a_classifiers_own_norm_is_kept_and_its_head_where_it_reads_the_same() -
     state = published_classifier()
     net = make_net(global_pool="avg")
     adapted, notes, _ = start(net, state)
-    assert notes == ["its head is kept: it has as many classes, 5"]
+    assert notes == [KEPT_HEAD]
     assert differing(adapted, state) == set()
     adapted, notes, fresh = start(make_net(), state)
     assert torch.equal(adapted["norm.weight"], state["fc_norm.weight"])
@@ -201,7 +213,7 @@ def test_hugging_faces_names_are_the_same_weights_head_included() -> None:
     head = {"classifier.weight": torch.rand(5, 64), "classifier.bias": torch.rand(5)}
     adapted, notes, _ = start(make_net(), {**vit, **head})
     assert torch.equal(adapted["head.weight"], head["classifier.weight"])
-    assert notes == ["its head is kept: it has as many classes, 5"]
+    assert notes == [KEPT_HEAD]
 
 
 def test_learned_positions_are_resampled_from_their_own_grid() -> None:
@@ -283,9 +295,25 @@ def test_tables_of_relative_positions_follow_timms_rule(name: str, changes: dict
     assert sum("relative positions are resampled for windows of" in note for note in notes) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "others"), [("swin_tiny_patch4_window7_224", 0), ("beit_base_patch16_224", 3)]
+)
+def test_a_table_is_of_a_square_window_or_refused(name: str, others: int) -> None:
+    state = make_net(name).state_dict()
+    table = next(key for key in state if key.endswith("relative_position_bias_table"))
+    for num_rows in (0, 1, 2, 3, 4, 8, 9, 16, 25, 81):
+        rows = torch.ones(num_rows + others, state[table].shape[1])
+        if num_rows in (1, 9, 25, 81):
+            adapted, _, _ = start(make_net(name), {**state, table: rows})
+            assert torch.allclose(adapted[table], torch.ones(()))
+        else:
+            with pytest.raises(UserError, match=r"relative.position"):
+                start(make_net(name), {**state, table: rows})
+
+
 def test_a_table_of_no_square_window_is_refused() -> None:
     theirs = make_net("swin_tiny_patch4_window7_224", seed=1, img_size=(32, 16), window_size=(4, 2))
-    with pytest.raises(UserError, match="has 21 relative positions, which are those of no square window"):
+    with pytest.raises(UserError, match="has 21 relative positions, which are no square window's"):
         start(make_net("swin_tiny_patch4_window7_224"), theirs.state_dict())
 
 
@@ -336,6 +364,14 @@ def test_shapes_that_make_no_sense_are_refused_before_anything_is_computed() -> 
         for tensor in tensors:
             with pytest.raises(UserError, match=r"^init 'x\.pth'"):
                 start(make_net(), {**published_encoder(), name: tensor})
+
+
+def test_positions_for_a_network_without_them_are_refused() -> None:
+    with pytest.raises(UserError, match=r"of another model: pos_embed is not part of the model$"):
+        start(make_net(pos_embed="none"), published_encoder())
+    distilled = make_net("deit_tiny_distilled_patch16_224").state_dict()
+    with pytest.raises(UserError, match=r"dist_token is not part of the model; head_dist\.weight is not"):
+        start(make_net(), distilled)
 
 
 def test_channels_without_a_rule_are_refused() -> None:
