@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 from published_layouts import StateDict, published_classifier, published_encoder, published_mae
+from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, load_pretrained
 from timm.models.metaformer import Attention, MetaFormer, SepConv
 from torch import Tensor, nn
 
@@ -121,6 +124,25 @@ def test_other_classes_and_channels_change_the_input_and_the_last_layer_only(nam
         f"{head} is initialised anew: 7 classes, not 5",
         f"the {what}'s 3 channels are summed for 1",
     ]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("in_chans", [1, 5])
+def test_it_is_what_timm_makes_of_its_own_weights(name: str, in_chans: int, tmp_path: Path) -> None:
+    theirs = make_net(name, seed=1)
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    # Sizes whose grids and windows differ from the weights', of networks that have them.
+    sizes = {key: 24 for key in FAMILIES[name] if key == "img_size"}
+    if name.startswith("swin"):
+        sizes = {"img_size": 48, "window_size": 6}
+    changes = {**sizes, "in_chans": in_chans, "num_classes": 7}
+    net, by_timm = make_net(name, **changes), make_net(name, **changes)
+    config = {"file": str(tmp_path / "model.safetensors"), "num_classes": 5}
+    config |= {key: by_timm.default_cfg[key] for key in ("first_conv", "classifier")}  # type: ignore[index]
+    filter_fn = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    load_pretrained(by_timm, config, num_classes=7, in_chans=in_chans, filter_fn=filter_fn, strict=False)
+    start(net, theirs.state_dict())
+    assert differing(net.state_dict(), by_timm.state_dict()) == set()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
