@@ -74,10 +74,23 @@ class FineTuned(nn.Module):
         self.net = net
 
 
-def fine_tuning_run(path: Path, net: nn.Module) -> Path:
-    """A run folder as fine-tuning leaves it."""
+FINE_TUNING = """
+task: finetune
+output: unused
+image_size: {size}
+budget_epochs: 1
+batch_size: 4
+data: {{name: synthetic}}
+model: {{name: vit, patch_size: 4, embed_dim: {width}, depth: {depth}, num_heads: {heads}}}
+"""
+
+
+def fine_tuning_run(path: Path, net: Any) -> Path:
+    """A run folder as fine-tuning leaves it; returns its checkpoint."""
     path.mkdir()
-    (path / "recipe.yaml").write_text("task: finetune\n")
+    sizes = {"width": net.embed_dim, "depth": len(net.blocks), "heads": net.blocks[0].attn.num_heads}
+    recipe = FINE_TUNING.format(size=list(net.patch_embed.img_size), **sizes)
+    (path / "recipe.yaml").write_text(recipe)
     model = FineTuned(net)
     optimizer = torch.optim.SGD(model.parameters())
     return save_checkpoint(RunFolder(path), 7, model, optimizer, {}, keep=1)
