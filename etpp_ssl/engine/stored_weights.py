@@ -78,15 +78,15 @@ def _of_run(run: RunFolder, say: Callable[[str], None]) -> StoredWeights:
         return _of_fine_tuning(run, checkpoint, tensors)
     recipe = run.recipe()
     _, args = recipe.model.encoder_args(recipe.size, recipe.in_chans)
-    fixed = recipe.model.pos_embed == "sincos"
+    position_grid = None
+    if recipe.model.pos_embed == "sincos":
+        position_grid = recipe.model.position_grid or grid_of(recipe.size, recipe.patch_size)
     return StoredWeights(
         tensors,
         f"a run's checkpoint of step {checkpoint.step}",
         image_size=recipe.size,
         num_heads=args["num_heads"],
-        position_grid=(recipe.model.position_grid or grid_of(recipe.size, recipe.patch_size))
-        if fixed
-        else None,
+        position_grid=position_grid,
     )
 
 

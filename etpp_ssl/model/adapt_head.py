@@ -33,28 +33,24 @@ def adapt_head(
     ours = {name: value for name, value in expected.items() if name.startswith(prefixes)}
     rest = {name: value for name, value in rest.items() if name not in theirs}
     fits = {name for name, value in ours.items() if name in theirs and theirs[name].shape == value.shape}
-    hidden = {name for name in ours if name.rpartition(".")[0] not in last}
     if not ours:
         if theirs:
             notes.append("its head is dropped: the model has none")
         return rest
-    if not theirs:
-        reason = "it has none"
-    elif not keep_head:
-        reason = "its own is not asked for"
-    elif not reads_the_same:
-        reason = "its own reads other features"
-    elif fits == ours.keys() == theirs.keys():
+    if not theirs or not keep_head or not reads_the_same:
+        reason = "its own reads other features" if keep_head else "its own is not asked for"
+        notes.append(f"the head is initialised anew: {reason if theirs else 'it has none'}")
+        return {**rest, **ours}
+    if fits == ours.keys() == theirs.keys():
         notes.append(f"its head of {net.num_classes} classes is kept: they are taken for the same ones")
         return {**rest, **theirs}
-    else:
-        old = next((theirs[f"{name}.bias"].numel() for name in last if f"{name}.bias" in theirs), None)
-        reason = "its own is of another layout"
-        if old not in (None, net.num_classes):
-            reason = f"{net.num_classes} classes, not {old}"
-        if hidden and hidden <= fits:
-            notes.append(f"the last layer of the head is initialised anew: {reason}")
-            return {**rest, **ours, **{name: theirs[name] for name in hidden}}
+    old = next((theirs[f"{name}.bias"].numel() for name in last if f"{name}.bias" in theirs), None)
+    other_classes = old not in (None, net.num_classes)
+    reason = f"{net.num_classes} classes, not {old}" if other_classes else "its own is of another layout"
+    hidden = {name for name in ours if name.rpartition(".")[0] not in last}
+    if hidden and hidden <= fits:
+        notes.append(f"the last layer of the head is initialised anew: {reason}")
+        return {**rest, **ours, **{name: theirs[name] for name in hidden}}
     notes.append(f"the head is initialised anew: {reason}")
     return {**rest, **ours}
 

@@ -48,10 +48,11 @@ _DECODER_NAMES = {
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors under our names, and what became of the others."""
+    """Tensors under known names, and what became of the others."""
 
     tensors: dict[str, Tensor]
-    """`encoder.*` as in timm's VisionTransformer, `decoder.*` as in `MAEDecoder`."""
+    """`encoder.*` as in timm's VisionTransformer, `decoder.*` as in `MAEDecoder`; for a classifier, from
+    `classifier_layouts`, timm's own names."""
     layout: str
     """What was recognised, in words."""
     notes: tuple[str, ...] = ()
