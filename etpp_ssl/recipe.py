@@ -20,6 +20,7 @@ from etpp_ssl.data.shards import ShardsConfig
 from etpp_ssl.data.synthetic import SyntheticConfig
 from etpp_ssl.data.timm_dataset import TimmConfig
 from etpp_ssl.evaluation.knn import KnnConfig
+from etpp_ssl.evaluation.linear_cached import LinearCachedConfig
 from etpp_ssl.evaluation.reconstruction import ReconstructionConfig
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.masker import Masker
@@ -64,7 +65,7 @@ class NoProbeConfig(Config):
     name: Literal["none"] = "none"
 
 
-AnyProbe = NoProbeConfig | KnnConfig | ReconstructionConfig
+AnyProbe = NoProbeConfig | KnnConfig | ReconstructionConfig | LinearCachedConfig
 
 
 class Recipe(Config):
