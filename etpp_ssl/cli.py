@@ -46,10 +46,17 @@ class Target(StrEnum):
 
 
 class Pool(StrEnum):
-    """How an exported encoder makes one vector of an image."""
+    """How an encoder makes one vector of an image."""
 
     token = "token"
     avg = "avg"
+
+
+class Split(StrEnum):
+    """Parts of a data set."""
+
+    train = "train"
+    eval = "eval"
 
 
 @app.command()
@@ -104,6 +111,37 @@ def probe(run: RunArgument, overrides: Overrides = None) -> None:
         protocol = " ".join(f"{k}={v}" for k, v in recipe.probe.model_dump().items() if v is not None)
         for name, value in numbers.items():
             print(f"{name} {value:.4f} ({protocol})")
+
+
+@app.command()
+def embed(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; by default RUN/embeddings/<split>.safetensors.")
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Part of the data set.")] = Split.train,
+    pool: Annotated[
+        Pool | None, typer.Option(help="cls token or mean of the patch tokens; by default the encoder's own.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that are loaded together.")] = 256,
+) -> None:
+    """Write features, labels and file names of a data set, from a run or from a recipe with init=WEIGHTS."""
+    from etpp_ssl.engine.embed import embed as write_features
+    from etpp_ssl.recipe import load_recipe
+    from etpp_ssl.run_folder import RunFolder
+
+    file = write_features(
+        load_recipe(recipe, overrides or ()),
+        RunFolder(recipe) if Path(recipe).is_dir() else None,
+        out,
+        split=split.value,
+        pool=pool.value if pool is not None else None,
+        batch_size=batch_size,
+        say=say,
+    )
+    if is_main_process():
+        print(file)
 
 
 @app.command()
