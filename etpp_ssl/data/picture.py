@@ -90,7 +90,9 @@ class JpegPicture:
 
     def bands(self) -> Bands:
         """See `Picture.bands`."""
-        return decode(self._data, self._in_chans)
+        image, self._unused = self._unused, None
+        # Of a small JPEG, reading the header takes as long as the rest.
+        return decode(self._data, self._in_chans) if image is None else from_picture(image, self._in_chans)
 
     def region(
         self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
