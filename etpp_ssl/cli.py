@@ -110,7 +110,7 @@ def probe(run: RunArgument, overrides: Overrides = None) -> None:
     if is_main_process():
         protocol = " ".join(f"{k}={v}" for k, v in recipe.probe.model_dump().items() if v is not None)
         for name, value in numbers.items():
-            print(f"{name} {value:.4f} ({protocol})")
+            print(f"{name} {value:.6g} ({protocol})")
 
 
 @app.command()

@@ -152,9 +152,9 @@ def test_a_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
         (["probe=knn", "probe.temperature=[]"], ["probe.temperature: [] is no list of positive numbers"]),
         (
             ["probe=knn", "probe.select_on=eval"],
-            ["probe.select_on: 'eval'", "use holdout", "training images"],
+            ["probe.select_on: settings are not chosen on 'eval'", "use holdout", "training images"],
         ),
-        (["probe=linear_cached", "probe.select_on=test"], ["probe.select_on: 'test'", "use holdout"]),
+        (["probe=linear_cached", "probe.select_on=test"], ["not chosen on 'test'", "use holdout"]),
         (["probe=linear_cached", "probe.holdout_share=1"], ["probe.holdout_share is 1", "less than 1"]),
         (["probe=linear_cached", "probe.base_lrs=[0.1, 0]"], ["probe.base_lrs: [0.1, 0.0] is no list"]),
         (["probe=linear_cached", "probe.weight_decays=[]"], ["probe.weight_decays: [] is no list"]),

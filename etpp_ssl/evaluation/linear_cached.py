@@ -29,13 +29,13 @@ class LinearCachedConfig(LabelledConfig):
     """Linear probe on cached features; SGD with momentum 0.9 and a cosine, see `train_heads`."""
 
     name: Literal["linear_cached"] = "linear_cached"
-    epochs: int = Field(default=100, ge=1)
+    epochs: int = Field(default=50, ge=1)
     """Passes over the features."""
     batch_size: int = Field(default=1024, ge=1)
     """Features per step."""
-    base_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    base_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
     """Learning rates to choose from, per 256 features."""
-    weight_decays: tuple[float, ...] = (0.0, 1e-4, 1e-3)
+    weight_decays: tuple[float, ...] = (0.0, 1e-4)
     """Weight decays to choose from."""
     standardise: bool = True
     """Give each feature mean 0 and variance 1 over the images that the heads are trained on."""

@@ -19,8 +19,8 @@ from etpp_ssl.randomness import keyed_words
 def _holdout_only(select_on: str) -> str:
     if select_on != "holdout":
         raise ValueError(
-            f"{select_on!r} cannot be chosen on; use holdout, a keyed part of the training images: a result "
-            f"says nothing on the images that its settings were chosen on"
+            f"settings are not chosen on {select_on!r}, as a result says nothing on the images that its own "
+            f"settings were chosen on; use holdout, a keyed part of the training images"
         )
     return select_on
 
