@@ -76,25 +76,25 @@ def embed(
     unreadable = len(source) - len(features.indices)
     if unreadable == len(source):
         raise UserError(f"none of the {unreadable} images of the {split} split can be read")
-    if not accelerator.is_main_process:
-        return out
-    if unreadable:
-        say(f"left out: {unreadable} of {len(source)} images cannot be read")
-    embeddings = Embeddings(
-        rows=Features(*(rows.cpu() for rows in features)),
-        names=[source.name(index) for index in features.indices.tolist()],
-        classes=source.classes,
-        notes={
-            "split": split,
-            "weights": weights,
-            "pool": pool or model.encoder.global_pool,
-            "precision": run_precision(accelerator),
-            "image_size": show_size(recipe.size),
-            "crop_pct": f"{recipe.data.crop_pct:g}",
-            "num_unreadable": str(unreadable),
-        },
-    )
-    write_embeddings(out, embeddings)
+    if accelerator.is_main_process:
+        if unreadable:
+            say(f"left out: {unreadable} of {len(source)} images cannot be read")
+        embeddings = Embeddings(
+            rows=Features(*(rows.cpu() for rows in features)),
+            names=[source.name(index) for index in features.indices.tolist()],
+            classes=source.classes,
+            notes={
+                "split": split,
+                "weights": weights,
+                "pool": pool or model.encoder.global_pool,
+                "precision": run_precision(accelerator),
+                "image_size": show_size(recipe.size),
+                "crop_pct": f"{recipe.data.crop_pct:g}",
+                "num_unreadable": str(unreadable),
+            },
+        )
+        write_embeddings(out, embeddings)
+    accelerator.wait_for_everyone()
     return out
 
 

@@ -62,7 +62,7 @@ def pooled_features(encoder: VisionTransformer, images: Tensor, pool: Pool | Non
         features: Tensor = encoder(images)
         return features
     if pool == "token" and not encoder.has_class_token:
-        raise UserError("probe.pool is token, but the encoder has no cls token; use avg")
+        raise UserError("pool is token, but the encoder has no cls token; use avg")
     pooled: Tensor = encoder.pool(encoder.forward_features(images), pool_type=pool)
     return pooled
 

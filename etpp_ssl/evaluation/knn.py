@@ -149,10 +149,12 @@ def knn_sweep(
 
 def _nearest(train: Tensor, test: Tensor, k: int, chunk: int | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Cosine similarity and number of the k nearest of `train`, nearest first, for `test` in chunks."""
-    train, k = F.normalize(train.float(), dim=1), min(k, len(train))
-    chunk = chunk or max(CHUNK_IMAGES, CHUNK_BYTES // (4 * len(train)))
-    for part in F.normalize(test.float(), dim=1).split(chunk):
-        similarity, nearest = (part @ train.T).topk(k, dim=1)
+    train, test, k = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1), min(k, len(train))
+    chunk = min(chunk or max(CHUNK_IMAGES, CHUNK_BYTES // (4 * len(train))), len(test))
+    # One buffer for all chunks: on a CPU a new one of this size costs a page fault per 4 KiB.
+    buffer = torch.empty(chunk, len(train), device=train.device)
+    for part in test.split(chunk):
+        similarity, nearest = torch.mm(part, train.T, out=buffer[: len(part)]).topk(k, dim=1)
         yield similarity, nearest
 
 
