@@ -90,18 +90,21 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def probe(run: RunArgument, overrides: Overrides = None) -> None:
-    """Evaluate a run's encoder as it stands, for instance with probe=knn."""
+def probe(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Evaluate an encoder as it stands: a run's, or with a recipe the weights of init=FILE-or-RUN."""
     from etpp_ssl.engine.probe import probe_run
+    from etpp_ssl.engine.signals import Interrupted
     from etpp_ssl.recipe import load_recipe
-    from etpp_ssl.run_folder import RunFolder
 
-    folder = RunFolder(run)
-    folder.recipe()
-    recipe = load_recipe(run, overrides or ())
-    numbers = probe_run(recipe, folder, say)
+    chosen = load_recipe(recipe, overrides or ())
+    try:
+        numbers = probe_run(chosen, recipe, say)
+    except Interrupted as interrupted:
+        if is_main_process():
+            say(f"etpp: probe {interrupted}; the same command goes on from there")
+        raise typer.Exit(interrupted.exit_code) from None
     if is_main_process():
-        protocol = " ".join(f"{k}={v}" for k, v in recipe.probe.model_dump().items() if v is not None)
+        protocol = " ".join(f"{k}={v}" for k, v in chosen.probe.model_dump().items() if v is not None)
         for name, value in numbers.items():
             print(f"{name} {value:.4f} ({protocol})")
 

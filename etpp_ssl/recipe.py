@@ -19,7 +19,9 @@ from etpp_ssl.data.folder import FolderConfig
 from etpp_ssl.data.shards import ShardsConfig
 from etpp_ssl.data.synthetic import SyntheticConfig
 from etpp_ssl.data.timm_dataset import TimmConfig
+from etpp_ssl.evaluation.attentive import AttentiveConfig
 from etpp_ssl.evaluation.knn import KnnConfig
+from etpp_ssl.evaluation.linear import LinearConfig
 from etpp_ssl.evaluation.reconstruction import ReconstructionConfig
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.masker import Masker
@@ -64,7 +66,7 @@ class NoProbeConfig(Config):
     name: Literal["none"] = "none"
 
 
-AnyProbe = NoProbeConfig | KnnConfig | ReconstructionConfig
+AnyProbe = NoProbeConfig | KnnConfig | ReconstructionConfig | LinearConfig | AttentiveConfig
 
 
 class Recipe(Config):

@@ -247,9 +247,14 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def build_probe(
-    recipe: Recipe, accelerator: Accelerator, normalise: Normalise, objective: Objective
+    recipe: Recipe, accelerator: Accelerator, normalise: Normalise, objective: Objective, **long: Any
 ) -> Probe | None:
     """The recipe's probe, or None.
+
+    Args:
+        recipe: names it.
+        accelerator, normalise, objective: the run's.
+        long: what a probe of hours may use; see `ProbeContext.folder` and what follows it.
 
     Raises:
         UserError: if the data does not serve it.
@@ -272,6 +277,7 @@ def build_probe(
             masker=recipe.build_masker(),
             seed=recipe.seed,
             num_workers=recipe.data.num_workers,
+            **long,
         )
     )
 
@@ -282,9 +288,11 @@ def _open_training_images(recipe: Recipe) -> ImageSource:
         recipe.data, "train", in_chans=recipe.in_chans, image_size=recipe.size, seed=recipe.seed
     )
     expected = recipe.data.num_images
-    if expected is not None and expected != len(source):
+    # It counts the data set, of which a holdout leaves less to train on.
+    found = len(source) + recipe.data.holdout
+    if expected is not None and expected != found:
         raise UserError(
-            f"data.num_images is {expected}, but the data has {len(source)} images; "
+            f"data.num_images is {expected}, but the data has {found} images; "
             f"data.num_images=null takes what is there"
         )
     return source

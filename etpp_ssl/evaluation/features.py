@@ -130,10 +130,11 @@ def gather_rows(rows: Tensor, accelerator: Accelerator) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, the mode of before afterwards."""
-    was_training = model.training
+    """Eval mode inside; afterwards each module has the mode of before."""
+    before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, was_training in before:
+            module.training = was_training
