@@ -25,8 +25,11 @@ def test_every_recipe_has_a_plan_and_a_header_that_is_a_contract(path: Path) -> 
     assert sum(stage.flops_share for stage in plan.stages) == pytest.approx(1)
     assert plan.curriculum.equivalent_epochs == pytest.approx(plan.recipe.budget_epochs, rel=2e-3)
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    for word in ("pretrain recipes/", "# Cost:", "# Expected:"):
-        assert any(word in line for line in header), f"{path.name}: no {word!r} in its header"
+    commands = (f"pretrain recipes/{path.name}", f"probe recipes/{path.name}")
+    for words in (commands, ("# Cost:",), ("# Expected:",)):
+        assert any(word in line for word in words for line in header), (
+            f"{path.name}: no {words} in its header"
+        )
     assert "PENDING" not in path.read_text()
 
 
