@@ -76,6 +76,9 @@ def probe_run(recipe: Recipe, source: str, say: Callable[[str], None]) -> dict[s
         report.mkdir(parents=True, exist_ok=True)
         with (report / "probes.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+    # A process that has nothing to write must not close its connections while others still use them.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
     return numbers
 
 
