@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
     name="etpp",
-    help="Masked-autoencoder pre-training under the EfficientTrain++ curriculum.",
+    help="Masked-autoencoder pre-training and supervised training under the EfficientTrain++ curriculum.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -46,10 +46,17 @@ class Target(StrEnum):
 
 
 class Pool(StrEnum):
-    """How an exported encoder makes one vector of an image."""
+    """How an encoder makes one vector of an image."""
 
     token = "token"
     avg = "avg"
+
+
+class Split(StrEnum):
+    """Parts of a data set."""
+
+    train = "train"
+    eval = "eval"
 
 
 @app.command()
@@ -64,7 +71,7 @@ def pretrain(
     """Train, or go on from the run folder's newest checkpoint."""
     from etpp_ssl.engine.pretrain import pretrain as run_pretraining
     from etpp_ssl.engine.signals import Interrupted
-    from etpp_ssl.recipe import load_recipe
+    from etpp_ssl.recipe_file import load_recipe
 
     try:
         run_pretraining(load_recipe(recipe, overrides or ()), fork)
@@ -75,35 +82,114 @@ def pretrain(
 
 
 @app.command()
+def finetune(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    fork: Annotated[
+        Path | None,
+        typer.Option(help="Start from this run's newest checkpoint, in a new folder."),
+    ] = None,
+) -> None:
+    """Train a classifier, from `init` or from scratch, or go on from the run folder's newest checkpoint."""
+    from etpp_ssl.engine.finetune import finetune as run_finetuning
+    from etpp_ssl.engine.signals import Interrupted
+    from etpp_ssl.recipe_file import load_finetune_recipe
+
+    try:
+        run_finetuning(load_finetune_recipe(recipe, overrides or ()), fork)
+    except Interrupted as interrupted:
+        if is_main_process():
+            say(f"etpp: {interrupted}; the same command goes on from there")
+        raise typer.Exit(interrupted.exit_code) from None
+
+
+@app.command()
 def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Print stages, learning rate, memory and cost, without training."""
+    from etpp_ssl.engine.classifier_plan import plan_classifier, print_classifier_plan
     from etpp_ssl.engine.plan import plan_run
     from etpp_ssl.engine.plan_table import print_plan
-    from etpp_ssl.recipe import load_recipe
+    from etpp_ssl.recipe import FinetuneRecipe
+    from etpp_ssl.recipe_file import load_any_recipe
     from etpp_ssl.run_folder import RunFolder
 
     folder = RunFolder(recipe) if Path(recipe).is_dir() else None
     # A pipe has no width; the table needs its own.
-    wide = None if sys.stdout.isatty() else 140
-    made = plan_run(load_recipe(recipe, overrides or ()), folder)
-    print_plan(made, Console(width=wide, highlight=False))
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    loaded = load_any_recipe(recipe, overrides or ())
+    if isinstance(loaded, FinetuneRecipe):
+        print_classifier_plan(plan_classifier(loaded), console)
+    else:
+        print_plan(plan_run(loaded, folder), console)
 
 
 @app.command()
-def probe(run: RunArgument, overrides: Overrides = None) -> None:
-    """Evaluate a run's encoder as it stands, for instance with probe=knn."""
-    from etpp_ssl.engine.probe import probe_run
-    from etpp_ssl.recipe import load_recipe
+def evaluate(run: RunArgument, overrides: Overrides = None) -> None:
+    """Evaluate a run's classifier: accuracy, calibration, recall of each class, confusion matrix."""
+    from etpp_ssl.engine.evaluate import evaluate_run
+    from etpp_ssl.recipe_file import load_finetune_recipe
+    from etpp_ssl.report.confusion import write_evaluation
     from etpp_ssl.run_folder import RunFolder
 
     folder = RunFolder(run)
-    folder.recipe()
-    recipe = load_recipe(run, overrides or ())
-    numbers = probe_run(recipe, folder, say)
+    evaluated = evaluate_run(load_finetune_recipe(run, overrides or ()), folder, say)
     if is_main_process():
-        protocol = " ".join(f"{k}={v}" for k, v in recipe.probe.model_dump().items() if v is not None)
+        written = write_evaluation(folder.path, evaluated.result, evaluated.classes, evaluated.protocol)
+        for name, value in evaluated.result.numbers().items():
+            if value is not None:
+                print(f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4f}")
+        print(f"evaluation: {written}")
+
+
+@app.command()
+def probe(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Evaluate an encoder as it stands: a run's, or with a recipe the weights of init=FILE-or-RUN."""
+    from etpp_ssl.engine.probe import probe_run
+    from etpp_ssl.engine.signals import Interrupted
+    from etpp_ssl.recipe_file import load_recipe
+
+    chosen = load_recipe(recipe, overrides or ())
+    try:
+        numbers = probe_run(chosen, recipe, say)
+    except Interrupted as interrupted:
+        if is_main_process():
+            say(f"etpp: probe {interrupted}; the same command goes on from there")
+        raise typer.Exit(interrupted.exit_code) from None
+    if is_main_process():
+        protocol = " ".join(f"{k}={v}" for k, v in chosen.probe.model_dump().items() if v is not None)
         for name, value in numbers.items():
-            print(f"{name} {value:.4f} ({protocol})")
+            print(f"{name} {value:.6g} ({protocol})")
+
+
+@app.command()
+def embed(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; by default RUN/embeddings/<split>.safetensors.")
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Part of the data set.")] = Split.train,
+    pool: Annotated[
+        Pool | None, typer.Option(help="cls token or mean of the patch tokens; by default the encoder's own.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that are loaded together.")] = 256,
+) -> None:
+    """Write features, labels and file names of a data set, from a run or from a recipe with init=WEIGHTS."""
+    from etpp_ssl.engine.embed import embed as write_features
+    from etpp_ssl.recipe_file import load_recipe
+    from etpp_ssl.run_folder import RunFolder
+
+    file = write_features(
+        load_recipe(recipe, overrides or ()),
+        RunFolder(recipe) if Path(recipe).is_dir() else None,
+        out,
+        split=split.value,
+        pool=pool.value if pool is not None else None,
+        batch_size=batch_size,
+        say=say,
+    )
+    if is_main_process():
+        print(file)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -44,3 +45,9 @@ def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
 def show_size(size: tuple[int, int]) -> str:
     """`224` for a square, `192x256` (height x width) otherwise."""
     return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+
+
+def listed(items: Sequence[str], separator: str = ", ") -> str:
+    """At most five of them, and how many more there are."""
+    more = f", and {len(items) - 5} more" if len(items) > 5 else ""
+    return separator.join(items[:5]) + more

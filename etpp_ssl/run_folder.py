@@ -3,7 +3,8 @@
     recipe.yaml                  the resolved recipe
     metrics.jsonl                one object a line
     plan.json                    the steps of a run with a budget in hours, as its newest plan has them
-    checkpoints/step-XXXXXXXX/   model.safetensors, optimizer.safetensors, state.json
+    checkpoints/step-XXXXXXXX/   model.safetensors, optimizer.safetensors, state.json; with a moving
+                                 average of the weights also ema.safetensors
     export/, report/             written later
 
 `state.json` is written last and lists the sizes of the other files, so a checkpoint that was cut short
@@ -25,11 +26,14 @@ from torch import Tensor
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.hours import TimePlan
 from etpp_ssl.model.state_dict import load_weights as load_weights
-from etpp_ssl.recipe import Recipe, load_recipe
+from etpp_ssl.recipe import FinetuneRecipe, Recipe
+from etpp_ssl.recipe_file import load_any_recipe, load_recipe
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+EMA_FILE = "ema.safetensors"
 STATE_FILE = "state.json"
+EVALUATION_FILE = "evaluation.json"
 
 
 class Checkpoint:
@@ -71,6 +75,11 @@ class Checkpoint:
         tensors: dict[str, Tensor] = load_file(self.path / MODEL_FILE)
         return tensors
 
+    def average(self) -> dict[str, Tensor] | None:
+        """The moving average of the model's tensors, on the CPU, or None where the run keeps none."""
+        file = self.path / EMA_FILE
+        return load_file(file) if file.is_file() else None
+
     def optimizer(self) -> dict[str, Tensor]:
         """The optimizer's tensors, on the CPU, as `parameter.slot`."""
         tensors: dict[str, Tensor] = load_file(self.path / OPTIMIZER_FILE)
@@ -86,6 +95,7 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"
         self.plan_file = self.path / "plan.json"
         self.checkpoint_folder = self.path / "checkpoints"
+        self.evaluation_folder = self.path / "report" / "evaluation"
 
     def plan(self) -> TimePlan | None:
         """The newest plan of a run with a budget in hours, or None where it has none.
@@ -108,12 +118,19 @@ class RunFolder:
         """The recipe the run was started with.
 
         Raises:
+            UserError: if this is no folder of a pre-training run.
+        """
+        self._require()
+        return load_recipe(self.recipe_file)
+
+    def any_recipe(self) -> Recipe | FinetuneRecipe:
+        """The same for a run of any task.
+
+        Raises:
             UserError: if this is no run folder.
         """
-        if not self.exists():
-            what = "has no recipe.yaml" if self.path.is_dir() else "does not exist"
-            raise UserError(f"{str(self.path)!r} is no run folder: it {what}")
-        return load_recipe(self.recipe_file)
+        self._require()
+        return load_any_recipe(self.recipe_file)
 
     def checkpoints(self) -> list[Checkpoint]:
         """All checkpoints, newest first, whole or not."""
@@ -152,11 +169,16 @@ class RunFolder:
         Raises:
             UserError: if this is no run folder or it has no checkpoint yet.
         """
-        self.recipe()
+        self._require()
         checkpoint = self.newest(warn)
         if checkpoint is None:
             raise UserError(f"run {str(self.path)!r} has no checkpoint yet")
         return checkpoint
+
+    def _require(self) -> None:
+        if not self.exists():
+            what = "has no recipe.yaml" if self.path.is_dir() else "does not exist"
+            raise UserError(f"{str(self.path)!r} is no run folder: it {what}")
 
     def metrics(self) -> list[dict[str, Any]]:
         """Rows of `metrics.jsonl`; a last line that was cut short is left out."""

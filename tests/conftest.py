@@ -15,8 +15,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 
 if TYPE_CHECKING:
-    from etpp_ssl.engine.run import Run
-    from etpp_ssl.recipe import Recipe
+    from etpp_ssl.engine.run import BaseRun
+    from etpp_ssl.recipe import FinetuneRecipe, Recipe
 
 
 @pytest.fixture(scope="session")
@@ -42,22 +42,22 @@ def _fresh_accelerate() -> Iterator[None]:
 @pytest.fixture
 def crash_after() -> Callable[[int], AbstractContextManager[None]]:
     """Call it with a step: a run inside ends right after that optimizer step, as a crash would end it."""
-    from etpp_ssl.engine import pretrain as loop
+    from etpp_ssl.engine import finetune, pretrain
+    from etpp_ssl.engine.records import log_due
 
     class Crash(Exception):
         pass
 
     @contextmanager
     def crashing(step: int) -> Iterator[None]:
-        real = loop._log_due
-
-        def crash(run: Run) -> bool:
+        def crash(run: BaseRun) -> bool:
             if run.state.step == step:
                 raise Crash
-            return real(run)
+            return log_due(run)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "_log_due", crash)
+            for loop in (pretrain, finetune):
+                patch.setattr(loop, "log_due", crash)
             with pytest.raises(Crash):
                 yield
 
@@ -70,10 +70,24 @@ def tiny_recipe(tmp_path: Path) -> Callable[..., Recipe]:
 
     Call it with overrides as on the command line.
     """
-    from etpp_ssl.recipe import parse_recipe
+    from etpp_ssl.recipe_file import parse_recipe
 
     def build(*overrides: str) -> Recipe:
         return parse_recipe(TINY, [f"output={tmp_path / 'run'}", *overrides])
+
+    return build
+
+
+@pytest.fixture
+def tiny_classifier(tmp_path: Path) -> Callable[..., FinetuneRecipe]:
+    """A classifier's run of a second: rectangular synthetic images, three stages, a ViT of two blocks.
+
+    Call it with overrides as on the command line.
+    """
+    from etpp_ssl.recipe_file import parse_finetune_recipe
+
+    def build(*overrides: str) -> FinetuneRecipe:
+        return parse_finetune_recipe(TINY_CLASSIFIER, [f"output={tmp_path / 'run'}", *overrides])
 
     return build
 
@@ -105,5 +119,37 @@ model:
   num_heads: 2
   decoder: {embed_dim: 8, depth: 1, num_heads: 2}
 optim: {base_lr: 2e-2}
+checkpoint: {every_minutes: null}
+"""
+
+TINY_CLASSIFIER = """
+task: finetune
+seed: 3
+output: unused
+image_size: [16, 24]
+budget_epochs: 1.5
+batch_size: 10
+precision: fp32
+log_every_steps: 3
+data:
+  name: synthetic
+  num_images: 64
+  num_eval_images: 24
+  num_workers: 0
+curriculum:
+  name: efficienttrain
+  stages:
+  - {bandwidth: [8, 12], share: 0.2}
+  - {bandwidth: [12, 16], share: 0.4}
+  - {bandwidth: [16, 24], share: 0.4}
+model:
+  name: vit
+  patch_size: 4
+  embed_dim: 16
+  depth: 2
+  num_heads: 2
+  drop_path: 0.3
+augment: {ramp: true}
+optim: {base_lr: 5e-2, clip_grad: 1.0, ema: 0.9}
 checkpoint: {every_minutes: null}
 """

@@ -61,6 +61,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "probe without labels": (
         ["data=folder", "data.root={tmp}/images", "probe=knn", "data.holdout=1"], "needs labels"
     ),
+    "settings chosen on the evaluation images": (
+        ["probe=linear_cached", "probe.select_on=eval"], "use holdout"
+    ),
     "probe without evaluation images": (
         ["data=folder", "data.root={tmp}/images", "probe=reconstruction"], "data.holdout"
     ),
@@ -126,7 +129,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
 
 
 def test_an_unknown_recipe_or_run_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (["pretrain"], ["plan"], ["probe"], ["export"]):
+    for command in (["pretrain"], ["plan"], ["probe"], ["embed"], ["export"]):
         assert run([*command, str(tmp_path / "nowhere")]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
@@ -141,8 +144,18 @@ def test_the_way_from_recipe_to_export(
     assert run(["pretrain", folder]) == 0
     assert "finished" in capsys.readouterr().err
     assert run(["probe", folder, "probe=knn", "probe.k=3"]) == 0
-    assert "name=knn k=3" in capsys.readouterr().out.replace("every_steps=None ", "")
+    printed = capsys.readouterr().out
+    assert printed.startswith("knn_top1 ")
+    assert "name=knn " in printed
+    assert " k=3 " in printed
     assert (tmp_path / "run" / "report" / "probes.jsonl").read_text().count("\n") == 1
+    assert run(["probe", folder, "probe=linear_cached", "probe.epochs=2"]) == 0
+    printed = capsys.readouterr().out
+    names = [line.split()[0].removeprefix("linear_cached_") for line in printed.splitlines()]
+    assert names == ["top1", "top5", "base_lr", "weight_decay", "holdout_top1"]
+    row = json.loads((tmp_path / "run" / "report" / "probes.jsonl").read_text().splitlines()[-1])
+    assert row["protocol"]["name"] == "linear_cached"
+    assert row["linear_cached_base_lr"] in row["protocol"]["base_lrs"]
     assert run(["probe", folder]) == 2
     assert "probe=knn" in capsys.readouterr().err
     assert run(["probe", folder, "probe=knn", "model.embed_dim=24"]) == 2

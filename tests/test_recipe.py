@@ -14,7 +14,7 @@ from etpp_ssl.model.block_masking import BlockMaskingConfig
 from etpp_ssl.model.cross_decoder import CrossDecoderConfig
 from etpp_ssl.model.decoder import MAEDecoderConfig
 from etpp_ssl.model.masker import MaskRatioRamp
-from etpp_ssl.recipe import changed_keys, load_recipe, parse_recipe
+from etpp_ssl.recipe_file import changed_keys, load_recipe, parse_recipe
 
 MINIMAL = "output: runs/x\nbudget_epochs: 2\nbatch_size: 4\ndata: {name: synthetic}\n"
 
@@ -146,7 +146,18 @@ def test_a_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
         (["curriculum.stages=[{bandwidth: 32}]"], ["curriculum.stages.0.share is missing"]),
         (["curriculum.stages=[{bandwidth: 32, share: 2}]"], ["share is 2"]),
         (["data.crop_scale=[0.9, 0.1]"], ["crop_scale is [0.9, 0.1]"]),
-        (["probe=knn", "probe.k=0"], ["probe.k is 0"]),
+        (["probe=knn", "probe.k=0"], ["probe.k: 0 is no positive number"]),
+        (["probe=knn", "probe.k=[5, -1]"], ["probe.k: [5, -1] is no list of positive numbers"]),
+        (["probe=knn", "probe.k=few"], ["probe.k is 'few'", "integer"]),
+        (["probe=knn", "probe.temperature=[]"], ["probe.temperature: [] is no list of positive numbers"]),
+        (
+            ["probe=knn", "probe.select_on=eval"],
+            ["probe.select_on: settings are not chosen on 'eval'", "use holdout", "training images"],
+        ),
+        (["probe=linear_cached", "probe.select_on=test"], ["not chosen on 'test'", "use holdout"]),
+        (["probe=linear_cached", "probe.holdout_share=1"], ["probe.holdout_share is 1", "less than 1"]),
+        (["probe=linear_cached", "probe.base_lrs=[0.1, 0]"], ["probe.base_lrs: [0.1, 0.0] is no list"]),
+        (["probe=linear_cached", "probe.weight_decays=[]"], ["probe.weight_decays: [] is no list"]),
         (["probe=svm"], ["probe.name is 'svm'", "knn, reconstruction"]),
         (["batch_size"], ["'batch_size' is not of the form key=value"]),
         (["a: b=c"], ["unknown key"]),

@@ -121,7 +121,7 @@ def our_pass(files: Paths, view: TrainView, bandwidth: int) -> None:
     builder = BatchBuilder(source_of(files), view, KeyedOrder(len(files), 0))
     for start in range(0, len(files), BATCH_SIZE):
         rows = tuple(range(start, min(start + BATCH_SIZE, len(files))))
-        builder[BatchRequest(0, rows, rows, (bandwidth, bandwidth), 1.0, False)]
+        builder[BatchRequest(0, rows, rows, (bandwidth, bandwidth), 0.0, 1.0, False)]
 
 
 class Watched:

@@ -32,7 +32,8 @@ from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.synthetic import SyntheticConfig, SyntheticSource
 from etpp_ssl.engine.feed import Feed
 from etpp_ssl.model.masking import random_masking
-from etpp_ssl.recipe import Recipe, parse_recipe
+from etpp_ssl.recipe import Recipe
+from etpp_ssl.recipe_file import parse_recipe
 
 RECIPE = """
 output: unused

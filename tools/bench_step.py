@@ -40,7 +40,8 @@ from etpp_ssl.engine.plan import cost_at
 from etpp_ssl.model.attention import AttentionName, use_attention
 from etpp_ssl.model.blocks import BlockRunner
 from etpp_ssl.model.patches import grid_of
-from etpp_ssl.recipe import Recipe, load_recipe
+from etpp_ssl.recipe import Recipe
+from etpp_ssl.recipe_file import load_recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PARTS = ("prepare", "forward", "target and loss", "backward", "optimizer")

@@ -16,6 +16,8 @@ class Cost:
 
     flops: int
     """Floating-point operations; one multiply-add is two."""
+    forward_flops: int
+    """Those of the forward pass."""
     saved_values: int
     """Numbers that the forward pass keeps for the backward pass."""
 
@@ -50,5 +52,7 @@ def count_cost(loss: Callable[[], Tensor], model: nn.Module) -> Cost:
 
     counter = FlopCounterMode(display=False)
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss().backward()
-    return Cost(flops=counter.get_total_flops(), saved_values=saved)
+        result = loss()
+        forward_flops = counter.get_total_flops()
+        result.backward()
+    return Cost(flops=counter.get_total_flops(), forward_flops=forward_flops, saved_values=saved)

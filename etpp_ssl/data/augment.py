@@ -32,8 +32,14 @@ SMALLEST_INTERMEDIATE = 96
 class View(Protocol):
     """Turns an image into what a batch holds."""
 
-    def __call__(self, image: Picture, position: int, bandwidth: tuple[int, int]) -> Tensor:
-        """The view of sample number `position` at a stage's bandwidth (height, width), uint8 (C, H, W).
+    def __call__(self, image: Picture, position: int, bandwidth: tuple[int, int], progress: float) -> Tensor:
+        """One sample's view, uint8 (C, H, W).
+
+        Args:
+            image: the picture.
+            position: the sample's number in the run.
+            bandwidth: (height, width) shown by the step.
+            progress: share of the run's compute spent before the step, in [0, 1); 1 in evaluation.
 
         Raises:
             UnreadableImage: if the image cannot be decoded.
@@ -66,13 +72,21 @@ class TrainView:
     def __post_init__(self) -> None:
         require_decoder(self.decoder)
 
-    def __call__(self, image: Picture, position: int, bandwidth: tuple[int, int]) -> Tensor:
+    def __call__(
+        self, image: Picture, position: int, bandwidth: tuple[int, int], progress: float = 1.0
+    ) -> Tensor:
+        return self.shown(self.cropped(image, position, bandwidth), bandwidth)
+
+    def cropped(self, image: Picture, position: int, bandwidth: tuple[int, int]) -> Tensor:
+        """The first half: cropped, resized and mirrored, uint8 (C, H, W)."""
         draw = keyed_random(self.seed, "crop", position)
         box = random_crop_box(image.size, self.crop_scale, draw)
         mirror = self.flip and draw.random() < 0.5
         view = self._reduced(image, box, bandwidth) if self.decode == "reduced" else self._full(image, box)
-        if mirror:
-            view = view.flip(2)
+        return view.flip(2) if mirror else view
+
+    def shown(self, view: Tensor, bandwidth: tuple[int, int]) -> Tensor:
+        """The second half: with `lanczos` at the bandwidth, otherwise as it is."""
         if self.lanczos and bandwidth != self.image_size:
             return self._by_lanczos(view, bandwidth[::-1])
         return view
@@ -99,7 +113,9 @@ class EvalView:
     image_size: tuple[int, int]
     crop_pct: float
 
-    def __call__(self, image: Picture, position: int, bandwidth: tuple[int, int]) -> Tensor:
+    def __call__(
+        self, image: Picture, position: int, bandwidth: tuple[int, int], progress: float = 1.0
+    ) -> Tensor:
         height, width = self.image_size
         covered = (math.floor(width / self.crop_pct), math.floor(height / self.crop_pct))
         size = covering_size(image.size, covered)

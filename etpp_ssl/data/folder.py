@@ -99,6 +99,10 @@ class FileSource:
         """Class index, or -1."""
         return -1 if self.labels is None else self.labels[index]
 
+    def all_labels(self) -> list[int]:
+        """See `ImageSource.all_labels`."""
+        return [-1] * len(self) if self.labels is None else list(self.labels)
+
     def name(self, index: int) -> str:
         """Relative path, as a log can show it."""
         return printable(self.files[index])

@@ -94,6 +94,9 @@ class ImageSource(Protocol):
     def label(self, index: int) -> int:
         """Class index, or -1 where there are no labels."""
 
+    def all_labels(self) -> list[int] | None:
+        """Every image's class index (-1 without labels), or None where images would have to be read."""
+
     def name(self, index: int) -> str:
         """What a person would look for: a relative path, for instance."""
 
@@ -105,8 +108,8 @@ class DataConfig(Config, ABC):
     """Settings that every data source shares."""
 
     num_images: int | None = neutral(None, ge=1)
-    """Images in the training set: taken from the data where it is at hand, needed by `plan` where it is
-    not, and checked when a run starts."""
+    """Images in the training set, after `holdout`, `label_share` and `labels_per_class`: taken from the
+    data where it is at hand, needed by `plan` where it is not, and checked when a run starts."""
     mean: tuple[float, ...] | None = None
     """Per-channel mean, of values in [0, 1]. Default: ImageNet's for 1 or 3 channels, otherwise 0.5."""
     std: tuple[float, ...] | None = None
@@ -130,6 +133,10 @@ class DataConfig(Config, ABC):
     """The run stops once more than this share of the data set turned out to be unreadable."""
     holdout: int = Field(default=0, ge=0)
     """Images, chosen by a keyed draw, that training never sees: for evaluation without a split."""
+    label_share: float | None = Field(default=None, gt=0, le=1)
+    """Train on this share of each class, chosen by a keyed draw: rounded to whole images, at least one."""
+    labels_per_class: int | None = Field(default=None, ge=1)
+    """Train on so many images of each class, chosen by a keyed draw."""
     description: str | None = neutral(None)
     """One sentence about the data, for the model card."""
     num_workers: int = neutral(4, ge=0)
@@ -144,6 +151,11 @@ class DataConfig(Config, ABC):
             raise ValueError(f"crop_scale is {[low, high]}: use two shares of the area, 0 < low <= high <= 1")
         if self.decoder != "pillow" and self.decode == "full":
             raise ValueError(f"decoder {self.decoder} needs decode=reduced: decode=full is Pillow's alone")
+        if self.label_share is not None and self.labels_per_class is not None:
+            raise ValueError(
+                f"label_share is {self.label_share:g} and labels_per_class is {self.labels_per_class}: "
+                f"give one of them, and null for the other"
+            )
         return self
 
     @abstractmethod
@@ -153,6 +165,11 @@ class DataConfig(Config, ABC):
         Raises:
             UserError: if the data is not there or has no images.
         """
+
+    @property
+    def stated_images(self) -> int | None:
+        """Images in the training set as the recipe states it; None where the data has to tell."""
+        return self.num_images
 
     def statistics(self, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(mean, std) per channel, defaults filled in.

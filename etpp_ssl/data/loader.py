@@ -19,6 +19,7 @@ from etpp_ssl.config import UserError
 from etpp_ssl.data.augment import View
 from etpp_ssl.data.images import ImageSource, UnreadableImage
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
+from etpp_ssl.data.splits import check_label
 
 MAX_ATTEMPTS = 100
 """Images tried for one sample before the data set counts as unreadable altogether."""
@@ -45,6 +46,9 @@ class Batch:
     positions: Tensor
     """int64 (B,): the images' numbers in the run, by which masks are drawn: the samples' own as they come
     from the loader, and one for each time that an image is trained on where images are replayed."""
+    first_position: int
+    """The first of `positions`, which the host knows without asking the device: the key of what is drawn
+    once per micro-batch."""
     request: BatchRequest
     bad: tuple[BadImage, ...]
     """Unreadable images that were met and replaced."""
@@ -58,9 +62,9 @@ class Batch:
             positions=self.positions.to(device, non_blocking=True),
         )
 
-    def renumbered(self, positions: Tensor) -> Batch:
-        """The same images under other numbers, int64 (B,)."""
-        return replace(self, positions=positions)
+    def renumbered(self, offset: int) -> Batch:
+        """The same images under numbers that are higher by `offset`."""
+        return replace(self, positions=self.positions + offset, first_position=self.first_position + offset)
 
     def pin_memory(self) -> Batch:
         """Called by torch's loader where there is a GPU."""
@@ -79,36 +83,44 @@ class BatchBuilder(Dataset[Batch]):
         source: the images.
         view: the training or the evaluation view.
         order: says which image replaces an unreadable one.
+        num_classes: what labels must be below and, if it is given, must not be missing.
     """
 
-    def __init__(self, source: ImageSource, view: View, order: KeyedOrder) -> None:
+    def __init__(
+        self, source: ImageSource, view: View, order: KeyedOrder, num_classes: int | None = None
+    ) -> None:
         self.source = source
         self.view = view
         self.order = order
+        self.num_classes = num_classes
 
     def __getitem__(self, request: BatchRequest) -> Batch:
         views, labels, bad = [], [], []
         for position, index in zip(request.positions, request.indices, strict=True):
-            image, used, broken = self._readable(position, index, request.bandwidth)
+            image, used, broken = self._readable(position, index, request)
             bad.extend(broken)
             views.append(image)
             labels.append(self.source.label(used))
+            if self.num_classes is not None:
+                check_label(self.source, used, labels[-1], self.num_classes)
         return Batch(
             images=torch.stack(views),
             labels=torch.tensor(labels, dtype=torch.int64),
             positions=torch.tensor(request.positions, dtype=torch.int64),
+            first_position=request.positions[0],
             request=request,
             bad=tuple(bad),
         )
 
     def _readable(
-        self, position: int, index: int, bandwidth: tuple[int, int]
+        self, position: int, index: int, request: BatchRequest
     ) -> tuple[Tensor, int, list[BadImage]]:
         """The view of the first image that can be read, its index, and those before it."""
         bad: list[BadImage] = []
         for attempt in range(MAX_ATTEMPTS):
             try:
-                return self.view(self.source.open(index), position, bandwidth), index, bad
+                image = self.source.open(index)
+                return self.view(image, position, request.bandwidth, request.progress), index, bad
             except UnreadableImage as error:
                 bad.append(BadImage(index, self.source.name(index), str(error)))
                 index = self.order.replacement(position, attempt + 1)
@@ -157,14 +169,14 @@ def batches(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
     """Iterate over a loader.
 
     Raises:
-        UserError: if nothing can be read any more.
+        UserError: if nothing can be read any more, or a label is not one of the classes.
     """
     iterator = iter(loader)
     try:
         yield from iterator
-    except UnreadableImage as error:
+    except (UnreadableImage, UserError) as error:
         # From a worker the message arrives with a traceback in front of it.
-        reason = str(error).strip().splitlines()[-1].split("UnreadableImage: ")[-1]
+        reason = str(error).strip().splitlines()[-1].split(f"{type(error).__name__}: ")[-1]
         raise UserError(f"data: {reason}") from None
     finally:
         # An exception from a worker holds its traceback in a cycle. Left to the garbage collector, torch
@@ -185,6 +197,7 @@ def evaluation_requests(
             positions=chunk,
             indices=chunk,
             bandwidth=size,
+            progress=1.0,
             weight=len(chunk) / len(indices),
             last=number == len(chunks) - 1,
         )

@@ -5,8 +5,9 @@ then it trains together with times - 1 mini-batches' worth of sub-batches, drawn
 replacement (EfficientTrain++, replay buffer). The buffer is each process's own and starts empty at every
 stage, whose images have another size; so the images drawn depend on the number of processes.
 
-Kept are the loader's uint8 views: exact, and half the size of float16 values of as many pixels. Whatever
-happens to an image on the device (crop of the spectrum, mask) happens after the draw, anew each time. So
+Kept are the loader's uint8 views: exact, and half the size of float16 values of as many pixels. They were
+drawn at the progress of the step that loaded them, a buffer that is read again included. Whatever happens
+to an image on the device (crop of the spectrum, mask, mixup) happens after the draw, anew each time. So
 where the device crops, pictures of the intermediate size are kept: at 96 of 224 pixels 1.5 times what
 float16 crops would take, which would have to come back from the device, and 2.7 times with
 `data.decode: full`. Where the workers crop (`lanczos`), it is half.
@@ -166,9 +167,7 @@ class Replay:
             plan = self.step_plan(batch.request.step)
             if plan.buffer_steps == 0:
                 self._ring = None
-                yield self._pinned(
-                    batch.renumbered(batch.positions + (plan.slots.start - plan.samples.start))
-                )
+                yield self._pinned(batch.renumbered(plan.slots.start - plan.samples.start))
                 continue
             self._add(batch)
             if batch.request.last:
@@ -199,11 +198,13 @@ class Replay:
                 images=images,
                 labels=labels,
                 positions=torch.tensor(slots[first : first + size], dtype=torch.int64),
+                first_position=slots[first],
                 request=BatchRequest(
                     step=step,
                     positions=tuple(samples),
                     indices=tuple(indices),
                     bandwidth=plan.bandwidth,
+                    progress=plan.progress,
                     weight=len(images) / len(plan.slots),
                     last=first + size >= len(slots),
                 ),

@@ -23,6 +23,8 @@ class StepPlan(Protocol):
     @property
     def bandwidth(self) -> tuple[int, int]: ...
     @property
+    def progress(self) -> float: ...
+    @property
     def samples(self) -> range: ...
 
 
@@ -68,6 +70,8 @@ class BatchRequest:
     indices: tuple[int, ...]
     """Their images."""
     bandwidth: tuple[int, int]
+    progress: float
+    """Share of the run's compute spent before the step, in [0, 1); 1 in evaluation."""
     weight: float
     """The micro-batch's share of the step's global batch."""
     last: bool
@@ -76,11 +80,11 @@ class BatchRequest:
 
 @dataclass(frozen=True)
 class RequestSampler:
-    """All micro-batches of one process, from `first_step` to the end of the run.
+    """All micro-batches of one process in the given steps.
 
     Args:
         order: the keyed order.
-        step_plan: from an optimizer step to its samples and bandwidth, pure.
+        step_plan: from an optimizer step to its samples, bandwidth and progress, pure.
         steps: the optimizer steps to serve.
         rank, num_processes: which part of every step is this process's.
         micro_batch_size: images per forward pass at most; None takes the whole part at once.
@@ -109,6 +113,7 @@ class RequestSampler:
                     positions=tuple(positions),
                     indices=tuple(self.order.index(position) for position in positions),
                     bandwidth=plan.bandwidth,
+                    progress=plan.progress,
                     weight=len(positions) / len(samples),
                     last=number == len(micro_batches) - 1,
                 )

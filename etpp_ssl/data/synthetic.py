@@ -40,7 +40,7 @@ class SyntheticConfig(DataConfig):
 
     name: Literal["synthetic"] = "synthetic"
     num_images: int = Field(default=2048, ge=1)
-    """Training images."""
+    """Training images, before `holdout`, `label_share` and `labels_per_class`."""
     num_eval_images: int = Field(default=512, ge=1)
     """Evaluation images, drawn apart from those of training."""
     num_classes: int = Field(default=10, ge=2, le=len(CLASSES))
@@ -57,6 +57,11 @@ class SyntheticConfig(DataConfig):
         if size is not None and min(as_pair(size)) < 1:
             raise ValueError(f"size is {size}: use at least 1 pixel")
         return size
+
+    @property
+    def stated_images(self) -> None:
+        """Always known from the data; see `DataConfig.stated_images`."""
+        return None
 
     def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> SyntheticSource:
         """Open the "train" or the "eval" split; see `DataConfig.open`. The recipe's `seed` plays no part."""
@@ -125,6 +130,10 @@ class SyntheticSource:
         if not 0 <= index < self.num_images:
             raise IndexError(f"image {index} of {self.num_images}")
         return index % self.num_classes
+
+    def all_labels(self) -> list[int]:
+        """See `ImageSource.all_labels`."""
+        return [self.label(index) for index in range(self.num_images)]
 
     def name(self, index: int) -> str:
         """Split, class and number."""

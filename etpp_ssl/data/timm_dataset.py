@@ -149,13 +149,17 @@ class TimmSource:
         """Class index, or -1."""
         if self.classes is None:
             return -1
-        for owner, key in ((self.data, "targets"), (self.reader, "targets"), (self.reader, "samples")):
-            known = getattr(owner, key, None)
-            if known is not None:
-                label = known[index][1] if isinstance(known[index], tuple) else known[index]
-                return -1 if label is None else int(label)
-        label = self._item(index)[1]
-        return -1 if label is None else int(label)
+        known = self._known_labels()
+        return _label_in(self._item(index)[1] if known is None else known[index])
+
+    def all_labels(self) -> list[int] | None:
+        """See `ImageSource.all_labels`."""
+        if self.classes is None:
+            return [-1] * len(self)
+        known = self._known_labels()
+        if known is None and hasattr(self.reader, "iter_targets"):
+            known = self.reader.iter_targets()
+        return None if known is None else [_label_in(entry) for entry in known]
 
     def name(self, index: int) -> str:
         """The reader's file name, or the number of the image."""
@@ -168,6 +172,14 @@ class TimmSource:
         text = f"{self.title}\n{len(self)}".encode()
         return hashlib.blake2b(text, digest_size=12).hexdigest()
 
+    def _known_labels(self) -> Any:
+        """The library's own list of labels, or of files with labels, or None."""
+        for owner, key in ((self.data, "targets"), (self.reader, "targets"), (self.reader, "samples")):
+            known = getattr(owner, key, None)
+            if known is not None:
+                return known
+        return None
+
     def _item(self, index: int) -> tuple[Any, Any]:
         # timm's own __getitem__ replaces a broken image by its neighbour without a word.
         if self.reader is None:
@@ -175,6 +187,12 @@ class TimmSource:
             return item[0], item[1]
         file, label, *_ = self.reader[index]
         return (io.BytesIO(file) if isinstance(file, bytes) else file), label
+
+
+def _label_in(entry: Any) -> int:
+    """A label, or the label of a (file, label), as the class index, -1 for None."""
+    label = entry[1] if isinstance(entry, tuple) else entry
+    return -1 if label is None else int(label)
 
 
 def _is_tar(dataset: str, root: str | None) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from etpp_ssl.config import UserError
 from etpp_ssl.recipe import CheckpointConfig
 from etpp_ssl.run_folder import (
+    EMA_FILE,
     MODEL_FILE,
     OPTIMIZER_FILE,
     STATE_FILE,
@@ -24,6 +25,9 @@ from etpp_ssl.run_folder import (
     RunFolder,
     load_weights,
 )
+
+GROUP_STEP = "group_step"
+"""Slot of a step that is counted per parameter group."""
 
 
 class CheckpointClock:
@@ -53,10 +57,19 @@ def save_checkpoint(
     state: Mapping[str, Any],
     *,
     keep: int,
+    average: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint aside, flush it, rename it; then remove all but the newest `keep`.
 
     A reader sees the old checkpoint or the new one, never a part.
+
+    Args:
+        folder: the run's folder.
+        step: optimizer steps done.
+        model, optimizer: whose tensors to write.
+        state: what else to remember, for JSON.
+        keep: checkpoints that stay.
+        average: a moving average of the model's tensors, where the run keeps one.
 
     Raises:
         UserError: if the disk is full or cannot be written to; the older checkpoints are intact.
@@ -68,7 +81,9 @@ def save_checkpoint(
         aside.mkdir(parents=True)
         save_file(_contiguous(model.state_dict()), aside / MODEL_FILE)
         save_file(_contiguous(optimizer_tensors(model, optimizer)), aside / OPTIMIZER_FILE)
-        sizes = {name: (aside / name).stat().st_size for name in (MODEL_FILE, OPTIMIZER_FILE)}
+        if average is not None:
+            save_file(_contiguous(average), aside / EMA_FILE)
+        sizes = {file.name: file.stat().st_size for file in aside.iterdir()}
         text = json.dumps({**state, "files": sizes}, indent=1)
         (aside / STATE_FILE).write_text(text, encoding="utf-8")
         for file in aside.iterdir():
@@ -107,13 +122,22 @@ def load_checkpoint(
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as `parameter name.slot`, so that no order and no pickle is involved."""
+    """The optimizer's state as `parameter name.slot`, so that no order and no pickle is involved.
+
+    A step that an optimizer counts per group (timm's Lamb) stands with each of the group's parameters.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {
+    tensors = {
         f"{names[id(parameter)]}.{slot}": value
         for parameter, slots in optimizer.state.items()
         for slot, value in slots.items()
     }
+    for group in optimizer.param_groups:
+        if "step" in group:
+            for parameter in group["params"]:
+                # Cloned, because safetensors refuses tensors that share memory.
+                tensors[f"{names[id(parameter)]}.{GROUP_STEP}"] = torch.as_tensor(group["step"]).clone()
+    return tensors
 
 
 def load_optimizer_tensors(
@@ -125,9 +149,14 @@ def load_optimizer_tensors(
         name, _, slot = key.rpartition(".")
         slots.setdefault(name, {})[slot] = value
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    group_steps = {name: own.pop(GROUP_STEP) for name, own in slots.items() if GROUP_STEP in own}
     packed = optimizer.state_dict()
-    packed["state"] = {i: slots[name] for i, name in enumerate(ordered) if name in slots}
+    for group, packed_group in zip(optimizer.param_groups, packed["param_groups"], strict=True):
+        step = group_steps.get(names[id(group["params"][0])])
+        if step is not None:
+            packed_group["step"] = step if step.is_floating_point() else int(step)
+    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    packed["state"] = {i: slots[name] for i, name in enumerate(ordered) if slots.get(name)}
     optimizer.load_state_dict(packed)
 
 

@@ -17,7 +17,7 @@ from etpp_ssl.engine.replay_memory import replay_bytes, replay_notes
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.masker import MaskCounts, MaskRatioRamp
 from etpp_ssl.model.patches import grid_of
-from etpp_ssl.recipe import Recipe
+from etpp_ssl.recipe import Recipe, RunRecipe
 from etpp_ssl.run_folder import RunFolder
 
 BYTES_PER_PARAMETER = 16
@@ -54,30 +54,37 @@ class StagePlan:
     """Host memory of the replay buffers, over all processes; 0 without replay."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A run, in numbers."""
+@dataclass(frozen=True, kw_only=True)
+class BasePlan:
+    """A run of any task, in numbers."""
 
-    recipe: Recipe
+    recipe: RunRecipe
     num_images: int
     curriculum: Curriculum
-    decided: bool
+    decided: bool = True
     """Whether the numbers of steps are known: a budget in hours becomes steps when the run starts."""
-    recorded: TimePlan | None
+    recorded: TimePlan | None = None
     """What a budget in hours has become."""
-    stages: list[StagePlan]
-    encoder_parameters: int
-    decoder_parameters: int
     total_flops: int
-    other_decoders: dict[str, int]
-    """By name, FLOPs per image at full resolution, forward and backward, of the decoders that the recipe
-    does not use, at the width, depth and heads of the one that it uses, predicting every masked patch."""
     baseline_epochs: float
     """Epochs at full resolution to compare with: the recipe's, or else as many as the run's own."""
     speedup_by_area: float
     """Area-rule compute of `baseline_epochs` at full resolution over this run's."""
     speedup_by_flops: float
     notes: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(BasePlan):
+    """A pre-training run, in numbers."""
+
+    recipe: Recipe
+    stages: list[StagePlan]
+    encoder_parameters: int
+    decoder_parameters: int
+    other_decoders: dict[str, int]
+    """By name, FLOPs per image at full resolution, forward and backward, of the decoders that the recipe
+    does not use, at the width, depth and heads of the one that it uses, predicting every masked patch."""
 
 
 def plan_run(recipe: Recipe, folder: RunFolder | None = None) -> Plan:
@@ -92,18 +99,7 @@ def plan_run(recipe: Recipe, folder: RunFolder | None = None) -> Plan:
     Raises:
         UserError: for anything that would keep the run from starting, as far as it shows without data.
     """
-    num_images = recipe.data.num_images
-    recipe.data.statistics(recipe.in_chans)
-    if num_images is None:
-        num_images = len(
-            open_split(
-                recipe.data,
-                "train",
-                in_chans=recipe.in_chans,
-                image_size=recipe.size,
-                seed=recipe.seed,
-            )
-        )
+    num_images = images_of(recipe)
     curriculum = recipe.build_curriculum(num_images)
     recorded = folder.plan() if folder is not None else None
     if recorded is not None and (recorded.hours, recorded.stages) != (
@@ -189,6 +185,21 @@ def plan_run(recipe: Recipe, folder: RunFolder | None = None) -> Plan:
             *_schedule_note(recipe),
             *replay_notes(recipe, curriculum),
         ],
+    )
+
+
+def images_of(recipe: RunRecipe) -> int:
+    """Images that a recipe trains on: `data.num_images`, or from the data where that is not given.
+
+    Raises:
+        UserError: if the data is not there.
+    """
+    recipe.data.statistics(recipe.in_chans)
+    stated = recipe.data.stated_images
+    if stated is not None:
+        return stated
+    return len(
+        open_split(recipe.data, "train", in_chans=recipe.in_chans, image_size=recipe.size, seed=recipe.seed)
     )
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from etpp_ssl.config import show_size
-from etpp_ssl.engine.plan import Plan
+from etpp_ssl.engine.plan import BasePlan, Plan
 from etpp_ssl.model.masker import MaskRatioRamp
-from etpp_ssl.recipe import Recipe
+from etpp_ssl.optim.classifier import ClassifierOptimConfig
+from etpp_ssl.optim.schedule import OptimConfig
+from etpp_ssl.recipe import Recipe, RunRecipe
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 60
@@ -24,23 +28,15 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"{plan.encoder_parameters / 1e6:.2f} M parameters in the encoder, "
         f"{plan.decoder_parameters / 1e6:.2f} M in the {recipe.model.decoder.name} decoder"
     )
-    console.print(f"{plan.num_images:,} images, global batch {recipe.batch_size}, {_budget(plan)}")
+    console.print(f"{plan.num_images:,} images, global batch {recipe.batch_size}, {budget(plan)}")
     console.print(_stage_table(plan))
     for note in plan.notes:
         console.print(f"note: {note}")
     console.print(_decoders(plan))
-    console.print(_learning_rate(plan))
+    console.print(learning_rate(plan, recipe.optim))
     if plan.decided:
-        baseline = f"{plan.baseline_epochs:.4g} epochs at full resolution"
-        console.print(
-            f"compute: {plan.total_flops / 1e18:.4g} EFLOP; computed speed-up over {baseline}: "
-            f"{plan.speedup_by_area:.2f}x by the area rule, {plan.speedup_by_flops:.2f}x by counted FLOPs"
-        )
-    at_a_time = " / ".join(str(size) for size in dict.fromkeys(row.micro_batch for row in plan.stages))
-    console.print(
-        f"memory is estimated per process, for {at_a_time} images at a time in {recipe.precision}"
-        + ("" if recipe.micro_batch_size else " (set micro_batch_size to accumulate smaller ones)")
-    )
+        console.print(compute(plan))
+    console.print(memory(recipe, [row.micro_batch for row in plan.stages]))
 
 
 def _masking(recipe: Recipe) -> str:
@@ -63,7 +59,8 @@ def _decoders(plan: Plan) -> str:
     )
 
 
-def _budget(plan: Plan) -> str:
+def budget(plan: BasePlan) -> str:
+    """What the run may spend, in equivalent epochs, steps and images, or in hours."""
     recipe, curriculum, recorded = plan.recipe, plan.curriculum, plan.recorded
     if not plan.decided:
         return f"a budget of {recipe.budget_hours:g} hours: the run measures its speed and decides its steps"
@@ -117,8 +114,26 @@ def _stage_table(plan: Plan) -> Table:
     return table
 
 
-def _learning_rate(plan: Plan) -> str:
-    optim, stages = plan.recipe.optim, plan.curriculum.stages
+def compute(plan: BasePlan) -> str:
+    """Operations of the whole run, and how they compare with the baseline."""
+    return (
+        f"compute: {plan.total_flops / 1e18:.4g} EFLOP; computed speed-up over "
+        f"{plan.baseline_epochs:.4g} epochs at full resolution: {plan.speedup_by_area:.2f}x by the area "
+        f"rule, {plan.speedup_by_flops:.2f}x by counted FLOPs"
+    )
+
+
+def memory(recipe: RunRecipe, micro_batches: Sequence[int]) -> str:
+    """What the memory column means; `micro_batches` are the stages'."""
+    at_a_time = " / ".join(str(size) for size in dict.fromkeys(micro_batches))
+    return f"memory is estimated per process, for {at_a_time} images at a time in {recipe.precision}" + (
+        "" if recipe.micro_batch_size else " (set micro_batch_size to accumulate smaller ones)"
+    )
+
+
+def learning_rate(plan: BasePlan, optim: OptimConfig | ClassifierOptimConfig) -> str:
+    """The schedule of `optim` over compute, drawn and in words."""
+    stages = plan.curriculum.stages
     schedules = [optim.schedule(stage.batch_size) for stage in stages]
     highest = max(schedule.peak for schedule in schedules)
     heights = []

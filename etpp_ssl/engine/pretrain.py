@@ -13,17 +13,16 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from etpp_ssl.curriculum.base import Stage
 from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.engine.agreement import Agreement
 from etpp_ssl.engine.budget import decide_steps, replan_due, replan_steps
-from etpp_ssl.engine.checkpoint import CheckpointClock, save_checkpoint
+from etpp_ssl.engine.checkpoint import CheckpointClock
 from etpp_ssl.engine.feed import BadImages, Feed
-from etpp_ssl.engine.kernels import kernels_in_use
+from etpp_ssl.engine.kernels import attention_notes
 from etpp_ssl.engine.metrics import Meter
+from etpp_ssl.engine.records import log_due, log_row, save
 from etpp_ssl.engine.run import Run, open_run, prepare_run
 from etpp_ssl.engine.signals import Interrupted, StopRequest
-from etpp_ssl.engine.state import environment
 from etpp_ssl.recipe import Recipe
 
 
@@ -49,7 +48,7 @@ def pretrain(recipe: Recipe, fork: Path | None = None) -> Run:
     try:
         with StopRequest() as stop_request:
             decide_steps(run)
-            prepare_run(run)
+            prepare_run(run, attention_notes(run))
             signum = _train(run, stop_request)
     finally:
         run.progress.stop()
@@ -72,7 +71,7 @@ def _train(run: Run, stop_request: StopRequest) -> int:
     run.progress.start(state.step)
     if state.plan is not None and state.step == 0:
         # Measured again after a kill, the speed would give another plan.
-        _save(run)
+        save(run)
 
     while not run.finished:
         stage = run.curriculum.stage_at(state.step)
@@ -99,9 +98,9 @@ def _train(run: Run, stop_request: StopRequest) -> int:
         meter.step_done(stage.batch_size, feed.wait_seconds)
         run.progress.step(state.step)
 
-        if _log_due(run):
+        if log_due(run):
             bad_images.share(accelerator)
-            _log(run, stage, meter, lr)
+            log_row(run, stage, meter, lr)
         if _probe_due(run):
             meter.pause(_run_probe(run))
         replanned = replan_due(run)
@@ -114,7 +113,7 @@ def _train(run: Run, stop_request: StopRequest) -> int:
         signum, checkpoint_due = agreement.reach(stop_request.signum, replanned or clock.due(state.step))
         if checkpoint_due or signum or run.finished:
             meter.synchronise()
-            _save(run)
+            save(run)
             clock.written()
         if signum:
             return signum
@@ -123,35 +122,6 @@ def _train(run: Run, stop_request: StopRequest) -> int:
 
 def _open_feed(run: Run) -> Feed:
     return run.open_feed(run.curriculum.stage_at, range(run.state.step, run.curriculum.num_steps))
-
-
-def _log_due(run: Run) -> bool:
-    """Every so many steps, and at a segment's last one, so that no row mixes two bandwidths."""
-    done = run.state.step
-    return done % run.recipe.log_every_steps == 0 or run.curriculum.ends_segment(done)
-
-
-def _log(run: Run, stage: Stage, meter: Meter, lr: float) -> None:
-    state, curriculum = run.state, run.curriculum
-    speed = meter.row()
-    epochs = curriculum.equivalent_epochs_after(state.step)
-    row = {
-        "step": state.step,
-        "loss": speed.pop("loss"),
-        "lr": lr,
-        "stage": stage.index,
-        "bandwidth": list(stage.bandwidth),
-        "batch_size": stage.batch_size,
-        "equivalent_epochs": epochs,
-        "images_seen": stage.slots.stop,
-        "images_loaded": stage.samples.stop,
-        "bad_images": len(state.bad_images),
-        "num_processes": run.accelerator.num_processes,
-        "seconds": state.seconds,
-        **speed,
-    }
-    run.metrics.write(row)
-    run.progress.row(row)
 
 
 def _probe_due(run: Run) -> bool:
@@ -171,24 +141,3 @@ def _run_probe(run: Run) -> float:
     shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
     run.progress.say(f"step {run.state.step}: {shown} ({seconds:.0f} s)")
     return seconds
-
-
-def _save(run: Run) -> None:
-    accelerator = run.accelerator
-    if accelerator.is_main_process:
-        scaler = accelerator.scaler
-        save_checkpoint(
-            run.folder,
-            run.state.step,
-            run.bare_model,
-            run.optimizer,
-            {
-                "state": run.state.to_json(),
-                "environment": environment(
-                    accelerator.num_processes, accelerator.device, kernels_in_use(run.recipe)
-                ),
-                "data": run.data_fingerprint,
-                "scaler": scaler.state_dict() if scaler is not None else None,
-            },
-            keep=run.recipe.checkpoint.keep,
-        )

@@ -10,22 +10,22 @@ from etpp_ssl.config import UserError, show_size
 from etpp_ssl.curriculum.base import Curriculum, Stage
 from etpp_ssl.data.augment import intermediate_size
 from etpp_ssl.data.replay import buffer_bytes
-from etpp_ssl.recipe import Recipe
+from etpp_ssl.recipe import RunRecipe
 
 
-def replay_bytes(recipe: Recipe, stage: Stage) -> int:
+def replay_bytes(recipe: RunRecipe, stage: Stage) -> int:
     """Bytes of a stage's buffers over all processes, which share them out evenly; 0 without replay."""
     return buffer_bytes(stage.buffer_steps * len(stage.samples), (recipe.in_chans, *view_size(recipe, stage)))
 
 
-def view_size(recipe: Recipe, stage: Stage) -> tuple[int, int]:
+def view_size(recipe: RunRecipe, stage: Stage) -> tuple[int, int]:
     """(H, W) of what the data workers make."""
     if recipe.curriculum.crop == "lanczos":
         return stage.bandwidth
     return intermediate_size(stage.bandwidth, recipe.size) if recipe.data.decode == "reduced" else recipe.size
 
 
-def replay_notes(recipe: Recipe, curriculum: Curriculum) -> list[str]:
+def replay_notes(recipe: RunRecipe, curriculum: Curriculum) -> list[str]:
     """A sentence for each stage that has a replay, for whoever plans or starts the run."""
     notes = []
     for stage in curriculum.stages:
@@ -42,7 +42,7 @@ def replay_notes(recipe: Recipe, curriculum: Curriculum) -> list[str]:
     return notes
 
 
-def check_replay(recipe: Recipe, curriculum: Curriculum, num_processes: int, step: int) -> None:
+def check_replay(recipe: RunRecipe, curriculum: Curriculum, num_processes: int, step: int) -> None:
     """See that every buffer divides among the processes and fits this machine.
 
     Args:
@@ -80,7 +80,7 @@ def check_replay(recipe: Recipe, curriculum: Curriculum, num_processes: int, ste
             )
 
 
-def _contents(recipe: Recipe, stage: Stage) -> str:
+def _contents(recipe: RunRecipe, stage: Stage) -> str:
     return (
         f"{stage.buffer_steps:,} mini-batches of {len(stage.samples):,} images of "
         f"{show_size(view_size(recipe, stage))} px"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from accelerate.tracking import get_available_trackers
 
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.base import Curriculum
-from etpp_ssl.data.augment import EvalView, Normalise, TrainView
+from etpp_ssl.data.augment import EvalView, Normalise, TrainView, View
 from etpp_ssl.data.images import ImageSource
 from etpp_ssl.data.loader import Batch, BatchBuilder
 from etpp_ssl.data.replay import Replay, ReplayPlan
@@ -24,7 +24,7 @@ from etpp_ssl.data.splits import open_split
 from etpp_ssl.engine.checkpoint import load_checkpoint
 from etpp_ssl.engine.feed import Feed
 from etpp_ssl.engine.initial_weights import load_init
-from etpp_ssl.engine.kernels import attention_notes, kernels_in_use
+from etpp_ssl.engine.kernels import kernels_in_use
 from etpp_ssl.engine.metrics import MetricsFile
 from etpp_ssl.engine.progress import Progress
 from etpp_ssl.engine.replay_memory import check_replay, replay_notes
@@ -36,32 +36,35 @@ from etpp_ssl.model.masker import Masker
 from etpp_ssl.objective.base import Objective
 from etpp_ssl.optim.groups import weight_decay_groups
 from etpp_ssl.randomness import derive_key
-from etpp_ssl.recipe import Recipe
+from etpp_ssl.recipe import Recipe, RunRecipe
 from etpp_ssl.run_folder import RunFolder
 
 
-@dataclass
-class Run:
-    """A run that is ready to train or already finished."""
+@dataclass(kw_only=True)
+class BaseRun:
+    """What a run of any task consists of, ready to train or already finished."""
 
-    recipe: Recipe
+    recipe: RunRecipe
     folder: RunFolder
     accelerator: Accelerator
     curriculum: Curriculum
     source: ImageSource
-    view: TrainView
+    view: View
     normalise: Normalise
-    masker: Masker
-    objective: Objective
     model: torch.nn.Module
-    """The MaskedAutoencoder as accelerate prepared it."""
-    bare_model: MaskedAutoencoder
+    """The model as accelerate prepared it."""
+    bare_model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    probe: Probe | None
     state: TrainState
     metrics: MetricsFile
     progress: Progress
+    kernels: str
+    """What a checkpoint remembers of the kernels chosen."""
     data_fingerprint: str
+    classes: list[str] | None = None
+    """Class names in the order of a classifier's outputs."""
+    num_classes: int | None = None
+    """Of a classifier."""
 
     @property
     def finished(self) -> bool:
@@ -87,7 +90,7 @@ class Run:
             **part,
         )
         return Feed(
-            BatchBuilder(self.source, self.view, order),
+            BatchBuilder(self.source, self.view, order, self.num_classes),
             RequestSampler(order, step_plan, range(replay.first_read, steps.stop), **part),
             accelerator,
             num_workers=recipe.data.num_workers,
@@ -101,6 +104,18 @@ class Run:
             return nullcontext()
         context: AbstractContextManager[None] = self.accelerator.no_sync(self.model)
         return context
+
+
+@dataclass(kw_only=True)
+class Run(BaseRun):
+    """A pre-training run."""
+
+    recipe: Recipe
+    view: TrainView
+    masker: Masker
+    objective: Objective
+    bare_model: MaskedAutoencoder
+    probe: Probe | None
 
 
 def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
@@ -117,16 +132,11 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
         UserError: for anything wrong with recipe, data, folder or checkpoint.
     """
     accelerator = open_accelerator(recipe)
-    source = _open_training_images(recipe)
+    source = open_training_images(recipe)
     curriculum = recipe.build_curriculum(len(source))
     masker = recipe.build_masker()
     for stage, span in zip(curriculum.stages, curriculum.spans, strict=True):
         masker.check(stage.bandwidth, span)
-        if stage.batch_size < accelerator.num_processes:
-            raise UserError(
-                f"batch_size {stage.batch_size} (stage {stage.index + 1}) is smaller than the "
-                f"{accelerator.num_processes} processes; each needs at least one image per step"
-            )
     progress = Progress(curriculum, visible=accelerator.is_main_process)
 
     with torch.random.fork_rng(devices=[]):
@@ -151,38 +161,18 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
         load_init(model, recipe.init, progress.say)
     if state.plan is not None:
         curriculum = progress.curriculum = curriculum.laid_out(state.plan.segments)
-    if state.step > curriculum.num_steps:
-        raise UserError(
-            f"checkpoint of step {state.step} is beyond this recipe's {curriculum.num_steps} steps"
-        )
-    check_replay(recipe, curriculum, accelerator.num_processes, state.step)
+    check_start(recipe, curriculum, state, accelerator.num_processes)
+    kernels = kernels_in_use(recipe)
     prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
     if start is not None:
-        saved = load_checkpoint(start, model, optimizer)
-        if accelerator.scaler is not None and saved.get("scaler"):
-            accelerator.scaler.load_state_dict(saved["scaler"])
-        changes = environment_changes(
-            saved["environment"],
-            environment(accelerator.num_processes, accelerator.device, kernels_in_use(recipe)),
-        )
-        if changes:
-            progress.say(f"warning: the last bits may differ from the run so far: {', '.join(changes)}")
+        restore(accelerator, load_checkpoint(start, model, optimizer), kernels, progress)
     return Run(
         recipe=recipe,
         folder=folder,
         accelerator=accelerator,
         curriculum=curriculum,
         source=source,
-        view=TrainView(
-            image_size=recipe.size,
-            crop_scale=recipe.data.crop_scale,
-            flip=recipe.data.flip,
-            lanczos=recipe.curriculum.crop == "lanczos",
-            seed=recipe.seed,
-            decode=recipe.data.decode,
-            interpolation=recipe.data.interpolation,
-            decoder=recipe.data.decoder,
-        ),
+        view=crop_view(recipe),
         normalise=normalise,
         masker=masker,
         objective=objective,
@@ -193,12 +183,68 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
         state=state,
         metrics=MetricsFile(folder, accelerator),
         progress=progress,
+        kernels=kernels,
         data_fingerprint=source.fingerprint(),
     )
 
 
-def prepare_run(run: Run) -> None:
+def crop_view(recipe: RunRecipe) -> TrainView:
+    """The random resized crop and mirror of a recipe."""
+    return TrainView(
+        image_size=recipe.size,
+        crop_scale=recipe.data.crop_scale,
+        flip=recipe.data.flip,
+        lanczos=recipe.curriculum.crop == "lanczos",
+        seed=recipe.seed,
+        decode=recipe.data.decode,
+        interpolation=recipe.data.interpolation,
+        decoder=recipe.data.decoder,
+    )
+
+
+def check_start(recipe: RunRecipe, curriculum: Curriculum, state: TrainState, num_processes: int) -> None:
+    """See that a run can go on from its state with so many processes.
+
+    Raises:
+        UserError: if not.
+    """
+    for stage in curriculum.stages:
+        if stage.batch_size < num_processes:
+            raise UserError(
+                f"batch_size {stage.batch_size} (stage {stage.index + 1}) is smaller than the "
+                f"{num_processes} processes; each needs at least one image per step"
+            )
+    if state.step > curriculum.num_steps:
+        raise UserError(
+            f"checkpoint of step {state.step} is beyond this recipe's {curriculum.num_steps} steps"
+        )
+    check_replay(recipe, curriculum, num_processes, state.step)
+
+
+def restore(accelerator: Accelerator, saved: dict[str, Any], kernels: str, progress: Progress) -> None:
+    """Bring back what a checkpoint holds beside the tensors, and say what may change the last bits.
+
+    Args:
+        accelerator: as it prepared the model.
+        saved: the checkpoint's state.
+        kernels: those of now.
+        progress: told of changes.
+    """
+    if accelerator.scaler is not None and saved.get("scaler"):
+        accelerator.scaler.load_state_dict(saved["scaler"])
+    changes = environment_changes(
+        saved["environment"], environment(accelerator.num_processes, accelerator.device, kernels)
+    )
+    if changes:
+        progress.say(f"warning: the last bits may differ from the run so far: {', '.join(changes)}")
+
+
+def prepare_run(run: BaseRun, notes: Sequence[str] = ()) -> None:
     """Create the folder of a run that is about to train, or bring it back to where the run stands.
+
+    Args:
+        run: the run.
+        notes: what else to say about it.
 
     Raises:
         UserError: if the disk is too full or the folder cannot be written to.
@@ -208,14 +254,14 @@ def prepare_run(run: Run) -> None:
     if run.accelerator.is_main_process:
         num_parameters = sum(parameter.numel() for parameter in run.bare_model.parameters())
         prepare_folder(run.folder, run.recipe, run.state, num_parameters, run.metrics)
-        for note in (*replay_notes(run.recipe, run.curriculum), *attention_notes(run)):
+        for note in (*replay_notes(run.recipe, run.curriculum), *notes):
             run.progress.say(note)
     run.accelerator.wait_for_everyone()
     if run.recipe.tracker.name != "none":
         run.accelerator.init_trackers(run.recipe.tracker.project)
 
 
-def open_accelerator(recipe: Recipe) -> Accelerator:
+def open_accelerator(recipe: RunRecipe) -> Accelerator:
     """accelerate, set up as the recipe says.
 
     Raises:
@@ -247,9 +293,14 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def build_probe(
-    recipe: Recipe, accelerator: Accelerator, normalise: Normalise, objective: Objective
+    recipe: Recipe, accelerator: Accelerator, normalise: Normalise, objective: Objective, **long: Any
 ) -> Probe | None:
     """The recipe's probe, or None.
+
+    Args:
+        recipe: names it.
+        accelerator, normalise, objective: the run's.
+        long: what a probe of hours may use; see `ProbeContext.folder` and what follows it.
 
     Raises:
         UserError: if the data does not serve it.
@@ -272,16 +323,22 @@ def build_probe(
             masker=recipe.build_masker(),
             seed=recipe.seed,
             num_workers=recipe.data.num_workers,
+            **long,
         )
     )
 
 
-def _open_training_images(recipe: Recipe) -> ImageSource:
+def open_training_images(recipe: RunRecipe) -> ImageSource:
+    """The images that a recipe trains on.
+
+    Raises:
+        UserError: if they are not there, or another number than the recipe says.
+    """
     recipe.data.statistics(recipe.in_chans)
     source = open_split(
         recipe.data, "train", in_chans=recipe.in_chans, image_size=recipe.size, seed=recipe.seed
     )
-    expected = recipe.data.num_images
+    expected = recipe.data.stated_images
     if expected is not None and expected != len(source):
         raise UserError(
             f"data.num_images is {expected}, but the data has {len(source)} images; "

@@ -14,12 +14,13 @@ from etpp_ssl.curriculum.hours import TimePlan, replan
 from etpp_ssl.data.images import ImageSource
 from etpp_ssl.engine.metrics import MetricsFile
 from etpp_ssl.engine.state import TrainState
-from etpp_ssl.recipe import Recipe, changed_keys
+from etpp_ssl.recipe import RunRecipe
+from etpp_ssl.recipe_file import changed_keys
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 
 
 def starting_point(
-    recipe: Recipe,
+    recipe: RunRecipe,
     folder: RunFolder,
     source: ImageSource,
     curriculum: Curriculum,
@@ -42,7 +43,7 @@ def starting_point(
     """
     start = None
     if folder.exists():
-        changed = changed_keys(folder.recipe(), recipe)
+        changed = changed_keys(folder.any_recipe(), recipe)
         if changed:
             raise UserError(
                 f"run {str(folder.path)!r} was started with other settings: {'; '.join(changed)}; go on "
@@ -77,7 +78,7 @@ def starting_point(
 
 
 def _plan_of_fork(
-    recipe: Recipe, curriculum: Curriculum, state: TrainState, start: Checkpoint
+    recipe: RunRecipe, curriculum: Curriculum, state: TrainState, start: Checkpoint
 ) -> TimePlan | None:
     """The forked run's plan in hours, with its future fitted to this recipe's budget."""
     if recipe.budget_hours is None:
@@ -100,7 +101,7 @@ def _plan_of_fork(
 
 
 def prepare_folder(
-    folder: RunFolder, recipe: Recipe, state: TrainState, num_parameters: int, metrics: MetricsFile
+    folder: RunFolder, recipe: RunRecipe, state: TrainState, num_parameters: int, metrics: MetricsFile
 ) -> None:
     """Create a run's folder, or bring it back to a checkpoint's step; the main process only.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from accelerate import Accelerator
@@ -13,6 +15,23 @@ from etpp_ssl.data.images import ImageSource
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.masker import Masker
 from etpp_ssl.objective.base import Objective
+
+
+class ProbeStopped(Exception):
+    """A long probe was asked to stop by a signal, and has written what it needs to go on."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"stopped by signal {signum} after step {step} of the probe")
+        self.signum = signum
+        self.step = step
+
+
+def _never() -> AbstractContextManager[Callable[[], int]]:
+    return nullcontext(lambda: 0)
+
+
+def _silent(text: str) -> None:
+    """Says nothing."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +47,22 @@ class ProbeContext:
     masker: Masker
     seed: int
     num_workers: int
+    folder: Path | None = None
+    """Where a long probe keeps its state, so that an interrupted one goes on; None keeps none."""
+    stop_signal: Callable[[], AbstractContextManager[Callable[[], int]]] = _never
+    """Entered by a long probe that has a `folder`: while it is, signals are noted instead of acted on, and
+    what it gives returns the one that any process received, or 0. That is a collective, for every process
+    to call at the same steps."""
+    say: Callable[[str], None] = _silent
+    """Told how a long probe comes along."""
 
 
 class Probe(Protocol):
     """Built once; each run yields named numbers about the model as it stands."""
 
     def run(self, model: MaskedAutoencoder) -> dict[str, float]:
-        """Evaluate; the model's mode and weights are as before afterwards."""
+        """Evaluate; the model's mode and weights are as before afterwards.
+
+        Raises:
+            ProbeStopped: by a long probe, if `ProbeContext.stop_signal` gave a signal.
+        """

@@ -1,4 +1,4 @@
-"""Frozen features through timm's own, unmodified forward: what an export gives, to the last bit.
+"""Frozen features through timm's own, unmodified forward: in fp32 what an export gives, to the last bit.
 
 Legend: B batch, D width, n images.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +21,27 @@ from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches, eva
 from etpp_ssl.data.sampler import KeyedOrder, process_part
 
 Pool = Literal["token", "avg"]
+Precision = Literal["fp32", "bf16"]
+"""Of the forward pass; the features themselves are float32 in any case."""
+
+CPU_IMAGES = 64
+"""Images per forward pass on a CPU at most. More are no faster, and the activations of a small ViT then
+pass 32 MB, from where on glibc maps each of them anew and a third of the time goes to page faults."""
+
+
+class Features(NamedTuple):
+    """What is known about some images."""
+
+    features: Tensor
+    """float32 (n, D)."""
+    labels: Tensor
+    """int64 (n,), -1 without labels."""
+    indices: Tensor
+    """int64 (n,), the images' numbers in their source."""
+
+    def take(self, rows: Tensor) -> Features:
+        """Some of the rows, by a mask bool (n,) or by their numbers."""
+        return Features(self.features[rows], self.labels[rows], self.indices[rows])
 
 
 def pooled_features(encoder: VisionTransformer, images: Tensor, pool: Pool | None = None) -> Tensor:
@@ -41,7 +62,7 @@ def pooled_features(encoder: VisionTransformer, images: Tensor, pool: Pool | Non
         features: Tensor = encoder(images)
         return features
     if pool == "token" and not encoder.has_class_token:
-        raise UserError("probe.pool is token, but the encoder has no cls token; use avg")
+        raise UserError("pool is token, but the encoder has no cls token; use avg")
     pooled: Tensor = encoder.pool(encoder.forward_features(images), pool_type=pool)
     return pooled
 
@@ -58,30 +79,54 @@ def extract_features(
     pool: Pool | None,
     batch_size: int,
     num_workers: int,
-) -> tuple[Tensor, Tensor]:
+    precision: Precision | None = None,
+) -> Features:
     """Features and labels of some images, each exactly once for any number of processes.
 
     Unreadable images are left out.
 
+    Args:
+        encoder: in any mode, which it keeps.
+        source: the images.
+        indices: which of them.
+        view: how they are cropped and resized.
+        normalise: from uint8 to the encoder's input.
+        accelerator: the device and the processes.
+        pool: see `pooled_features`.
+        batch_size: images that are loaded together.
+        num_workers: data worker processes.
+        precision: of the forward pass; None is `run_precision`.
+
     Returns:
-        float32 (n, D) and int64 (n,) on the accelerator's device, in the order of `indices`.
+        On the accelerator's device, in the order of `indices`.
     """
-    features, labels = [], []
-    with evaluating(encoder):
+    device = accelerator.device
+    most = min(batch_size, CPU_IMAGES) if device.type == "cpu" else batch_size
+    half = (precision or run_precision(accelerator)) == "bf16"
+    features = [torch.empty(0, encoder.num_features, device=device)]
+    labels = [torch.empty(0, dtype=torch.int64, device=device)]
+    positions = [torch.empty(0, dtype=torch.int64, device=device)]
+    # One autocast around all batches: it casts the weights once.
+    with evaluating(encoder), torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
         for batch in evaluation_batches(
             source, indices, view, accelerator, batch_size=batch_size, num_workers=num_workers
         ):
             readable = readable_rows(batch)
-            images = normalise(batch.images[readable])
-            features.append(pooled_features(encoder, images, pool).float())
+            for rows in readable.split(most):
+                images = normalise(batch.images[rows])
+                features.append(pooled_features(encoder, images, pool).float())
             labels.append(batch.labels[readable])
-    width = encoder.num_features
-    device = accelerator.device
-    empty = torch.empty(0, width, device=device), torch.empty(0, dtype=torch.int64, device=device)
-    return (
-        gather_rows(torch.cat([empty[0], *features]), accelerator),
-        gather_rows(torch.cat([empty[1], *labels]), accelerator),
-    )
+            positions.append(batch.positions[readable])
+    return Features(*(gather_rows(torch.cat(rows), accelerator) for rows in (features, labels, positions)))
+
+
+def run_precision(accelerator: Accelerator) -> Precision:
+    """bf16 in a bf16 run, otherwise fp32.
+
+    A run in fp16 was made for a device without bf16 units, and half the exponent range of fp32 is enough
+    for training under a loss scale, not for every trained encoder's activations.
+    """
+    return "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
 
 
 def evaluation_batches(
@@ -130,10 +175,11 @@ def gather_rows(rows: Tensor, accelerator: Accelerator) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, the mode of before afterwards."""
-    was_training = model.training
+    """Eval mode inside; afterwards each module has the mode of before."""
+    before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, was_training in before:
+            module.training = was_training

@@ -8,36 +8,46 @@ Legend: n training images, m evaluation images, D width, k neighbours.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from itertools import product
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from etpp_ssl.config import Config, UserError, neutral
-from etpp_ssl.data.images import ImageSource
-from etpp_ssl.data.splits import keyed_indices
 from etpp_ssl.evaluation.base import ProbeContext
-from etpp_ssl.evaluation.features import Pool, extract_features
+from etpp_ssl.evaluation.features import Features
+from etpp_ssl.evaluation.labelled import LabelledConfig, LabelledImages
+from etpp_ssl.evaluation.selection import split_holdout
 from etpp_ssl.model.mae import MaskedAutoencoder
 
+CHUNK_BYTES = 1 << 27
+"""Similarities that are kept at once, as long as they are those of `CHUNK_IMAGES`."""
+CHUNK_IMAGES = 128
+"""Test images at a time at least: with few of them the product waits for memory."""
 
-class KnnConfig(Config):
-    """kNN probe of the encoder as it stands: unmasked, at full resolution, in eval mode."""
+
+class KnnConfig(LabelledConfig):
+    """kNN probe; of lists for `k` and `temperature`, the pair that is best on the holdout is taken."""
 
     name: Literal["knn"] = "knn"
-    every_steps: int | None = neutral(None, ge=1)
-    """Optimizer steps between probes during pre-training; None probes at the end only."""
-    k: int = Field(default=20, ge=1)
-    temperature: float = Field(default=0.07, gt=0)
-    pool: Pool | None = None
-    """cls token or mean of the patch tokens; None is the encoder's own."""
-    num_train: int | None = Field(default=None, ge=1)
-    """Keyed draw of training images to compare with; None takes all."""
-    num_eval: int | None = Field(default=None, ge=1)
-    """Keyed draw of evaluation images; None takes all."""
+    k: int | tuple[int, ...] = 20
+    """Neighbours, or a list of numbers to choose from."""
+    temperature: float | tuple[float, ...] = 0.07
+    """Of the vote's weights, or a list to choose from."""
     batch_size: int = Field(default=256, ge=1)
+
+    @field_validator("k", "temperature")
+    @classmethod
+    def _positive(cls, values: float | tuple[float, ...]) -> float | tuple[float, ...]:
+        if not isinstance(values, tuple):
+            if values <= 0:
+                raise ValueError(f"{values} is no positive number")
+        elif not values or min(values) <= 0:
+            raise ValueError(f"{list(values)} is no list of positive numbers")
+        return values
 
     def build(self, context: ProbeContext) -> KnnProbe:
         """The probe.
@@ -49,64 +59,46 @@ class KnnConfig(Config):
 
 
 class KnnProbe:
-    """See `Probe`; yields `knn_top1`, in per cent."""
+    """See `Probe`; yields `knn_top1`, in per cent.
+
+    Of a sweep also `knn_k` and `knn_temperature`, which were chosen, and `knn_holdout_top1`, their
+    accuracy on the holdout with the rest of the training images as neighbours. The evaluation images
+    have all training images as neighbours.
+    """
 
     def __init__(self, config: KnnConfig, context: ProbeContext) -> None:
         self.config = config
         self.context = context
-        self.train = context.open_split("train")
-        self.evaluation = context.open_split("eval")
-        if self.train.classes is None or self.evaluation.classes is None:
-            raise UserError(
-                "probe=knn needs labels, and the data has none (class sub-folders, or class names in a "
-                "list); probe=reconstruction works without"
-            )
-        if self.train.classes != self.evaluation.classes:
-            odd = sorted(set(self.train.classes) ^ set(self.evaluation.classes))
-            raise UserError(
-                f"training and evaluation images have different classes: {', '.join(odd[:5])} "
-                f"{'are' if len(odd) > 1 else 'is'} in one of them only"
-            )
+        self.images = LabelledImages.open(context, config.name)
 
+    @torch.inference_mode()
     def run(self, model: MaskedAutoencoder) -> dict[str, float]:
         """Accuracy of the vote on the evaluation images."""
-        config, seed = self.config, self.context.seed
-        train, train_labels = self._features(
-            model, self.train, _drawn(self.train, config.num_train, seed, "knn-train")
-        )
-        test, test_labels = self._features(
-            model, self.evaluation, _drawn(self.evaluation, config.num_eval, seed, "knn-eval")
-        )
-        classes = len(self.train.classes or ())
-        predicted = knn_vote(
-            train,
-            train_labels,
-            test,
-            num_classes=classes,
-            k=config.k,
-            temperature=config.temperature,
-        )
-        correct = (predicted == test_labels).sum().item()
-        return {"knn_top1": 100.0 * correct / len(test_labels)}
+        config = self.config
+        train, evaluation = self.images.features(model, config, self.context, config.batch_size)
+        pairs = list(product(_listed(config.k), _listed(config.temperature)))
+        if len(pairs) == 1:
+            return {"knn_top1": self._accuracies(train, evaluation, pairs)[0]}
+        rest, holdout = split_holdout(train, config.holdout_share, self.context.seed)
+        accuracies = self._accuracies(rest, holdout, pairs)
+        # Of equals the one that is listed first.
+        best = max(range(len(pairs)), key=accuracies.__getitem__)
+        k, temperature = pairs[best]
+        return {
+            "knn_top1": self._accuracies(train, evaluation, [pairs[best]])[0],
+            "knn_k": k,
+            "knn_temperature": temperature,
+            "knn_holdout_top1": accuracies[best],
+        }
 
-    def _features(
-        self, model: MaskedAutoencoder, source: ImageSource, indices: list[int]
-    ) -> tuple[Tensor, Tensor]:
-        context = self.context
-        return extract_features(
-            model.encoder,
-            source,
-            indices,
-            view=context.view,
-            normalise=context.normalise,
-            accelerator=context.accelerator,
-            pool=self.config.pool,
-            batch_size=self.config.batch_size,
-            num_workers=context.num_workers,
+    def _accuracies(self, train: Features, test: Features, pairs: list[tuple[int, float]]) -> list[float]:
+        predicted = knn_sweep(
+            train.features, train.labels, test.features, num_classes=self.images.num_classes, pairs=pairs
         )
+        correct = (predicted == test.labels).sum(dim=1).tolist()
+        return [100.0 * count / len(test.labels) for count in correct]
 
 
-@torch.inference_mode()
 def knn_vote(
     train: Tensor,
     train_labels: Tensor,
@@ -115,35 +107,63 @@ def knn_vote(
     num_classes: int,
     k: int,
     temperature: float,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> Tensor:
-    """Predicted classes.
+    """Predicted classes of one k and temperature, int64 (m,); see `knn_sweep`."""
+    pairs = [(k, temperature)]
+    return knn_sweep(train, train_labels, test, num_classes=num_classes, pairs=pairs, chunk=chunk)[0]
+
+
+@torch.inference_mode()
+def knn_sweep(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    *,
+    num_classes: int,
+    pairs: list[tuple[int, float]],
+    chunk: int | None = None,
+) -> Tensor:
+    """Predicted classes of several votes, from one pass over the similarities.
 
     Args:
         train: (n, D).
         train_labels: int64 (n,), in [0, num_classes).
         test: (m, D).
         num_classes: classes to vote for.
-        k: neighbours, cut to n.
-        temperature: of the vote's weights, > 0.
-        chunk: test images at a time; bounds memory, has no effect on the result.
+        pairs: (k, temperature) of each vote; k is cut to n, the temperature is > 0.
+        chunk: test images at a time; bounds memory, has no effect on the result. None takes as many as
+            have `CHUNK_BYTES` of similarities.
 
     Returns:
-        int64 (m,); a tie goes to the lower class.
+        int64 (votes, m); a tie goes to the lower class.
     """
-    train, k = F.normalize(train.float(), dim=1), min(k, len(train))
+    most = max(k for k, _ in pairs)
     predicted = []
-    for part in F.normalize(test.float(), dim=1).split(chunk):
-        similarity, nearest = (part @ train.T).topk(k, dim=1)
-        # Relative to the nearest one, so that a small temperature cannot overflow.
-        weight = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = torch.zeros(len(part), num_classes, device=train.device)
-        votes.scatter_add_(1, train_labels[nearest], weight)
-        predicted.append(votes.argmax(dim=1))
-    return torch.cat(predicted)
+    for similarity, nearest in _nearest(train, test, most, chunk):
+        labels = train_labels[nearest]
+        votes = [_vote(similarity[:, :k], labels[:, :k], t, num_classes) for k, t in pairs]
+        predicted.append(torch.stack(votes))
+    return torch.cat(predicted, dim=1)
 
 
-def _drawn(source: ImageSource, count: int | None, seed: int, purpose: str) -> list[int]:
-    if count is None or count >= len(source):
-        return list(range(len(source)))
-    return keyed_indices(len(source), count, seed, purpose)
+def _nearest(train: Tensor, test: Tensor, k: int, chunk: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cosine similarity and number of the k nearest of `train`, nearest first, for `test` in chunks."""
+    train, test, k = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1), min(k, len(train))
+    chunk = min(chunk or max(CHUNK_IMAGES, CHUNK_BYTES // (4 * len(train))), len(test))
+    # One buffer for all chunks: on a CPU a new one of this size costs a page fault per 4 KiB.
+    buffer = torch.empty(chunk, len(train), device=train.device)
+    for part in test.split(chunk):
+        similarity, nearest = torch.mm(part, train.T, out=buffer[: len(part)]).topk(k, dim=1)
+        yield similarity, nearest
+
+
+def _vote(similarity: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:
+    # Relative to the nearest one, so that a small temperature cannot overflow.
+    weight = ((similarity - similarity[:, :1]) / temperature).exp()
+    votes = torch.zeros(len(weight), num_classes, device=weight.device)
+    return votes.scatter_add_(1, labels, weight).argmax(dim=1)
+
+
+def _listed(values: Any) -> tuple[Any, ...]:
+    return values if isinstance(values, tuple) else (values,)

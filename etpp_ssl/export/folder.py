@@ -1,15 +1,10 @@
-"""What every export does: read the run's newest weights, and write a folder whole or not at all."""
+"""What every export does: read the run's newest weights, and find the folder to write."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,31 +65,8 @@ def export_folder(run: RunFolder, out: str | Path | None, target: str, marker: s
     return folder
 
 
-@contextmanager
-def replaced(folder: Path) -> Iterator[Path]:
-    """An empty folder to write to, which takes the place of `folder` at the end.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
-    aside = folder.with_name(f".writing-{folder.name}")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
-    except OSError as error:
-        raise UserError(f"{str(folder)!r} cannot be written: {error.strerror or error}") from error
-
-
 def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as files want them: each with memory of its own, in order."""
     return {
         name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-
-
-def write_json(file: Path, values: dict[str, Any]) -> None:
-    """An indented JSON file."""
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 
+from etpp_ssl.atomic import replaced
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.export.card import model_card
-from etpp_ssl.export.folder import CARD_FILE, TrainedModel, contiguous, export_folder, replaced
+from etpp_ssl.export.classifier import refuse_classifier
+from etpp_ssl.export.folder import CARD_FILE, TrainedModel, contiguous, export_folder
 from etpp_ssl.export.plain import is_square, reason_without_decoder, require_plain_encoder
 from etpp_ssl.model.decoder import MAEDecoder
 from etpp_ssl.model.interop import official_names
 from etpp_ssl.model.mae import MaskedAutoencoder
+from etpp_ssl.run_folder import RunFolder
 
 CHECKPOINT_FILE = "model.pth"
 LOAD = """With models_mae.py of https://github.com/facebookresearch/mae:
@@ -56,6 +59,7 @@ def export(
         UserError: if there is no run, no checkpoint, `out` holds something else, or the encoder is not
             MAE's: a plain ViT with a cls token on square images and patches.
     """
+    refuse_classifier(RunFolder(run_dir).any_recipe(), "--to mae")
     trained = TrainedModel.read(run_dir, say)
     folder = export_folder(trained.run, out, "mae", CHECKPOINT_FILE)
     model, recipe = trained.model, trained.recipe

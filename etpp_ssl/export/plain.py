@@ -6,10 +6,9 @@ import math
 
 from torch import nn
 
-from etpp_ssl.config import UserError, show_size
+from etpp_ssl.config import UserError, listed, show_size
 from etpp_ssl.model.decoder import MAEDecoder
 from etpp_ssl.model.mae import MaskedAutoencoder
-from etpp_ssl.model.state_dict import listed
 
 LAYER_NORM_EPS = 1e-6
 _OF_A_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")

@@ -1,4 +1,4 @@
-"""A run's encoder as a folder that stock timm loads."""
+"""A run's encoder, or its classifier, as a folder that stock timm loads."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from typing import Any, Literal
 
 from safetensors.torch import save_file
 
+from etpp_ssl.atomic import replaced, write_json
 from etpp_ssl.config import UserError
 from etpp_ssl.export.card import final_norm, model_card
-from etpp_ssl.export.folder import (
-    CARD_FILE,
-    TrainedModel,
-    contiguous,
-    export_folder,
-    replaced,
-    write_json,
-)
-from etpp_ssl.recipe import Recipe
-from etpp_ssl.run_folder import MODEL_FILE
+from etpp_ssl.export.classifier import export_classifier, refuse_classifier
+from etpp_ssl.export.folder import CARD_FILE, TrainedModel, contiguous, export_folder
+from etpp_ssl.recipe import FinetuneRecipe, Recipe
+from etpp_ssl.run_folder import MODEL_FILE, RunFolder
 
 MARKER = "config.json"
 LOAD = """```python
@@ -47,7 +42,8 @@ def export(
     """Write `model.safetensors`, timm's `config.json` and a model card.
 
     `timm.create_model("local-dir:" + str(folder), pretrained=True)` then gives the features that our
-    own extraction gives, to the last bit. The decoder stays behind.
+    own extraction gives, to the last bit. The decoder stays behind. For a run that trains a classifier see
+    `etpp_ssl.export.classifier.export_classifier`.
 
     Args:
         run_dir: a run with at least one checkpoint; the newest whole one is taken.
@@ -60,8 +56,15 @@ def export(
         The folder.
 
     Raises:
-        UserError: if there is no run, no checkpoint, or `out` holds something else.
+        UserError: if there is no run, no checkpoint, `out` holds something else, or `pool` is given for a
+            classifier.
     """
+    run = RunFolder(run_dir)
+    any_recipe = run.any_recipe()
+    if isinstance(any_recipe, FinetuneRecipe):
+        if pool is not None:
+            refuse_classifier(any_recipe, f"--pool {pool}")
+        return export_classifier(run, any_recipe, out, license_name=license_name, say=say)
     trained = TrainedModel.read(run_dir, say)
     folder = export_folder(trained.run, out, "timm", MARKER)
     recipe, encoder = trained.recipe, trained.model.encoder

@@ -8,9 +8,11 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from etpp_ssl.atomic import replaced, write_json
 from etpp_ssl.config import show_size
 from etpp_ssl.export.card import model_card
-from etpp_ssl.export.folder import CARD_FILE, TrainedModel, contiguous, export_folder, replaced, write_json
+from etpp_ssl.export.classifier import refuse_classifier
+from etpp_ssl.export.folder import CARD_FILE, TrainedModel, contiguous, export_folder
 from etpp_ssl.export.plain import LAYER_NORM_EPS, reason_without_decoder, require_plain_encoder
 from etpp_ssl.model.decoder import MAEDecoder
 from etpp_ssl.model.huggingface import to_huggingface
@@ -18,7 +20,7 @@ from etpp_ssl.model.interop import official_names
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.objective.pixels import PixelsConfig
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.run_folder import MODEL_FILE
+from etpp_ssl.run_folder import MODEL_FILE, RunFolder
 
 MARKER = "config.json"
 BICUBIC = 3
@@ -59,6 +61,7 @@ def export(
         UserError: if there is no run, no checkpoint, `out` holds something else, or the encoder is not a
             plain ViT with a cls token.
     """
+    refuse_classifier(RunFolder(run_dir).any_recipe(), "--to transformers")
     trained = TrainedModel.read(run_dir, say)
     folder = export_folder(trained.run, out, "transformers", MARKER)
     model, recipe = trained.model, trained.recipe

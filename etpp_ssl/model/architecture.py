@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from etpp_ssl.config import UserError, show_size
+from etpp_ssl.config import UserError, listed, show_size
 from etpp_ssl.model.pos_embed import sincos_grid
-from etpp_ssl.model.state_dict import listed
 
 HEADS_OF_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 """Published ViTs, ViT-H among them, whose heads are 80 wide."""

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from etpp_ssl.config import UserError, show_size
+from etpp_ssl.config import UserError, listed, show_size
 from etpp_ssl.model.architecture import Shape, shape_of
 from etpp_ssl.model.decoder import MAEDecoderConfig
 from etpp_ssl.model.huggingface import EMBEDDING, from_huggingface
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.pos_embed import sincos_pos_embed
-from etpp_ssl.model.state_dict import listed, load_weights
+from etpp_ssl.model.state_dict import FINE_TUNED, load_weights, without_prefix
 from etpp_ssl.model.vit import build_encoder
 from etpp_ssl.model.weights_file import read_state_dict, state_dict_in
 
@@ -48,16 +48,17 @@ _DECODER_NAMES = {
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors under our names, and what became of the others."""
+    """Tensors under known names, and what became of the others."""
 
     tensors: dict[str, Tensor]
-    """`encoder.*` as in timm's VisionTransformer, `decoder.*` as in `MAEDecoder`."""
+    """`encoder.*` as in timm's VisionTransformer, `decoder.*` as in `MAEDecoder`; for a classifier, from
+    `classifier_layouts`, timm's own names."""
     layout: str
     """What was recognised, in words."""
     notes: tuple[str, ...] = ()
     """What was dropped or computed anew, one sentence each."""
-    grid: tuple[int, int] | None = None
-    """Patches per axis that the positions belong to, where something beside the tensors says so."""
+    image_size: tuple[int, int] | None = None
+    """(H, W) in pixels that the positions belong to, where something beside the tensors says so."""
     num_heads: int | None = None
     """Of the encoder, likewise."""
     position_grid: tuple[int, int] | None = None
@@ -67,6 +68,12 @@ class Weights:
     def has_decoder(self) -> bool:
         """Whether there is a decoder."""
         return any(name.startswith("decoder.") for name in self.tensors)
+
+    def grid_of(self, projection: Tensor) -> tuple[int, int] | None:
+        """Patches per axis of the image size that is known, for a projection (D, C, p, q)."""
+        if self.image_size is None:
+            return None
+        return self.image_size[0] // projection.shape[2], self.image_size[1] // projection.shape[3]
 
 
 def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") -> Weights:
@@ -83,6 +90,7 @@ def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") 
     Raises:
         UserError: for another layout, or a distilled DeiT: nothing here holds its second token.
     """
+    state_dict = without_prefix(state_dict, FINE_TUNED)
     if {EMBEDDING, f"vit.{EMBEDDING}"} & state_dict.keys():
         state_dict = from_huggingface(state_dict, source)
     names = set(state_dict)

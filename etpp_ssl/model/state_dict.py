@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from etpp_ssl.config import UserError
+from etpp_ssl.config import UserError, listed
+
+FINE_TUNED = "net."
+"""In front of timm's names in the checkpoints of a fine-tuning run."""
 
 
 def load_weights(
@@ -20,7 +23,7 @@ def load_weights(
         source: names the file in the message.
 
     Raises:
-        UserError: naming up to five tensors that are missing, too many or of another shape.
+        UserError: naming up to five tensors that are missing, too many, or of another shape or type.
     """
     wrong = [f"{name} is missing" for name in model_state if name not in tensors]
     wrong += [f"{name} is not part of the model" for name in tensors if name not in model_state]
@@ -29,12 +32,18 @@ def load_weights(
         for name, value in model_state.items()
         if name in tensors and tensors[name].shape != value.shape
     ]
+    wrong += [
+        f"{name} is {str(tensors[name].dtype).removeprefix('torch.')}"
+        for name, value in model_state.items()
+        if name in tensors and tensors[name].is_floating_point() != value.is_floating_point()
+    ]
     if wrong:
         raise UserError(f"{source} is of another model: {listed(wrong, '; ')}")
     return dict(tensors)
 
 
-def listed(items: Sequence[str], separator: str = ", ") -> str:
-    """At most five of them, and how many more there are."""
-    more = f", and {len(items) - 5} more" if len(items) > 5 else ""
-    return separator.join(items[:5]) + more
+def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors with `prefix` taken off their names where all of them have it."""
+    if all(name.startswith(prefix) for name in tensors):
+        return {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return dict(tensors)

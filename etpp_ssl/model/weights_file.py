@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from etpp_ssl.config import UserError
+from etpp_ssl.config import UserError, listed
+from etpp_ssl.model.state_dict import without_prefix
 
 WRAPPERS = ("model", "state_dict")
 """Keys under which training scripts keep the state dict beside optimizer and arguments."""
@@ -35,8 +36,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         of every name, as DistributedDataParallel leaves it, is taken off.
 
     Raises:
-        UserError: if the file is missing, damaged or holds no tensors, or if its pickle asks for anything
-            else; nothing is executed then.
+        UserError: if the file is missing, damaged or holds no tensors or other ones than plain arrays, or if
+            its pickle asks for anything else; nothing is executed then.
     """
     path = Path(path)
     try:
@@ -46,7 +47,14 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
     # A zip archive, or a bare pickle of protocol 2 and up, as torch wrote before 1.6.
     content = _load_pickle(path) if start == b"PK" or start[:1] == b"\x80" else _load_safetensors(path)
-    return state_dict_in(content, repr(str(path)))
+    tensors = state_dict_in(content, repr(str(path)))
+    strange = [name for name, value in tensors.items() if not _is_plain(value)]
+    if strange:
+        raise UserError(
+            f"{str(path)!r} holds tensors that are no plain arrays in memory (sparse, quantised, complex, "
+            f"without values or repeating them): {listed(strange)}"
+        )
+    return tensors
 
 
 def state_dict_in(content: Any, source: str) -> dict[str, Tensor]:
@@ -68,9 +76,19 @@ def state_dict_in(content: Any, source: str) -> dict[str, Tensor]:
         raise UserError(
             f"{source} holds no state dict: no tensor at the top or under {' or '.join(WRAPPERS)}"
         )
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return tensors
+    return without_prefix(tensors, "module.")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is what it seems: a dense array with all its values in the file, real numbers."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.is_quantized or tensor.is_nested or tensor.is_complex())
+        # A view that repeats a few bytes would fill the memory when it is worked with.
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
 
 
 def _load_safetensors(path: Path) -> Any:
@@ -93,6 +111,7 @@ def _load_pickle(path: Path) -> Any:
             f"{str(path)!r} was refused and nothing in it was run: {what}; only tensors, plain values and "
             f"argparse.Namespace are read, so save the state dict alone, or as safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0]
+    except Exception as error:
+        # A damaged pickle makes the unpickler stumble over its own stack: any error can come of it.
+        reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
         raise UserError(f"{str(path)!r} cannot be read as a file of torch.save: {reason}") from error

@@ -143,8 +143,8 @@ def _num_images(recipe: Recipe, rows: list[dict[str, Any]]) -> int:
 
     The log comes before the data, which may be large or on another machine.
     """
-    if recipe.data.num_images is not None:
-        return recipe.data.num_images
+    if recipe.data.stated_images is not None:
+        return recipe.data.stated_images
     for row in rows:
         epochs, bandwidth = number(row.get("equivalent_epochs")), row.get("bandwidth")
         if row.get("stage") == 0 and epochs and bandwidth and "images_seen" in row:

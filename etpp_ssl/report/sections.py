@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from etpp_ssl.config import show_size
 from etpp_ssl.report import markup
@@ -138,7 +139,7 @@ def probes(histories: Sequence[History]) -> str:
                 continue
             protocols = any(row.get("protocol") for row in rows)
             cells = [
-                [f"{row['step']:,}", *(_result(row.get(key)) for key in keys)]
+                [_weights(row), *(_result(row.get(key)) for key in keys)]
                 + ([_protocol(row.get("protocol"))] if protocols else [])
                 for row in rows
             ]
@@ -146,6 +147,11 @@ def probes(histories: Sequence[History]) -> str:
             parts.append(markup.table(["step", *keys, *(["protocol"] if protocols else [])], cells))
     nothing = markup.paragraph("No probe has run.", "soft")
     return markup.section("probes", "Probes", *(parts or [nothing]))
+
+
+def _weights(row: dict[str, Any]) -> str:
+    """The step of the run's own weights, or what others were read from."""
+    return f"{row['step']:,}" if "step" in row else str(row.get("init", ABSENT))
 
 
 def _result(value: object) -> str:

@@ -32,7 +32,7 @@ from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches
 from etpp_ssl.data.prepare import PrepareConfig, prepare
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.shards import ShardsConfig
-from etpp_ssl.data.splits import open_split
+from etpp_ssl.data.splits import Subset, open_split
 from etpp_ssl.data.synthetic import SyntheticConfig
 from etpp_ssl.data.timm_dataset import TimmConfig
 
@@ -171,6 +171,7 @@ class Plan:
 
     step: int
     bandwidth: tuple[int, int] = SIZE
+    progress: float = 0.5
 
     @property
     def samples(self) -> range:
@@ -225,6 +226,14 @@ def test_it_offers_everything_of_an_image_source(example: Example, tmp_path: Pat
     assert len(set(names)) == NUM_IMAGES
     for name in names:
         assert name.encode("utf-8")
+
+
+@every_example
+def test_all_labels_are_the_labels(example: Example, tmp_path: Path) -> None:
+    source = open_one(example.make(tmp_path, ()))
+    labels = [source.label(index) for index in range(len(source))]
+    assert source.all_labels() == labels
+    assert Subset(source, [4, 1, 0]).all_labels() == [labels[4], labels[1], labels[0]]
 
 
 @every_example
@@ -387,3 +396,51 @@ def test_a_data_set_of_broken_images_is_one_sentence(example: Example, tmp_path:
         train_batches(source)
     assert str(error.value).startswith("data: ")
     assert "\n" not in str(error.value)
+
+
+# An empty evaluation part of each source with files, and what its sentence says.
+EMPTY: dict[str, tuple[Callable[[Path], DataConfig], str]] = {
+    "folder": (lambda root: FolderConfig(root=str(root)), "no image below"),
+    "list": (
+        lambda root: FileListConfig(file=str(root / "list.txt"), eval_file=str(root / "empty.txt")),
+        "names no image",
+    ),
+    "timm": (lambda root: TimmConfig(root=str(root), eval_split="val"), "Found 0 images"),
+    "shards": (lambda root: ShardsConfig(root=str(root)), "no .tar in"),
+}
+
+
+@pytest.mark.parametrize("name", sorted({*CONFIGS} - {"synthetic"}))
+def test_an_empty_split_is_a_sentence(name: str, tmp_path: Path) -> None:
+    files = write_images(tmp_path / "train", 0, 4)
+    (tmp_path / "list.txt").write_text("".join(f"train/{file}\tclass\n" for file in files))
+    (tmp_path / "empty.txt").write_text("# nobody\n\n")
+    (tmp_path / "val" / "oak").mkdir(parents=True)
+    make, sentence = EMPTY[name]
+    with pytest.raises(UserError) as error:
+        open_split(make(tmp_path), "eval", in_chans=3, image_size=SIZE, seed=SEED)
+    message = str(error.value)
+    assert message.startswith("data.")
+    assert sentence in message
+    assert "\n" not in message
+
+
+class Nothing:
+    """A source without images, as a new one might be."""
+
+    classes = None
+
+    def __len__(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("split", "holdout", "part"),
+    [("train", 0, "training"), ("eval", 0, "evaluation"), ("eval", 3, "training")],
+)
+def test_a_source_that_does_not_notice_that_it_is_empty_is_found_out(
+    split: str, holdout: int, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SyntheticConfig, "open", lambda self, split, **others: Nothing())
+    with pytest.raises(UserError, match=f"the {part} split has no images"):
+        open_split(SyntheticConfig(holdout=holdout), split, in_chans=3, image_size=SIZE, seed=SEED)

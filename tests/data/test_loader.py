@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -47,6 +48,10 @@ class Plan:
     @property
     def bandwidth(self) -> tuple[int, int]:
         return BANDWIDTHS[self.step // 2]
+
+    @property
+    def progress(self) -> float:
+        return self.step / 6
 
     @property
     def samples(self) -> range:
@@ -136,7 +141,7 @@ def test_reduced_views_are_one_size_per_stage_and_bad_images_show_while_they_are
     order = KeyedOrder(len(source), SEED)
     view = TrainView(BIG, (0.3, 1.0), True, lanczos, SEED, "reduced")
     requests = [
-        BatchRequest(step, tuple(range(6)), tuple(range(6)), bandwidth, 1.0, True)
+        BatchRequest(step, tuple(range(6)), tuple(range(6)), bandwidth, 0.5, 1.0, True)
         for step, bandwidth in enumerate([(32, 48), BIG])
     ]
 
@@ -233,7 +238,7 @@ def test_a_data_set_of_which_nothing_is_readable_is_one_sentence(tmp_path: Path,
 def test_a_mistake_of_ours_is_not_taken_for_a_bad_image(tmp_path: Path, num_workers: int) -> None:
     source = folder_of(tmp_path, 4)
     builder = BatchBuilder(source, train_view(), KeyedOrder(4, SEED))
-    request = BatchRequest(step=0, positions=(0,), indices=(99,), bandwidth=SIZE, weight=1.0, last=True)
+    request = BatchRequest(0, (0,), (99,), SIZE, progress=0.0, weight=1.0, last=True)
     loader = batch_loader(builder, [request], num_workers=num_workers, prefetch=1, pin_memory=False)
     with pytest.raises(IndexError):
         list(batches(loader))
@@ -278,19 +283,46 @@ def test_evaluation_batches_hold_the_evaluation_view() -> None:
     builder = BatchBuilder(source, view, KeyedOrder(7, 0))
     requests = evaluation_requests([6, 0, 3, 5, 1], size=SIZE, batch_size=2)
     loader = batch_loader(builder, requests, num_workers=2, prefetch=1, pin_memory=False)
+    assert {request.progress for request in requests} == {1.0}
     images = torch.cat([batch.images for batch in batches(loader)])
     expected = [view(source.open(index), 0, SIZE) for index in (6, 0, 3, 5, 1)]
     assert torch.equal(images, torch.stack(expected))
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("num_classes", "wrong"), [(3, None), (2, None), (1, "label 1"), (None, None)])
+def test_a_label_beyond_the_classes_is_a_sentence(
+    num_workers: int, num_classes: int | None, wrong: str | None, tmp_path: Path
+) -> None:
+    source = folder_of(tmp_path, 6)
+    builder = BatchBuilder(source, train_view(), KeyedOrder(6, SEED), num_classes)
+    loader = batch_loader(
+        builder,
+        RequestSampler(builder.order, Plan, range(2)),
+        num_workers=num_workers,
+        prefetch=1,
+        pin_memory=False,
+    )
+    if wrong is None:
+        assert len(list(batches(loader))) == 2
+        return
+    with pytest.raises(UserError) as error:
+        list(batches(loader))
+    assert re.fullmatch(
+        r"data: image 'b/\d\d\.png' has label 1, but model\.num_classes is 1: labels are 0 to 0",
+        str(error.value),
+    )
+
+
 def test_a_batch_on_another_device_keeps_everything_else() -> None:
-    request = BatchRequest(step=0, positions=(5,), indices=(2,), bandwidth=SIZE, weight=1.0, last=True)
+    request = BatchRequest(0, (5,), (2,), SIZE, progress=0.0, weight=1.0, last=True)
     bad = (BadImage(1, "name", "reason"),)
     batch = Batch(
-        torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.tensor([1]), torch.tensor([5]), request, bad
+        torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.tensor([1]), torch.tensor([5]), 5, request, bad
     )
     moved = batch.to(torch.device("meta"))
     assert {t.device.type for t in (moved.images, moved.labels, moved.positions)} == {"meta"}
+    assert moved.first_position == 5
     assert moved.request == request
     assert moved.bad == bad
 

@@ -158,6 +158,7 @@ def test_a_keyed_run_sees_the_same_batches(tmp_path: Path, small_shards: None) -
 
 class _Plan:
     bandwidth = (6, 10)
+    progress = 0.5
 
     def __init__(self, step: int) -> None:
         self.samples = range(5 * step, 5 * step + 5)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from etpp_ssl.curriculum.base import Curriculum, Portion, ReplaySpec
 from etpp_ssl.data.augment import TrainView
+from etpp_ssl.data.augmentation import AugmentConfig
 from etpp_ssl.data.loader import BadImage, Batch, BatchBuilder, batch_loader, batches
 from etpp_ssl.data.replay import Replay, Ring, buffer_bytes, draw_places, sub_batch_size
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, RequestSampler
@@ -41,10 +42,14 @@ def curriculum_of(*replays: ReplaySpec | None, batch_size: int = BATCH_SIZE) -> 
 
 
 def loaded(curriculum: Curriculum, first: int, num_workers: int = 0, **part: Any) -> Iterator[Batch]:
-    """What the loader gives from step `first` on, cut by its workers as `lanczos` does."""
+    """What the loader gives from step `first` on, cut by its workers as `lanczos` does.
+
+    The views depend on the progress of the step that loads them.
+    """
     source = SyntheticConfig(num_images=30, num_classes=7).open("train", in_chans=3, image_size=SIZE, seed=0)
     order = KeyedOrder(len(source), SEED)
-    view = TrainView(image_size=SIZE, crop_scale=(0.5, 1.0), flip=True, lanczos=True, seed=SEED)
+    base = TrainView(image_size=SIZE, crop_scale=(0.5, 1.0), flip=True, lanczos=True, seed=SEED)
+    view = AugmentConfig(ramp=True).build_view(base, mean=(0.5, 0.5, 0.5))
     requests = RequestSampler(order, curriculum.stage_at, range(first, curriculum.num_steps), **part)
     return batches(
         batch_loader(
@@ -101,9 +106,9 @@ def plain_replay(curriculum: Curriculum, rank: int, num_processes: int) -> Itera
 def batch_of(first: int, count: int, bad: tuple[BadImage, ...] = ()) -> Batch:
     numbers = torch.arange(first, first + count)
     positions = tuple(numbers.tolist())
-    request = BatchRequest(0, positions, tuple(n + 1000 for n in positions), (2, 3), 1.0, True)
+    request = BatchRequest(0, positions, tuple(n + 1000 for n in positions), (2, 3), 0.5, 1.0, True)
     images = (numbers % 256).to(torch.uint8)[:, None, None, None].expand(-1, 3, 2, 3)
-    return Batch(images, numbers % 7, numbers, request, bad)
+    return Batch(images, numbers % 7, numbers, first, request, bad)
 
 
 @given(num_rows=st.integers(1, 9), counts=st.lists(st.integers(1, 9), min_size=1, max_size=8))
@@ -219,6 +224,8 @@ def test_a_step_trains_on_a_whole_batch_with_numbers_that_never_come_twice(
             assert part.request.weight == len(part.images) / BATCH_SIZE
             assert set(part.positions.tolist()) <= set(stage.slots)
             # The request says which sample, that is which view of which image, each of them is.
+            assert part.request.progress == stage.progress
+            assert part.first_position == part.positions[0]
             assert part.request.indices == tuple(order.index(number) for number in part.request.positions)
             assert part.labels.tolist() == [index % 7 for index in part.request.indices]
             oldest = curriculum.stage_at(stage.oldest_step).samples.start
@@ -290,7 +297,8 @@ def test_bad_images_are_passed_on_once() -> None:
             torch.zeros(1, 3, *SIZE, dtype=torch.uint8),
             torch.tensor([0]),
             torch.tensor([number]),
-            BatchRequest(number // 2, (number,), (number,), SIZE, 0.5, number % 2 == 1),
+            number,
+            BatchRequest(number // 2, (number,), (number,), SIZE, 0.5, 0.5, number % 2 == 1),
             (bad[number],) if number < 3 else (),
         )
         for number in range(4)

@@ -28,6 +28,10 @@ class Plan:
         return 8 + self.step, 16 + self.step
 
     @property
+    def progress(self) -> float:
+        return self.step / 100
+
+    @property
     def samples(self) -> range:
         return range(self.step * self.batch_size, (self.step + 1) * self.batch_size)
 
@@ -144,6 +148,7 @@ def test_a_step_is_the_same_for_any_number_of_processes_and_any_micro_batch_size
             assert part.weight == len(part.positions) / batch_size
             assert 1 <= len(part.positions) == len(part.indices) <= (micro_batch_size or batch_size)
             assert part.bandwidth == (8 + step, 16 + step)
+            assert part.progress == step / 100
 
 
 @bounded
@@ -217,3 +222,4 @@ class Growing:
 
     samples: range
     bandwidth: tuple[int, int] = (8, 16)
+    progress: float = 0.5

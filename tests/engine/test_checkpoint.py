@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from timm.optim import Lamb
 
 import etpp_ssl.engine.checkpoint as checkpoint_module
 from etpp_ssl.config import UserError
@@ -53,6 +55,59 @@ def test_model_optimizer_and_state_come_back_to_the_bit(tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     assert len(before) == 4 * 3
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+class GroupCounter(torch.optim.SGD):
+    """Counts steps per group in a plain int, as timm's Lamb did before it kept a tensor."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            group["lr"] = 0.1 / group["step"]
+        super().step(closure)
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.1, fused=True),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True),
+    "lamb": lambda groups: Lamb(groups, lr=0.1, max_grad_norm=None),
+    "group-counter": lambda groups: GroupCounter(groups, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("regrouped", [False, True])
+def test_every_optimizer_goes_on_to_the_bit(name: str, regrouped: bool, tmp_path: Path) -> None:
+    def build(two_groups: bool) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2), torch.nn.Linear(2, 1))
+        model[1].bias.requires_grad_(False)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        parts = (trained[3:], trained[:3]) if two_groups else (trained,)
+        return model, OPTIMIZERS[name]([{"params": part, "weight_decay": 0.1} for part in parts])
+
+    def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            model(inputs).square().sum().backward()
+            optimizer.step()
+
+    folder = RunFolder(tmp_path)
+    whole, whole_optimizer = build(True)
+    train(whole, whole_optimizer, range(7))
+    first, first_optimizer = build(True)
+    train(first, first_optimizer, range(3))
+    save_checkpoint(folder, 3, first, first_optimizer, {}, keep=1)
+    again, again_optimizer = build(not regrouped)
+    load_checkpoint(folder.checkpoints()[0], again, again_optimizer)
+    train(again, again_optimizer, range(3, 7))
+    for key, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    before = optimizer_tensors(whole, whole_optimizer)
+    after = optimizer_tensors(again, again_optimizer)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 @pytest.mark.parametrize("failing", ["save_file", "_flush", "replace"])

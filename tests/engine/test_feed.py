@@ -27,6 +27,7 @@ class Plan:
 
     step: int
     bandwidth: tuple[int, int] = SIZE
+    progress: float = 0.5
 
     @property
     def samples(self) -> range:
@@ -62,9 +63,9 @@ def open_feed(steps: range, *, num_workers: int = 0, device: str = "cpu", **part
 
 
 def batch_with(*bad: BadImage) -> Batch:
-    request = BatchRequest(step=0, positions=(0,), indices=(0,), bandwidth=SIZE, weight=1.0, last=True)
+    request = BatchRequest(0, (0,), (0,), SIZE, progress=0.0, weight=1.0, last=True)
     images = torch.zeros(1, 3, *SIZE, dtype=torch.uint8)
-    return Batch(images, torch.tensor([0]), torch.tensor([0]), request, tuple(bad))
+    return Batch(images, torch.tensor([0]), torch.tensor([0]), 0, request, tuple(bad))
 
 
 def bad(index: int) -> BadImage:

@@ -18,7 +18,7 @@ from etpp_ssl.config import UserError
 from etpp_ssl.engine.initial_weights import load_init
 from etpp_ssl.engine.pretrain import pretrain
 from etpp_ssl.export import mae, timm, transformers
-from etpp_ssl.model.adapt import adapt_channels
+from etpp_ssl.model.adapt_tensors import adapt_channels
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 

@@ -11,22 +11,34 @@ import torch
 from rich.console import Console
 
 from etpp_ssl.curriculum.cost import count_cost
+from etpp_ssl.engine.classifier_plan import plan_classifier
 from etpp_ssl.engine.plan import plan_run
 from etpp_ssl.engine.plan_table import print_plan
-from etpp_ssl.recipe import Recipe, load_recipe
+from etpp_ssl.recipe import Recipe
+from etpp_ssl.recipe_file import load_any_recipe, load_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_has_a_plan_and_a_header_that_is_a_contract(path: Path) -> None:
-    plan = plan_run(load_recipe(path))
+    recipe = load_any_recipe(path)
+    plan = plan_run(recipe) if isinstance(recipe, Recipe) else plan_classifier(recipe)
     assert sum(stage.area_share for stage in plan.stages) == pytest.approx(1)
     assert sum(stage.flops_share for stage in plan.stages) == pytest.approx(1)
-    assert plan.curriculum.equivalent_epochs == pytest.approx(plan.recipe.budget_epochs, rel=2e-3)
+    assert plan.curriculum.equivalent_epochs == pytest.approx(recipe.budget_epochs, rel=2e-3)
+    if path.stem.endswith("_etpp200"):
+        # The supervised rows of the paper: 200 equivalent epochs against 300 at full resolution.
+        assert (recipe.budget_epochs, recipe.baseline_epochs, recipe.batch_size) == (200, 300, 4096)
+        assert plan.speedup_by_area == pytest.approx(1.5, rel=1e-3)
+        bandwidths = [row.stage.bandwidth[0] for row in plan.stages]
+        assert bandwidths in ([96, 160, 224], [96, 160, 192, 224], [160, 224])
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    for word in ("pretrain recipes/", "# Cost:", "# Expected:"):
-        assert any(word in line for line in header), f"{path.name}: no {word!r} in its header"
+    commands = (f"{recipe.task} recipes/{path.name}", f"probe recipes/{path.name}")
+    for words in (commands, ("# Cost:",), ("# Expected:",)):
+        assert any(word in line for word in words for line in header), (
+            f"{path.name}: no {words} in its header"
+        )
     assert "PENDING" not in path.read_text()
 
 
@@ -50,6 +62,16 @@ def test_bandwidths_of_patch_14_are_rounded_and_the_rounding_is_reported() -> No
     assert len(plan.notes) == 2
     assert "98" in plan.notes[0]
     assert "154" in plan.notes[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "num_images"),
+    [("data.holdout=10", 54), ("data.labels_per_class=2", 20), ("data.label_share=0.5", 34)],
+)
+def test_the_plan_counts_the_images_that_are_left(
+    override: str, num_images: int, tiny_recipe: Callable[..., Recipe]
+) -> None:
+    assert plan_run(tiny_recipe(override)).num_images == num_images
 
 
 def test_counted_operations_are_those_of_the_matrix_products() -> None:

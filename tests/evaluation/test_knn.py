@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.augment import EvalView, Normalise
 from etpp_ssl.engine.run import build_probe
 from etpp_ssl.evaluation.features import extract_features, gather_rows, pooled_features
-from etpp_ssl.evaluation.knn import knn_vote
+from etpp_ssl.evaluation.knn import KnnProbe, knn_sweep, knn_vote
+from etpp_ssl.evaluation.selection import stratified_holdout
 from etpp_ssl.recipe import Recipe
 
 
@@ -68,7 +70,7 @@ def test_features_are_timms_own_forward_in_the_order_asked(
     view = EvalView(recipe.size, recipe.data.crop_pct)
     indices = [5, 0, 17, 3, 3, 22, 1]
     model.train()
-    features, labels = extract_features(
+    features, labels, read = extract_features(
         model.encoder,
         source,
         indices,
@@ -81,6 +83,7 @@ def test_features_are_timms_own_forward_in_the_order_asked(
     )
     assert model.encoder.training
     assert labels.tolist() == [source.label(i) for i in indices]
+    assert read.tolist() == indices
     model.eval()
     pictures = [view(source.open(i), i, recipe.size) for i in indices]
     for start in (0, 3, 6):
@@ -112,7 +115,7 @@ def test_unreadable_evaluation_images_are_left_out_not_replaced(
     recipe = tiny_recipe("data=folder", f"data.root={tmp_path / 'val'}")
     accelerator, normalise = setup(recipe)
     source = recipe.data.open("train", in_chans=3, image_size=recipe.size, seed=0)
-    features, labels = extract_features(
+    features, labels, read = extract_features(
         recipe.build_model().encoder,
         source,
         [0, 1, 2],
@@ -125,6 +128,7 @@ def test_unreadable_evaluation_images_are_left_out_not_replaced(
     )
     assert len(features) == 2
     assert labels.tolist() == [0, 1]
+    assert read.tolist() == [0, 2]
 
 
 def test_the_probe_is_deterministic_beats_chance_on_separable_images_and_keeps_the_mode(
@@ -171,3 +175,102 @@ def test_labels_that_are_missing_or_differ_are_refused(
 def test_rows_of_one_process_are_left_alone() -> None:
     rows = torch.arange(6).view(3, 2)
     assert gather_rows(rows, Accelerator(cpu=True)) is rows
+
+
+def test_a_sweep_gives_the_votes_of_its_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (33,), generator=generator)
+    train = torch.randn(33, 6, generator=generator) + labels[:, None]
+    test = torch.randn(29, 6, generator=generator) + torch.arange(29)[:, None] % 4
+    pairs = [(k, t) for k in (7, 1, 100) for t in (0.5, 0.02)]
+    swept = knn_sweep(train, labels, test, num_classes=4, pairs=pairs, chunk=8)
+    for predicted, (k, temperature) in zip(swept, pairs, strict=True):
+        assert predicted.tolist() == plain_vote(train, labels, test, min(k, 33), temperature)
+    assert len({tuple(predicted.tolist()) for predicted in swept}) > 1
+
+
+def test_a_swept_pair_is_chosen_on_the_holdout_and_evaluated_with_all_training_images(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    torch.manual_seed(0)
+    lists = ["probe=knn", "probe.k=[1, 3, 30]", "probe.temperature=[0.05, 5.0]", "probe.holdout_share=0.3"]
+    recipe = tiny_recipe(*lists)
+    accelerator, normalise = setup(recipe)
+    model = recipe.build_model()
+    probe = build_probe(recipe, accelerator, normalise, recipe.build_objective())
+    assert isinstance(probe, KnnProbe)
+    result = probe.run(model)
+
+    train, _ = probe.images.features(model, recipe.probe, probe.context, 256)
+    held_out = stratified_holdout(train.labels, train.indices, 0.3, recipe.seed)
+    rest, holdout = train.take(~held_out), train.take(held_out)
+    best, chosen = -1.0, (0, 0.0)
+    for k in (1, 3, 30):
+        for temperature in (0.05, 5.0):
+            predicted = plain_vote(rest.features, rest.labels, holdout.features, k, temperature)
+            accuracy = 100 * sum(map(int.__eq__, predicted, holdout.labels.tolist())) / len(predicted)
+            if accuracy > best:
+                best, chosen = accuracy, (k, temperature)
+    assert result["knn_holdout_top1"] == pytest.approx(best)
+    assert (result["knn_k"], result["knn_temperature"]) == chosen
+    alone = tiny_recipe("probe=knn", f"probe.k={chosen[0]}", f"probe.temperature={chosen[1]}")
+    again = build_probe(alone, accelerator, normalise, alone.build_objective())
+    assert again is not None
+    assert again.run(model) == {"knn_top1": result["knn_top1"]}
+
+
+def test_features_of_a_bf16_run_are_of_bf16_unless_told_otherwise(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    recipe = tiny_recipe()
+    source = recipe.data.open("eval", in_chans=3, image_size=recipe.size, seed=0)
+    model = recipe.build_model()
+    found = {}
+    for mixed, precision in (("no", None), ("bf16", None), ("bf16", "fp32"), ("no", "bf16")):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=True, mixed_precision=mixed)
+        found[mixed, precision] = extract_features(
+            model.encoder,
+            source,
+            list(range(5)),
+            view=EvalView(recipe.size, 1.0),
+            normalise=Normalise(*recipe.data.statistics(3), accelerator.device),
+            accelerator=accelerator,
+            pool=None,
+            batch_size=2,
+            num_workers=0,
+            precision=precision,
+        ).features
+    assert all(features.dtype == torch.float32 for features in found.values())
+    assert torch.equal(found["no", None], found["bf16", "fp32"])
+    assert torch.equal(found["bf16", None], found["no", "bf16"])
+    difference = (found["no", None] - found["bf16", None]).abs().max()
+    assert 0 < difference < 0.1
+
+
+def test_large_batches_are_cut_for_a_cpu_without_a_change_in_order(
+    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe()
+    accelerator, normalise = setup(recipe)
+    source = recipe.data.open("eval", in_chans=3, image_size=recipe.size, seed=0)
+    model = recipe.build_model()
+    found = []
+    for most in (64, 3):
+        monkeypatch.setattr("etpp_ssl.evaluation.features.CPU_IMAGES", most)
+        found.append(
+            extract_features(
+                model.encoder,
+                source,
+                [4, 2, 9, 7, 0],
+                view=EvalView(recipe.size, 1.0),
+                normalise=normalise,
+                accelerator=accelerator,
+                pool=None,
+                batch_size=5,
+                num_workers=0,
+            )
+        )
+    torch.testing.assert_close(found[0].features, found[1].features)
+    assert found[0].labels.tolist() == found[1].labels.tolist()
+    assert found[0].indices.tolist() == found[1].indices.tolist() == [4, 2, 9, 7, 0]

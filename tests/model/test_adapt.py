@@ -12,7 +12,8 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch.nn import functional as F
 
 from etpp_ssl.config import UserError
-from etpp_ssl.model.adapt import adapt_channels, adapt_weights
+from etpp_ssl.model.adapt import adapt_weights
+from etpp_ssl.model.adapt_tensors import adapt_channels
 from etpp_ssl.model.interop import Weights, official_names, recognise
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.pos_embed import sincos_pos_embed
@@ -118,7 +119,7 @@ def test_learned_positions_are_resampled_from_their_own_grid() -> None:
     # 3 x 12 positions are as many as 6 x 6: the old grid counts, not the square root.
     state = published_encoder(grid=(3, 12), learned=True)
     model = make_model(size=(20, 24), pos_embed="learned")
-    _, notes = start(model, state, grid=(3, 12))
+    _, notes = start(model, state, image_size=(12, 48))
     expected = resample_abs_pos_embed(state["pos_embed"], [5, 6], [3, 12], num_prefix_tokens=1)
     assert torch.equal(model.encoder.pos_embed, expected)
     assert "the learned positions are resampled from 3x12 to 5x6 patches" in notes
@@ -129,8 +130,8 @@ def test_a_sin_cos_table_tells_its_grid_to_a_model_that_learns() -> None:
     state = published_encoder(grid=(4, 9))
     model = make_model(size=(24, 24), pos_embed="learned")
     start(model, state)
-    expected = resample_abs_pos_embed(state["pos_embed"], [6, 6], [4, 9], num_prefix_tokens=1)
-    assert torch.equal(model.encoder.pos_embed, expected)
+    assert torch.equal(model.encoder.pos_embed[0, 1:], sincos_pos_embed((6, 6), (4, 9), 64))
+    assert not model.encoder.pos_embed[0, 0].any()
 
 
 def test_learned_positions_are_a_squares_only_where_nothing_else_can_be() -> None:
@@ -144,7 +145,7 @@ def test_learned_positions_are_a_squares_only_where_nothing_else_can_be() -> Non
     with pytest.raises(UserError, match="has 15 learned positions and nothing says of which grid"):
         start(model, published_encoder(grid=(3, 5), learned=True))
     with pytest.raises(UserError, match="has 36 positions, but its config says 5x7 patches"):
-        start(model, square, grid=(5, 7))
+        start(model, square, image_size=(20, 28))
     # As many as the model has, and no square: its own grid.
     start(make_model(size=(12, 20), pos_embed="learned"), published_encoder(grid=(3, 5), learned=True))
 

@@ -13,7 +13,8 @@ from etpp_ssl.model.masking import random_masking, removed_ids
 from etpp_ssl.objective.combined import CombinedConfig, CombinedObjective, HogPart, PixelsPart
 from etpp_ssl.objective.hog import HogConfig
 from etpp_ssl.objective.pixels import PixelsConfig
-from etpp_ssl.recipe import Recipe, parse_recipe
+from etpp_ssl.recipe import Recipe
+from etpp_ssl.recipe_file import parse_recipe
 
 PATCH = (4, 6)
 PARTS = (PixelsPart(weight=0.5), HogPart(weight=2.0, cell=2, bins=6), PixelsPart(norm_pix=False))

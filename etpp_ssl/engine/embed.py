@@ -1,0 +1,117 @@
+"""A data set's features, written to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from etpp_ssl.config import UserError, show_size
+from etpp_ssl.data.augment import EvalView, Normalise
+from etpp_ssl.data.splits import open_split
+from etpp_ssl.engine.initial_weights import load_init
+from etpp_ssl.engine.run import open_accelerator
+from etpp_ssl.evaluation.embeddings import Embeddings, make_room, write_embeddings
+from etpp_ssl.evaluation.features import Features, Pool, extract_features, run_precision
+from etpp_ssl.model.mae import MaskedAutoencoder
+from etpp_ssl.randomness import derive_key
+from etpp_ssl.recipe import Recipe
+from etpp_ssl.run_folder import RunFolder, load_weights
+
+
+def embed(
+    recipe: Recipe,
+    folder: RunFolder | None,
+    out: Path | None,
+    *,
+    split: str,
+    pool: Pool | None,
+    batch_size: int,
+    say: Callable[[str], None],
+) -> Path:
+    """Extract features of all images of a split and write them; see `evaluation.embeddings`.
+
+    Unreadable images are left out. The forward pass is in bf16 if that is the recipe's precision.
+
+    Args:
+        recipe: the data and the model.
+        folder: the run whose newest checkpoint is taken; None takes the weights of `recipe.init`.
+        out: the file; None is `RUN/embeddings/<split>.safetensors`.
+        split: "train" or "eval".
+        pool: cls token or mean of the patch tokens; None is the encoder's own.
+        batch_size: images that are loaded together.
+        say: told of damaged checkpoints and of images that are left out.
+
+    Returns:
+        The file, which the main process has written.
+
+    Raises:
+        UserError: if there are no weights or no images, or the file cannot be written.
+    """
+    if out is None:
+        if folder is None:
+            raise UserError("a recipe is no place for features: give a file to write, --out FILE.safetensors")
+        folder.recipe()
+        out = folder.path / "embeddings" / f"{split}.safetensors"
+    # Before the work, not after it.
+    make_room(out)
+    accelerator = open_accelerator(recipe)
+    source = open_split(
+        recipe.data, split, in_chans=recipe.in_chans, image_size=recipe.size, seed=recipe.seed
+    )
+    model, weights = _trained(recipe, folder, say)
+    model.to(accelerator.device)
+    features = extract_features(
+        model.encoder,
+        source,
+        list(range(len(source))),
+        view=EvalView(recipe.size, recipe.data.crop_pct),
+        normalise=Normalise(*recipe.data.statistics(recipe.in_chans), accelerator.device),
+        accelerator=accelerator,
+        pool=pool,
+        batch_size=batch_size,
+        num_workers=recipe.data.num_workers,
+    )
+    unreadable = len(source) - len(features.indices)
+    if unreadable == len(source):
+        raise UserError(f"none of the {unreadable} images of the {split} split can be read")
+    if accelerator.is_main_process:
+        if unreadable:
+            say(f"left out: {unreadable} of {len(source)} images cannot be read")
+        embeddings = Embeddings(
+            rows=Features(*(rows.cpu() for rows in features)),
+            names=[source.name(index) for index in features.indices.tolist()],
+            classes=source.classes,
+            notes={
+                "split": split,
+                "weights": weights,
+                "pool": pool or model.encoder.global_pool,
+                "precision": run_precision(accelerator),
+                "image_size": show_size(recipe.size),
+                "crop_pct": f"{recipe.data.crop_pct:g}",
+                "num_unreadable": str(unreadable),
+            },
+        )
+        write_embeddings(out, embeddings)
+    accelerator.wait_for_everyone()
+    return out
+
+
+def _trained(
+    recipe: Recipe, folder: RunFolder | None, say: Callable[[str], None]
+) -> tuple[MaskedAutoencoder, str]:
+    """The model with its weights, and where they are from."""
+    with torch.random.fork_rng(devices=[]):
+        # `init` may leave parts of the encoder as they are.
+        torch.manual_seed(derive_key(recipe.seed, "init") >> 1)
+        model = recipe.build_model()
+    if folder is not None:
+        checkpoint = folder.trained(say)
+        weights = load_weights(model.state_dict(), checkpoint.model(), f"checkpoint {checkpoint.path}")
+        model.load_state_dict(weights)
+        return model, str(checkpoint.path)
+    if recipe.init is None:
+        raise UserError("there are no weights to embed with: give a run, or init=WEIGHTS with the recipe")
+    load_init(model, recipe.init, say)
+    return model, recipe.init

@@ -1,0 +1,214 @@
+"""Attentive probe: one cross-attention pooling layer and a linear classifier on frozen patch tokens.
+
+A masked autoencoder never trains its cls token on anything, and what it knows about an image lies in the
+patch tokens; a learned query finds it there (as in V-JEPA, Bardes et al. 2024, and CAPI, Darcet et al.
+2025, whose attentive probes differ in detail). The settings are fixed, no images are used to choose any.
+
+Legend: B batch, N tokens, D width, n images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import groupby
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from etpp_ssl.config import Config, UserError, neutral
+from etpp_ssl.data.probe_view import ProbeView
+from etpp_ssl.data.sampler import KeyedOrder
+from etpp_ssl.evaluation.attention_pool import SharedQueryPool
+from etpp_ssl.evaluation.base import ProbeContext
+from etpp_ssl.evaluation.features import evaluating, gather_rows
+from etpp_ssl.evaluation.token_cache import TokenCache, patch_tokens
+from etpp_ssl.evaluation.training import (
+    EpochSteps,
+    epoch_steps,
+    evaluated,
+    frozen,
+    open_labelled,
+    training_batches,
+)
+from etpp_ssl.model.mae import MaskedAutoencoder
+from etpp_ssl.optim.groups import weight_decay_groups
+from etpp_ssl.optim.schedule import Schedule
+
+
+class AttentiveConfig(Config):
+    """Attentive probe of the encoder as it stands: unmasked, at full resolution, in eval mode."""
+
+    name: Literal["attentive"] = "attentive"
+    every_steps: int | None = neutral(None, ge=1)
+    """Optimizer steps between probes during pre-training; None probes at the end only."""
+    epochs: int = Field(default=20, ge=1)
+    warmup_epochs: float = Field(default=1.0, ge=0)
+    """Epochs over which the learning rate rises linearly from 0; then a cosine to 0."""
+    base_lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of AdamW per 256 images of the batch."""
+    batch_size: int = Field(default=256, ge=2)
+    """Images per step over all processes, at most the training set; what an epoch leaves over is dropped."""
+    micro_batch_size: int = neutral(256, ge=1)
+    """Images per forward pass of the encoder, and process, at most."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    num_heads: int | None = Field(default=None, ge=1)
+    """Heads of the pooling layer; None takes the encoder's."""
+    cache: bool = True
+    """True: the training images are seen in the evaluation view, and their tokens computed once and kept in
+    memory, in bf16: 2 * n * N * D bytes over all processes (CIFAR-10, 64 tokens of width 128: 0.8 GB).
+    False: augmented views, computed anew every epoch."""
+    crop_scale: tuple[float, float] = (0.3, 1.0)
+    """Without `cache`: area range of the random resized crop."""
+    flip: bool = True
+    """Without `cache`: mirror half of the training images."""
+    num_train: int | None = Field(default=None, ge=1)
+    """Keyed draw of training images; None takes all."""
+    num_eval: int | None = Field(default=None, ge=1)
+    """Keyed draw of evaluation images; None takes all."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> AttentiveConfig:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs:g}: use less than the {self.epochs} epochs"
+            )
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale is {[low, high]}: use two shares of the area, 0 < low <= high <= 1")
+        return self
+
+    def build(self, context: ProbeContext) -> AttentiveProbe:
+        """The probe.
+
+        Raises:
+            UserError: if there is no evaluation split, there are no labels, or too few images.
+        """
+        return AttentiveProbe(self, context)
+
+
+class AttentiveHead(nn.Module):
+    """Pooling, LayerNorm, linear classifier that starts at zero.
+
+    Args:
+        width: D.
+        num_heads: of the pooling layer.
+        num_classes: number of outputs.
+        seed: of the pooling layer.
+    """
+
+    def __init__(self, width: int, num_heads: int, num_classes: int, seed: int) -> None:
+        super().__init__()
+        self.pool = SharedQueryPool(width, num_heads, seed)
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.utils.skip_init(nn.Linear, width, num_classes)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, tokens_BND: Tensor) -> Tensor:
+        """float (B, N, D) to logits (B, classes)."""
+        logits: Tensor = self.linear(self.norm(self.pool(tokens_BND.float())))
+        return logits
+
+
+class _Part(NamedTuple):
+    """Some images of a step, on this process: tokens (B, N, D) and labels (B,)."""
+
+    step: int
+    tokens: Tensor
+    labels: Tensor
+
+
+class AttentiveProbe:
+    """See `Probe`; yields `attentive_top1` in per cent, on the evaluation images after the last epoch."""
+
+    def __init__(self, config: AttentiveConfig, context: ProbeContext) -> None:
+        self.config = config
+        self.context = context
+        self.images = open_labelled(context, "attentive", config.num_train, config.num_eval)
+
+    def run(self, model: MaskedAutoencoder) -> dict[str, float]:
+        """Train a head from scratch and evaluate it."""
+        config, context, encoder = self.config, self.context, model.encoder
+        width = encoder.num_features
+        num_heads = config.num_heads or encoder.blocks[0].attn.num_heads
+        if width % num_heads:
+            raise UserError(f"probe.num_heads is {num_heads}: use a divisor of the encoder's width {width}")
+        # timm's layers draw from the global generator before the keyed weights replace theirs.
+        with torch.random.fork_rng(devices=[]):
+            head = AttentiveHead(width, num_heads, self.images.num_classes, context.seed)
+        head.to(context.accelerator.device)
+        with evaluating(model):
+            if config.cache:
+                cache = TokenCache(context, encoder, self.images.train, config.micro_batch_size)
+                plan = epoch_steps(context, cache.num_images, config.batch_size, config.epochs)
+                self._train(head, plan, self._cached(cache, plan))
+            else:
+                plan = epoch_steps(context, len(self.images.train), config.batch_size, config.epochs)
+                self._train(head, plan, self._computed(encoder, plan))
+            return self._evaluate(encoder, head)
+
+    def _train(self, head: AttentiveHead, plan: EpochSteps, parts: Iterable[_Part]) -> None:
+        config = self.config
+        schedule = Schedule(
+            peak=config.base_lr * plan.batch_size / 256,
+            minimum=0.0,
+            warmup_share=config.warmup_epochs / config.epochs,
+        )
+        groups = weight_decay_groups(head, weight_decay=config.weight_decay, decay_tokens=True)
+        optimizer = torch.optim.AdamW(groups, lr=0.0)
+        for step, here in groupby(parts, key=lambda part: part.step):
+            for group in optimizer.param_groups:
+                group["lr"] = schedule(step / plan.num_steps)
+            optimizer.zero_grad()
+            for part in here:
+                loss = F.cross_entropy(head(part.tokens), part.labels, reduction="sum") / plan.batch_size
+                loss.backward()
+            if self.context.accelerator.num_processes > 1:
+                self._sum_gradients(head)
+            optimizer.step()
+        if not all(parameter.isfinite().all() for parameter in head.parameters()):
+            raise UserError("the attentive probe's weights are not finite: lower probe.base_lr")
+
+    def _sum_gradients(self, head: nn.Module) -> None:
+        """Over the processes; one that has no image of the step adds zeros."""
+        gradients = [parameter.grad for parameter in head.parameters() if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        total = self.context.accelerator.reduce(flat, reduction="sum")
+        for gradient, summed in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+    def _computed(self, encoder: VisionTransformer, plan: EpochSteps) -> Iterator[_Part]:
+        """Augmented views, through the encoder anew in every epoch."""
+        context, config = self.context, self.config
+        view = ProbeView(context.view.image_size, config.crop_scale, config.flip, context.seed)
+        steps = range(plan.num_steps)
+        for batch in training_batches(context, self.images.train, view, plan, steps, config.micro_batch_size):
+            tokens = frozen(context, partial(patch_tokens, encoder), batch.images)
+            yield _Part(batch.request.step, tokens, batch.labels)
+
+    def _cached(self, cache: TokenCache, plan: EpochSteps) -> Iterator[_Part]:
+        """Of each step's images, those whose tokens this process keeps."""
+        order = KeyedOrder(plan.num_images, self.context.seed)
+        for step in range(plan.num_steps):
+            yield _Part(step, *cache.take([order.index(position) for position in plan(step).samples]))
+
+    @torch.no_grad()
+    def _evaluate(self, encoder: VisionTransformer, head: AttentiveHead) -> dict[str, float]:
+        context = self.context
+        right = [torch.empty(0, dtype=torch.bool, device=context.accelerator.device)]
+        for tokens, labels in evaluated(
+            context,
+            self.images.evaluation,
+            partial(patch_tokens, encoder),
+            self.config.micro_batch_size,
+        ):
+            right.append(head(tokens).argmax(dim=1) == labels)
+        answers = gather_rows(torch.cat(right).float(), context.accelerator)
+        if not len(answers):
+            raise UserError("probe=attentive: none of the evaluation images can be read")
+        return {"attentive_top1": 100.0 * answers.double().mean().item()}

@@ -1,0 +1,190 @@
+"""Accuracy, calibration and confusion of a classifier, each image counted once for any number of processes.
+
+Legend: B batch, n images, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from etpp_ssl.config import Config, neutral
+from etpp_ssl.data.augment import EvalView, Normalise
+from etpp_ssl.data.images import ImageSource
+from etpp_ssl.data.splits import check_label
+from etpp_ssl.evaluation.features import evaluating, evaluation_batches, gather_rows, readable_rows
+
+TOP_K = 5
+
+
+class EvaluateConfig(Config):
+    """When and how a classifier is evaluated: at full resolution, resized and centre-cropped."""
+
+    split: str | None = neutral("eval")
+    """`eval`, the data's evaluation images, or `train`; null evaluates nothing."""
+    every_steps: int | None = neutral(None, ge=1)
+    """Optimizer steps between evaluations; None evaluates at the end only. No checkpoint is chosen by the
+    result: what is exported is always the last one."""
+    batch_size: int = neutral(256, ge=1)
+    """Images per forward pass and process."""
+    num_bins: int = neutral(15, ge=1)
+    """Of the calibration error."""
+
+
+@dataclass(frozen=True)
+class ClassificationResult:
+    """What an evaluation found."""
+
+    num_images: int
+    """n, images evaluated."""
+    num_unreadable: int
+    """Images left out because they cannot be decoded."""
+    loss: float
+    """Mean cross-entropy, in nats, without smoothing."""
+    top1: float
+    """Per cent of the images whose class is the likeliest; of equal logits the lower class counts first."""
+    top5: float | None
+    """Per cent of the images whose class is among the five likeliest; None for five classes or fewer."""
+    recall: tuple[float | None, ...]
+    """Per class, per cent of its images that are recognised; None where it has none."""
+    calibration_error: float
+    """See `calibration_error`."""
+    confusion: Tensor
+    """int64 (K, K) on the CPU: images by true class (row) and predicted class (column)."""
+
+    @property
+    def mean_recall(self) -> float:
+        """Mean over the classes that have images, per cent."""
+        known = [value for value in self.recall if value is not None]
+        return sum(known) / len(known)
+
+    def numbers(self) -> dict[str, float | int | None]:
+        """What fits on a row of metrics."""
+        return {
+            "top1": self.top1,
+            "top5": self.top5,
+            "eval_loss": self.loss,
+            "mean_recall": self.mean_recall,
+            "calibration_error": self.calibration_error,
+            "num_images": self.num_images,
+            "num_unreadable": self.num_unreadable,
+        }
+
+
+@dataclass(frozen=True)
+class ClassifierEvaluation:
+    """Built once; each run evaluates the model as it stands."""
+
+    source: ImageSource
+    view: EvalView
+    normalise: Normalise
+    accelerator: Accelerator
+    num_workers: int
+    num_classes: int
+    """K, of the model; the data may have fewer."""
+    config: EvaluateConfig
+
+    @torch.inference_mode()
+    def run(self, model: nn.Module) -> ClassificationResult:
+        """Evaluate in the run's precision; the model's mode is as before afterwards.
+
+        Every process must call it, and gets the whole result.
+
+        Args:
+            model: from normalised float32 (B, C, H, W) to logits (B, K).
+
+        Raises:
+            UserError: if a label is none of the model's classes, or nothing can be read any more.
+        """
+        rows, unreadable = [torch.empty(0, 5, dtype=torch.float64, device=self.accelerator.device)], 0
+        # Accelerate replaces the forward of the instance that it prepared; this is any model's own.
+        forward = type(model).forward
+        with evaluating(model), self.accelerator.autocast():
+            for batch in evaluation_batches(
+                self.source,
+                list(range(len(self.source))),
+                self.view,
+                self.accelerator,
+                batch_size=self.config.batch_size,
+                num_workers=self.num_workers,
+            ):
+                readable = readable_rows(batch)
+                unreadable += len(batch.images) - len(readable)
+                for row in readable.tolist():
+                    label, index = int(batch.labels[row]), batch.request.indices[row]
+                    check_label(self.source, index, label, self.num_classes)
+                if len(readable):
+                    logits = forward(model, self.normalise(batch.images[readable]))
+                    rows.append(image_rows(logits.float(), batch.labels[readable]))
+        gathered = gather_rows(torch.cat(rows), self.accelerator).cpu()
+        lost = torch.tensor([unreadable], device=self.accelerator.device)
+        total_lost = int(self.accelerator.reduce(lost, reduction="sum"))
+        return summary(gathered, self.num_classes, self.config.num_bins, total_lost)
+
+
+def image_rows(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
+    """What an image adds to the result.
+
+    Args:
+        logits_BK: float32.
+        labels_B: int64, in [0, K).
+
+    Returns:
+        float64 (B, 5): label, predicted class, classes that come before the label (0 where it is
+        predicted), probability of the predicted class, cross-entropy.
+    """
+    logits = logits_BK.double()
+    true = logits.gather(1, labels_B[:, None])
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    before = (logits > true) | ((logits == true) & (classes < labels_B[:, None]))
+    confidence = logits.softmax(dim=1).amax(dim=1)
+    # Of equal logits argmax may take any, of equal ones here it takes the first.
+    predicted = (logits == logits.amax(dim=1, keepdim=True)).int().argmax(dim=1)
+    loss = F.cross_entropy(logits, labels_B, reduction="none")
+    return torch.stack([labels_B.double(), predicted.double(), before.sum(1).double(), confidence, loss], 1)
+
+
+def summary(rows: Tensor, num_classes: int, num_bins: int, num_unreadable: int) -> ClassificationResult:
+    """The result from all images' `image_rows`, float64 (n, 5) with n > 0."""
+    labels, predicted, rank = rows[:, 0].long(), rows[:, 1].long(), rows[:, 2]
+    confusion = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    confusion = confusion.view(num_classes, num_classes)
+    right, members = confusion.diagonal().tolist(), confusion.sum(dim=1).tolist()
+    correct = predicted == labels
+    return ClassificationResult(
+        num_images=len(rows),
+        num_unreadable=num_unreadable,
+        loss=rows[:, 4].mean().item(),
+        top1=_per_cent(int(correct.sum()), len(rows)),
+        top5=_per_cent(int((rank < TOP_K).sum()), len(rows)) if num_classes > TOP_K else None,
+        recall=tuple(_per_cent(r, n) if n else None for r, n in zip(right, members, strict=True)),
+        calibration_error=calibration_error(rows[:, 3], correct, num_bins),
+        confusion=confusion,
+    )
+
+
+def calibration_error(confidence: Tensor, correct: Tensor, num_bins: int) -> float:
+    """Expected calibration error of the predicted class (Guo et al., ICML 2017, equation 3).
+
+    Confidences fall into bins of equal width, (i/M, (i+1)/M]; each adds the distance between its share of
+    correct predictions and its mean confidence, weighted by its share of the images.
+
+    Args:
+        confidence: float64 (n,), probability of the predicted class, in (0, 1].
+        correct: bool (n,).
+        num_bins: M.
+
+    Returns:
+        In [0, 1].
+    """
+    bins = ((confidence * num_bins).ceil().long() - 1).clamp(0, num_bins - 1)
+    gap = torch.zeros(num_bins, dtype=torch.float64).index_add_(0, bins, correct.double() - confidence)
+    return (gap.abs().sum() / len(confidence)).item()
+
+
+def _per_cent(part: int, whole: int) -> float:
+    return 100.0 * part / whole

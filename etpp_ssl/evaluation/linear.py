@@ -1,0 +1,274 @@
+"""Linear probe in the protocol of MAE (He et al., CVPR 2022, Appendix A.1), as its code has it.
+
+A linear classifier behind a BatchNorm without affine, trained by LARS on augmented views of the frozen
+encoder's features. What differs from that code: the BatchNorm sees the global batch where MAE's sees the
+512 images of a GPU, so that the result does not depend on the number of processes; its running statistics
+begin with an average of the first batches (no difference after MAE's 7,020 steps); and the number given is
+the last epoch's, where MAE prints the best of all epochs on the test set.
+
+Legend: B global batch, D width.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Generator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from etpp_ssl.config import Config, UserError, is_neutral, neutral
+from etpp_ssl.data.loader import Batch
+from etpp_ssl.data.probe_view import ProbeView
+from etpp_ssl.evaluation.base import ProbeContext, ProbeStopped
+from etpp_ssl.evaluation.features import Pool, evaluating, gather_rows, pooled_features
+from etpp_ssl.evaluation.state import ProbeState, state_key
+from etpp_ssl.evaluation.training import (
+    EpochSteps,
+    epoch_steps,
+    evaluated,
+    frozen,
+    open_labelled,
+    training_batches,
+)
+from etpp_ssl.model.mae import MaskedAutoencoder
+from etpp_ssl.optim.lars import Lars
+from etpp_ssl.optim.schedule import Schedule
+from etpp_ssl.randomness import keyed_torch
+
+
+class LinearConfig(Config):
+    """Linear probe of the encoder as it stands; the defaults are MAE's for ViT-B (50 epochs for L and H)."""
+
+    name: Literal["linear"] = "linear"
+    every_steps: int | None = neutral(None, ge=1)
+    """Optimizer steps between probes during pre-training; None probes at the end only."""
+    epochs: int = Field(default=90, ge=1)
+    warmup_epochs: float = Field(default=10.0, ge=0)
+    """Epochs over which the learning rate rises linearly from 0; then a cosine to 0."""
+    base_lr: float = Field(default=0.1, gt=0)
+    """Peak learning rate per 256 images of the batch."""
+    batch_size: int = Field(default=16384, ge=2)
+    """Images per step over all processes, at most the training set; what an epoch leaves over is dropped."""
+    micro_batch_size: int = neutral(256, ge=1)
+    """Images per forward pass and process at most; the head sees the whole batch at once."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Area range of the random resized crop, which is drawn once and cut to the picture."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    pool: Pool | None = None
+    """cls token or mean of the patch tokens; None is the encoder's own: the token where it has one."""
+    num_train: int | None = Field(default=None, ge=1)
+    """Keyed draw of training images; None takes all."""
+    num_eval: int | None = Field(default=None, ge=1)
+    """Keyed draw of evaluation images; None takes all."""
+    save_minutes: float = neutral(10.0, gt=0)
+    """Between two writings of the state that `etpp probe` goes on from after an interruption."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> LinearConfig:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs:g}: use less than the {self.epochs} epochs"
+            )
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale is {[low, high]}: use two shares of the area, 0 < low <= high <= 1")
+        return self
+
+    def build(self, context: ProbeContext) -> LinearProbe:
+        """The probe.
+
+        Raises:
+            UserError: if there is no evaluation split, there are no labels, or too few images.
+        """
+        return LinearProbe(self, context)
+
+
+class LinearHead(nn.Module):
+    """BatchNorm without affine, then a linear layer with weights normal(0.01) and bias 0.
+
+    Args:
+        width: D.
+        num_classes: number of outputs.
+        seed: of the weights.
+    """
+
+    def __init__(self, width: int, num_classes: int, seed: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        # Without its own initialisation, which would draw from the global generator.
+        self.linear = nn.utils.skip_init(nn.Linear, width, num_classes)
+        nn.init.trunc_normal_(self.linear.weight, std=0.01, generator=keyed_torch(seed, "linear-head"))
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """float32 (B, D) to logits (B, classes)."""
+        logits: Tensor = self.linear(self.norm(features))
+        return logits
+
+
+class LinearProbe:
+    """See `Probe`; yields `linear_top1` in per cent, with more than five classes `linear_top5`, and the
+    mean cross-entropy `linear_loss`, all on the evaluation images after the last epoch."""
+
+    def __init__(self, config: LinearConfig, context: ProbeContext) -> None:
+        self.config = config
+        self.context = context
+        self.images = open_labelled(context, "linear", config.num_train, config.num_eval)
+        self.plan = epoch_steps(context, len(self.images.train), config.batch_size, config.epochs)
+        self.schedule = Schedule(
+            peak=config.base_lr * self.plan.batch_size / 256,
+            minimum=0.0,
+            warmup_share=config.warmup_epochs / config.epochs,
+        )
+
+    def run(self, model: MaskedAutoencoder) -> dict[str, float]:
+        """Train a head from scratch, or from where an interrupted probe of the same encoder stood."""
+        device = self.context.accelerator.device
+        with evaluating(model):
+            head = LinearHead(model.encoder.num_features, self.images.num_classes, self.context.seed)
+            head.to(device)
+            optimizer = Lars(
+                head.parameters(), momentum=self.config.momentum, weight_decay=self.config.weight_decay
+            )
+            state = ProbeState(self._state_file(model.encoder), head, optimizer)
+            self._train(model.encoder, head, state)
+            numbers = self._evaluate(model.encoder, head.eval())
+        self.context.accelerator.wait_for_everyone()
+        if self.context.accelerator.is_main_process:
+            state.remove()
+        return numbers
+
+    def _train(self, encoder: VisionTransformer, head: LinearHead, state: ProbeState) -> None:
+        optimizer, plan = state.optimizer, self.plan
+        steps = range(state.load(), plan.num_steps)
+        report = _Report(self.context, plan, steps.start)
+        saved = time.monotonic()
+        with self.context.stop_signal() as signal, closing(self._features(encoder, steps)) as batches:
+            for step, (features, labels) in zip(steps, batches, strict=True):
+                lr = self.schedule(step / plan.num_steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                # A plain average of the first ten batches: torch's own start, mean 0 and variance 1, would
+                # still show after a hundred steps where features vary little.
+                head.norm.momentum = max(0.1, 1 / (step + 1))
+                loss = F.cross_entropy(head(features), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                report.step_done(step + 1, loss.detach(), lr)
+                signum = signal()
+                due = time.monotonic() - saved >= 60 * self.config.save_minutes
+                # All processes hold the same state.
+                if (signum or due) and self.context.accelerator.is_main_process:
+                    state.save(step + 1)
+                    saved = time.monotonic()
+                if signum and state.file is not None:
+                    raise ProbeStopped(signum, step + 1)
+
+    def _features(
+        self, encoder: VisionTransformer, steps: range
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """Features float32 (B, D) and labels (B,) of each step's global batch, on every process.
+
+        They are small, so every process takes the whole step: gradients need no exchange, and one process
+        does what many do.
+        """
+        context, config = self.context, self.config
+        view = ProbeView(context.view.image_size, config.crop_scale, config.flip, context.seed)
+        forward = partial(pooled_features, encoder, pool=config.pool)
+        features: list[Tensor] = []
+        labels: list[Tensor] = []
+        batch: Batch
+        for batch in training_batches(
+            context, self.images.train, view, self.plan, steps, config.micro_batch_size
+        ):
+            features.append(frozen(context, forward, batch.images))
+            labels.append(batch.labels)
+            if batch.request.last:
+                yield (
+                    gather_rows(torch.cat(features), context.accelerator),
+                    gather_rows(torch.cat(labels), context.accelerator),
+                )
+                features, labels = [], []
+
+    @torch.no_grad()
+    def _evaluate(self, encoder: VisionTransformer, head: nn.Module) -> dict[str, float]:
+        context = self.context
+        forward = partial(pooled_features, encoder, pool=self.config.pool)
+        # Losses, and ranks of the true class: 0 where it is the first.
+        device = context.accelerator.device
+        losses, ranks = [torch.empty(0, device=device)], [torch.empty(0, dtype=torch.int64, device=device)]
+        for features, labels in evaluated(
+            context, self.images.evaluation, forward, self.config.micro_batch_size
+        ):
+            logits = head(features)
+            losses.append(F.cross_entropy(logits, labels, reduction="none"))
+            order = logits.argsort(dim=1, descending=True, stable=True)
+            ranks.append((order == labels[:, None]).int().argmax(dim=1))
+        loss = gather_rows(torch.cat(losses), context.accelerator)
+        rank = gather_rows(torch.cat(ranks), context.accelerator)
+        if not len(rank):
+            raise UserError("probe=linear: none of the evaluation images can be read")
+        numbers = {"linear_top1": 100.0 * (rank < 1).double().mean().item()}
+        if self.images.num_classes > 5:
+            numbers["linear_top5"] = 100.0 * (rank < 5).double().mean().item()
+        return {**numbers, "linear_loss": loss.double().mean().item()}
+
+    def _state_file(self, encoder: VisionTransformer) -> Path | None:
+        context, config = self.context, self.config
+        if context.folder is None:
+            return None
+        protocol = {key: value for key, value in config if not is_neutral(LinearConfig, key)}
+        black = torch.zeros(1, 1, 1, 1, dtype=torch.uint8, device=context.accelerator.device)
+        key = state_key(
+            encoder,
+            protocol=protocol,
+            seed=context.seed,
+            precision=context.accelerator.mixed_precision,
+            image_size=context.view.image_size,
+            normalised=[context.normalise(shade).flatten().tolist() for shade in (black, black + 255)],
+            images=self.images.train.fingerprint(),
+        )
+        return context.folder / f"linear_probe-{key}.safetensors"
+
+
+class _Report:
+    """One line an epoch; stops a probe whose loss is not finite."""
+
+    def __init__(self, context: ProbeContext, plan: EpochSteps, first_step: int) -> None:
+        self.context = context
+        self.plan = plan
+        self.first_step = first_step
+        self.start = time.monotonic()
+        if first_step:
+            context.say(f"the linear probe goes on after step {first_step} of {plan.num_steps}")
+
+    def step_done(self, step: int, loss: Tensor, lr: float) -> None:
+        """Note that `step` steps are done."""
+        epoch, rest = divmod(step, self.plan.per_epoch)
+        if rest:
+            return
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UserError(
+                f"the linear probe's loss is {value} after epoch {epoch}: lower probe.base_lr, or use "
+                f"precision=fp32 if the encoder's features overflow"
+            )
+        per_step = (time.monotonic() - self.start) / (step - self.first_step)
+        left = (self.plan.num_steps - step) * per_step / 60
+        self.context.say(
+            f"epoch {epoch} of {self.plan.epochs}: loss {value:.4f}, lr {lr:.4g}, "
+            f"{self.plan.batch_size / per_step:,.0f} images/s, {left:,.0f} minutes left"
+        )

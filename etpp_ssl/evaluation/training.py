@@ -1,0 +1,160 @@
+"""What the probes that train a head share: labelled images, keyed steps, and the frozen encoder's batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from etpp_ssl.config import UserError
+from etpp_ssl.data.augment import View
+from etpp_ssl.data.images import ImageSource
+from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches
+from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
+from etpp_ssl.data.splits import Subset, keyed_indices
+from etpp_ssl.evaluation.base import ProbeContext
+from etpp_ssl.evaluation.features import evaluation_batches, readable_rows
+from etpp_ssl.evaluation.labelled import LabelledImages
+
+
+class ProbeStep(NamedTuple):
+    """One step of a head's training; see `StepPlan`."""
+
+    samples: range
+    bandwidth: tuple[int, int]
+    progress: float
+
+
+@dataclass(frozen=True)
+class EpochSteps:
+    """The steps of some epochs, each over a fresh order; what is left of an epoch is not trained on.
+
+    Args:
+        num_images: images of an epoch.
+        batch_size: images of a step, at most `num_images`.
+        epochs: how many.
+        image_size: (H, W).
+    """
+
+    num_images: int
+    batch_size: int
+    epochs: int
+    image_size: tuple[int, int]
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps of an epoch."""
+        return self.num_images // self.batch_size
+
+    @property
+    def num_steps(self) -> int:
+        """Steps altogether."""
+        return self.epochs * self.per_epoch
+
+    def __call__(self, step: int) -> ProbeStep:
+        """Step number `step`; sample g is image g mod `num_images` of the order of epoch g / `num_images`."""
+        epoch, place = divmod(step, self.per_epoch)
+        first = epoch * self.num_images + place * self.batch_size
+        return ProbeStep(range(first, first + self.batch_size), self.image_size, step / self.num_steps)
+
+
+def open_labelled(
+    context: ProbeContext, probe: str, num_train: int | None, num_eval: int | None
+) -> LabelledImages:
+    """Open both splits, or a keyed draw of each; see `LabelledImages.open`."""
+    images = LabelledImages.open(context, probe)
+    return LabelledImages(
+        _drawn(images.train, num_train, context.seed, "knn-train"),
+        _drawn(images.evaluation, num_eval, context.seed, "knn-eval"),
+        images.num_classes,
+    )
+
+
+def epoch_steps(context: ProbeContext, num_images: int, batch_size: int, epochs: int) -> EpochSteps:
+    """The steps of a head's training; a batch is at most the whole set.
+
+    Raises:
+        UserError: if a step has fewer images than there are processes, or than two.
+    """
+    size = min(batch_size, num_images)
+    processes = context.accelerator.num_processes
+    if size < max(2, processes):
+        raise UserError(
+            f"probe.batch_size {batch_size} of {num_images} training images: a step needs at least 2 images, "
+            f"and one for each of the {processes} processes"
+        )
+    return EpochSteps(num_images, size, epochs, context.view.image_size)
+
+
+def training_batches(
+    context: ProbeContext,
+    train: ImageSource,
+    view: View,
+    plan: EpochSteps,
+    steps: range,
+    micro_batch_size: int,
+) -> Iterator[Batch]:
+    """This process's micro-batches of the given steps, on its device; `request.last` ends a step.
+
+    Order and views are functions of the seed and the sample's number, for any number of workers.
+    """
+    accelerator = context.accelerator
+    order = KeyedOrder(len(train), context.seed)
+    requests = RequestSampler(
+        order,
+        plan,
+        steps,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        micro_batch_size=micro_batch_size,
+    )
+    loader = batch_loader(
+        BatchBuilder(train, view, order),
+        requests,
+        num_workers=context.num_workers,
+        prefetch=2,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    for batch in batches(loader):
+        yield batch.to(accelerator.device)
+
+
+def evaluated(
+    context: ProbeContext,
+    source: ImageSource,
+    forward: Callable[[Tensor], Tensor],
+    batch_size: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(what `forward` makes of normalised images, their labels) of this process's part of a source.
+
+    Each image comes once, in the evaluation view; unreadable ones are left out.
+    """
+    for batch in evaluation_batches(
+        source,
+        list(range(len(source))),
+        context.view,
+        context.accelerator,
+        batch_size=batch_size,
+        num_workers=context.num_workers,
+    ):
+        rows = readable_rows(batch)
+        if len(rows):
+            yield frozen(context, forward, batch.images[rows]), batch.labels[rows]
+
+
+def frozen(context: ProbeContext, forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """`forward` of uint8 images without gradients, in bf16 where the run is; float32 comes back."""
+    accelerator = context.accelerator
+    half = accelerator.mixed_precision == "bf16"
+    with torch.no_grad(), torch.autocast(accelerator.device.type, dtype=torch.bfloat16, enabled=half):
+        return forward(context.normalise(images)).float()
+
+
+def _drawn(source: ImageSource, count: int | None, seed: int, purpose: str) -> ImageSource:
+    if count is None or count >= len(source):
+        return source
+    # The names of kNN's draws, which was the first probe: the same images for all of them.
+    return Subset(source, keyed_indices(len(source), count, seed, purpose))

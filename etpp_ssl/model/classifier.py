@@ -1,0 +1,246 @@
+"""Any timm classifier at any bandwidth, with one set of parameters.
+
+Legend: B batch, C channels, H, W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+import etpp_ssl.model.cswin
+import etpp_ssl.model.pvt  # noqa: F401  These two register what timm lacks.
+from etpp_ssl.config import Config, UserError, as_pair, neutral, show_size
+from etpp_ssl.model.attention import AttentionName, use_attention
+from etpp_ssl.model.drop_path import key_drop_path
+from etpp_ssl.model.timm_net import accepted_arguments, build_net, check_sizes, is_vit, stride
+from etpp_ssl.model.vit import EXPLICIT_NAME, encoder_args
+
+OWN_KEYS = {
+    "img_size": "image_size",
+    "in_chans": "in_chans",
+    "num_classes": "model.num_classes",
+    "drop_path_rate": "model.drop_path",
+    "global_pool": "model.global_pool",
+}
+"""Arguments of timm that have a key of their own in a recipe."""
+VIT_DIMS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "reg_tokens")
+
+
+class ClassifierConfig(Config):
+    """A timm classifier by name, or a ViT by explicit dimensions."""
+
+    name: str = "vit_base_patch16_224"
+    """Any timm classifier whose size can change, or `vit` with `patch_size`, `embed_dim`, `depth` and
+    `num_heads`."""
+    patch_size: int | tuple[int, int] | None = None
+    """Pixels; None is the named model's own. Like the next six, for Vision Transformers only."""
+    embed_dim: int | None = Field(default=None, ge=4)
+    depth: int | None = Field(default=None, ge=1)
+    num_heads: int | None = Field(default=None, ge=1)
+    mlp_ratio: float | None = Field(default=None, gt=0)
+    class_token: bool | None = None
+    reg_tokens: int | None = Field(default=None, ge=0)
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments for `timm.create_model`."""
+    num_classes: int | None = Field(default=None, ge=1)
+    """None is the number of classes of the data."""
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    """Rate of the last block; from block to block it grows linearly from 0, as timm's networks have it."""
+    global_pool: Literal["avg", "token"] | None = None
+    """What the classifier reads: the mean over patches (a ViT then normalises behind it, by `fc_norm`, as
+    MAE's fine-tuning does), or the class token; None is the named model's own."""
+    head_init_std: float | None = Field(default=None, gt=0)
+    """Standard deviation of the head's truncated normal initialisation (MAE's fine-tuning: 2e-5); None
+    leaves timm's."""
+    attention: AttentionName = neutral("auto")
+    """Kernel of plain self-attention in training, as in pre-training: `fused` (torch's), `unfused` (plain
+    products), or `auto`, what measured faster on the device; they differ by rounding."""
+    grad_checkpointing: bool = False
+    """Recompute blocks in the backward pass: less memory, about a third more compute. BatchNorm's running
+    statistics then take in each batch twice."""
+
+    @field_validator("args")
+    @classmethod
+    def _leaves_other_keys_alone(cls, args: dict[str, Any]) -> dict[str, Any]:
+        for key, value in args.items():
+            if key in OWN_KEYS:
+                raise ValueError(f"{key} is {value!r} here; it is set by the key {OWN_KEYS[key]}")
+            if key.startswith("dynamic_img") or key == "strict_img_size":
+                raise ValueError(
+                    f"{key} is {value!r}; it must be left out, every size of a run is taken care of"
+                )
+            if "drop" in key and value:
+                raise ValueError(
+                    f"{key} is {value!r}; it must be 0, because dropout's draws cannot be keyed by sample "
+                    "(model.drop_path can)"
+                )
+        return args
+
+    @model_validator(mode="after")
+    def _pools_what_there_is(self) -> ClassifierConfig:
+        if self.class_token is False and self.global_pool == "token":
+            raise ValueError("global_pool is 'token' and class_token is false; without one it must be 'avg'")
+        return self
+
+    def timm_args(
+        self, image_size: tuple[int, int], in_chans: int, num_classes: int
+    ) -> tuple[str, dict[str, Any]]:
+        """timm's architecture name and the arguments that rebuild the network at full resolution.
+
+        `timm.create_model(architecture, **args)` has its parameters, and its outputs to the last bit.
+
+        Args:
+            image_size: (H, W) in pixels at full resolution.
+            in_chans: C.
+            num_classes: of the data, where the config does not say it.
+
+        Raises:
+            UserError: if the network is unknown, or does not take what the config asks for.
+        """
+        architecture, dims = self._dims(image_size, in_chans)
+        accepted = accepted_arguments(architecture)
+        args: dict[str, Any] = {**dims, **self.args, "in_chans": in_chans}
+        args["num_classes"] = self.num_classes or num_classes
+        if "img_size" in accepted:
+            args["img_size"] = list(image_size)
+        if "drop_path_rate" in accepted:
+            args["drop_path_rate"] = self.drop_path
+        elif self.drop_path:
+            raise UserError(f"model.drop_path is {self.drop_path}, but {architecture} has none: it must be 0")
+        pool = "avg" if self.class_token is False else self.global_pool
+        if pool is not None:
+            args["global_pool"] = pool
+        return architecture, args
+
+    def multiple(self, image_size: tuple[int, int], in_chans: int) -> tuple[int, int]:
+        """Legal step of bandwidths per axis, pixels: a ViT's patch, otherwise the total stride."""
+        # The number of classes changes no size.
+        return stride(*self.timm_args(image_size, in_chans, num_classes=2))
+
+    def check(
+        self, *, image_size: tuple[int, int], in_chans: int, bandwidths: Iterable[tuple[int, int]]
+    ) -> None:
+        """Make sure that the network can be trained at full resolution and at every bandwidth of a run.
+
+        Raises:
+            UserError: if it cannot run at one of them, or its draws in training cannot be keyed.
+        """
+        architecture, args = self.timm_args(image_size, in_chans, num_classes=2)
+        check_sizes(architecture, args, image_size=image_size, in_chans=in_chans, bandwidths=bandwidths)
+
+    def build(self, *, image_size: tuple[int, int], in_chans: int, num_classes: int, seed: int) -> Classifier:
+        """The classifier, freshly initialised by timm from torch's global generator.
+
+        Args:
+            image_size: (H, W) at full resolution.
+            in_chans: C.
+            num_classes: of the data; the config's own takes its place.
+            seed: the run's seed, for the drop-path draws alone.
+
+        Raises:
+            UserError: as `timm_args` and, for the full resolution, `check`.
+        """
+        self.check(image_size=image_size, in_chans=in_chans, bandwidths=())
+        net = build_net(*self.timm_args(image_size, in_chans, num_classes))
+        use_attention(net, self.attention)
+        if self.head_init_std is not None:
+            self._init_head(net, self.head_init_std)
+        if self.grad_checkpointing:
+            try:
+                net.set_grad_checkpointing(True)  # type: ignore[operator]
+            except (AttributeError, AssertionError) as error:
+                raise UserError(
+                    f"model.grad_checkpointing is true, but {self.name} cannot recompute its blocks"
+                ) from error
+        return Classifier(net, seed=seed, grad_checkpointing=self.grad_checkpointing)
+
+    def _dims(self, image_size: tuple[int, int], in_chans: int) -> tuple[str, dict[str, Any]]:
+        """The architecture, and the arguments of a ViT's dimensions."""
+        given = {key: getattr(self, key) for key in VIT_DIMS if getattr(self, key) is not None}
+        patch = as_pair(given["patch_size"]) if "patch_size" in given else None
+        vit = self.name == EXPLICIT_NAME or is_vit(self.name)
+        misplaced = [key for key in VIT_DIMS if vit and key in self.args]
+        if misplaced:
+            raise UserError(
+                f"model.args.{misplaced[0]} of a Vision Transformer is the key model.{misplaced[0]}"
+            )
+        if self.name == EXPLICIT_NAME:
+            dims = {key: value for key, value in given.items() if key != "patch_size"}
+            architecture, args = encoder_args(
+                name=self.name, image_size=image_size, patch_size=patch, in_chans=in_chans, dims=dims
+            )
+            # An encoder for pre-training keeps its final norm in front of the pooling.
+            del args["fc_norm"]
+            return architecture, args
+        if given and not vit:
+            key = next(iter(given))
+            raise UserError(
+                f"model.{key} is for Vision Transformers, and {self.name} is none: arguments of other "
+                "networks stand in model.args"
+            )
+        if patch is not None:
+            given["patch_size"] = patch[0] if patch[0] == patch[1] else list(patch)
+            if any(size % p for size, p in zip(image_size, patch, strict=True)):
+                raise UserError(
+                    f"model.patch_size {show_size(patch)} does not divide image_size {show_size(image_size)}"
+                )
+        return self.name, given
+
+    def _init_head(self, net: nn.Module, std: float) -> None:
+        head = net.get_classifier()  # type: ignore[operator]
+        if not isinstance(head, nn.Linear):
+            raise UserError(f"model.head_init_std is {std}, but the head of {self.name} is no linear layer")
+        trunc_normal_(head.weight, std=std)
+        if head.bias is not None:
+            nn.init.zeros_(head.bias)
+
+
+class Classifier(nn.Module):
+    """A timm network whose drop-path is keyed by sample, at any bandwidth.
+
+    `net` has stock timm's state dict, at base shapes. In evaluation at base size it is stock timm to the
+    last bit.
+
+    Results follow the samples and not the batches they come in, with one exception: BatchNorm in training
+    takes the statistics of the micro-batch on its process (they are not synchronised), so networks that
+    have it depend on the micro-batch size and on the number of processes.
+
+    Args:
+        net: from `etpp_ssl.model.timm_net.build_net`.
+        seed: the run's seed, for the drop-path draws.
+        grad_checkpointing: the network recomputes its blocks.
+    """
+
+    def __init__(self, net: nn.Module, *, seed: int, grad_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.net = net
+        self.drop_path_keys = key_drop_path(net, seed)
+        self.grad_checkpointing = grad_checkpointing
+
+    def forward(self, images_BCHW: Tensor, positions_B: Tensor | None = None) -> Tensor:
+        """Logits.
+
+        Args:
+            images_BCHW: float (B, C, H, W), H and W multiples of the network's stride.
+            positions_B: int64 (B,), the samples' numbers in the run; needed in training with drop-path.
+
+        Returns:
+            (B, num_classes).
+
+        Raises:
+            UserError: in training with drop-path, without positions.
+        """
+        keys = self.drop_path_keys
+        if positions_B is not None:
+            positions_B = positions_B.to(images_BCHW.device)
+        keys.set_positions(positions_B)
+        logits: Tensor = self.net(images_BCHW)
+        if self.grad_checkpointing and logits.requires_grad:
+            # Blocks are recomputed in this pass's backward, when another pass may have come in between.
+            logits.register_hook(lambda _: keys.set_positions(positions_B))
+        return logits

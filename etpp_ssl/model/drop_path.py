@@ -1,0 +1,135 @@
+"""Drop-path (stochastic depth) whose draws are keyed by the sample, in any timm network.
+
+timm draws from torch's global generator, so that its draws depend on everything drawn before: on the batch
+size, on the process, on where a run was resumed. Here a decision is a function of (seed, number of the
+module in the network, position of the sample), with the rates and the scaling of timm.
+
+Legend: B batch, M drop-path modules of the network.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from etpp_ssl.config import UserError
+from etpp_ssl.randomness import keyed_words
+
+PURPOSE = "drop_path"
+_BITS = 63
+"""Of a word; with the sign bit left out, comparisons of int64 are those of the unsigned number."""
+
+
+class DropPathKeys:
+    """What all drop-path modules of a network share: the seed, and which samples are in the batch.
+
+    Args:
+        seed: the run's seed.
+        num_modules: M.
+    """
+
+    def __init__(self, seed: int, num_modules: int) -> None:
+        self.seed = seed
+        self.num_modules = num_modules
+        self._positions_B: Tensor | None = None
+        self._words: Tensor | None = None
+
+    def set_positions(self, positions_B: Tensor | None) -> None:
+        """Say which samples, int64 (B,), the next forward pass or recomputation is about."""
+        self._positions_B = positions_B
+        self._words = None
+
+    def words(self, column: int, num_samples: int) -> Tensor:
+        """Random words in [0, 2^63), int64 (B,), for one drop-path decision per sample.
+
+        Raises:
+            UserError: if the positions are missing, or are not one for each sample.
+        """
+        if self._positions_B is None:
+            raise UserError(
+                "drop-path is keyed by sample: pass positions_B to Classifier.forward in training"
+            )
+        if len(self._positions_B) != num_samples:
+            raise UserError(
+                f"drop-path sees {num_samples} rows for {len(self._positions_B)} positions_B: it must be "
+                "applied to whole samples, with one position for each"
+            )
+        if self._words is None or column >= self._words.shape[1]:
+            # One mix for all modules; more columns only for modules that are called more than once.
+            num_draws = self.num_modules * (column // self.num_modules + 1)
+            words = keyed_words(self.seed, PURPOSE, self._positions_B, num_draws)
+            self._words = words & ((1 << _BITS) - 1)
+        return self._words[:, column]
+
+
+class KeyedDropPath(DropPath):
+    """timm's drop-path with keyed draws; `key_drop_path` makes them.
+
+    A module that a block calls several times in its forward pass draws anew each time, as timm's does.
+    """
+
+    keys: DropPathKeys
+    number: int
+    calls: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) to (B, ...): whole samples set to zero, the others scaled by 1 / keep rate."""
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        column = self.number + self.calls * self.keys.num_modules
+        self.calls += 1
+        words_B = self.keys.words(column, len(x))
+        factor = (words_B >= drop_threshold(self.drop_prob)).to(x.dtype)
+        keep_prob = 1 - self.drop_prob
+        if keep_prob > 0 and self.scale_by_keep:
+            factor = factor / keep_prob
+        return x * factor.view(-1, *(1,) * (x.ndim - 1))
+
+
+def drop_threshold(drop_prob: float) -> int:
+    """A sample is dropped where its word in [0, 2^63) is below this integer, the same on every device.
+
+    Args:
+        drop_prob: in [0, 1).
+    """
+    return int(drop_prob * 2.0**_BITS)
+
+
+def key_drop_path(net: nn.Module, seed: int) -> DropPathKeys:
+    """Key every active timm DropPath of a network, in place, in the order of `net.modules()`.
+
+    The modules change their class, as `torch.nn.utils.parametrize` does it: names and hooks stay.
+
+    Returns:
+        The keys to give each batch's positions to.
+    """
+    named = [(name, cast(KeyedDropPath, m)) for name, m in net.named_modules() if type(m) is DropPath]
+    active = [(name, module) for name, module in named if module.drop_prob > 0]
+    keys = DropPathKeys(seed, len(active))
+    for number, (name, module) in enumerate(active):
+        module.__class__ = KeyedDropPath
+        module.keys, module.number, module.calls = keys, number, 0
+        # A recomputation (gradient checkpointing) runs whole blocks again: they count from 0 as well. Any
+        # module above may be the one that is called, because some call the parts of others themselves.
+        path = name.split(".")
+        for length in range(len(path)):
+            above = net.get_submodule(".".join(path[:length]))
+            above.register_forward_pre_hook(_CountAnew(module))
+    return keys
+
+
+def drop_path_rates(net: nn.Module) -> dict[str, float]:
+    """The effective rate of every drop-path module of a network by its name; inactive ones are 0."""
+    return {name: float(m.drop_prob) for name, m in net.named_modules() if isinstance(m, DropPath)}
+
+
+class _CountAnew:
+    """A hook in front of a block that starts to count the calls of its drop-path; it can be copied."""
+
+    def __init__(self, module: KeyedDropPath) -> None:
+        self.module = module
+
+    def __call__(self, owner: nn.Module, inputs: Any) -> None:
+        self.module.calls = 0

@@ -1,0 +1,97 @@
+"""The optimizer of a classifier, for fine-tuning and supervised training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from timm.optim import Lamb
+from torch import nn
+
+from etpp_ssl.config import Config
+from etpp_ssl.optim.layer_decay import parameter_groups
+from etpp_ssl.optim.schedule import Schedule
+
+_READ_BY = {"betas": ("adamw", "lamb"), "eps": ("adamw", "lamb"), "momentum": ("sgd",)}
+
+
+class ClassifierOptimConfig(Config):
+    """Optimizer, schedule, layer decay and weight average; the defaults fine-tune MAE's ViT-B but for
+    `layer_decay`, which is 0.65 there (MAE, Table 9)."""
+
+    name: Literal["adamw", "lamb", "sgd"] = "adamw"
+    """`lamb` is timm's, `sgd` torch's with Nesterov momentum. Weight decay is decoupled from the gradient
+    in `adamw` only; `lamb` adapts the rate of the decayed parameters only."""
+    base_lr: float = Field(default=5e-4, gt=0)
+    """Peak learning rate per 256 images of the global batch."""
+    min_lr: float = Field(default=1e-6, ge=0)
+    """Final learning rate, not scaled by the batch; layer decay scales it like any other, as MAE."""
+    warmup_share: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the run's compute over which the learning rate rises linearly from 0."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Of `adamw` and `lamb`."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Of `adamw` and `lamb` (timm's own default for the latter is 1e-6)."""
+    momentum: float = Field(default=0.9, gt=0, lt=1)
+    """Of `sgd`."""
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
+    """Factor on the learning rate per layer away from the head; None trains all layers alike. See
+    `etpp_ssl.optim.layer_decay` for the models it knows and what counts as a layer."""
+    clip_grad: float | None = Field(default=None, gt=0)
+    """Largest gradient norm; None does not clip, with `lamb` neither (timm's clips at 1 by itself)."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay per step of an exponential moving average of the weights, which is then what is evaluated and
+    exported; None keeps none."""
+    ema_warmup: bool = False
+    """Let the average's decay rise to `ema` as 1 - t^(-2/3) over steps t, for short runs."""
+
+    @model_validator(mode="after")
+    def _all_keys_are_read(self) -> ClassifierOptimConfig:
+        # Compared with the default, because a run's resolved recipe holds every key.
+        for key, names in _READ_BY.items():
+            value = getattr(self, key)
+            if self.name not in names and value != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is {value}, but {self.name} has none, only {' and '.join(names)}")
+        if self.ema_warmup and self.ema is None:
+            raise ValueError("ema_warmup is true, but ema is null: set the decay, such as ema=0.9999")
+        return self
+
+    def schedule(self, batch_size: int) -> Schedule:
+        """The learning-rate function of steps with a global batch of `batch_size` images."""
+        return Schedule(
+            peak=self.base_lr * batch_size / 256,
+            minimum=self.min_lr,
+            warmup_share=self.warmup_share,
+        )
+
+    def build(self, net: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+        """The optimizer over a timm model's trainable parameters, its learning rate still 0.
+
+        Its groups are those of `parameter_groups`; give them their rate with `set_learning_rate`.
+
+        Args:
+            net: the model.
+            device: where it will be trained.
+
+        Raises:
+            UserError: if `layer_decay` does not know the model's layers.
+        """
+        groups = parameter_groups(net, weight_decay=self.weight_decay, layer_decay=self.layer_decay)
+        if self.name == "sgd":
+            return torch.optim.SGD(groups, lr=0.0, momentum=self.momentum, nesterov=True)
+        if self.name == "lamb":
+            # The loop clips; here it would be done a second time, and without being asked.
+            lamb: torch.optim.Optimizer = Lamb(
+                groups, lr=0.0, betas=self.betas, eps=self.eps, max_grad_norm=None
+            )
+            return lamb
+        fused = device.type in ("cpu", "cuda")
+        return torch.optim.AdamW(groups, lr=0.0, betas=self.betas, eps=self.eps, fused=fused)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group of `parameter_groups` the rate `lr`, times its `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
