@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ TASKS: dict[str, type[Recipe] | type[FinetuneRecipe]] = {"pretrain": Recipe, "fi
 AnyRecipe = TypeVar("AnyRecipe", Recipe, FinetuneRecipe)
 
 
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a pre-training recipe, or a run folder's, and apply `section.key=value` overrides.
 
     A run folder's recipe gets that folder as its output: it may have been moved.
@@ -27,16 +28,46 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         UserError: naming the key, its value and what would be valid, or for a recipe of another task.
     """
-    return _of_task(Recipe, load_any_recipe(path, overrides), str(path))
+    return _parsed(*_read(path, overrides), Recipe)
 
 
-def load_finetune_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> FinetuneRecipe:
+def load_finetune_recipe(path: str | Path, overrides: Sequence[str] = ()) -> FinetuneRecipe:
     """The same for a recipe of `etpp finetune`; see `load_recipe`."""
-    return _of_task(FinetuneRecipe, load_any_recipe(path, overrides), str(path))
+    return _parsed(*_read(path, overrides), FinetuneRecipe)
 
 
-def load_any_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe | FinetuneRecipe:
+def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | FinetuneRecipe:
     """The same for a recipe of whatever task; see `load_recipe`."""
+    return parse_any_recipe(*_read(path, overrides))
+
+
+def parse_recipe(text: str, overrides: Sequence[str] = (), title: str = "recipe") -> Recipe:
+    """A pre-training recipe from YAML text; see `load_recipe`."""
+    return _parsed(text, overrides, title, Recipe)
+
+
+def parse_finetune_recipe(text: str, overrides: Sequence[str] = (), title: str = "recipe") -> FinetuneRecipe:
+    """A recipe of `etpp finetune` from YAML text; see `load_recipe`."""
+    return _parsed(text, overrides, title, FinetuneRecipe)
+
+
+def parse_any_recipe(
+    text: str, overrides: Sequence[str] = (), title: str = "recipe"
+) -> Recipe | FinetuneRecipe:
+    """A recipe of whatever task from YAML text; see `load_recipe`."""
+    values = _values(text, title)
+    if _task(values, overrides, title) == "finetune":
+        return _validated(values, overrides, title, FinetuneRecipe)
+    return _validated(values, overrides, title, Recipe)
+
+
+def changed_keys(old: RunRecipe, new: RunRecipe) -> list[str]:
+    """Keys that differ and change the result of a run, as `section.key` with both values."""
+    return _differences(old, new, "")
+
+
+def _read(path: str | Path, overrides: Sequence[str]) -> tuple[str, Sequence[str], str]:
+    """The text of a recipe or of a run folder's, the overrides, and how to call it in messages."""
     path = Path(path)
     file = path / "recipe.yaml" if path.is_dir() else path
     try:
@@ -48,31 +79,43 @@ def load_any_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (
         raise UserError(f"recipe {str(path)!r} cannot be read: {error}") from error
     if path.is_dir():
         overrides = [f"output={json.dumps(str(path))}", *overrides]
-    return parse_any_recipe(text, overrides, title=str(file))
+    return text, overrides, str(file)
 
 
-def parse_recipe(text: str, overrides: list[str] | tuple[str, ...] = (), title: str = "recipe") -> Recipe:
-    """A pre-training recipe from YAML text; see `load_recipe`."""
-    return _of_task(Recipe, parse_any_recipe(text, overrides, title), title)
+def _parsed(text: str, overrides: Sequence[str], title: str, kind: type[AnyRecipe]) -> AnyRecipe:
+    """A recipe that must be of one task."""
+    values = _values(text, title)
+    task = _task(values, overrides, title)
+    if TASKS[task] is not kind:
+        wanted = next(name for name, known in TASKS.items() if known is kind)
+        raise UserError(
+            f"{title} is of task {task} (for etpp {task}), but this takes recipes and runs of task {wanted}"
+        )
+    return _validated(values, overrides, title, kind)
 
 
-def parse_finetune_recipe(
-    text: str, overrides: list[str] | tuple[str, ...] = (), title: str = "recipe"
-) -> FinetuneRecipe:
-    """A recipe of `etpp finetune` from YAML text; see `load_recipe`."""
-    return _of_task(FinetuneRecipe, parse_any_recipe(text, overrides, title), title)
-
-
-def parse_any_recipe(
-    text: str, overrides: list[str] | tuple[str, ...] = (), title: str = "recipe"
-) -> Recipe | FinetuneRecipe:
-    """A recipe of whatever task from YAML text; see `load_recipe`."""
+def _values(text: str, title: str) -> dict[str, Any]:
     values = _read_yaml(text, title)
     if values is None:
         values = {}
     if not isinstance(values, dict):
         raise UserError(f"{title} holds no `key: value` lines")
-    kind = _kind(values, overrides, title)
+    return values
+
+
+def _task(values: dict[str, Any], overrides: Sequence[str], title: str) -> str:
+    task = values.get("task", "pretrain")
+    for override in overrides:
+        if override.startswith("task="):
+            task = override.removeprefix("task=")
+    if not isinstance(task, str) or task not in TASKS:
+        raise UserError(f"{title}: task is {shown(task)}; valid are {', '.join(TASKS)}")
+    return task
+
+
+def _validated(
+    values: dict[str, Any], overrides: Sequence[str], title: str, kind: type[AnyRecipe]
+) -> AnyRecipe:
     for override in overrides:
         _apply(values, override, kind)
     try:
@@ -81,32 +124,6 @@ def parse_any_recipe(
         return kind.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise UserError(f"{title}: {validation_sentence(error, kind)}") from None
-
-
-def _kind(
-    values: dict[str, Any], overrides: list[str] | tuple[str, ...], title: str
-) -> type[Recipe] | type[FinetuneRecipe]:
-    task = values.get("task", "pretrain")
-    for override in overrides:
-        if override.startswith("task="):
-            task = override.removeprefix("task=")
-    if not isinstance(task, str) or task not in TASKS:
-        raise UserError(f"{title}: task is {shown(task)}; valid are {', '.join(TASKS)}")
-    return TASKS[task]
-
-
-def _of_task(kind: type[AnyRecipe], recipe: RunRecipe, title: str) -> AnyRecipe:
-    if not isinstance(recipe, kind):
-        raise UserError(
-            f"{title} is of task {recipe.task} (for etpp {recipe.task}), but this takes recipes and runs of "
-            f"task {next(task for task, known in TASKS.items() if known is kind)}"
-        )
-    return recipe
-
-
-def changed_keys(old: RunRecipe, new: RunRecipe) -> list[str]:
-    """Keys that differ and change the result of a run, as `section.key` with both values."""
-    return _differences(old, new, "")
 
 
 class _Loader(yaml.SafeLoader):
