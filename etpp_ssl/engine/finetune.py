@@ -128,6 +128,10 @@ def _evaluate(run: ClassifierRun) -> float:
     seconds = time.perf_counter() - start
     numbers = result.numbers()
     run.metrics.write({"step": run.state.step, **numbers, "evaluation_seconds": seconds})
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if value is not None)
+    shown = ", ".join(
+        f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}"
+        for name, value in numbers.items()
+        if value is not None
+    )
     run.progress.say(f"step {run.state.step}: {shown} ({seconds:.0f} s)")
     return seconds
