@@ -1,0 +1,68 @@
+"""The result of an evaluation for several processes, uneven parts and parts without an image among them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import json, sys
+import timm, torch
+from accelerate import Accelerator
+from etpp_ssl.data.augment import EvalView, Normalise
+from etpp_ssl.data.images import UnreadableImage
+from etpp_ssl.data.splits import Subset
+from etpp_ssl.data.synthetic import SyntheticConfig
+from etpp_ssl.evaluation.classification import ClassifierEvaluation, EvaluateConfig
+
+class Damaged(Subset):
+    def open(self, index):
+        if index in (4, 5, 11):
+            raise UnreadableImage("damaged")
+        return super().open(index)
+
+accelerator, size, results = Accelerator(cpu=True), (32, 64), []
+torch.manual_seed(0)
+model = timm.create_model("vit_tiny_patch16_224", img_size=size, depth=1, num_heads=2, embed_dim=32, num_classes=10)
+for count in (13, 2, 1):
+    source = SyntheticConfig(num_eval_images=count, num_classes=10).open(
+        "eval", in_chans=3, image_size=size, seed=0)
+    found = ClassifierEvaluation(
+        source=Damaged(source, list(range(count))), view=EvalView(size, 1.0),
+        normalise=Normalise((0.5,) * 3, (0.25,) * 3, accelerator.device), accelerator=accelerator,
+        num_workers=0, num_classes=10, config=EvaluateConfig(batch_size=4)).run(model)
+    results.append([found.numbers(), found.recall, found.confusion.tolist()])
+with open(f"{sys.argv[1]}.{accelerator.process_index}", "w") as file:
+    json.dump(results, file)
+# Without it gloo's threads may abort a process that is done.
+accelerator.end_training()
+"""
+
+
+def test_any_number_of_processes_finds_the_same_even_with_fewer_images(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    found = []
+    for count in (1, 3):
+        out = tmp_path / str(count)
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",
+             str(script), str(out)],
+            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+            timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found += [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(count)]
+    one, *others = found
+    assert [numbers["num_images"] for numbers, *_ in one] == [10, 2, 1]
+    assert [numbers["num_unreadable"] for numbers, *_ in one] == [3, 0, 0]
+    for other in others:
+        for (numbers, *counts), (expected, *expected_counts) in zip(other, one, strict=True):
+            assert counts == expected_counts
+            # Kernels for batches of another size may round otherwise.
+            assert numbers == pytest.approx(expected, rel=1e-5)
