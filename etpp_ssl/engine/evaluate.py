@@ -57,7 +57,11 @@ def evaluate_run(recipe: FinetuneRecipe, folder: RunFolder, say: Callable[[str],
         "crop_pct": recipe.data.crop_pct,
         "precision": recipe.precision,
     }
-    return Evaluated(evaluation.run(model), classes, protocol)
+    result = evaluation.run(model)
+    # A process that has nothing to write must not close its connections while others still use them.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return Evaluated(result, classes, protocol)
 
 
 def classes_of(checkpoint: Checkpoint) -> list[str]:

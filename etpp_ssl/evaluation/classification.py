@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from etpp_ssl.config import Config, neutral
+from etpp_ssl.config import Config, UserError, neutral
 from etpp_ssl.data.augment import EvalView, Normalise
 from etpp_ssl.data.images import ImageSource
 from etpp_ssl.data.splits import check_label
@@ -98,7 +98,8 @@ class ClassifierEvaluation:
             model: from normalised float32 (B, C, H, W) to logits (B, K).
 
         Raises:
-            UserError: if a label is none of the model's classes, or nothing can be read any more.
+            UserError: if a label is none of the model's classes, nothing can be read any more, or the
+                model's outputs are not finite.
         """
         rows, unreadable = [torch.empty(0, 5, dtype=torch.float64, device=self.accelerator.device)], 0
         # Accelerate replaces the forward of the instance that it prepared; this is any model's own.
@@ -149,7 +150,14 @@ def image_rows(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
 
 
 def summary(rows: Tensor, num_classes: int, num_bins: int, num_unreadable: int) -> ClassificationResult:
-    """The result from all images' `image_rows`, float64 (n, 5) with n > 0."""
+    """The result from all images' `image_rows`, float64 (n, 5) with n > 0.
+
+    Raises:
+        UserError: if outputs of the model are not finite: of them nothing can be counted.
+    """
+    lost = int((~rows.isfinite().all(dim=1)).sum())
+    if lost:
+        raise UserError(f"the model's outputs are not finite for {lost} of {len(rows)} evaluation images")
     labels, predicted, rank = rows[:, 0].long(), rows[:, 1].long(), rows[:, 2]
     confusion = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
     confusion = confusion.view(num_classes, num_classes)

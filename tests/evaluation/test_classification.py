@@ -122,6 +122,13 @@ def test_of_equal_logits_the_lower_class_counts_first() -> None:
     assert rows[:, 2].tolist() == [0, 2, 1]
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_outputs_that_are_not_finite_are_no_result(value: float) -> None:
+    rows = rows_of([[0.0, 1.0, 0.0], [value] * 3], [1, 1])
+    with pytest.raises(UserError, match="not finite for 1 of 2 evaluation images"):
+        summary(rows, 3, 15, 0)
+
+
 def test_five_classes_have_no_top_five_and_an_empty_class_no_recall() -> None:
     rows = rows_of([[3.0, 0, 0, 0, 0], [0, 3.0, 0, 0, 0]], [0, 0])
     result = summary(rows, 5, 15, 0)

@@ -28,7 +28,8 @@ class Damaged(Subset):
 
 accelerator, size, results = Accelerator(cpu=True), (32, 64), []
 torch.manual_seed(0)
-model = timm.create_model("vit_tiny_patch16_224", img_size=size, depth=1, num_heads=2, embed_dim=32, num_classes=10)
+args = {"img_size": size, "depth": 1, "num_heads": 2, "embed_dim": 32, "num_classes": 10}
+model = timm.create_model("vit_tiny_patch16_224", **args)
 for count in (13, 2, 1):
     source = SyntheticConfig(num_eval_images=count, num_classes=10).open(
         "eval", in_chans=3, image_size=size, seed=0)
