@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from etpp_ssl.config import show_size
 from etpp_ssl.data.augment import Normalise
 from etpp_ssl.data.splits import open_split
-from etpp_ssl.engine.run import build_probe, open_accelerator
+from etpp_ssl.engine.accelerator import open_accelerator
+from etpp_ssl.engine.run import build_probe
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 

@@ -15,19 +15,13 @@ from etpp_ssl.data.augment import EvalView, Normalise
 from etpp_ssl.data.erasing import RandomErasing
 from etpp_ssl.data.mixup import Mixup
 from etpp_ssl.data.splits import check_labels, check_same_classes, open_split
+from etpp_ssl.engine.accelerator import open_accelerator
 from etpp_ssl.engine.checkpoint import load_checkpoint
 from etpp_ssl.engine.ema import WeightAverage
 from etpp_ssl.engine.initial_classifier import load_classifier_init
 from etpp_ssl.engine.metrics import MetricsFile
 from etpp_ssl.engine.progress import Progress
-from etpp_ssl.engine.run import (
-    BaseRun,
-    check_start,
-    crop_view,
-    open_accelerator,
-    open_training_images,
-    restore,
-)
+from etpp_ssl.engine.run import BaseRun, check_start, crop_view, open_training_images, restore
 from etpp_ssl.engine.start import starting_point
 from etpp_ssl.evaluation.classification import ClassifierEvaluation
 from etpp_ssl.model.classifier import Classifier

@@ -10,8 +10,8 @@ import torch
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.data.augment import EvalView, Normalise
 from etpp_ssl.data.splits import open_split
+from etpp_ssl.engine.accelerator import open_accelerator
 from etpp_ssl.engine.initial_weights import load_init
-from etpp_ssl.engine.run import open_accelerator
 from etpp_ssl.evaluation.embeddings import Embeddings, make_room, write_embeddings
 from etpp_ssl.evaluation.features import Features, Pool, extract_features, run_precision
 from etpp_ssl.model.mae import MaskedAutoencoder

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.augment import Normalise
+from etpp_ssl.engine.accelerator import open_accelerator
 from etpp_ssl.engine.classifier_run import new_classifier, open_evaluation
-from etpp_ssl.engine.run import open_accelerator
 from etpp_ssl.evaluation.classification import ClassificationResult
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.run_folder import Checkpoint, RunFolder, load_weights

@@ -13,9 +13,10 @@ from accelerate import Accelerator
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.augment import Normalise
+from etpp_ssl.engine.accelerator import open_accelerator
 from etpp_ssl.engine.agreement import Agreement
 from etpp_ssl.engine.initial_weights import load_init
-from etpp_ssl.engine.run import build_probe, open_accelerator
+from etpp_ssl.engine.run import build_probe
 from etpp_ssl.engine.signals import Interrupted, StopRequest
 from etpp_ssl.evaluation.base import ProbeStopped
 from etpp_ssl.model.mae import MaskedAutoencoder
