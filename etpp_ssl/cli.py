@@ -326,10 +326,10 @@ def is_main_process() -> bool:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run a command; a user's mistake is one line on stderr and exit code 2."""
+    """Run a command; a user's mistake is one line on stderr and exit code 2, a fault of a run code 1."""
     try:
         return app(args=arguments)
     except UserError as error:
         rank = "" if is_main_process() else f" [process {os.environ['RANK']}]"
         say(f"etpp: error:{rank} {' '.join(str(error).split())}")
-        sys.exit(2)
+        sys.exit(error.exit_code)

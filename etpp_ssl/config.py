@@ -15,6 +15,18 @@ class UserError(ValueError):
     line and exits with code 2; library users catch ValueError.
     """
 
+    exit_code = 2
+
+
+class RunFault(UserError):
+    """Something failed while a run was going that its recipe is not to blame for, told in one sentence.
+
+    A full disk, a data worker, another process, a loss that is not finite. The command line exits with
+    code 1; the newest checkpoint is intact, and the same command goes on from there.
+    """
+
+    exit_code = 1
+
 
 class Config(BaseModel):
     """Immutable settings of one component; unknown keys are errors, so a typo cannot be ignored."""
