@@ -236,6 +236,9 @@ def prepare(
             help="Leave out unreadable images, which moves later ones up, or keep their places.",
         ),
     ] = False,
+    max_pixels: Annotated[
+        int, typer.Option(help="Images of more pixels count as unreadable; as data.max_pixels.")
+    ] = 178_956_970,
     shard_mb: Annotated[int, typer.Option(help="Size of a shard in megabytes.")] = 1024,
     workers: Annotated[int, typer.Option(help="Images in work at once.")] = os.cpu_count() or 1,
 ) -> None:
@@ -246,7 +249,14 @@ def prepare(
     from etpp_ssl.data.prepare import from_options
     from etpp_ssl.data.prepare import prepare as prepare_shards
 
-    config = from_options(size=size, quality=quality, skip_bad=skip_bad, shard_mb=shard_mb, workers=workers)
+    config = from_options(
+        size=size,
+        quality=quality,
+        skip_bad=skip_bad,
+        max_pixels=max_pixels,
+        shard_mb=shard_mb,
+        workers=workers,
+    )
     try:
         with Bar(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
             task = bar.add_task("prepare", total=None)
@@ -258,7 +268,7 @@ def prepare(
         raise typer.Exit(130) from None
     for split in splits:
         for name, reason in split.bad:
-            say(f"etpp: {'left out' if skip_bad else 'kept as it is'}: {name}: {reason}")
+            say(f"etpp: {'left out' if skip_bad else 'kept as it is'}: {name!r}: {reason}")
         print(
             f"{split.folder}: {split.images:,} images in {split.shards} shards, {split.size / 1e6:,.1f} MB, "
             f"{len(split.bad)} bad"

@@ -43,10 +43,15 @@ def validation_sentence(error: ValidationError, root: type[BaseModel]) -> str:
     return f"{key} is {shown(value)}: it {message}"
 
 
-def shown(value: Any) -> str:
-    """A value for a message, cut to a readable length."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def shown(value: Any, length: int = 80) -> str:
+    """A value for a message, on one line and of a readable length."""
+    return shown_text(repr(value), length)
+
+
+def shown_text(text: str, length: int = 300) -> str:
+    """A text, where it is too long cut in its middle: the two ends of a name tell most."""
+    half = (length - 3) // 2
+    return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 
 
 def _walk(

@@ -204,10 +204,11 @@ def test_a_file_that_cannot_be_read_is_an_unreadable_image_with_the_reason(
     with pytest.raises(UnreadableImage, match=r"^Is a directory$"):
         source.load(1)
 
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, flags: int) -> int:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    # For root, whom permissions do not stop.
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(UnreadableImage, match=r"^Permission denied$"):
         source.load(2)
 
