@@ -7,6 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+MAX_SIDE = 1 << 14
+"""Pixels per axis of an image that a network sees."""
+
 
 class UserError(ValueError):
     """A mistake in a recipe, path, size or checkpoint, told in one sentence.
@@ -52,6 +55,17 @@ def is_neutral(config: type[BaseModel], field: str) -> bool:
 def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) from one number for both or from a pair."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def legal_size(size: int | tuple[int, int]) -> int | tuple[int, int]:
+    """`size`, for a validator: anything else is a slip, and would cost memory before it is noticed.
+
+    Raises:
+        ValueError: for a side below 1 or beyond `MAX_SIDE` pixels.
+    """
+    if not all(1 <= side <= MAX_SIDE for side in as_pair(size)):
+        raise ValueError(f"{size} is no size in pixels: use 1 to {MAX_SIDE} per axis")
+    return size
 
 
 def show_size(size: tuple[int, int]) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from etpp_ssl.config import Config, UserError, as_pair, neutral
+from etpp_ssl.config import Config, UserError, as_pair, legal_size, neutral
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.curriculum.constant import ConstantConfig
 from etpp_ssl.curriculum.efficienttrain import EfficientTrainConfig
@@ -50,7 +50,7 @@ class CheckpointConfig(Config):
 
     every_steps: int | None = neutral(None, ge=1)
     every_minutes: float | None = neutral(15.0, gt=0)
-    keep: int = neutral(2, ge=1)
+    keep: int = neutral(2, ge=1, le=10**6)
     """Newest checkpoints that stay."""
 
 
@@ -83,20 +83,20 @@ class RunRecipe(Config, ABC):
     """The run folder."""
     image_size: int | tuple[int, int] = 224
     """Pixels at full resolution, one number or [height, width]."""
-    in_chans: int = Field(default=3, ge=1)
+    in_chans: int = Field(default=3, ge=1, le=1024)
     init: str | None = None
     """Weights to start from: a run folder, an export's folder, or a .pth or safetensors file of MAE's,
     timm's or DeiT's layout; a resumed run reads its own checkpoint instead."""
     deterministic: bool = False
     """Bitwise repeatable on CUDA too, at some cost in speed; the CPU always is."""
-    budget_epochs: float | None = Field(default=None, gt=0)
+    budget_epochs: float | None = Field(default=None, gt=0, le=1e6)
     """Equivalent epochs: the compute of so many epochs at full resolution."""
-    budget_hours: float | None = Field(default=None, gt=0)
+    budget_hours: float | None = Field(default=None, gt=0, le=1e5)
     """Wall time instead: the run measures its speed and trains as many equivalent epochs as fit. Time
     between a kill and its resume, and steps done again, do not count. Pre-training only."""
-    baseline_epochs: float | None = neutral(None, gt=0)
+    baseline_epochs: float | None = neutral(None, gt=0, le=1e9)
     """Constant-resolution epochs that `plan` compares the cost with."""
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, le=10**6)
     """Images per optimizer step, over all processes, at full resolution; see `curriculum.large_batch`."""
     micro_batch_size: int | None = neutral(None, ge=1)
     """Images per forward pass and process at most; smaller ones are accumulated to the global batch. In a
@@ -107,6 +107,11 @@ class RunRecipe(Config, ABC):
     curriculum: Annotated[AnyCurriculum, Field(discriminator="name")] = EfficientTrainConfig()
     checkpoint: CheckpointConfig = neutral(CheckpointConfig())
     tracker: TrackerConfig = neutral(TrackerConfig())
+
+    @field_validator("image_size")
+    @classmethod
+    def _size(cls, size: int | tuple[int, int]) -> int | tuple[int, int]:
+        return legal_size(size)
 
     @model_validator(mode="after")
     def _one_budget(self) -> RunRecipe:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from etpp_ssl.config import UserError, is_neutral
 from etpp_ssl.recipe import FinetuneRecipe, Recipe, RunRecipe
-from etpp_ssl.recipe_text import MAX_BYTES, MAX_DEPTH, load_yaml
+from etpp_ssl.recipe_text import MAX_BYTES, MAX_DEPTH, load_yaml, quoted
 from etpp_ssl.regular_file import read_text
 from etpp_ssl.sentences import members_at, name_of, shown, shown_text, validation_sentence
 
@@ -82,7 +82,7 @@ def _read(path: str | Path, overrides: Sequence[str]) -> tuple[str, Sequence[str
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"recipe {shown(str(path), 300)} cannot be read: {reason}") from error
     if is_folder:
-        overrides = [f"output={json.dumps(str(path))}", *overrides]
+        overrides = [f"output={quoted(str(path))}", *overrides]
     return text, overrides, str(file)
 
 

@@ -1,16 +1,19 @@
 """YAML as recipes use it: plain values, and an error before a hostile text takes memory or time.
 
-What is left out of YAML is what no recipe needs: aliases and tags of one's own, keys that are no words or
-stand twice, null bytes, numbers of more digits than any setting has, deep nesting.
+What is left out of YAML is what no recipe needs: aliases, tags and merges, keys that are no words or stand
+twice, null bytes, whole numbers of more digits than any setting has, deep nesting.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Hashable
 from typing import Any
 
 import yaml
+
+from etpp_ssl.sentences import shown
 
 MAX_BYTES = 1 << 17
 """Of a recipe. The largest one in use has a thirtieth of it; PyYAML takes seconds for so many."""
@@ -20,7 +23,7 @@ MAX_DIGITS = 40
 
 
 def load_yaml(text: str) -> Any:
-    """The value of a YAML text: dicts with text as keys, lists, text, numbers, dates, bytes, None.
+    """The value of a YAML text: dicts with text as keys, lists, text, numbers, dates, None.
 
     Raises:
         yaml.YAMLError: if it is no YAML, or more than recipes may hold.
@@ -30,6 +33,11 @@ def load_yaml(text: str) -> Any:
     if len(text) > MAX_BYTES:
         raise yaml.YAMLError(f"it has {len(text):,} characters, more than {MAX_BYTES:,}")
     return yaml.load(text, Loader=_Loader)
+
+
+def quoted(text: str) -> str:
+    """Any text as YAML on one line."""
+    return yaml.dump(text, default_style='"', width=math.inf).strip()
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,6 +52,8 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.events.AliasEvent):
             event = self.peek_event()
             raise yaml.YAMLError(f"aliases (*{event.anchor}) are not supported in recipes")
+        if getattr(self.peek_event(), "tag", None) is not None:
+            raise yaml.YAMLError(f"tags ({shown(self.peek_event().tag)}) are not supported in recipes")
         if self.depth > MAX_DEPTH:
             raise yaml.YAMLError(f"it is nested deeper than {MAX_DEPTH} levels")
         self.depth += 1
@@ -55,11 +65,13 @@ class _Loader(yaml.SafeLoader):
         line = node.start_mark.line + 1
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise yaml.YAMLError("merges (<<) are not supported in recipes")
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.YAMLError(f"key {key!r} below line {line} is no word: put it in quotes")
+                raise yaml.YAMLError(f"key {shown(key)} below line {line} is no word: put it in quotes")
             if key in seen:
-                raise yaml.YAMLError(f"key {key!r} stands twice below line {line}")
+                raise yaml.YAMLError(f"key {shown(key)} stands twice below line {line}")
             seen.add(key)
         return super().construct_mapping(node, deep)
 

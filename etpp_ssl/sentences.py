@@ -16,6 +16,10 @@ def validation_sentence(error: ValidationError, root: type[BaseModel]) -> str:
         error: what pydantic found.
         root: the Config that was validated.
     """
+    return shown_text(" ".join(_first_mistake(error, root).split()), 1000)
+
+
+def _first_mistake(error: ValidationError, root: type[BaseModel]) -> str:
     first = error.errors(include_url=False)[0]
     path, models, here = _walk(first["loc"], root)
     key = ".".join(path) or "the recipe"
@@ -25,16 +29,14 @@ def validation_sentence(error: ValidationError, root: type[BaseModel]) -> str:
         close = difflib.get_close_matches(path[-1], known, n=1)
         where = ".".join(path[:-1])
         hint = f"did you mean {close[0]!r}? " if close else ""
-        return (
-            f"unknown key {key!r}; {hint}valid keys{f' of {where}' if where else ''} are {', '.join(known)}"
-        )
+        return f"unknown key {shown(key)}; {hint}valid keys{f' of {where}' if where else ''} are {', '.join(known)}"
     if kind in ("union_tag_invalid", "union_tag_not_found", "literal_error"):
         names = [name_of(m) for m in here] if kind.startswith("union") else None
         valid = ", ".join(map(str, names)) if names else first.get("ctx", {}).get("expected", "")
         if kind == "union_tag_not_found":
             return f"{key}.name is missing; valid names are {valid}"
         name = value.get("name") if isinstance(value, dict) else value
-        return f"{key}{'.name' if names else ''} is {name!r}; valid are {valid}"
+        return f"{key}{'.name' if names else ''} is {shown(name)}; valid are {valid}"
     if kind == "missing":
         return f"{key} is missing"
     if kind == "value_error":

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "objective": {*BASE, "objective", "model.patches"},
     "evaluation": {*BASE, *SIBLINGS, "evaluation"},
     "recipe": {*BASE, *SIBLINGS, "evaluation"},
-    "recipe_text": set(),
+    "recipe_text": BASE,
     "recipe_file": {*BASE, "recipe", "recipe_text"},
     "run_folder": {*BASE, "curriculum.hours", "recipe", "recipe_file", "model.state_dict"},
     "engine": {*BASE, *SIBLINGS, "evaluation", "recipe", "recipe_file", "run_folder", "engine"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from etpp_ssl.data.splits import check_labels, check_same_classes, open_split
 from etpp_ssl.engine.accelerator import open_accelerator
 from etpp_ssl.engine.checkpoint import load_checkpoint
 from etpp_ssl.engine.ema import WeightAverage
+from etpp_ssl.engine.host_memory import check_host_memory
 from etpp_ssl.engine.initial_classifier import load_classifier_init
 from etpp_ssl.engine.metrics import MetricsFile
 from etpp_ssl.engine.progress import Progress
@@ -72,6 +74,7 @@ def open_classifier_run(recipe: FinetuneRecipe, fork: Path | None = None) -> Cla
     curriculum = recipe.build_curriculum(len(source))
     progress = Progress(curriculum, visible=accelerator.is_main_process)
     check_sizes(recipe, curriculum)
+    check_host_memory(recipe, partial(recipe.build_model, num_classes))
     model = new_classifier(recipe, num_classes)
     kernels = f"attention {recipe.model.attention}"
     mean, std = recipe.data.statistics(recipe.in_chans)

@@ -22,6 +22,7 @@ from etpp_ssl.data.splits import open_split
 from etpp_ssl.engine.accelerator import open_accelerator
 from etpp_ssl.engine.checkpoint import load_checkpoint
 from etpp_ssl.engine.feed import Feed
+from etpp_ssl.engine.host_memory import check_host_memory
 from etpp_ssl.engine.initial_weights import load_init
 from etpp_ssl.engine.kernels import kernels_in_use
 from etpp_ssl.engine.metrics import MetricsFile
@@ -137,6 +138,7 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
     for stage, span in zip(curriculum.stages, curriculum.spans, strict=True):
         masker.check(stage.bandwidth, span)
     progress = Progress(curriculum, visible=accelerator.is_main_process)
+    check_host_memory(recipe, recipe.build_model)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_key(recipe.seed, "init") >> 1)

@@ -28,6 +28,8 @@ from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_pos_embed
 EXPLICIT_NAME = "vit"
 EXPLICIT_ARCHITECTURE = "vit_base_patch16_224"
 """What a ViT of explicit dimensions is registered as in timm; its `model_args` say the rest."""
+MAX_PATCHES = 1 << 18
+"""512 x 512; attention takes the square of their number."""
 
 
 def encoder_args(
@@ -70,6 +72,12 @@ def encoder_args(
                 f"model.patch_size {show_size(patch)} does not divide the image {word} "
                 f"{image_size[axis]} (image_size {show_size(image_size)})"
             )
+    num_patches = image_size[0] // patch[0] * (image_size[1] // patch[1])
+    if num_patches > MAX_PATCHES:
+        raise UserError(
+            f"model.patch_size {show_size(patch)} cuts image_size {show_size(image_size)} into "
+            f"{num_patches:,} patches, more than the {MAX_PATCHES:,} that any device holds"
+        )
     embed_dim = given.get("embed_dim", probe.embed_dim)
     num_heads = given.get("num_heads", attention_heads(probe))
     if embed_dim % num_heads:

@@ -380,9 +380,7 @@ def test_one_pixel(form: str) -> None:
 @pytest.mark.parametrize("make", [lambda: encoded(ramp(3), "PNG"), lambda: npy(ramp(3))])
 def test_more_pixels_than_allowed_are_refused(make: Callable[[], bytes]) -> None:
     assert pixels(decode(make(), 3, max_pixels=HEIGHT * WIDTH)).shape == (HEIGHT, WIDTH, 3)
-    with pytest.raises(
-        UnreadableImage, match=r"claims 22 x 13 pixels, more than .* 285"
-    ):
+    with pytest.raises(UnreadableImage, match=r"claims 22 x 13 pixels, more than .* 285"):
         decode(make(), 3, max_pixels=HEIGHT * WIDTH - 1)
 
 
