@@ -29,7 +29,8 @@ def _first_mistake(error: ValidationError, root: type[BaseModel]) -> str:
         close = difflib.get_close_matches(path[-1], known, n=1)
         where = ".".join(path[:-1])
         hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"unknown key {shown(key)}; {hint}valid keys{f' of {where}' if where else ''} are {', '.join(known)}"
+        of = f" of {where}" if where else ""
+        return f"unknown key {shown(key)}; {hint}valid keys{of} are {', '.join(known)}"
     if kind in ("union_tag_invalid", "union_tag_not_found", "literal_error"):
         names = [name_of(m) for m in here] if kind.startswith("union") else None
         valid = ", ".join(map(str, names)) if names else first.get("ctx", {}).get("expected", "")

@@ -46,7 +46,7 @@ def check_host_memory(recipe: Recipe | FinetuneRecipe, build: Callable[[], nn.Mo
     need = batch * recipe.in_chans * height * width * processes
     if need > free:
         raise UserError(
-            f"batch_size {recipe.batch_size}, micro_batch_size {recipe.micro_batch_size}: {batch:,} images of "
-            f"{show_size(recipe.size)} pixels take {need / 1e9:,.1f} GB in {processes} processes, but this "
-            f"machine has {free / 1e9:,.1f} GB free"
+            f"batch_size {recipe.batch_size}, micro_batch_size {recipe.micro_batch_size}: {batch:,} images "
+            f"of {show_size(recipe.size)} pixels take {need / 1e9:,.1f} GB in {processes} processes, but "
+            f"this machine has {free / 1e9:,.1f} GB free"
         )
