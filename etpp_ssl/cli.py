@@ -113,7 +113,7 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     from etpp_ssl.recipe_file import load_any_recipe
     from etpp_ssl.run_folder import RunFolder
 
-    folder = RunFolder(recipe) if Path(recipe).is_dir() else None
+    folder = RunFolder(recipe) if os.path.isdir(recipe) else None
     # A pipe has no width; the table needs its own.
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     loaded = load_any_recipe(recipe, overrides or ())
@@ -181,7 +181,7 @@ def embed(
 
     file = write_features(
         load_recipe(recipe, overrides or ()),
-        RunFolder(recipe) if Path(recipe).is_dir() else None,
+        RunFolder(recipe) if os.path.isdir(recipe) else None,
         out,
         split=split.value,
         pool=pool.value if pool is not None else None,

@@ -102,7 +102,10 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
     scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 0
     if scans > MAX_SCANS:
         raise UnreadableImage(f"it has {scans:,} scans, more than {MAX_SCANS}")
-    image = Image.open(io.BytesIO(data), formats=_formats())
+    try:
+        image = Image.open(io.BytesIO(data), formats=_formats())
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(f"it claims more pixels than data.max_pixels {max_pixels:,} allows") from error
     _check_pixels(image.size, max_pixels)
     return image
 

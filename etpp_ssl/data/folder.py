@@ -143,14 +143,14 @@ def split_folder(split: str, root: str, train_name: str, eval_name: str | None) 
         UserError: if there is no such folder.
     """
     top = existing_folder("data.root", expanded(root))
-    train = top / train_name if (top / train_name).is_dir() else top
+    train = top / train_name if os.path.isdir(top / train_name) else top
     if split == "train":
         return train
     around = top if train != top else top.parent if top.name == train_name else None
     names = (eval_name,) if eval_name else EVAL_SYNONYMS
     for name in names if around else ():
         assert around is not None
-        if (around / name).is_dir():
+        if os.path.isdir(around / name):
             return around / name
     raise UserError(
         f"data.eval_split: no evaluation images ({', '.join(names)}) beside the training images "
@@ -193,22 +193,34 @@ def image_files(folder: Path) -> Iterator[str]:
         OSError: if a folder below it cannot be read.
     """
     seen: set[tuple[int, int]] = set()
-    for current, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
-        status = os.stat(current)
+    # Not os.walk: it calls itself for each level, and passes over what it cannot read.
+    waiting = [""]
+    while waiting:
+        current = waiting.pop()
+        where = os.path.join(folder, current)
+        status = os.stat(where)
         if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
+        folders = []
+        with os.scandir(where) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _leads_to_folder(entry):
+                    folders.append(os.path.join(current, entry.name))
+                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                    yield os.path.join(current, entry.name)
         # The order of visits decides which path of a linked folder counts.
-        folders.sort()
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for file in files:
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in EXTENSIONS:
-                yield os.path.relpath(os.path.join(current, file), folder)
+        waiting += sorted(folders, reverse=True)
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        # A link to itself, for instance; as a file it will be said why.
+        return False
 
 
 def class_folders(files: list[str]) -> tuple[list[str] | None, list[int] | None]:

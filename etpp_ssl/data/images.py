@@ -5,6 +5,7 @@ Legend: C channels, H, W pixels.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -201,7 +202,7 @@ def existing_folder(key: str, path: Path) -> Path:
     Raises:
         UserError: naming the recipe's key.
     """
-    if not path.is_dir():
-        what = "is not a folder" if path.exists() else "does not exist"
+    if not os.path.isdir(path):
+        what = "is not a folder" if os.path.exists(path) else "does not exist"
         raise UserError(f"{key} {str(path)!r} {what}")
     return path

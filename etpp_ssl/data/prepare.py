@@ -126,14 +126,14 @@ def prepare(
 
 
 def _check_places(source: Path, destination: Path) -> None:
-    if not source.exists():
+    if not os.path.exists(source):
         raise UserError(f"SRC {str(source)!r} does not exist: use a folder of images or a list of them")
     inside, around = destination.resolve(), source.resolve()
-    if source.is_dir() and inside.is_relative_to(around):
+    if os.path.isdir(source) and inside.is_relative_to(around):
         raise UserError(
             f"DST {str(destination)!r} lies inside SRC {str(source)!r}: choose a folder outside of it"
         )
-    if destination.exists() and not destination.is_dir():
+    if os.path.exists(destination) and not os.path.isdir(destination):
         raise UserError(f"DST {str(destination)!r} is a file: choose a folder that does not exist yet")
     if os.path.ismount(destination):
         # The shards are written beside it and renamed, which cannot cross disks.
@@ -142,7 +142,7 @@ def _check_places(source: Path, destination: Path) -> None:
 
 def _open_splits(source: Path, max_pixels: int) -> dict[str, FileSource]:
     """By sub-folder of the destination; an empty name is the destination itself."""
-    if not source.is_dir():
+    if not os.path.isdir(source):
         images = FileListConfig(file=str(source), max_pixels=max_pixels)
         return {"": images.open("train", in_chans=3, image_size=(1, 1), seed=0)}
     names = ["train", *EVAL_SYNONYMS] if (source / "train").is_dir() else [""]
@@ -176,7 +176,7 @@ def _is_done(destination: Path, job: dict[str, Any]) -> bool:
     Raises:
         UserError: if it is something else.
     """
-    if not destination.exists() or not any(destination.iterdir()):
+    if not os.path.exists(destination) or not any(destination.iterdir()):
         return False
     if _read_job(destination) == job:
         return True

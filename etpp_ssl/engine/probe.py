@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def probe_run(recipe: Recipe, source: str, say: Callable[[str], None]) -> dict[s
     """
     if recipe.probe.name == "none":
         raise UserError("probe.name is none; choose one, for instance probe=knn")
-    folder = RunFolder(source if Path(source).is_dir() else recipe.output)
+    folder = RunFolder(source if os.path.isdir(source) else recipe.output)
     init = _init_of(recipe, source, folder)
     accelerator = open_accelerator(recipe)
     talk = say if accelerator.is_main_process else _silent
@@ -85,7 +85,7 @@ def probe_run(recipe: Recipe, source: str, say: Callable[[str], None]) -> dict[s
 
 def _init_of(recipe: Recipe, source: str, folder: RunFolder) -> str | None:
     """What to load, or None for the newest checkpoint in the folder."""
-    if not Path(source).is_dir():
+    if not os.path.isdir(source):
         if recipe.init is None and not folder.exists():
             raise UserError(
                 f"there are no weights to probe: init is null, and {recipe.output!r} is no run folder; give "

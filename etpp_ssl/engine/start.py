@@ -16,7 +16,7 @@ from etpp_ssl.engine.metrics import MetricsFile
 from etpp_ssl.engine.state import TrainState
 from etpp_ssl.recipe import RunRecipe
 from etpp_ssl.recipe_file import changed_keys
-from etpp_ssl.run_folder import Checkpoint, RunFolder
+from etpp_ssl.run_folder import Checkpoint, RunFolder, check_state
 
 
 def starting_point(
@@ -50,7 +50,7 @@ def starting_point(
                 f"with the old ones, or use --fork {folder.path} with another output"
             )
         start = folder.newest(say)
-    elif folder.path.is_dir() and any(folder.path.iterdir()):
+    elif os.path.isdir(folder.path) and any(folder.path.iterdir()):
         raise UserError(
             f"output {str(folder.path)!r} is a folder with other files in it and no run; choose another"
         )
@@ -61,6 +61,10 @@ def starting_point(
     if start is None:
         return None, TrainState()
     saved = start.state()
+    try:
+        check_state(saved, start.step)
+    except ValueError as error:
+        raise UserError(f"checkpoint {str(start.path)!r} cannot be gone on from: {error}") from error
     if saved["data"] != source.fingerprint() and not forked:
         raise UserError(
             f"the data is not what run {str(folder.path)!r} was started with: files were added, removed or "
@@ -116,7 +120,7 @@ def prepare_folder(
         UserError: if the disk is too full or the folder cannot be written to.
     """
     path = folder.path.absolute()
-    existing = next(p for p in [path, *path.parents] if p.exists())
+    existing = next(p for p in [path, *path.parents] if os.path.exists(p))
     try:
         # Weights and two moments in float32, one checkpoint more while it is written.
         need = 12 * num_parameters * (recipe.checkpoint.keep + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,11 +59,11 @@ def read_stored(init: str, say: Callable[[str], None]) -> StoredWeights:
     """
     path = Path(init).expanduser()
     try:
-        if (path / "recipe.yaml").is_file():
+        if os.path.isfile(path / "recipe.yaml"):
             return _of_run(RunFolder(path), say)
-        if not path.is_dir():
+        if not os.path.isdir(path):
             return StoredWeights(read_state_dict(path))
-        files = [path / name for name in FILES_OF_A_FOLDER if (path / name).is_file()]
+        files = [path / name for name in FILES_OF_A_FOLDER if os.path.isfile(path / name)]
         if not files:
             raise UserError(f"a folder without recipe.yaml and without {' or '.join(FILES_OF_A_FOLDER)}")
         return _with_config(StoredWeights(read_state_dict(files[0])), path / "config.json")

@@ -56,7 +56,7 @@ def make_room(file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{str(file)!r} cannot be written: {error.strerror or error}") from error
-    if file.is_dir():
+    if os.path.isdir(file):
         raise UserError(f"{str(file)!r} is a folder; give the name of a file in it")
 
 

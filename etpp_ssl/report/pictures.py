@@ -5,6 +5,7 @@ Legend: C channels, H, W pixels.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ def _open(recipe: Recipe, split: str) -> ImageSource:
 
 def _files(paths: Sequence[Path], count: int) -> Iterator[Path]:
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):
             try:
                 inside = sorted(image_files(path))[:count]
             except OSError as error:
@@ -122,7 +123,7 @@ def _files(paths: Sequence[Path], count: int) -> Iterator[Path]:
             if not inside:
                 raise UserError(f"image folder {str(path)!r} has no images in it")
             yield from (path / name for name in inside)
-        elif path.exists():
+        elif os.path.exists(path):
             yield path
         else:
             raise UserError(f"image {str(path)!r} does not exist")
