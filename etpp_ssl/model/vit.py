@@ -24,6 +24,7 @@ from etpp_ssl.config import UserError, as_pair, show_size
 from etpp_ssl.model.blocks import BlockRunner
 from etpp_ssl.model.patches import gather_patches, grid_of
 from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_pos_embed
+from etpp_ssl.sentences import shown
 
 EXPLICIT_NAME = "vit"
 EXPLICIT_ARCHITECTURE = "vit_base_patch16_224"
@@ -236,7 +237,7 @@ def _named_model(name: str) -> VisionTransformer:
     if base not in known:
         close = difflib.get_close_matches(base, timm.list_models("*vit*"), n=3)
         hint = f"; close names: {', '.join(close)}" if close else ""
-        raise UserError(f"model.name {name!r} is no timm model{hint}")
+        raise UserError(f"model.name {shown(name)} is no timm model{hint}")
     try:
         with torch.device("meta"):
             model = timm.create_model(name, pretrained=False)

@@ -20,8 +20,8 @@ from etpp_ssl.config import UserError, listed
 from etpp_ssl.model.state_dict import require_finite, without_prefix
 from etpp_ssl.regular_file import open_regular
 
-PICKLES_BEFORE_VALUES = 4
-"""In an old file of torch.save: a magic number, the protocol, the system, the content."""
+PICKLES_BEFORE_VALUES = 5
+"""In an old file of torch.save: a magic number, the protocol, the system, the content, its tensors' keys."""
 WRAPPERS = ("model", "state_dict")
 """Keys under which training scripts keep the state dict beside optimizer and arguments."""
 
@@ -126,7 +126,13 @@ def _check_old(path: Path) -> None:
     """The same for the format from before torch 1.6: pickles one after the other, then the values."""
     with path.open("rb") as file:
         for _ in range(PICKLES_BEFORE_VALUES):
-            _check_pickle(file, str(path))
+            try:
+                _check_pickle(file, str(path))
+            except UserError:
+                raise
+            except Exception:
+                # Damaged or of fewer pickles: torch says why it cannot be read.
+                return
 
 
 def _check_pickle(file: IO[bytes], path: str) -> None:
