@@ -65,9 +65,10 @@ class FileListConfig(DataConfig):
         rows: list[tuple[str, str | None]] = []
         # Not splitlines(): it also splits at characters that file names may hold.
         for line in text.split("\n"):
-            if line.strip() and not line.startswith("#"):
+            # Not strip() of everything: names may begin with what is a space in some script.
+            if line.strip(" \t\r") and not line.startswith("#"):
                 file, _, name = line.partition("\t")
-                rows.append((file.strip(), name.strip() or None))
+                rows.append((file.strip(" \r"), name.strip() or None))
         if not rows:
             raise UserError(f"{key} {str(path)!r} names no image")
         return rows
