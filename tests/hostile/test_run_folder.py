@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY
 from safetensors.torch import load_file, save_file
 
 from etpp_ssl.cli import main
@@ -20,14 +19,25 @@ from etpp_ssl.engine.pretrain import pretrain
 from etpp_ssl.recipe_file import load_recipe, parse_recipe
 from etpp_ssl.run_folder import RunFolder
 
-STEPS = 8
+TINY = """
+image_size: [16, 24]
+budget_epochs: 1
+batch_size: 10
+precision: fp32
+data: {name: synthetic, num_images: 64, num_workers: 0}
+curriculum: {name: constant}
+model: {name: vit, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2,
+  decoder: {embed_dim: 8, depth: 1, num_heads: 2}}
+log_every_steps: 2
+checkpoint: {every_minutes: null, every_steps: 4}
+"""
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with two checkpoints, the newest of its last step."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    pretrain(parse_recipe(TINY, [f"output={folder}", "checkpoint.every_steps=5", "budget_epochs=1"]))
+    pretrain(parse_recipe(TINY, [f"output={folder}"]))
     return folder
 
 
