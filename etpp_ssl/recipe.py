@@ -14,11 +14,10 @@ from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.curriculum.constant import ConstantConfig
 from etpp_ssl.curriculum.efficienttrain import EfficientTrainConfig
 from etpp_ssl.data.augmentation import AugmentConfig
-from etpp_ssl.data.file_list import FileListConfig
-from etpp_ssl.data.folder import FolderConfig
-from etpp_ssl.data.shards import ShardsConfig
-from etpp_ssl.data.synthetic import SyntheticConfig
-from etpp_ssl.data.timm_dataset import TimmConfig
+from etpp_ssl.data.huggingface import HuggingFaceConfig
+from etpp_ssl.data.indexed import AnyIndexedData
+from etpp_ssl.data.mix import MixConfig
+from etpp_ssl.data.webdataset import WebDatasetConfig
 from etpp_ssl.evaluation.attentive import AttentiveConfig
 from etpp_ssl.evaluation.classification import EvaluateConfig
 from etpp_ssl.evaluation.knn import KnnConfig
@@ -36,7 +35,8 @@ from etpp_ssl.optim.classifier import ClassifierOptimConfig
 from etpp_ssl.optim.schedule import OptimConfig
 
 # One line here makes a new component known to recipes.
-AnyData = FolderConfig | FileListConfig | TimmConfig | SyntheticConfig | ShardsConfig
+AnyStream = WebDatasetConfig | HuggingFaceConfig | MixConfig
+AnyData = AnyIndexedData | AnyStream
 AnyCurriculum = EfficientTrainConfig | ConstantConfig
 AnyTarget = PixelsConfig | HogConfig | CombinedConfig
 

@@ -45,6 +45,8 @@ OWNERS = {
     "typer": {"cli"},
     "matplotlib": {"report"},
     "psutil": {"engine"},
+    "webdataset": {"data/webdataset"},
+    "datasets": {"data/huggingface"},
     "yaml": {"recipe", "recipe_file", "export"},
     # Exports are written without it; only a test opens them.
     "transformers": set(),

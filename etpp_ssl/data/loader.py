@@ -10,12 +10,13 @@ import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from etpp_ssl.config import UserError
+from etpp_ssl.config import RunFault, UserError
 from etpp_ssl.data.augment import View
 from etpp_ssl.data.images import ImageSource, UnreadableImage
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
@@ -52,6 +53,8 @@ class Batch:
     request: BatchRequest
     bad: tuple[BadImage, ...]
     """Unreadable images that were met and replaced."""
+    cursor: dict[str, Any] | None = None
+    """Where a stream's lane stands after it; None for images that are addressed by index."""
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device; copies from pinned memory do not block."""
@@ -138,7 +141,7 @@ class _Requests(Sampler[BatchRequest]):
 
 
 def batch_loader(
-    builder: BatchBuilder,
+    builder: Dataset[Batch],
     requests: Iterable[BatchRequest],
     *,
     num_workers: int,
@@ -170,6 +173,7 @@ def batches(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
 
     Raises:
         UserError: if nothing can be read any more, or a label is not one of the classes.
+        RunFault: if a shard of a stream cannot be read.
     """
     iterator = iter(loader)
     try:
@@ -177,7 +181,8 @@ def batches(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
     except (UnreadableImage, UserError) as error:
         # From a worker the message arrives with a traceback in front of it.
         reason = str(error).strip().splitlines()[-1].split(f"{type(error).__name__}: ")[-1]
-        raise UserError(f"data: {reason}") from None
+        kind = RunFault if isinstance(error, RunFault) else UserError
+        raise kind(f"data: {reason}") from None
     finally:
         # An exception from a worker holds its traceback in a cycle. Left to the garbage collector, torch
         # can no longer tell the workers to end, and waits five seconds for each before it kills them.

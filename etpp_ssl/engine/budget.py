@@ -101,6 +101,7 @@ def _measure(run: Run) -> tuple[list[float], float]:
 
 def _step_seconds(run: Run, stage: Stage) -> float:
     assert run.recipe.budget_hours is not None
+    streams = run.state.streams
     enough = min(MOST_SECONDS, MOST_SHARE * 3600 * run.recipe.budget_hours)
     # The first step allocates and tunes; and every worker has a batch ready when the first one arrives,
     # so that only later batches show how fast they come.
@@ -115,6 +116,7 @@ def _step_seconds(run: Run, stage: Stage) -> float:
         steps += 1
         seconds = _agreed(run, _now(run) - start)
     feed.close()
+    run.state.streams = streams
     return seconds / steps
 
 

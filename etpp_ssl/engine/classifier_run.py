@@ -68,7 +68,7 @@ def open_classifier_run(recipe: FinetuneRecipe, fork: Path | None = None) -> Cla
     accelerator = open_accelerator(recipe)
     source = open_training_images(recipe)
     num_classes = recipe.num_classes(source.classes)
-    check_labels(source, num_classes)
+    source.check_labels(num_classes)
     curriculum = recipe.build_curriculum(len(source))
     progress = Progress(curriculum, visible=accelerator.is_main_process)
     check_sizes(recipe, curriculum)
@@ -81,7 +81,7 @@ def open_classifier_run(recipe: FinetuneRecipe, fork: Path | None = None) -> Cla
     start, state = starting_point(recipe, folder, source, curriculum, fork, progress.say)
     if recipe.init is not None and start is None:
         load_classifier_init(model.net, recipe.init, progress.say)
-    check_start(recipe, curriculum, state, accelerator.num_processes)
+    check_start(recipe, source, curriculum, state, accelerator.num_processes)
     optimizer = recipe.optim.build(model.net, accelerator.device)
     prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
     average = None
@@ -157,7 +157,7 @@ def open_evaluation(
     Args:
         recipe: the run.
         accelerator, normalise: of the run.
-        classes: names of the training data's classes.
+        classes: names of the training data's classes, None where it does not tell them.
         num_classes: of the model.
 
     Raises:
@@ -172,7 +172,8 @@ def open_evaluation(
         image_size=recipe.size,
         seed=recipe.seed,
     )
-    check_same_classes(classes, source.classes)
+    if classes is not None:
+        check_same_classes(classes, source.classes)
     check_labels(source, num_classes)
     return ClassifierEvaluation(
         source=source,

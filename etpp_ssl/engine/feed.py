@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.utils.data import Dataset
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches
+from etpp_ssl.data.loader import Batch, batch_loader, batches
 from etpp_ssl.data.replay import Replay
-from etpp_ssl.data.sampler import RequestSampler
+from etpp_ssl.data.sampler import BatchRequest
 from etpp_ssl.engine.progress import Progress
 from etpp_ssl.engine.state import TrainState
 
@@ -26,17 +27,19 @@ class Feed:
         num_workers, prefetch: see `batch_loader`.
         replay: turns the loaded micro-batches into those to train on; None trains on them as they are. A
             buffer that has to be read again is read here, before the first step.
+        taken: told of each micro-batch that a step takes.
     """
 
     def __init__(
         self,
-        builder: BatchBuilder,
-        requests: RequestSampler,
+        builder: Dataset[Batch],
+        requests: Iterable[BatchRequest],
         accelerator: Accelerator,
         *,
         num_workers: int,
         prefetch: int,
         replay: Replay | None = None,
+        taken: Callable[[Batch], None] = lambda batch: None,
     ) -> None:
         loader = batch_loader(
             builder,
@@ -51,6 +54,7 @@ class Feed:
             replay.refill(self._loaded)
             self._batches = replay.batches(self._loaded)
         self._device = accelerator.device
+        self._taken = taken
         self.wait_seconds = 0.0
         """Time that the current step has waited for data."""
 
@@ -63,6 +67,7 @@ class Feed:
             batch = next(self._batches)
             self.wait_seconds += time.perf_counter() - start
             last = batch.request.last
+            self._taken(batch)
             yield batch.to(self._device)
 
     def close(self) -> None:

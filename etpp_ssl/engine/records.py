@@ -11,6 +11,7 @@ from etpp_ssl.engine.checkpoint import save_checkpoint
 from etpp_ssl.engine.metrics import Meter
 from etpp_ssl.engine.run import BaseRun
 from etpp_ssl.engine.state import environment
+from etpp_ssl.engine.streams import gather_streams
 
 
 def log_due(run: BaseRun) -> bool:
@@ -44,13 +45,14 @@ def log_row(run: BaseRun, stage: Stage, meter: Meter, lr: float) -> None:
 
 
 def save(run: BaseRun, average: Mapping[str, Tensor] | None = None) -> None:
-    """Write a checkpoint of the run as it stands; every process may call it.
+    """Write a checkpoint of the run as it stands; every process must call it.
 
     Args:
         run: the run.
         average: a moving average of the model's tensors, where the run keeps one.
     """
     accelerator = run.accelerator
+    gather_streams(accelerator, run.state)
     if accelerator.is_main_process:
         scaler = accelerator.scaler
         save_checkpoint(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.data.augment import EvalView, Normalise, TrainView, View
 from etpp_ssl.data.images import ImageSource
-from etpp_ssl.data.loader import Batch, BatchBuilder
+from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.replay import Replay, ReplayPlan
-from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
+from etpp_ssl.data.sampler import RequestSampler
 from etpp_ssl.data.splits import open_split
+from etpp_ssl.data.training import Reader, TrainingImages, open_training
 from etpp_ssl.engine.accelerator import open_accelerator
 from etpp_ssl.engine.checkpoint import load_checkpoint
 from etpp_ssl.engine.feed import Feed
@@ -29,6 +31,7 @@ from etpp_ssl.engine.progress import Progress
 from etpp_ssl.engine.replay_memory import check_replay, replay_notes
 from etpp_ssl.engine.start import prepare_folder, starting_point
 from etpp_ssl.engine.state import TrainState, environment, environment_changes
+from etpp_ssl.engine.streams import check_stream, follow_stream, place_in_stream
 from etpp_ssl.evaluation.base import Probe, ProbeContext
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.masker import Masker
@@ -47,7 +50,7 @@ class BaseRun:
     folder: RunFolder
     accelerator: Accelerator
     curriculum: Curriculum
-    source: ImageSource
+    source: TrainingImages
     view: View
     normalise: Normalise
     model: torch.nn.Module
@@ -72,8 +75,7 @@ class BaseRun:
 
     def open_feed(self, step_plan: Callable[[int], ReplayPlan], steps: range) -> Feed:
         """This process's batches of the given steps."""
-        recipe, accelerator = self.recipe, self.accelerator
-        order = KeyedOrder(len(self.source), recipe.seed)
+        recipe, state, accelerator = self.recipe, self.state, self.accelerator
         part: dict[str, Any] = {
             "rank": accelerator.process_index,
             "num_processes": accelerator.num_processes,
@@ -88,13 +90,26 @@ class BaseRun:
             pin_memory=accelerator.device.type == "cuda",
             **part,
         )
+        reader = Reader(
+            seed=recipe.seed,
+            rank=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            view=self.view,
+            num_classes=self.num_classes,
+            place=place_in_stream(recipe, state, accelerator.process_index),
+        )
+        read = range(replay.first_read, steps.stop)
+        loading = self.source.loading(
+            partial(RequestSampler, step_plan=step_plan, steps=read, **part), reader
+        )
         return Feed(
-            BatchBuilder(self.source, self.view, order, self.num_classes),
-            RequestSampler(order, step_plan, range(replay.first_read, steps.stop), **part),
+            loading.builder,
+            loading.requests,
             accelerator,
             num_workers=recipe.data.num_workers,
             prefetch=recipe.data.prefetch,
             replay=replay,
+            taken=follow_stream(recipe, state, accelerator),
         )
 
     def synchronised(self, batch: Batch) -> AbstractContextManager[None]:
@@ -160,7 +175,7 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
         load_init(model, recipe.init, progress.say)
     if state.plan is not None:
         curriculum = progress.curriculum = curriculum.laid_out(state.plan.segments)
-    check_start(recipe, curriculum, state, accelerator.num_processes)
+    check_start(recipe, source, curriculum, state, accelerator.num_processes)
     kernels = kernels_in_use(recipe)
     prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
     if start is not None:
@@ -201,7 +216,9 @@ def crop_view(recipe: RunRecipe) -> TrainView:
     )
 
 
-def check_start(recipe: RunRecipe, curriculum: Curriculum, state: TrainState, num_processes: int) -> None:
+def check_start(
+    recipe: RunRecipe, source: TrainingImages, curriculum: Curriculum, state: TrainState, num_processes: int
+) -> None:
     """See that a run can go on from its state with so many processes.
 
     Raises:
@@ -218,6 +235,7 @@ def check_start(recipe: RunRecipe, curriculum: Curriculum, state: TrainState, nu
             f"checkpoint of step {state.step} is beyond this recipe's {curriculum.num_steps} steps"
         )
     check_replay(recipe, curriculum, num_processes, state.step)
+    check_stream(recipe, source, curriculum, state, num_processes)
 
 
 def restore(accelerator: Accelerator, saved: dict[str, Any], kernels: str, progress: Progress) -> None:
@@ -296,16 +314,14 @@ def build_probe(
     )
 
 
-def open_training_images(recipe: RunRecipe) -> ImageSource:
+def open_training_images(recipe: RunRecipe) -> TrainingImages:
     """The images that a recipe trains on.
 
     Raises:
         UserError: if they are not there, or another number than the recipe says.
     """
     recipe.data.statistics(recipe.in_chans)
-    source = open_split(
-        recipe.data, "train", in_chans=recipe.in_chans, image_size=recipe.size, seed=recipe.seed
-    )
+    source = open_training(recipe.data, in_chans=recipe.in_chans, image_size=recipe.size, seed=recipe.seed)
     expected = recipe.data.stated_images
     if expected is not None and expected != len(source):
         raise UserError(

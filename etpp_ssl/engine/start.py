@@ -11,7 +11,7 @@ from pathlib import Path
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.curriculum.hours import TimePlan, replan
-from etpp_ssl.data.images import ImageSource
+from etpp_ssl.data.training import TrainingImages
 from etpp_ssl.engine.metrics import MetricsFile
 from etpp_ssl.engine.state import TrainState
 from etpp_ssl.recipe import RunRecipe
@@ -22,7 +22,7 @@ from etpp_ssl.run_folder import Checkpoint, RunFolder
 def starting_point(
     recipe: RunRecipe,
     folder: RunFolder,
-    source: ImageSource,
+    source: TrainingImages,
     curriculum: Curriculum,
     fork: Path | None,
     say: Callable[[str], None],
@@ -70,6 +70,8 @@ def starting_point(
     if forked:
         # The old recipe's losses belong in no row of this one's.
         state.loss_sum, state.part_sums, state.loss_steps = 0.0, {}, 0
+        # Its data, processes and data workers may be others.
+        state.streams = []
         state.plan = _plan_of_fork(recipe, curriculum, state, start)
         say(f"forked from {start.path} at step {state.step}")
     else:

@@ -33,6 +33,9 @@ class TrainState:
     """The steps of a run with a budget in hours."""
     bad_images: dict[int, str] = field(default_factory=dict)
     """Unreadable images met so far: number in the data set, and name."""
+    streams: list[dict[str, Any] | None] = field(default_factory=list)
+    """Where each process stands in a stream, by rank; empty before the first batch, and for images that are
+    addressed by index. A process keeps its own entry up to date; the others are of the last checkpoint."""
 
     def to_json(self) -> dict[str, Any]:
         """A form that survives JSON to the bit."""
@@ -45,6 +48,7 @@ class TrainState:
             "elapsed": self.elapsed,
             "plan": self.plan.to_json() if self.plan is not None else None,
             "bad_images": sorted(self.bad_images.items()),
+            "streams": self.streams,
         }
 
     @classmethod
@@ -61,6 +65,8 @@ class TrainState:
             elapsed=values.get("elapsed", values["seconds"]),
             plan=TimePlan.from_json(values["plan"]) if values.get("plan") else None,
             bad_images=dict(values["bad_images"]),
+            # Checkpoints of version 0.3.0 lack it.
+            streams=values.get("streams", []),
         )
 
 
