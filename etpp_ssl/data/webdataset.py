@@ -22,6 +22,8 @@ from etpp_ssl.data.stream import Item, StreamConfig, require_library
 TARS = (".tar", ".tar.gz", ".tgz")
 """Names that count as shards inside a folder."""
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+_META = re.compile(r"__[^/]*__($|/)")
+"""What the webdataset library keeps for notes about the tar."""
 
 
 class WebDatasetSettings(ShardSettings):
@@ -169,7 +171,7 @@ def _files(stream: IO[bytes]) -> Iterator[tuple[str, str, bytes]]:
                 # A tar remembers all of its members otherwise.
                 tar.members = []  # type: ignore[attr-defined]
                 key, extension = base_plus_ext(member.name)
-                if not member.isreg() or key is None or os.path.basename(key).startswith("__"):
+                if not member.isreg() or key is None or _META.match(member.name):
                     continue
                 last_key = key
                 file = tar.extractfile(member)
