@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
+import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,6 +26,7 @@ from etpp_ssl.engine.plan import plan_run
 from etpp_ssl.engine.pretrain import pretrain
 from etpp_ssl.engine.run import open_run
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
+from etpp_ssl.recipe_file import load_recipe
 
 TIMINGS = {"seconds", "images_per_second", "data_wait_share", "probe_seconds"}
 EVAL = {"name": "synthetic", "num_images": 12, "num_eval_images": 6, "num_classes": 3}
@@ -81,42 +82,51 @@ def test_a_run_killed_at_any_step_ends_in_the_same_bits(
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
+def _train_as(rank: int, port: int, recipe: Path, output: Path) -> None:
+    """Train as one of two processes, as torchrun would start it."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    # Data workers would otherwise start as this process did, and load torch again.
+    multiprocessing.set_start_method("fork", force=True)
+    pretrain(load_recipe(recipe, [f"output={output}"]))
+
+
+def train_two(recipe: Path, output: Path) -> None:
+    # Their torch is loaded once, in the server that they are forked from.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["etpp_ssl.engine.pretrain", "etpp_ssl.recipe_file", "datasets"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=_train_as, args=(rank, port, recipe, output)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
 def test_two_processes_save_where_both_stand_and_go_on_from_there(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole, cut, file = tmp_path / "whole", tmp_path / "cut", tmp_path / "recipe.yaml"
     recipe = tiny_recipe(
         f"output={whole}", data_of(EXAMPLES["mix"](tmp_path), num_workers=1), "micro_batch_size=3",
         "checkpoint.every_steps=4", "checkpoint.keep=9",
     )  # fmt: skip
-    recipe.save(tmp_path / "recipe.yaml")
-
-    def train(folder: Path) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
-             "etpp_ssl", "pretrain", str(tmp_path / "recipe.yaml"), f"output={folder}"],
-            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-            timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-
-    train(whole)
+    recipe.save(file)
+    train_two(file, whole)
     shutil.copytree(whole, cut)
     for checkpoint in sorted((cut / "checkpoints").glob("step-*"))[1:]:
         shutil.rmtree(checkpoint)
-    (early,) = (state_of(cut)["streams"],)
-    assert len(early) == 2
-    assert early[0]["lanes"] != early[1]["lanes"]
+    first, second = state_of(cut)["streams"]
+    assert first["lanes"] != second["lanes"]
     with pytest.raises(UserError, match="read with processes 2 and cannot go on with 1"):
-        pretrain(tiny_recipe(*_overrides(recipe, cut)))
-    train(cut)
+        open_run(load_recipe(file, [f"output={cut}"]))
+    train_two(file, cut)
     assert_same(whole, cut)
-
-
-def _overrides(recipe: Recipe, output: Path) -> list[str]:
-    values = recipe.model_dump(mode="json", exclude_none=True)
-    keys = ("data", "micro_batch_size", "checkpoint")
-    return [f"output={output}", *(f"{key}={json.dumps(values[key])}" for key in keys)]
 
 
 def test_another_number_of_readers_is_a_sentence_and_a_fork_begins_anew(
@@ -138,14 +148,10 @@ def test_another_number_of_readers_is_a_sentence_and_a_fork_begins_anew(
             open_run(changed)
         assert "\n" not in str(error.value)
         assert "--fork" in str(error.value)
-        fork = open_run(changed.model_copy(update={"output": str(tmp_path / "fork")}), recipe_folder(recipe))
+        fork = open_run(changed.model_copy(update={"output": str(tmp_path / "fork")}), Path(recipe.output))
         assert (fork.state.step, fork.state.streams) == (6, [])
     # One worker reads what no worker reads.
     assert open_run(tiny_recipe(data_of(config, num_workers=1))).state.step == 6
-
-
-def recipe_folder(recipe: Recipe) -> Path:
-    return Path(recipe.output)
 
 
 def test_what_a_stream_does_not_go_with_is_a_sentence(
@@ -228,8 +234,6 @@ def test_labels_and_classes_that_do_not_fit_are_a_sentence(
 def test_a_resolved_recipe_of_a_stream_reads_back_equal(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    from etpp_ssl.recipe_file import load_recipe
-
     for name, make in EXAMPLES.items():
         recipe = tiny_recipe(data_of(make(tmp_path / name), eval=EVAL))
         recipe.save(tmp_path / "recipe.yaml")
