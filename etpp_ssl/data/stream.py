@@ -84,7 +84,8 @@ class StreamConfig(DataConfig):
 
     classes: tuple[str, ...] | None = None
     """Class names in the order of the labels, where the data does not tell them. A classifier can do without,
-    given `model.num_classes`; its evaluation images' classes then have to be in the order of the labels."""
+    given `model.num_classes`: its evaluation images' classes then have to be in the order of the labels, and
+    lend it their names."""
     eval: Annotated[AnyIndexedData, Field(discriminator="name")] | None = neutral(None)
     """Data that is read by index, for evaluation: its "eval" part, and its "train" part for probes that
     need labelled training images. Its settings of loading and of views have no effect."""

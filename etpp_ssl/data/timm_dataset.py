@@ -82,7 +82,8 @@ class TimmConfig(DataConfig):
         if prefix in STREAMS:
             raise UserError(
                 f"data.dataset {self.dataset!r} is a stream; only data sets that can be addressed by "
-                f"index are supported: folders, tars (data.root=FILE.tar), torch/..., hfds/..."
+                f"index are supported: folders, tars (data.root=FILE.tar), torch/..., hfds/...; "
+                f"data=webdataset and data=huggingface read streams"
             )
         if self.dataset and (prefix not in ("torch", "hfds") or "/" not in self.dataset):
             raise UserError(

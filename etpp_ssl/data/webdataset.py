@@ -99,6 +99,12 @@ class WebDatasetReader:
             for key, files in groupby(_files(stream), itemgetter(0)):
                 content = {extension: data for _, extension, data in files}
                 yield self._item(f"{printable(url)} :: {printable(key)}", content)
+        except OSError as error:
+            # The library's sentence is its whole command line.
+            code = re.search(r"exit (-?\d+) \(read\)", str(error))
+            if code is None:
+                raise
+            raise OSError(f"exit code {code[1]} of what reads it") from error
         finally:
             # A command that is not read to its end may complain.
             with suppress(OSError):

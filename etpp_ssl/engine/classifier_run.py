@@ -15,6 +15,7 @@ from etpp_ssl.data.augment import EvalView, Normalise
 from etpp_ssl.data.erasing import RandomErasing
 from etpp_ssl.data.mixup import Mixup
 from etpp_ssl.data.splits import check_labels, check_same_classes, open_split
+from etpp_ssl.data.training import TrainingImages
 from etpp_ssl.engine.accelerator import open_accelerator
 from etpp_ssl.engine.checkpoint import load_checkpoint
 from etpp_ssl.engine.ema import WeightAverage
@@ -111,10 +112,18 @@ def open_classifier_run(recipe: FinetuneRecipe, fork: Path | None = None) -> Cla
         metrics=MetricsFile(folder, accelerator),
         progress=progress,
         kernels=kernels,
-        classes=source.classes,
+        classes=class_names(source, evaluation, num_classes),
         num_classes=num_classes,
         data_fingerprint=source.fingerprint(),
     )
+
+
+def class_names(
+    source: TrainingImages, evaluation: ClassifierEvaluation | None, num_classes: int
+) -> list[str]:
+    """Names for the classes of a run: a stream without any takes its evaluation images', or numbers."""
+    named = source.classes or (evaluation.source.classes if evaluation is not None else None)
+    return named or [str(number) for number in range(num_classes)]
 
 
 def check_sizes(recipe: FinetuneRecipe, curriculum: Curriculum) -> None:

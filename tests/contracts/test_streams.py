@@ -19,7 +19,7 @@ import torch
 from stream_sources import EXAMPLES, NUM_IMAGES
 
 import etpp_ssl.data
-from etpp_ssl.config import UserError
+from etpp_ssl.config import RunFault, UserError
 from etpp_ssl.data.augment import TrainView
 from etpp_ssl.data.loader import Batch, batch_loader, batches
 from etpp_ssl.data.mix import MixedStream
@@ -27,6 +27,7 @@ from etpp_ssl.data.sampler import RequestSampler
 from etpp_ssl.data.stream import Stream, StreamConfig
 from etpp_ssl.data.stream_loader import StreamPlace
 from etpp_ssl.data.training import Reader, open_training
+from etpp_ssl.data.webdataset import WebDatasetConfig
 from etpp_ssl.recipe import AnyStream
 
 SIZE = (16, 24)
@@ -233,6 +234,14 @@ def test_a_stream_of_broken_samples_is_one_sentence(tmp_path: Path) -> None:
             with pytest.raises(UserError, match=r"^data: 100 images in a row cannot be read") as error:
                 read(config, num_workers=num_workers)
             assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_that_cannot_be_read_is_a_fault_of_the_run(num_workers: int) -> None:
+    config = WebDatasetConfig(urls="pipe:exit 3", num_images=NUM_IMAGES, retries=0)
+    with pytest.raises(RunFault, match=r"^data: shard 'pipe:exit 3' cannot be read after 1 try") as error:
+        read(config, num_workers=num_workers)
+    assert "\n" not in str(error.value)
 
 
 def test_too_few_shards_are_one_sentence_with_both_numbers(config: StreamConfig) -> None:

@@ -184,7 +184,7 @@ def test_a_command_that_fails_in_the_middle_is_run_again(tmp_path: Path) -> None
         f"cd {tmp_path}; if [ -e tried ]; then cat {file}; else touch tried; head -c 6000 {file}; exit 3; fi"
     )
     assert labels_of(f"pipe:{command}", retries=1) == list(range(5))
-    with pytest.raises(RunFault, match="exit 3"):
+    with pytest.raises(RunFault, match="exit code 3 of what reads it"):
         items_of(f"pipe:head -c 6000 {file}; exit 3", retries=1)
 
 

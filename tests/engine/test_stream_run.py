@@ -21,6 +21,7 @@ from stream_sources import EXAMPLES, NUM_IMAGES
 import etpp_ssl.engine.budget as budget
 from etpp_ssl.config import UserError
 from etpp_ssl.data.stream import StreamConfig
+from etpp_ssl.engine.evaluate import evaluate_run
 from etpp_ssl.engine.finetune import finetune
 from etpp_ssl.engine.plan import plan_run
 from etpp_ssl.engine.pretrain import pretrain
@@ -211,6 +212,22 @@ def test_a_classifier_learns_from_the_labels_of_a_stream(
         finetune(cut)
     finetune(cut)
     assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_stream_without_class_names_takes_those_of_its_evaluation_images(
+    tiny_classifier: Callable[..., FinetuneRecipe], tmp_path: Path
+) -> None:
+    config = EXAMPLES["webdataset"](tmp_path)
+    overrides = [f"model.num_classes={NUM_IMAGES}", "budget_epochs=0.5"]
+    named = tiny_classifier(data_of(config, eval=EVAL), *overrides)
+    run = finetune(named)
+    assert run.evaluation is not None
+    assert run.classes == run.evaluation.source.classes
+    assert evaluate_run(named, run.folder, print).classes == run.classes
+    numbered = tiny_classifier(
+        f"output={tmp_path / 'other'}", data_of(config), *overrides, "evaluate.split=null"
+    )
+    assert finetune(numbered).classes == [str(number) for number in range(NUM_IMAGES)]
 
 
 def test_labels_and_classes_that_do_not_fit_are_a_sentence(
