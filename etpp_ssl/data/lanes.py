@@ -2,8 +2,8 @@
 
 The shards of epoch e are in a keyed order, and each lane takes every so-many-th of them, so that every shard
 is read by one lane. Their items are read in sequence and shuffled in blocks of `shuffle_buffer`: an item can
-change places with those of its block, and with no others. So the images of one block come from one or two
-shards: where a shard holds images of one kind (one class, one video), shuffle them before writing the shards.
+change places with those of its block, and with no others. So what is near in a shard stays near: where a
+shard holds images of one kind (one class, one video), shuffle them before writing the shards.
 
 A lane goes on to the next epoch when its shards are read. Where the number of shards is no multiple of the
 number of lanes, those with one shard less go on earlier; which ones that are changes with every epoch.

@@ -82,6 +82,9 @@ class Stream(Protocol):
 class StreamConfig(DataConfig):
     """Settings that every stream shares."""
 
+    num_images: int | None = Field(default=None, ge=1)
+    """Images in an epoch, which the number of steps follows from. A stream does not tell it, so it has to be
+    given; if it is not quite right, the run trains as many images as it says."""
     classes: tuple[str, ...] | None = None
     """Class names in the order of the labels, where the data does not tell them. A classifier can do without,
     given `model.num_classes`: its evaluation images' classes then have to be in the order of the labels, and

@@ -21,7 +21,7 @@ from etpp_ssl.data.stream import Item, StreamConfig, require_library
 
 TARS = (".tar", ".tar.gz", ".tgz")
 """Names that count as shards inside a folder."""
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)
 _META = re.compile(r"__[^/]*__($|/)")
 """What the webdataset library keeps for notes about the tar."""
 
@@ -39,12 +39,12 @@ class WebDatasetSettings(ShardSettings):
     label_key: str | None = "cls"
     """Extension of a text file with the class index; null reads none. Samples without one have no label."""
 
-    @field_validator("image_keys")
+    @field_validator("urls", "image_keys")
     @classmethod
-    def _some_key(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
-        if not keys:
-            raise ValueError("it is empty: give at least one extension, for instance [jpg]")
-        return keys
+    def _not_empty(cls, given: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not given:
+            raise ValueError("it is empty: give at least one")
+        return given
 
     def open_reader(self) -> WebDatasetReader:
         """Find the tars; see `ShardSettings.open_reader`."""

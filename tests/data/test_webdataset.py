@@ -205,6 +205,12 @@ def test_folders_patterns_and_lists_are_found_in_a_fixed_order(
     assert both.names == [*expected[4:6], "http://a/0.tar"]
 
 
+@pytest.mark.parametrize("key", ["urls", "image_keys"])
+def test_an_empty_list_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match="it is empty"):
+        WebDatasetConfig.model_validate({"urls": "x", "num_images": 1, key: []})
+
+
 def test_missing_tars_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for pattern, words in (

@@ -142,6 +142,7 @@ def test_another_number_of_readers_is_a_sentence_and_a_fork_begins_anew(
     for change, words in (
         ("data.num_workers=2", "read with data.num_workers 1 and cannot go on with 2"),
         ("micro_batch_size=3", "read with micro_batch_size None and cannot go on with 3"),
+        ("data.num_images=32", r"data\.num_images \(31 -> 32\)"),
         (data_of(config, urls=f"{tmp_path}/tars/{{0..5}}.tar"), "the data is not what run"),
     ):
         changed = tiny_recipe(data_of(config), "checkpoint.every_steps=3", change)
