@@ -186,6 +186,9 @@ def test_a_command_that_fails_in_the_middle_is_run_again(tmp_path: Path) -> None
     assert labels_of(f"pipe:{command}", retries=1) == list(range(5))
     with pytest.raises(RunFault, match="exit code 3 of what reads it"):
         items_of(f"pipe:head -c 6000 {file}; exit 3", retries=1)
+    # It says so only after its last byte.
+    with pytest.raises(RunFault, match="exit code 4"):
+        items_of(f"pipe:head -c 6000 {file}; exec >&-; sleep 0.3; exit 4")
 
 
 def test_folders_patterns_and_lists_are_found_in_a_fixed_order(
