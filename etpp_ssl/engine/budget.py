@@ -19,6 +19,7 @@ from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.curriculum.hours import TimePlan, first_plan, replan, shortest_seconds
 from etpp_ssl.engine.feed import Feed
 from etpp_ssl.engine.run import Run
+from etpp_ssl.engine.sharding import own_parts
 from etpp_ssl.engine.start import write_plan
 
 FEWEST_STEPS, MOST_STEPS = 3, 1000
@@ -85,13 +86,14 @@ def _measure(run: Run) -> tuple[list[float], float]:
     scale and random generators are as before, and the order of samples has no memory.
     """
     device, scaler = run.accelerator.device, run.accelerator.scaler
-    weights = {name: value.to("cpu", copy=True) for name, value in run.bare_model.state_dict().items()}
+    weights = {name: value.to("cpu", copy=True) for name, value in own_parts(run.bare_model).items()}
     scale = scaler.state_dict() if scaler is not None else None
     run.model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         pace = [_step_seconds(run, stage) for stage in run.curriculum.stages]
         probe_seconds = _probe_seconds(run)
-    run.bare_model.load_state_dict(weights)
+    for name, value in own_parts(run.bare_model).items():
+        value.copy_(weights[name])
     run.optimizer.state.clear()
     if scaler is not None:
         scaler.load_state_dict(scale)

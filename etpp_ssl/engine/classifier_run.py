@@ -18,6 +18,7 @@ from etpp_ssl.data.splits import check_labels, check_same_classes, open_split
 from etpp_ssl.engine.accelerator import open_accelerator
 from etpp_ssl.engine.checkpoint import load_checkpoint
 from etpp_ssl.engine.ema import WeightAverage
+from etpp_ssl.engine.fsdp import prepare
 from etpp_ssl.engine.initial_classifier import load_classifier_init
 from etpp_ssl.engine.metrics import MetricsFile
 from etpp_ssl.engine.progress import Progress
@@ -42,12 +43,14 @@ class ClassifierRun(BaseRun):
     evaluation: ClassifierEvaluation | None
 
     def trained_model(self) -> nn.Module:
-        """What is evaluated and exported: the moving average, where there is one.
+        """What is evaluated and exported: the moving average, where there is one; a copy if it is sharded.
 
         Batch norms' statistics are each process's own; here all processes get the main one's, which are
         those that a checkpoint holds. Every process must call it.
         """
         model: nn.Module = self.bare_model if self.average is None else self.average.model
+        if self.copies is not None:
+            model = self.copies.whole(model)
         for buffer in model.buffers():
             broadcast(buffer)
         return model
@@ -83,10 +86,11 @@ def open_classifier_run(recipe: FinetuneRecipe, fork: Path | None = None) -> Cla
         load_classifier_init(model.net, recipe.init, progress.say)
     check_start(recipe, curriculum, state, accelerator.num_processes)
     optimizer = recipe.optim.build(model.net, accelerator.device)
-    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+    prepared, prepared_optimizer, copies = prepare(accelerator, recipe, curriculum, model, optimizer)
     average = None
     if recipe.optim.ema is not None:
-        average = WeightAverage(model, recipe.optim.ema, warmup=recipe.optim.ema_warmup)
+        averaged = model if copies is None else copies.parts(model)
+        average = WeightAverage(averaged, recipe.optim.ema, warmup=recipe.optim.ema_warmup)
     if start is not None:
         saved = load_checkpoint(start, model, optimizer)
         if average is not None:
@@ -104,6 +108,7 @@ def open_classifier_run(recipe: FinetuneRecipe, fork: Path | None = None) -> Cla
         mix=recipe.augment.build_mixup(num_classes, recipe.seed),
         model=prepared,
         bare_model=model,
+        copies=copies,
         optimizer=prepared_optimizer,
         average=average,
         evaluation=evaluation,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from etpp_ssl.curriculum.base import Stage
-from etpp_ssl.engine.checkpoint import save_checkpoint
+from etpp_ssl.engine.checkpoint import checkpoint_files, write_checkpoint
 from etpp_ssl.engine.metrics import Meter
 from etpp_ssl.engine.run import BaseRun
 from etpp_ssl.engine.state import environment
@@ -44,20 +44,20 @@ def log_row(run: BaseRun, stage: Stage, meter: Meter, lr: float) -> None:
 
 
 def save(run: BaseRun, average: Mapping[str, Tensor] | None = None) -> None:
-    """Write a checkpoint of the run as it stands; every process may call it.
+    """Write a checkpoint of the run as it stands; every process must call it.
 
     Args:
         run: the run.
         average: a moving average of the model's tensors, where the run keeps one.
     """
     accelerator = run.accelerator
+    files = checkpoint_files(run.bare_model, run.optimizer, average, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
         scaler = accelerator.scaler
-        save_checkpoint(
+        write_checkpoint(
             run.folder,
             run.state.step,
-            run.bare_model,
-            run.optimizer,
+            files,
             {
                 "state": run.state.to_json(),
                 "environment": environment(accelerator.num_processes, accelerator.device, run.kernels),
@@ -66,5 +66,4 @@ def save(run: BaseRun, average: Mapping[str, Tensor] | None = None) -> None:
                 "scaler": scaler.state_dict() if scaler is not None else None,
             },
             keep=run.recipe.checkpoint.keep,
-            average=average,
         )

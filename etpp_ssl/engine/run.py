@@ -22,11 +22,13 @@ from etpp_ssl.data.splits import open_split
 from etpp_ssl.engine.accelerator import open_accelerator
 from etpp_ssl.engine.checkpoint import load_checkpoint
 from etpp_ssl.engine.feed import Feed
+from etpp_ssl.engine.fsdp import prepare
 from etpp_ssl.engine.initial_weights import load_init
 from etpp_ssl.engine.kernels import kernels_in_use
 from etpp_ssl.engine.metrics import MetricsFile
 from etpp_ssl.engine.progress import Progress
 from etpp_ssl.engine.replay_memory import check_replay, replay_notes
+from etpp_ssl.engine.sharding import Copies, WholeModelProbe
 from etpp_ssl.engine.start import prepare_folder, starting_point
 from etpp_ssl.engine.state import TrainState, environment, environment_changes
 from etpp_ssl.evaluation.base import Probe, ProbeContext
@@ -60,6 +62,8 @@ class BaseRun:
     kernels: str
     """What a checkpoint remembers of the kernels chosen."""
     data_fingerprint: str
+    copies: Copies | None = None
+    """Makes whole copies of the model where it is sharded."""
     classes: list[str] | None = None
     """Class names in the order of a classifier's outputs."""
     num_classes: int | None = None
@@ -162,7 +166,9 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
         curriculum = progress.curriculum = curriculum.laid_out(state.plan.segments)
     check_start(recipe, curriculum, state, accelerator.num_processes)
     kernels = kernels_in_use(recipe)
-    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+    prepared, prepared_optimizer, copies = prepare(accelerator, recipe, curriculum, model, optimizer)
+    if probe is not None and copies is not None:
+        probe = WholeModelProbe(probe, copies)
     if start is not None:
         restore(accelerator, load_checkpoint(start, model, optimizer), kernels, progress)
     return Run(
@@ -177,6 +183,7 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
         objective=objective,
         model=prepared,
         bare_model=model,
+        copies=copies,
         optimizer=prepared_optimizer,
         probe=probe,
         state=state,

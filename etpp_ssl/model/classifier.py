@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 from timm.layers import trunc_normal_
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import etpp_ssl.model.cswin
@@ -221,6 +222,11 @@ class Classifier(nn.Module):
         self.net = net
         self.drop_path_keys = key_drop_path(net, seed)
         self.grad_checkpointing = grad_checkpointing
+
+    @property
+    def transformer_blocks(self) -> list[nn.Module]:
+        """A Vision Transformer's blocks, nearly all of its parameters; none of other networks."""
+        return list(self.net.blocks) if isinstance(self.net, VisionTransformer) else []
 
     def forward(self, images_BCHW: Tensor, positions_B: Tensor | None = None) -> Tensor:
         """Logits.

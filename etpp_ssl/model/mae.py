@@ -179,6 +179,11 @@ class MaskedAutoencoder(nn.Module):
         """(p, q) in pixels."""
         return as_pair(tuple(self.encoder.patch_embed.patch_size))
 
+    @property
+    def transformer_blocks(self) -> list[nn.Module]:
+        """The blocks of encoder and decoder, nearly all of the parameters."""
+        return [*self.encoder.blocks, *self.decoder.blocks]
+
     def run_blocks_by(self, run: BlockRunner) -> None:
         """Choose how the blocks of encoder and decoder are run."""
         self.run = run
