@@ -142,7 +142,7 @@ def check_sharded(recipe: RunRecipe, curriculum: Curriculum, num_processes: int)
         if len(counts) > 1:
             raise UserError(
                 f"batch_size {stage.batch_size} (stage {stage.index + 1}) gives some of the {num_processes} "
-                f"processes {min(counts)} micro-batches and others {max(counts)}, but under FSDP2 all need the "
+                f"processes {min(counts)} micro-batches and others {max(counts)}; under FSDP2 all need the "
                 f"same number; take a batch_size that is a multiple of {num_processes}"
             )
 
