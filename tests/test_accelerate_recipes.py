@@ -151,12 +151,10 @@ def test_the_job_launches_on_every_node_and_goes_back_in_the_queue(bash: dict[st
     done = run_bash(bash, str(SCRIPT), *arguments)
     assert done.returncode == 1
     (launch,) = calls(bash, "<launch>")
-    assert launch == "".join(
-        f"<{argument}>"
-        for argument in ["launch", "--config_file", "recipes/accelerate/two_nodes.yaml", "--num_machines", "2",
-                         "--num_processes", "16", "--machine_rank", "1", "--main_process_ip", "first",
-                         "--main_process_port", "24711", "-m", "etpp_ssl", *arguments]
-    )  # fmt: skip
+    options = {"config_file": "recipes/accelerate/two_nodes.yaml", "num_machines": 2, "num_processes": 16,
+               "machine_rank": 1, "main_process_ip": "first", "main_process_port": 20000 + 4711}  # fmt: skip
+    given = "".join(f"<--{name}><{value}>" for name, value in options.items())
+    assert launch == f"<launch>{given}<-m><etpp_ssl>" + "".join(f"<{argument}>" for argument in arguments)
     assert calls(bash, "scontrol")[-1] == "scontrol requeue 4711"
 
 

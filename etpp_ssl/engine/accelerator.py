@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 from etpp_ssl.config import UserError
-from etpp_ssl.engine.fsdp import fsdp_plugin
+from etpp_ssl.engine.fsdp import fsdp_plugin, refuse_deepspeed
 from etpp_ssl.recipe import RunRecipe
 
 
@@ -17,14 +17,15 @@ def open_accelerator(recipe: RunRecipe) -> Accelerator:
     """accelerate, set up as the recipe says.
 
     Raises:
-        UserError: for a precision that the device lacks, a tracker that is not installed or a setting of
-            FSDP that does not serve.
+        UserError: for a precision that the device lacks, a tracker that is not installed, DeepSpeed or a
+            setting of FSDP that does not serve.
     """
     tracker = recipe.tracker.name
     if tracker != "none" and tracker not in [str(t) for t in get_available_trackers()]:
         raise UserError(f"tracker {tracker!r} is not installed: pip install {tracker}")
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precision = "no" if recipe.precision == "fp32" else recipe.precision
+    refuse_deepspeed()
     plugin = fsdp_plugin(recipe.precision)
     accelerator = Accelerator(
         # Said explicitly, torchrun's CPU processes find each other (gloo) instead of running alone.

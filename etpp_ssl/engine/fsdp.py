@@ -1,5 +1,7 @@
 """accelerate's FSDP2, set up for a recipe: what is wrapped, in which precision, and what is refused.
 
+DeepSpeed is among the latter.
+
 `accelerate launch` hands its configuration file on as environment variables. The units are the model's
 transformer blocks; all other parameters are the root unit's, which stays whole from the beginning of a
 forward pass to the end of its backward pass, because models read some of them outside any module's forward
@@ -71,6 +73,22 @@ def fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
         raise UserError("precision fp16 does not go together with FSDP2; use bf16 or fp32")
     halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return FullyShardedDataParallelPlugin(mixed_precision_policy=halved if precision == "bf16" else None)
+
+
+def refuse_deepspeed() -> None:
+    """See that the accelerate configuration does not ask for DeepSpeed.
+
+    Under it accelerate's `backward` takes the optimizer step, with every micro-batch and before a run has judged
+    the gradients, and the optimizer's state lies in buffers that no checkpoint of ours describes.
+
+    Raises:
+        UserError: if it does.
+    """
+    if _set("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "accelerate was launched with DeepSpeed, which takes its optimizer steps out of the run's hands; "
+            "use FSDP2 for the same division of memory (recipes/accelerate/fsdp2_8gpu.yaml)"
+        )
 
 
 def prepare(

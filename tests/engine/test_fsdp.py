@@ -1,4 +1,4 @@
-"""FSDP2 on two CPU processes: DDP's losses, checkpoints that tell no difference, evaluation, exports; refusals."""
+"""FSDP2 on two CPU processes: DDP's losses, checkpoints like any other, evaluation, exports; refusals."""
 
 from __future__ import annotations
 
@@ -46,14 +46,15 @@ Folder = Callable[[str], RunFolder]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """Folders of runs, all trained by one launch of two processes; `one` and `from two` by this process."""
+    """Folders of runs, all trained by one launch of two processes; those called `one` by this process."""
     root = tmp_path_factory.mktemp("fsdp")
     recipes: dict[str, Recipe | FinetuneRecipe] = {}
     for name, overrides in RUNS.items():
-        parse, text = (
-            (parse_finetune_recipe, TINY_CLASSIFIER) if name == "classifier" else (parse_recipe, TINY)
-        )
-        recipes[name] = parse(text, [f"output={root / name}", *COMMON, *overrides])
+        settings = [f"output={root / name}", *COMMON, *overrides]
+        if name == "classifier":
+            recipes[name] = parse_finetune_recipe(TINY_CLASSIFIER, settings)
+        else:
+            recipes[name] = parse_recipe(TINY, settings)
         recipes[name].save(root / f"{name}.yaml")
 
     one = recipes["mae"].model_copy(update={"output": str(root / "one")})
@@ -75,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 
 def launch(root: Path, runs: list[tuple[str, str, str | None]]) -> None:
-    """Train runs by two processes, each given as recipe, output and the run whose checkpoint it goes on from."""
+    """Train runs by two processes, each given as recipe, output and the run that it goes on from."""
     tasks = [
         {
             "recipe": f"{root / recipe}.yaml",
@@ -283,6 +284,15 @@ def test_fp16_compiled_blocks_and_uneven_micro_batches_are_refused(
         check("batch_size=13", "micro_batch_size=3")
     with pytest.raises(UserError, match=r"model.compiled is true, .* leave it false"):
         check("model.compiled=true")
+
+
+def test_deepspeed_is_refused_in_one_sentence(
+    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match=r"launched with DeepSpeed.*; use FSDP2 .*\(.*fsdp2_8gpu.yaml\)$"):
+        pretrain(tiny_recipe())
+    assert not RunFolder(tiny_recipe().output).path.exists()
 
 
 def test_without_gpus_a_launch_for_fsdp_says_that_it_is_ddp(
