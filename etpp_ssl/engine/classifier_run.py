@@ -18,7 +18,7 @@ from etpp_ssl.data.splits import check_labels, check_same_classes, open_split
 from etpp_ssl.engine.accelerator import open_accelerator
 from etpp_ssl.engine.checkpoint import load_checkpoint
 from etpp_ssl.engine.ema import WeightAverage
-from etpp_ssl.engine.fsdp import prepare
+from etpp_ssl.engine.fsdp import prepare, sharding_in_use
 from etpp_ssl.engine.initial_classifier import load_classifier_init
 from etpp_ssl.engine.metrics import MetricsFile
 from etpp_ssl.engine.progress import Progress
@@ -76,7 +76,7 @@ def open_classifier_run(recipe: FinetuneRecipe, fork: Path | None = None) -> Cla
     progress = Progress(curriculum, visible=accelerator.is_main_process)
     check_sizes(recipe, curriculum)
     model = new_classifier(recipe, num_classes)
-    kernels = f"attention {recipe.model.attention}"
+    kernels = f"attention {recipe.model.attention}" + sharding_in_use(accelerator)
     mean, std = recipe.data.statistics(recipe.in_chans)
     normalise = Normalise(mean, std, accelerator.device)
     evaluation = open_evaluation(recipe, accelerator, normalise, source.classes, num_classes)

@@ -78,8 +78,8 @@ def fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
 def refuse_deepspeed() -> None:
     """See that the accelerate configuration does not ask for DeepSpeed.
 
-    Under it accelerate's `backward` takes the optimizer step, with every micro-batch and before a run has judged
-    the gradients, and the optimizer's state lies in buffers that no checkpoint of ours describes.
+    Under it accelerate's `backward` takes the optimizer step, with every micro-batch and before a run has
+    judged the gradients, and the optimizer's state lies in buffers that no checkpoint of ours describes.
 
     Raises:
         UserError: if it does.
@@ -122,6 +122,11 @@ def prepare(
     # Under DDP accelerate does it itself.
     prepared.forward = convert_outputs_to_fp32(prepared.forward)
     return prepared, prepared_optimizer, copies
+
+
+def sharding_in_use(accelerator: Accelerator) -> str:
+    """What a checkpoint remembers of it beside the kernels, because the last bits depend on it."""
+    return ", FSDP2" if accelerator.is_fsdp2 else ""
 
 
 def unit_names(model: MaskedAutoencoder | Classifier, asked: list[str] | None = None) -> list[str]:

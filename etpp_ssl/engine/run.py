@@ -22,7 +22,7 @@ from etpp_ssl.data.splits import open_split
 from etpp_ssl.engine.accelerator import open_accelerator
 from etpp_ssl.engine.checkpoint import load_checkpoint
 from etpp_ssl.engine.feed import Feed
-from etpp_ssl.engine.fsdp import prepare
+from etpp_ssl.engine.fsdp import prepare, sharding_in_use
 from etpp_ssl.engine.initial_weights import load_init
 from etpp_ssl.engine.kernels import kernels_in_use
 from etpp_ssl.engine.metrics import MetricsFile
@@ -165,7 +165,7 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
     if state.plan is not None:
         curriculum = progress.curriculum = curriculum.laid_out(state.plan.segments)
     check_start(recipe, curriculum, state, accelerator.num_processes)
-    kernels = kernels_in_use(recipe)
+    kernels = kernels_in_use(recipe) + sharding_in_use(accelerator)
     prepared, prepared_optimizer, copies = prepare(accelerator, recipe, curriculum, model, optimizer)
     if probe is not None and copies is not None:
         probe = WholeModelProbe(probe, copies)

@@ -7,12 +7,14 @@
 # `output=` must be given, as a folder that all nodes see. Another accelerate configuration: set
 # ACCELERATE_CONFIG. Other resources: sbatch's own options, in front of this file.
 #
-# Two minutes before the time limit SLURM sends SIGTERM to the launcher on each node, and that to its processes.
-# They finish their step, write one checkpoint and leave "stopped" in the run folder's status.json; this script
-# then puts the job back in the queue, and the same command goes on from there. A run that is finished or failed
-# is not requeued.
+# Two minutes before the time limit SLURM sends SIGTERM to the launcher on each node, and that to its
+# processes. They finish their step, write one checkpoint and leave "stopped" in the run folder's status.json;
+# this script then puts the job back in the queue, and the same command goes on from there. A run that is
+# finished or failed is not requeued.
 # Memory:  as the configuration that it launches.
-# Checked: `bash -n`, and a test of the requeueing with a stand-in for scontrol; never run under SLURM.
+# Checked: tests run it with stand-ins for srun and scontrol. With stand-ins that start two launchers on one
+#          machine it was stopped, requeued and finished a run once (two CPU processes over gloo, 2026-11-24);
+#          never run under SLURM.
 #SBATCH --job-name=etpp
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -1,9 +1,9 @@
 """What two processes do in test_fsdp.py: runs under FSDP2 and DDP, one after the other in one launch.
 
-    python -m torch.distributed.run --nproc_per_node 2 sharded_runs.py TASKS.json
+    accelerate launch --config_file fsdp2_8gpu.yaml --num_processes 2 sharded_runs.py TASKS.json
 
 accelerate takes FSDP2 for GPUs only. Told otherwise here, it runs unchanged on CPUs, over gloo: its own
-preparation, gradient clipping and accumulation, with the settings of `recipes/accelerate/fsdp2_8gpu.yaml`.
+launch, preparation, gradient clipping and accumulation, with the settings of the file.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ def check_sharded(run: BaseRun, plain: nn.Module) -> None:
     assert whole_tensors(run.bare_model.state_dict(), keep=False) == {}
 
 
-def main(tasks: list[dict[str, Any]], environment: dict[str, str]) -> None:
+def main(tasks: list[dict[str, Any]]) -> None:
     setup.Accelerator = OnCPU
+    launched_for = os.environ["ACCELERATE_USE_FSDP"]
     for task in tasks:
-        for name in environment:
-            os.environ.pop(name, None)
-        if task["sharded"]:
-            os.environ.update(environment)
+        os.environ["ACCELERATE_USE_FSDP"] = launched_for if task["sharded"] else "false"
+        # True in the file; false is the other way to divide memory.
+        os.environ["FSDP_RESHARD_AFTER_FORWARD"] = str(task["reshard"]).lower()
         AcceleratorState._reset_state()
         GradientState._reset_state()
         if task["begins_as"] is not None and os.environ["RANK"] == "0":
@@ -111,11 +111,11 @@ def main(tasks: list[dict[str, Any]], environment: dict[str, str]) -> None:
             run = pretrain(recipe)
             plain = recipe.build_model()
         if task["sharded"]:
+            assert run.accelerator.state.fsdp_plugin.reshard_after_forward is task["reshard"]
             check_sharded(run, plain)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    given = json.loads(Path(sys.argv[1]).read_text())
-    main(given["tasks"], given["environment"])
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -82,18 +82,19 @@ def launch(root: Path, runs: list[tuple[str, str, str | None]]) -> None:
             "recipe": f"{root / recipe}.yaml",
             "output": str(root / output),
             "sharded": output.split()[1] == "sharded",
+            "reshard": recipe != "cross",
             "begins_as": None if source is None else str(root / source),
         }
         for recipe, output, source in runs
     ]
     file = root / "tasks.json"
-    environment = fsdp_environment(FOLDER / "fsdp2_8gpu.yaml")
-    file.write_text(json.dumps({"tasks": tasks, "environment": environment}))
-    script = Path(__file__).with_name("sharded_runs.py")
+    file.write_text(json.dumps(tasks))
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script),
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / "fsdp2_8gpu.yaml"),
+         "--num_processes=2", "--main_process_port=0", str(Path(__file__).with_name("sharded_runs.py")),
          str(file)],
-        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
