@@ -72,6 +72,7 @@ main() {
     # A signal to this shell waits until srun has ended.
     trap : TERM
     # The processes that do not write the checkpoint end first: that must not end the others at once.
+    # shellcheck disable=SC2016  # Each node's own shell expands it.
     srun --kill-on-bad-exit=0 --wait=150 bash -c 'exec accelerate launch --config_file "$ACCELERATE_CONFIG" \
         --num_machines "$SLURM_JOB_NUM_NODES" --num_processes "$NUM_PROCESSES" --machine_rank "$SLURM_NODEID" \
         --main_process_ip "$MAIN_HOST" --main_process_port "$MAIN_PORT" -m etpp_ssl "$@"' etpp "$@"
