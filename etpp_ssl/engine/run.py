@@ -55,6 +55,8 @@ class BaseRun:
     model: torch.nn.Module
     """The model as accelerate prepared it."""
     bare_model: torch.nn.Module
+    copies: Copies | None = None
+    """Makes whole copies of the model where it is sharded."""
     optimizer: torch.optim.Optimizer
     state: TrainState
     metrics: MetricsFile
@@ -62,8 +64,6 @@ class BaseRun:
     kernels: str
     """What a checkpoint remembers of the kernels chosen."""
     data_fingerprint: str
-    copies: Copies | None = None
-    """Makes whole copies of the model where it is sharded."""
     classes: list[str] | None = None
     """Class names in the order of a classifier's outputs."""
     num_classes: int | None = None
