@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from accelerate_recipes import FOLDER, fsdp_environment, launch_arguments
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from etpp_ssl.engine.fsdp import fsdp_plugin
+from etpp_ssl.run_folder import RunFolder
 
 FILES = sorted(FOLDER.glob("*.yaml"))
 SCRIPT = FOLDER / "slurm_two_nodes.sh"
@@ -142,6 +144,22 @@ def test_only_a_run_that_was_stopped_is_requeued(
     Path(bash["RUN"], "status.json").write_text(text)
     done = run_bash(bash, "-c", f'source "{SCRIPT}"; requeue_if_stopped "$RUN"')
     assert done.stderr == ""
+    assert calls(bash, "scontrol") == (["scontrol requeue 4711"] if state == "stopped" else [])
+
+
+@pytest.mark.parametrize("state", ["running", "stopped", "finished", "failed"])
+def test_the_engines_own_status_decides(state: str, bash: dict[str, str]) -> None:
+    status = pytest.importorskip("etpp_ssl.engine.status")
+    folder = RunFolder(bash["RUN"])
+    folder.recipe_file.touch()
+    run = SimpleNamespace(
+        accelerator=SimpleNamespace(is_main_process=True, num_processes=2),
+        folder=folder,
+        state=SimpleNamespace(step=7),
+        curriculum=SimpleNamespace(num_steps=9),
+    )
+    status.write_status(run, state, exit_code=75, message=STATUS["message"])
+    run_bash(bash, "-c", f'source "{SCRIPT}"; requeue_if_stopped "$RUN"')
     assert calls(bash, "scontrol") == (["scontrol requeue 4711"] if state == "stopped" else [])
 
 
