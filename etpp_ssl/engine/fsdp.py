@@ -1,7 +1,5 @@
 """accelerate's FSDP2, set up for a recipe: what is wrapped, in which precision, and what is refused.
 
-DeepSpeed is among the latter.
-
 `accelerate launch` hands its configuration file on as environment variables. The units are the model's
 transformer blocks; all other parameters are the root unit's, which stays whole from the beginning of a
 forward pass to the end of its backward pass, because models read some of them outside any module's forward
@@ -47,7 +45,7 @@ _REFUSED = {
 def fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
     """What the accelerate configuration says about FSDP, or None where it wants none.
 
-    In bf16 the blocks compute with rounded copies of float32 weights, and gradients are summed over
+    In bf16 the model computes with rounded copies of float32 weights, and gradients are summed over
     micro-batches and processes in float32; accelerate's own choice would be bf16 there, too.
 
     Args:
@@ -64,7 +62,7 @@ def fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
     for variable, (key, reason) in _REFUSED.items():
         if _set(variable):
             raise UserError(f"{key} is true in the accelerate configuration; it must be false: {reason}")
-    policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP")
+    policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP").upper()
     if policy != WRAP_POLICY:
         raise UserError(
             f"fsdp_auto_wrap_policy is {policy} in the accelerate configuration; it must be {WRAP_POLICY}"

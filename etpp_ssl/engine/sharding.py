@@ -85,16 +85,16 @@ class Copies:
         self._blank = copy.deepcopy(model, without_numbers)
 
     def whole(self, model: M) -> M:
-        """A plain model with all of the weights, on the device of `model`; a collective.
+        """A plain model in eval mode with all of the weights, on the device of `model`; a collective.
 
-        Evaluation for the time it takes needs the memory of one unsharded model on each process.
+        It takes the memory of an unsharded model on each process, for as long as it is held.
         """
         device = next(model.parameters()).device
-        tensors = {name: tensor.to(device) for name, tensor in _gathered(model).items()}
-        return self._filled(tensors).to(device)  # type: ignore[return-value]
+        # The blank model's other buffers are where the model was before it was sharded.
+        return self._filled(_gathered(model)).to(device)  # type: ignore[return-value]
 
     def parts(self, model: nn.Module) -> nn.Module:
-        """A copy of the parts, as parts, for what is computed element by element; it cannot be run."""
+        """A copy that has its parts as `model` has, for what is done element by element; it cannot be run."""
         return self._filled({name: tensor.detach().clone() for name, tensor in model.state_dict().items()})
 
     def _filled(self, tensors: Mapping[str, Tensor]) -> nn.Module:
