@@ -26,6 +26,8 @@ class RunFault(UserError):
     """
 
     exit_code = 1
+    everywhere = False
+    """Whether all processes raise the same, so that one of them is enough to tell."""
 
 
 class Config(BaseModel):
@@ -57,6 +59,16 @@ def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
 def show_size(size: tuple[int, int]) -> str:
     """`224` for a square, `192x256` (height x width) otherwise."""
     return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+
+
+def shown_bytes(count: int) -> str:
+    """`1.5 GB`, for instance."""
+    value, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
 
 
 def listed(items: Sequence[str], separator: str = ", ") -> str:

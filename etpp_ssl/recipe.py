@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from etpp_ssl.atomic import write_text
 from etpp_ssl.config import Config, UserError, as_pair, neutral
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.curriculum.constant import ConstantConfig
@@ -52,6 +53,9 @@ class CheckpointConfig(Config):
     every_minutes: float | None = neutral(15.0, gt=0)
     keep: int = neutral(2, ge=1)
     """Newest checkpoints that stay."""
+    on_error: Literal["stop", "continue"] = neutral("stop")
+    """When the disk takes no checkpoint, or no rows before it: end the run, or train on and try again when the
+    next one is due. The last step's and that of a signal end the run in any case."""
 
 
 class TrackerConfig(Config):
@@ -147,9 +151,12 @@ class RunRecipe(Config, ABC):
         )
 
     def save(self, path: Path) -> None:
-        """Write the resolved recipe, every default spelled out, as YAML."""
-        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        path.write_text(text, encoding="utf-8")
+        """Write the resolved recipe, every default spelled out, as YAML, whole or not at all.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 class Recipe(RunRecipe):

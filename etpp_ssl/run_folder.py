@@ -4,7 +4,8 @@
     metrics.jsonl                one object a line
     plan.json                    the steps of a run with a budget in hours, as its newest plan has them
     checkpoints/step-XXXXXXXX/   model.safetensors, optimizer.safetensors, state.json; with a moving
-                                 average of the weights also ema.safetensors
+                                 average of the weights also ema.safetensors; for a moment called
+                                 .old-step-XXXXXXXX, while another of the same step takes its place
     export/, report/             written later
 
 `state.json` is written last and lists the sizes of the other files, so a checkpoint that was cut short
@@ -34,6 +35,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 EMA_FILE = "ema.safetensors"
 STATE_FILE = "state.json"
 EVALUATION_FILE = "evaluation.json"
+OLD = ".old-"
 
 
 class Checkpoint:
@@ -45,7 +47,7 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.step = int(path.name.removeprefix("step-"))
+        self.step = int(path.name.removeprefix(OLD).removeprefix("step-"))
 
     def fault(self) -> str | None:
         """Why it cannot be read, or None if it is whole."""
@@ -136,10 +138,14 @@ class RunFolder:
         """All checkpoints, newest first, whole or not."""
         if not self.checkpoint_folder.is_dir():
             return []
-        folders = [
-            path for path in self.checkpoint_folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name)
+        # An old one sorts before the one that has taken its place.
+        names = sorted(path.name for path in self.checkpoint_folder.iterdir())
+        found = [
+            Checkpoint(self.checkpoint_folder / name)
+            for name in names
+            if re.fullmatch(rf"({re.escape(OLD)})?step-\d{{8,}}", name)
         ]
-        return sorted((Checkpoint(path) for path in folders), key=lambda c: -c.step)
+        return sorted({c.step: c for c in found}.values(), key=lambda c: -c.step)
 
     def newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """The newest whole checkpoint, or None where there is none at all.
@@ -184,10 +190,14 @@ class RunFolder:
         """Rows of `metrics.jsonl`; a last line that was cut short is left out."""
         if not self.metrics_file.is_file():
             return []
-        rows = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return rows
+        rows = (parse_row(line) for line in self.metrics_file.read_bytes().split(b"\n"))
+        return [row for row in rows if row is not None]
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """A line of `metrics.jsonl`, or None for one that is no whole row."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

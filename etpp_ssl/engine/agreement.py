@@ -27,3 +27,11 @@ class Agreement:
         votes = torch.tensor([signum, int(checkpoint_due and self.is_main)])
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group)
         return int(votes[0]), bool(votes[1])
+
+    def main_says(self, text: str) -> str:
+        """The main process's text, on all; every process must call it."""
+        if self.alone:
+            return text
+        texts = [text]
+        dist.broadcast_object_list(texts, src=0, group=self._group)
+        return texts[0]

@@ -64,7 +64,11 @@ def replan_steps(run: Run) -> None:
     state.elapsed = _agreed(run, state.elapsed)
     _adopt(run, replan(run.curriculum, state.plan, step=state.step, elapsed=state.elapsed))
     if run.accelerator.is_main_process:
-        write_plan(run.folder, state.plan)
+        try:
+            write_plan(run.folder, state.plan)
+        except UserError as error:
+            # The checkpoint that follows has the plan too, and says for all processes whether the disk fails.
+            run.progress.say(f"warning: {error}")
 
 
 def _adopt(run: Run, plan: TimePlan) -> None:

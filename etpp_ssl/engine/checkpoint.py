@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from etpp_ssl.config import UserError
+from etpp_ssl.atomic import disk_fault, flush, flush_folder, take_place
+from etpp_ssl.config import RunFault, shown_bytes
 from etpp_ssl.recipe import CheckpointConfig
 from etpp_ssl.run_folder import (
     EMA_FILE,
     MODEL_FILE,
+    OLD,
     OPTIMIZER_FILE,
     STATE_FILE,
     Checkpoint,
@@ -26,6 +29,8 @@ from etpp_ssl.run_folder import (
     load_weights,
 )
 
+WRITING, REMOVING = ".writing-", ".removing-"
+"""Before the name of a checkpoint that is not whole yet, or no longer."""
 GROUP_STEP = "group_step"
 """Slot of a step that is counted per parameter group."""
 
@@ -61,7 +66,7 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint aside, flush it, rename it; then remove all but the newest `keep`.
 
-    A reader sees the old checkpoint or the new one, never a part.
+    A reader sees the old checkpoint or the new one, never a part: what is removed is renamed first, too.
 
     Args:
         folder: the run's folder.
@@ -72,10 +77,10 @@ def save_checkpoint(
         average: a moving average of the model's tensors, where the run keeps one.
 
     Raises:
-        UserError: if the disk is full or cannot be written to; the older checkpoints are intact.
+        RunFault: if the disk is full or cannot be written to; the older checkpoints are intact.
     """
-    final = folder.checkpoint_folder / f"step-{step:08d}"
-    aside = folder.checkpoint_folder / f".writing-step-{step:08d}"
+    place = folder.checkpoint_folder
+    final, aside, old = (place / f"{prefix}step-{step:08d}" for prefix in ("", WRITING, OLD))
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -86,25 +91,66 @@ def save_checkpoint(
         sizes = {file.name: file.stat().st_size for file in aside.iterdir()}
         text = json.dumps({**state, "files": sizes}, indent=1)
         (aside / STATE_FILE).write_text(text, encoding="utf-8")
-        for file in aside.iterdir():
-            _flush(file)
-        _flush(aside)
-        # Only a damaged checkpoint of the same step can be in the way: the run has fallen back.
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
-        _flush(folder.checkpoint_folder)
+        flush_folder(aside)
+        # A checkpoint of this step is there where a run has gone back to it, or falls back from it.
+        take_place(aside, final, old)
+        flush(place)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
-        # safetensors reports a full disk as an error type of its own.
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise UserError(
-                f"checkpoint of step {step} could not be written to {str(folder.checkpoint_folder)!r}: "
-                f"{error}; older checkpoints are intact"
-            ) from error
-        raise
-    for old in folder.checkpoints()[keep:]:
-        shutil.rmtree(old.path, ignore_errors=True)
+        reason = disk_fault(error)
+        if reason is None:
+            raise
+        raise RunFault(
+            f"checkpoint of step {step} could not be written to {str(place)!r}: {reason}; {_left(folder)}"
+        ) from error
+    remove_checkpoints([old, *(checkpoint.path for checkpoint in folder.checkpoints()[keep:])])
     return final
+
+
+def remove_checkpoints(paths: Iterable[Path]) -> None:
+    """Remove checkpoint folders, each out of sight first; what a disk keeps is left to the next start."""
+    for path in paths:
+        gone = path.with_name(f"{REMOVING}{path.name.lstrip('.')}")
+        with suppress(OSError):
+            os.replace(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def clear_leftovers(folder: RunFolder, step: int) -> None:
+    """Remove what a killed run has left, and checkpoints of a past that did not happen.
+
+    Args:
+        folder: the run's folder.
+        step: where the run goes on; later checkpoints go.
+
+    Raises:
+        OSError: if that fails.
+    """
+    for path in list(folder.checkpoint_folder.glob(".*step-*")):
+        if path.name.startswith((WRITING, REMOVING)):
+            shutil.rmtree(path)
+    for checkpoint in folder.checkpoints():
+        if checkpoint.step > step:
+            remove_checkpoints([checkpoint.path])
+        elif checkpoint.path.name.startswith(OLD):
+            os.replace(checkpoint.path, folder.checkpoint_folder / f"step-{checkpoint.step:08d}")
+    remove_checkpoints(list(folder.checkpoint_folder.glob(f"{OLD}*")))
+
+
+def _left(folder: RunFolder) -> str:
+    """What there is to go on from, and whether the disk is too full for another one of its size."""
+    whole = next((checkpoint for checkpoint in folder.checkpoints() if checkpoint.fault() is None), None)
+    if whole is None:
+        return "there is none before it"
+    size = checkpoint_bytes(whole)
+    free = shutil.disk_usage(whole.path).free
+    room = f"; a checkpoint takes {shown_bytes(size)}, {shown_bytes(free)} are free" if free < size else ""
+    return f"the newest one, of step {whole.step}, is intact{room}"
+
+
+def checkpoint_bytes(checkpoint: Checkpoint) -> int:
+    """What a whole checkpoint takes of the disk."""
+    return sum(checkpoint.state()["files"].values())
 
 
 def load_checkpoint(
@@ -162,11 +208,3 @@ def load_optimizer_tensors(
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

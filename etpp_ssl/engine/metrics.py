@@ -4,43 +4,110 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from etpp_ssl.config import UserError
+from etpp_ssl.atomic import append_line, disk_fault, flush
+from etpp_ssl.config import RunFault, UserError
 from etpp_ssl.engine.state import TrainState
-from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.run_folder import RunFolder, parse_row
 
 
 class MetricsFile:
-    """Appends rows and passes them on to accelerate's trackers; only the main process writes."""
+    """Appends rows and passes them on to accelerate's trackers; only the main process writes.
 
-    def __init__(self, folder: RunFolder, accelerator: Accelerator) -> None:
+    Rows that the disk does not take wait in memory and are written, in order, once it does: a full disk is
+    told of when it begins and when it ends. `flush` is where it ends a run.
+
+    Args:
+        folder: the run's.
+        accelerator: the run's.
+        say: told of a disk or a tracker that takes no rows.
+    """
+
+    def __init__(
+        self, folder: RunFolder, accelerator: Accelerator, say: Callable[[str], None] = print
+    ) -> None:
         self.path = folder.metrics_file
-        self.folder = folder
         self.accelerator = accelerator
+        self.say = say
+        self._waiting: list[dict[str, Any]] = []
+        self._most_waiting = 0
+        self._tracker_failed = False
 
     def cut_back(self, step: int) -> None:
-        """Forget rows after `step`: the run goes on from there and writes them again."""
+        """Forget rows after `step`: the run goes on from there and writes them again.
+
+        Raises:
+            OSError: if the file cannot be shortened.
+        """
+        self._waiting = [row for row in self._waiting if row["step"] <= step]
         if not self.path.exists():
             return
-        rows = [row for row in self.folder.metrics() if row["step"] <= step]
-        aside = self.path.with_suffix(".writing")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(aside, self.path)
+        with self.path.open("r+b") as file:
+            end = position = 0
+            for line in file:
+                position += len(line)
+                row = parse_row(line) if line.endswith(b"\n") else None
+                if row is not None and row["step"] <= step:
+                    end = position
+            # One call, which no kill cuts in two, and which a full disk allows.
+            file.truncate(end)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; `row["step"]` counts finished optimizer steps."""
         if self.accelerator.is_main_process:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self._waiting.append(row)
+            self._write_waiting()
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
-        self.accelerator.log(numbers, step=row["step"])
+        try:
+            self.accelerator.log(numbers, step=row["step"])
+        except OSError as error:
+            if not self._tracker_failed:
+                self.say(
+                    f"warning: the tracker takes no rows from step {row['step']} on: {disk_fault(error)}"
+                )
+            self._tracker_failed = True
+
+    def flush(self) -> None:
+        """See to it that all rows are on the disk, on the main process.
+
+        Raises:
+            RunFault: if they are not.
+        """
+        reason = self._write_waiting()
+        if reason is None and self.path.exists():
+            try:
+                flush(self.path)
+            except OSError as error:
+                reason = disk_fault(error)
+        if reason is not None:
+            raise RunFault(f"rows could not be written to {str(self.path)!r}: {reason}")
+
+    def _write_waiting(self) -> str | None:
+        """Why rows still wait, or None."""
+        while self._waiting:
+            try:
+                append_line(self.path, json.dumps(self._waiting[0]))
+            except OSError as error:
+                reason = disk_fault(error)
+                if not self._most_waiting:
+                    self.say(
+                        f"warning: rows from step {self._waiting[0]['step']} on wait in memory: "
+                        f"{str(self.path)!r} cannot be written: {reason}"
+                    )
+                self._most_waiting = max(self._most_waiting, len(self._waiting))
+                return reason
+            del self._waiting[0]
+        if self._most_waiting:
+            self.say(f"the {self._most_waiting} rows that waited are written to {str(self.path)!r}")
+            self._most_waiting = 0
+        return None
 
 
 class Meter:

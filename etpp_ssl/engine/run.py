@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from etpp_ssl.data.replay import Replay, ReplayPlan
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.splits import open_split
 from etpp_ssl.engine.accelerator import open_accelerator
+from etpp_ssl.engine.agreement import Agreement
 from etpp_ssl.engine.checkpoint import load_checkpoint
 from etpp_ssl.engine.feed import Feed
 from etpp_ssl.engine.initial_weights import load_init
@@ -64,6 +66,11 @@ class BaseRun:
     """Class names in the order of a classifier's outputs."""
     num_classes: int | None = None
     """Of a classifier."""
+
+    @cached_property
+    def agreement(self) -> Agreement:
+        """What the processes decide together; all of them must ask for it first at the same moment."""
+        return Agreement(self.accelerator)
 
     @property
     def finished(self) -> bool:
@@ -180,7 +187,7 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
         optimizer=prepared_optimizer,
         probe=probe,
         state=state,
-        metrics=MetricsFile(folder, accelerator),
+        metrics=MetricsFile(folder, accelerator, progress.say),
         progress=progress,
         kernels=kernels,
         data_fingerprint=source.fingerprint(),
@@ -246,16 +253,22 @@ def prepare_run(run: BaseRun, notes: Sequence[str] = ()) -> None:
         notes: what else to say about it.
 
     Raises:
-        UserError: if the disk is too full or the folder cannot be written to.
+        UserError: on all processes, if the disk is too full or the folder cannot be written to.
     """
     # The other processes may still be reading what the main one is about to change.
     run.accelerator.wait_for_everyone()
+    fault = ""
     if run.accelerator.is_main_process:
         num_parameters = sum(parameter.numel() for parameter in run.bare_model.parameters())
-        prepare_folder(run.folder, run.recipe, run.state, num_parameters, run.metrics)
-        for note in (*replay_notes(run.recipe, run.curriculum), *notes):
-            run.progress.say(note)
-    run.accelerator.wait_for_everyone()
+        try:
+            prepare_folder(run.folder, run.recipe, run.state, num_parameters, run.metrics)
+        except UserError as error:
+            fault = str(error)
+    fault = run.agreement.main_says(fault)
+    if fault:
+        raise UserError(fault)
+    for note in (*replay_notes(run.recipe, run.curriculum), *notes):
+        run.progress.say(note)
     if run.recipe.tracker.name != "none":
         run.accelerator.init_trackers(run.recipe.tracker.project)
 

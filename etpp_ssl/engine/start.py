@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from etpp_ssl.config import UserError
+from etpp_ssl.atomic import flush, write_text
+from etpp_ssl.config import UserError, shown_bytes
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.curriculum.hours import TimePlan, replan
 from etpp_ssl.data.images import ImageSource
+from etpp_ssl.engine.checkpoint import checkpoint_bytes, clear_leftovers
 from etpp_ssl.engine.metrics import MetricsFile
 from etpp_ssl.engine.state import TrainState
 from etpp_ssl.recipe import RunRecipe
@@ -50,7 +51,7 @@ def starting_point(
                 f"with the old ones, or use --fork {folder.path} with another output"
             )
         start = folder.newest(say)
-    elif folder.path.is_dir() and any(folder.path.iterdir()):
+    elif folder.path.is_dir() and not all(_is_leftover(path) for path in folder.path.iterdir()):
         raise UserError(
             f"output {str(folder.path)!r} is a folder with other files in it and no run; choose another"
         )
@@ -75,6 +76,11 @@ def starting_point(
     else:
         say(f"resuming {folder.path} at step {state.step}")
     return start, state
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether it is of a run that was killed before it had a recipe."""
+    return path.name.startswith(".writing-")
 
 
 def _plan_of_fork(
@@ -115,35 +121,43 @@ def prepare_folder(
     Raises:
         UserError: if the disk is too full or the folder cannot be written to.
     """
-    path = folder.path.absolute()
-    existing = next(p for p in [path, *path.parents] if p.exists())
     try:
-        # Weights and two moments in float32, one checkpoint more while it is written.
-        need = 12 * num_parameters * (recipe.checkpoint.keep + 1)
-        disk = shutil.disk_usage(existing)
-        if disk.total and disk.free < need:
-            raise UserError(
-                f"output {str(folder.path)!r} has {disk.free / 1e9:.1f} GB free, but "
-                f"{recipe.checkpoint.keep + 1} checkpoints take {need / 1e9:.1f} GB"
-            )
-        folder.checkpoint_folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.checkpoint_folder.glob(".writing-*"):
-            shutil.rmtree(leftover)
-        for checkpoint in folder.checkpoints():
-            if checkpoint.step > state.step:
-                shutil.rmtree(checkpoint.path)
+        clear_leftovers(folder, state.step)
+        _check_room(folder, recipe, num_parameters)
+        # First, since it makes a folder a run.
         recipe.save(folder.recipe_file)
+        folder.checkpoint_folder.mkdir(exist_ok=True)
         metrics.cut_back(state.step)
         write_plan(folder, state.plan)
+        flush(folder.path)
     except OSError as error:
         raise UserError(
             f"output {str(folder.path)!r} cannot be written to: {error.strerror or error}"
         ) from error
 
 
+def _check_room(folder: RunFolder, recipe: RunRecipe, num_parameters: int) -> None:
+    """Refuse a disk that has no room for the checkpoints to come, and one more while it is written."""
+    # Weights and two moments in float32, at least.
+    size = 12 * num_parameters
+    there = folder.checkpoints()
+    if there and there[0].fault() is None:
+        size = checkpoint_bytes(there[0])
+    count = max(1, recipe.checkpoint.keep + 1 - len(there))
+    path = folder.path.absolute()
+    disk = shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists()))
+    if disk.total and disk.free < count * size:
+        raise UserError(
+            f"output {str(folder.path)!r} has {shown_bytes(disk.free)} free, but {count} more checkpoints "
+            f"take {shown_bytes(count * size)}: make room, or lower checkpoint.keep"
+        )
+
+
 def write_plan(folder: RunFolder, plan: TimePlan | None) -> None:
-    """Put a plan in hours where people and `etpp plan` find it; the checkpoints have it, too."""
+    """Put a plan in hours where people and `etpp plan` find it; the checkpoints have it, too.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
     if plan is not None:
-        aside = folder.plan_file.with_suffix(".writing")
-        aside.write_text(json.dumps(plan.to_json(), indent=1), encoding="utf-8")
-        os.replace(aside, folder.plan_file)
+        write_text(folder.plan_file, json.dumps(plan.to_json(), indent=1))
