@@ -54,8 +54,8 @@ class CheckpointConfig(Config):
     keep: int = neutral(2, ge=1)
     """Newest checkpoints that stay."""
     on_error: Literal["stop", "continue"] = neutral("stop")
-    """When the disk takes no checkpoint, or no rows before it: end the run, or train on and try again when the
-    next one is due. The last step's and that of a signal end the run in any case."""
+    """When the disk does not take a checkpoint, or the rows before it: end the run, or train on and try
+    again when the next one is due. At the last step and after a signal the run ends in any case."""
 
 
 class TrackerConfig(Config):

@@ -124,7 +124,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     usage = type(opening.shutil.disk_usage(tmp_path))(1000, 990, 10)
     monkeypatch.setattr(opening.shutil, "disk_usage", lambda path: usage)
     assert run(["pretrain", str(recipe_file)]) == 2
-    assert "GB free" in capsys.readouterr().err
+    assert "has 10 bytes free, but 3 more checkpoints take" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
