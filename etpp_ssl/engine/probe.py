@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from etpp_ssl.atomic import append_line, disk_fault
 from etpp_ssl.config import UserError
 from etpp_ssl.data.augment import Normalise
 from etpp_ssl.engine.accelerator import open_accelerator
@@ -73,14 +74,20 @@ def probe_run(recipe: Recipe, source: str, say: Callable[[str], None]) -> dict[s
     except ProbeStopped as stopped:
         raise Interrupted(stopped.signum, stopped.step) from None
     if accelerator.is_main_process:
-        row = {**weights, "protocol": recipe.probe.model_dump(), **numbers}
-        report.mkdir(parents=True, exist_ok=True)
-        with (report / "probes.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        _record(report / "probes.jsonl", {**weights, "protocol": recipe.probe.model_dump(), **numbers}, talk)
     # A process that has nothing to write must not close its connections while others still use them.
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return numbers
+
+
+def _record(file: Path, row: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Append a result; a disk that does not take it costs no result, which is printed in any case."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        append_line(file, json.dumps(row))
+    except OSError as error:
+        say(f"warning: {str(file)!r} cannot be written: {disk_fault(error)}; the result is printed only")
 
 
 def _init_of(recipe: Recipe, source: str, folder: RunFolder) -> str | None:

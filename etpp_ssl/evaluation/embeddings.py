@@ -17,7 +17,6 @@ The metadata says how the features were made; its `classes` is a JSON list, or n
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from etpp_ssl.atomic import replaced_file
 from etpp_ssl.config import UserError
 from etpp_ssl.evaluation.features import Features
 
@@ -74,14 +74,8 @@ def write_embeddings(file: Path, embeddings: Embeddings) -> None:
         "names": torch.from_numpy(names),
     }
     metadata = {"format": "pt", **embeddings.notes, "classes": json.dumps(embeddings.classes)}
-    aside = file.with_name(f".writing-{file.name}")
-    try:
+    with replaced_file(file) as aside:
         save_file(tensors, aside, metadata=metadata)
-        os.replace(aside, file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{str(file)!r} cannot be written: {error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read_embeddings(file: str | Path) -> Embeddings:
