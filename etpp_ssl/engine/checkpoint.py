@@ -31,6 +31,8 @@ from etpp_ssl.run_folder import (
 
 WRITING, REMOVING = ".writing-", ".removing-"
 """Before the name of a checkpoint that is not whole yet, or no longer."""
+BLOCK = 4096
+"""Bytes that a disk gives at a time."""
 GROUP_STEP = "group_step"
 """Slot of a step that is counted per parameter group."""
 
@@ -144,13 +146,13 @@ def _left(folder: RunFolder) -> str:
         return "there is none before it"
     size = checkpoint_bytes(whole)
     free = shutil.disk_usage(whole.path).free
-    room = f"; a checkpoint takes {shown_bytes(size)}, {shown_bytes(free)} are free" if free < size else ""
+    room = f"; a checkpoint takes {shown_bytes(size)}, {shown_bytes(free)} are free" if free <= size else ""
     return f"the newest one, of step {whole.step}, is intact{room}"
 
 
 def checkpoint_bytes(checkpoint: Checkpoint) -> int:
-    """What a whole checkpoint takes of the disk."""
-    return sum(checkpoint.state()["files"].values())
+    """What a whole checkpoint takes of the disk, its state aside."""
+    return sum(-(-size // BLOCK) * BLOCK for size in checkpoint.state()["files"].values())
 
 
 def load_checkpoint(

@@ -105,7 +105,7 @@ class MetricsFile:
                 return reason
             del self._waiting[0]
         if self._most_waiting:
-            self.say(f"the {self._most_waiting} rows that waited are written to {str(self.path)!r}")
+            self.say(f"rows are written again, those that waited ({self._most_waiting}) among them")
             self._most_waiting = 0
         return None
 
