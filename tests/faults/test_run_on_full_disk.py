@@ -163,7 +163,7 @@ def test_a_disk_without_room_for_rows(
             pretrain(chosen)
     told = capfd.readouterr().err
     assert told.count("rows from step 5 on wait in memory") == 1
-    assert told.count("the 3 rows that waited are written") == (policy == "continue")
+    assert told.count("those that waited (2) among them") == (policy == "continue")
     assert 6 not in steps_of(folder)
     pretrain(chosen)
     assert_as_undisturbed(folder, chosen, tmp_path)
@@ -188,7 +188,7 @@ def test_a_run_on_a_disk_that_is_too_small(
         assert steps_of(folder) == [3]
         with pytest.raises(UserError, match=r"free, but 9 more checkpoints take 7\d\d kB"):
             pretrain(chosen)
-    with small_disk.read_only(), pytest.raises(UserError, match="cannot be written.*Read-only file system"):
+    with small_disk.read_only(), pytest.raises(UserError, match=r"cannot be written.*Read-only"):
         pretrain(chosen)
     assert steps_of(folder) == [3]
     pretrain(chosen)
@@ -224,7 +224,7 @@ def test_rows_wait_in_memory_and_follow_in_order(tmp_path: Path) -> None:
     assert len(said) == 1
     assert "rows from step 2 on wait in memory" in said[0]
     file.write({"step": 5, "loss": 0.5})
-    assert said[1:] == [f"the 4 rows that waited are written to {str(folder.metrics_file)!r}"]
+    assert said[1:] == ["rows are written again, those that waited (3) among them"]
     file.flush()
     assert [row["step"] for row in folder.metrics()] == [1, 2, 3, 4, 5]
     assert folder.metrics_file.read_text().count("\n") == 5
