@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from disks import SmallDisk
+from forked_runs import ForkedRuns
 
 
 @pytest.fixture
@@ -18,3 +19,11 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
         pytest.skip(f"no tmpfs can be mounted: {error}")
     yield disk
     disk.unmount()
+
+
+@pytest.fixture(scope="session")
+def forked_runs() -> Iterator[ForkedRuns]:
+    """Processes for runs; see there."""
+    runs = ForkedRuns()
+    yield runs
+    runs.close()

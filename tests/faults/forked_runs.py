@@ -13,6 +13,7 @@ Run as a script, this file is the server.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -21,7 +22,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -100,11 +101,28 @@ class ForkedRuns:
             clock: let time pass with each crop, as long as its bandwidth is large, instead of by itself.
         """
         named = None if moment is None else [type(moment).__name__, asdict(moment)]
-        order = {"recipe": str(recipe), "overrides": overrides, "moment": named, "clock": clock}
+        return self._ordered(recipe=str(recipe), overrides=overrides, moment=named, clock=clock)[0]
+
+    def run_together(
+        self, recipe: Path, *overrides: str, num_processes: int, refused: Sequence[int] = ()
+    ) -> list[Ended]:
+        """Run a recipe by several processes.
+
+        Args:
+            recipe: its file.
+            overrides: as on the command line.
+            num_processes: how many.
+            refused: steps whose checkpoints find the disk full.
+        """
+        return self._ordered(
+            recipe=str(recipe), overrides=overrides, num_processes=num_processes, refused=refused
+        )
+
+    def _ordered(self, **order: Any) -> list[Ended]:
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         print(json.dumps(order), file=self._server.stdin, flush=True)
-        return Ended(**json.loads(self._server.stdout.readline()))
+        return [Ended(**ended) for ended in json.loads(self._server.stdout.readline())]
 
     def close(self) -> None:
         """End the server."""
@@ -123,22 +141,33 @@ def serve() -> None:
 
     for text in sys.stdin:
         order = json.loads(text)
-        log, count = (Path(order["recipe"]).with_suffix(suffix) for suffix in (".log", ".count"))
-        count.unlink(missing_ok=True)
-        pid = os.fork()
-        if pid == 0:
-            os._exit(_child(order, log, count))
-        _, status = os.waitpid(pid, 0)
-        ended = Ended(
-            code=os.waitstatus_to_exitcode(status),
-            output=log.read_text(),
-            lines=int(count.read_text()) if count.exists() else 0,
-        )
-        print(json.dumps(asdict(ended)), flush=True)
+        count = order.get("num_processes", 1)
+        folder = Path(order["recipe"]).parent
+        places = [folder / f"process-{rank}" for rank in range(count)]
+        (folder / "meeting").unlink(missing_ok=True)
+        pids = []
+        for rank, place in enumerate(places):
+            place.with_suffix(".lines").unlink(missing_ok=True)
+            pid = os.fork()
+            if pid == 0:
+                os._exit(_child(order, rank, place))
+            pids.append(pid)
+        ended = [_ended(pid, place) for pid, place in zip(pids, places, strict=True)]
+        print(json.dumps([asdict(one) for one in ended]), flush=True)
 
 
-def _child(order: dict[str, Any], log: Path, count: Path) -> int:
-    with log.open("w") as file:
+def _ended(pid: int, place: Path) -> Ended:
+    _, status = os.waitpid(pid, 0)
+    lines = place.with_suffix(".lines")
+    return Ended(
+        code=os.waitstatus_to_exitcode(status),
+        output=place.with_suffix(".log").read_text(),
+        lines=int(lines.read_text()) if lines.exists() else 0,
+    )
+
+
+def _child(order: dict[str, Any], rank: int, place: Path) -> int:
+    with place.with_suffix(".log").open("w") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -146,7 +175,11 @@ def _child(order: dict[str, Any], log: Path, count: Path) -> int:
     # A group of its own, which no signal to the tests reaches.
     os.setsid()
     try:
-        return _run(order, count)
+        if order.get("num_processes", 1) > 1:
+            _meet(place.with_name("meeting"), rank, order["num_processes"])
+        _run(order)
+        place.with_suffix(".lines").write_text(str(_lines))
+        return 0
     except BaseException as error:
         traceback.print_exc()
         return int(getattr(error, "exit_code", 70))
@@ -155,18 +188,29 @@ def _child(order: dict[str, Any], log: Path, count: Path) -> int:
         sys.stderr.flush()
 
 
-def _run(order: dict[str, Any], count: Path) -> int:
+def _meet(file: Path, rank: int, count: int) -> None:
+    """What torchrun sets, and the processes' first contact through a file instead of a port."""
+    import torch.distributed as dist
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost"}
+    os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_PORT": "0"}
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=count)
+
+
+def _run(order: dict[str, Any]) -> None:
     from etpp_ssl.engine.finetune import finetune
     from etpp_ssl.engine.pretrain import pretrain
     from etpp_ssl.recipe import Recipe
     from etpp_ssl.recipe_file import load_any_recipe
 
-    if order["clock"]:
+    if order.get("clock"):
         _turn_the_clock()
+    if order.get("refused"):
+        _fill_the_disk(order["refused"])
     recipe = load_any_recipe(order["recipe"], order["overrides"])
     # Data workers are forked from here, and are not what is killed.
     os.register_at_fork(after_in_child=_unwatched)
-    if order["moment"] is not None:
+    if order.get("moment") is not None:
         kind, values = order["moment"]
         {"Line": _kill_at_line, "Call": _kill_at_call, "Bytes": _kill_at_byte}[kind](**values)
     if isinstance(recipe, Recipe):
@@ -174,8 +218,6 @@ def _run(order: dict[str, Any], count: Path) -> int:
     else:
         finetune(recipe)
     _unwatched()
-    count.write_text(str(_lines))
-    return 0
 
 
 _lines = 0
@@ -295,6 +337,19 @@ def _turn_the_clock() -> None:
         module.time = SimpleNamespace(perf_counter=lambda: now)
     for module in (budget, loop):
         module.low_frequency_crop = slow(module.low_frequency_crop)
+
+
+def _fill_the_disk(refused: Sequence[int]) -> None:
+    import etpp_ssl.engine.checkpoint as checkpoint
+
+    real = checkpoint.take_place
+
+    def take_place(aside: Path, folder: Path, old: Path) -> None:
+        if int(folder.name.removeprefix("step-")) in refused:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(aside, folder, old)
+
+    checkpoint.take_place = take_place
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,6 @@ class Whole:
             assert ended.code == 0, ended.output
             self._lines[name] = ended.lines
         return RunFolder(self.folder / name), self._lines[name]
-
-
-@pytest.fixture(scope="module")
-def forked_runs() -> Iterator[ForkedRuns]:
-    runs = ForkedRuns()
-    yield runs
-    runs.close()
 
 
 @pytest.fixture(scope="module")

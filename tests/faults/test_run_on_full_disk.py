@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from disks import SmallDisk, no_file_beyond
+from forked_runs import ForkedRuns
 
 import etpp_ssl.engine.checkpoint as checkpoint_module
 import etpp_ssl.engine.metrics as metrics_module
@@ -146,6 +147,30 @@ def test_a_checkpoint_that_is_required_ends_a_run_that_would_go_on(
         else:
             assert save(run) is False
     assert save(run, required=required) is True
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_all_processes_act_alike(
+    policy: str, recipe: Callable[..., Recipe], forked_runs: ForkedRuns, tmp_path: Path
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    chosen = recipe(f"checkpoint.on_error={policy}")
+    chosen.save(file)
+    main_one, other = forked_runs.run_together(file, num_processes=2, refused=[6])
+    last = chosen.build_curriculum(64).num_steps
+    assert steps_of(RunFolder(tmp_path / "run")) == ([3] if policy == "stop" else [3, 9, 12, last])
+    words = "checkpoint of step 6 could not be written"
+    if policy == "stop":
+        # The text is the main process's, on both.
+        assert (main_one.code, other.code) == (1, 1), main_one.output + other.output
+        assert words in main_one.output
+        assert words in other.output
+        ended = forked_runs.run_together(file, num_processes=2)
+        assert [one.code for one in ended] == [0, 0]
+    else:
+        assert (main_one.code, other.code) == (0, 0), main_one.output + other.output
+        assert main_one.output.count(words) == 1
+        assert words not in other.output
 
 
 @pytest.mark.parametrize("policy", ["stop", "continue"])

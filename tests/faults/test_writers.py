@@ -68,6 +68,10 @@ def _probe_state(runs: Runs, out: Path) -> None:
     ProbeState(out / "state.safetensors", head, torch.optim.SGD(head.parameters(), lr=0.1)).save(3)
 
 
+def _evaluation(runs: Runs, out: Path) -> None:
+    write_evaluation(out, Result(torch.tensor([[3, 1], [0, 2]])), ["oak", "yew"], {})
+
+
 def _recipe(runs: Runs, out: Path) -> None:
     RunFolder(runs.encoder).recipe().save(out / "recipe.yaml")
 
@@ -79,9 +83,7 @@ WRITERS: dict[str, Callable[[Runs, Path], Any]] = {
     "export of a classifier": lambda runs, out: timm.export(runs.classifier, out, say=_quiet),
     "report": lambda runs, out: page_module.write_report([runs.encoder], out / "page.html", say=_quiet),
     "reconstructions": lambda runs, out: write_grids(runs.encoder, out=out, count=1, say=_quiet),
-    "evaluation": lambda runs, out: write_evaluation(
-        out, Result(torch.tensor([[3, 1], [0, 2]])), ["oak", "yew"], {}
-    ),
+    "evaluation": _evaluation,
     "embeddings": _embeddings,
     "state of a probe": _probe_state,
     "recipe": _recipe,
