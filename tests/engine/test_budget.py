@@ -202,6 +202,20 @@ def test_a_measured_step_computes_what_a_trained_step_does(
     assert all(torch.equal(value, expected[name]) for name, value in run.bare_model.state_dict().items())
 
 
+def test_a_plan_that_cannot_be_shown_ends_no_run(
+    clock: Clock,
+    hours_recipe: Callable[..., Recipe],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(folder: RunFolder, plan: Any) -> None:
+        raise UserError("'plan.json' cannot be written: No space left on device")
+
+    monkeypatch.setattr(budget, "write_plan", refuse)
+    assert pretrain(hours_recipe()).finished
+    assert "warning: 'plan.json' cannot be written: No space left on device" in capfd.readouterr().err
+
+
 def test_a_budget_too_short_is_one_sentence_and_writes_nothing(
     clock: Clock, hours_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ import etpp_ssl.engine.checkpoint as checkpoint_module
 from etpp_ssl.config import UserError
 from etpp_ssl.engine.checkpoint import (
     CheckpointClock,
+    clear_leftovers,
     load_checkpoint,
     optimizer_tensors,
     save_checkpoint,
@@ -161,6 +162,27 @@ def test_folders_that_are_no_checkpoints_are_passed_over(tmp_path: Path) -> None
         (folder.checkpoint_folder / name).mkdir(parents=True)
     assert folder.checkpoints() == []
     assert folder.newest(print) is None
+
+
+def test_what_a_killed_run_has_left_is_cleared(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    model, optimizer = trained()
+    for step in (1, 2, 3):
+        save_checkpoint(folder, step, model, optimizer, {}, keep=9)
+    place = folder.checkpoint_folder
+    # A checkpoint of step 2 was about to take another one's place; the one of step 3 is of no use.
+    (place / "step-00000002").rename(place / ".old-step-00000002")
+    (place / ".writing-step-00000002").mkdir()
+    (place / ".removing-step-00000000").mkdir()
+    (place / ".removing-step-00000000" / "state.json").write_text("{}")
+    assert [(c.step, c.fault()) for c in folder.checkpoints()] == [(3, None), (2, None), (1, None)]
+    clear_leftovers(folder, 2)
+    assert sorted(path.name for path in place.iterdir()) == ["step-00000001", "step-00000002"]
+    # Here it had taken that place.
+    (place / "step-00000001").rename(place / ".old-step-00000002")
+    assert [c.path.name for c in folder.checkpoints()] == ["step-00000002"]
+    clear_leftovers(folder, 2)
+    assert [path.name for path in place.iterdir()] == ["step-00000002"]
 
 
 def test_a_checkpoint_is_due_by_steps_or_minutes(monkeypatch: pytest.MonkeyPatch) -> None:

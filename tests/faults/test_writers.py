@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
@@ -17,15 +18,18 @@ from disks import SmallDisk
 from PIL import Image
 from torch import Tensor
 
+import etpp_ssl.engine.probe as probe_module
 import etpp_ssl.report.page as page_module
 from etpp_ssl.config import UserError
 from etpp_ssl.data.prepare import PrepareConfig, prepare
 from etpp_ssl.engine.checkpoint import save_checkpoint
+from etpp_ssl.engine.probe import probe_run
 from etpp_ssl.evaluation.embeddings import Embeddings, make_room, write_embeddings
 from etpp_ssl.evaluation.features import Features
 from etpp_ssl.evaluation.state import ProbeState
 from etpp_ssl.export import mae, timm, transformers
 from etpp_ssl.recipe import FinetuneRecipe, Recipe, RunRecipe
+from etpp_ssl.recipe_file import load_recipe
 from etpp_ssl.report.confusion import write_evaluation
 from etpp_ssl.report.viewer import write_grids
 from etpp_ssl.run_folder import RunFolder
@@ -161,6 +165,25 @@ def test_a_writer_on_a_failing_disk(name: str, runs: Runs, small_disk: SmallDisk
 def test_a_writer_whose_last_rename_fails(name: str, runs: Runs, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     check(lambda out: WRITERS[name](runs, out), tmp_path / "disk", {"Input/output error": no_rename})
+
+
+def test_a_probe_that_cannot_be_recorded_has_its_result(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: Path, line: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    said: list[str] = []
+    recipe = load_recipe(runs.encoder, ["probe=knn"])
+    with monkeypatch.context() as patch:
+        patch.setattr(probe_module, "append_line", refuse)
+        numbers = probe_run(recipe, str(runs.encoder), said.append)
+    assert "knn_top1" in numbers
+    told = [text for text in said if "No space left" in text]
+    assert len(told) == 1
+    assert "probes.jsonl' cannot be written" in told[0]
+    file = runs.encoder / "report" / "probes.jsonl"
+    file.write_text('{"step": 5, "knn')
+    assert probe_run(recipe, str(runs.encoder), said.append) == numbers
+    assert [json.loads(line)["knn_top1"] for line in file.read_text().splitlines()] == [numbers["knn_top1"]]
 
 
 def test_shards_on_a_full_disk_go_on_from_what_is_there(
