@@ -161,6 +161,9 @@ class RunFolder:
             fault = checkpoint.fault()
             if fault is None:
                 return checkpoint
+            if not checkpoint.path.exists():
+                # A run that goes on has removed it meanwhile, since it has a newer one.
+                return self.newest(warn)
             warn(f"checkpoint {checkpoint.path.name} is damaged ({fault}); falling back to the one before")
         if checkpoints:
             raise UserError(

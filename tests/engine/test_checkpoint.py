@@ -20,7 +20,7 @@ from etpp_ssl.engine.checkpoint import (
     save_checkpoint,
 )
 from etpp_ssl.recipe import CheckpointConfig
-from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.run_folder import Checkpoint, RunFolder
 
 
 def trained(width: int = 3) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -162,6 +162,25 @@ def test_folders_that_are_no_checkpoints_are_passed_over(tmp_path: Path) -> None
         (folder.checkpoint_folder / name).mkdir(parents=True)
     assert folder.checkpoints() == []
     assert folder.newest(print) is None
+
+
+def test_a_checkpoint_that_goes_while_one_reads_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    model, optimizer = trained()
+    save_checkpoint(folder, 1, model, optimizer, {}, keep=1)
+    real = Checkpoint.fault
+
+    def fault(self: Checkpoint) -> str | None:
+        if self.step == 1:
+            save_checkpoint(folder, 2, model, optimizer, {}, keep=1)
+        return real(self)
+
+    monkeypatch.setattr(Checkpoint, "fault", fault)
+    newest = folder.newest(pytest.fail)
+    assert newest is not None
+    assert newest.step == 2
 
 
 def test_what_a_killed_run_has_left_is_cleared(tmp_path: Path) -> None:

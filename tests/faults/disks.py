@@ -27,7 +27,7 @@ class SmallDisk:
 
     def unmount(self) -> None:
         """Give it up with all that is on it."""
-        subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
+        subprocess.run(["umount", "-l", str(self.folder)], check=True)
 
     @contextmanager
     def full(self, left: int = 0) -> Iterator[None]:

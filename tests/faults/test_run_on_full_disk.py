@@ -173,6 +173,16 @@ def test_all_processes_act_alike(
         assert words not in other.output
 
 
+def test_a_folder_that_cannot_be_made_ends_all_processes(
+    recipe: Callable[..., Recipe], forked_runs: ForkedRuns, tmp_path: Path
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    recipe(f"output={file}/run").save(file)
+    for ended in forked_runs.run_together(file, num_processes=2):
+        assert ended.code == 2
+        assert "cannot be written: Not a directory" in ended.output
+
+
 @pytest.mark.parametrize("policy", ["stop", "continue"])
 def test_a_disk_without_room_for_rows(
     policy: str, recipe: Callable[..., Recipe], tmp_path: Path, capfd: pytest.CaptureFixture[str]
