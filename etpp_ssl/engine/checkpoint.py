@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from etpp_ssl.atomic import disk_fault, flush, flush_folder, take_place
-from etpp_ssl.config import RunFault, shown_bytes
+from etpp_ssl.config import RunFault
+from etpp_ssl.engine.rotation import WRITING, remove_checkpoints, what_is_left
 from etpp_ssl.recipe import CheckpointConfig
 from etpp_ssl.run_folder import (
     EMA_FILE,
@@ -29,10 +28,6 @@ from etpp_ssl.run_folder import (
     load_weights,
 )
 
-WRITING, REMOVING = ".writing-", ".removing-"
-"""Before the name of a checkpoint that is not whole yet, or no longer."""
-BLOCK = 4096
-"""Bytes that a disk gives at a time."""
 GROUP_STEP = "group_step"
 """Slot of a step that is counted per parameter group."""
 
@@ -103,56 +98,11 @@ def save_checkpoint(
         if reason is None:
             raise
         raise RunFault(
-            f"checkpoint of step {step} could not be written to {str(place)!r}: {reason}; {_left(folder)}"
+            f"checkpoint of step {step} could not be written to {str(place)!r}: {reason}; "
+            f"{what_is_left(folder)}"
         ) from error
     remove_checkpoints([old, *(checkpoint.path for checkpoint in folder.checkpoints()[keep:])])
     return final
-
-
-def remove_checkpoints(paths: Iterable[Path]) -> None:
-    """Remove checkpoint folders, each out of sight first; what a disk keeps is left to the next start."""
-    for path in paths:
-        gone = path.with_name(f"{REMOVING}{path.name.lstrip('.')}")
-        with suppress(OSError):
-            os.replace(path, gone)
-        shutil.rmtree(gone, ignore_errors=True)
-
-
-def clear_leftovers(folder: RunFolder, step: int) -> None:
-    """Remove what a killed run has left, and checkpoints of a past that did not happen.
-
-    Args:
-        folder: the run's folder.
-        step: where the run goes on; later checkpoints go.
-
-    Raises:
-        OSError: if that fails.
-    """
-    for path in list(folder.checkpoint_folder.glob(".*step-*")):
-        if path.name.startswith((WRITING, REMOVING)):
-            shutil.rmtree(path)
-    for checkpoint in folder.checkpoints():
-        if checkpoint.step > step:
-            remove_checkpoints([checkpoint.path])
-        elif checkpoint.path.name.startswith(OLD):
-            os.replace(checkpoint.path, folder.checkpoint_folder / f"step-{checkpoint.step:08d}")
-    remove_checkpoints(list(folder.checkpoint_folder.glob(f"{OLD}*")))
-
-
-def _left(folder: RunFolder) -> str:
-    """What there is to go on from, and whether the disk is too full for another one of its size."""
-    whole = next((checkpoint for checkpoint in folder.checkpoints() if checkpoint.fault() is None), None)
-    if whole is None:
-        return "there is none before it"
-    size = checkpoint_bytes(whole)
-    free = shutil.disk_usage(whole.path).free
-    room = f"; a checkpoint takes {shown_bytes(size)}, {shown_bytes(free)} are free" if free <= size else ""
-    return f"the newest one, of step {whole.step}, is intact{room}"
-
-
-def checkpoint_bytes(checkpoint: Checkpoint) -> int:
-    """What a whole checkpoint takes of the disk, its state aside."""
-    return sum(-(-size // BLOCK) * BLOCK for size in checkpoint.state()["files"].values())
 
 
 def load_checkpoint(

@@ -12,8 +12,8 @@ from etpp_ssl.config import UserError, shown_bytes
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.curriculum.hours import TimePlan, replan
 from etpp_ssl.data.images import ImageSource
-from etpp_ssl.engine.checkpoint import checkpoint_bytes, clear_leftovers
 from etpp_ssl.engine.metrics import MetricsFile
+from etpp_ssl.engine.rotation import checkpoint_bytes, clear_leftovers
 from etpp_ssl.engine.state import TrainState
 from etpp_ssl.recipe import RunRecipe
 from etpp_ssl.recipe_file import changed_keys

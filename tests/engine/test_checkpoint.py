@@ -14,11 +14,11 @@ import etpp_ssl.engine.checkpoint as checkpoint_module
 from etpp_ssl.config import UserError
 from etpp_ssl.engine.checkpoint import (
     CheckpointClock,
-    clear_leftovers,
     load_checkpoint,
     optimizer_tensors,
     save_checkpoint,
 )
+from etpp_ssl.engine.rotation import clear_leftovers
 from etpp_ssl.recipe import CheckpointConfig
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 

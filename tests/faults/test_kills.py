@@ -57,7 +57,7 @@ KILLS = {
     "before rows are cut": Kill("plain", Call("truncate", "cut_back"), newest=4, before=A_ROW),
     "after rows are cut": Kill("plain", Call("truncate", "cut_back", after=True), newest=4, before=A_ROW),
 }
-ANYWHERE = ["plain", "workers", "classifier", "workers", "hours", "plain", "classifier", "workers"]
+ANYWHERE = ["plain", "workers", "classifier", "workers", "hours", "plain", "classifier", "workers", "plain"]
 """Runs to kill at a random line of the package."""
 
 
