@@ -18,6 +18,10 @@ from etpp_ssl.engine.state import TrainState
 from etpp_ssl.run_folder import RunFolder, parse_row
 
 
+class RowsFault(RunFault):
+    """The disk does not take the rows of metrics."""
+
+
 class MetricsFile:
     """Appends rows and passes them on to accelerate's trackers; only the main process writes.
 
@@ -78,7 +82,7 @@ class MetricsFile:
         """See to it that all rows are on the disk, on the main process.
 
         Raises:
-            RunFault: if they are not.
+            RowsFault: if they are not.
         """
         reason = self._write_waiting()
         if reason is None and self.path.exists():
@@ -87,7 +91,7 @@ class MetricsFile:
             except OSError as error:
                 reason = disk_fault(error)
         if reason is not None:
-            raise RunFault(f"rows could not be written to {str(self.path)!r}: {reason}")
+            raise RowsFault(f"rows could not be written to {str(self.path)!r}: {reason}")
 
     def _write_waiting(self) -> str | None:
         """Why rows still wait, or None."""

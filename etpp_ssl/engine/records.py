@@ -9,7 +9,8 @@ from torch import Tensor
 from etpp_ssl.config import RunFault
 from etpp_ssl.curriculum.base import Stage
 from etpp_ssl.engine.checkpoint import save_checkpoint
-from etpp_ssl.engine.metrics import Meter
+from etpp_ssl.engine.metrics import Meter, RowsFault
+from etpp_ssl.engine.rotation import what_is_left
 from etpp_ssl.engine.run import BaseRun
 from etpp_ssl.engine.state import environment
 
@@ -67,6 +68,9 @@ def save(run: BaseRun, average: Mapping[str, Tensor] | None = None, *, required:
             # A resumed run writes no row of before its checkpoint again.
             run.metrics.flush()
             _write(run, average)
+        except RowsFault as error:
+            step, left = run.state.step, what_is_left(run.folder)
+            fault = f"checkpoint of step {step} could not be written, since {error}; {left}"
         except RunFault as error:
             fault = str(error)
     fault = run.agreement.main_says(fault)
