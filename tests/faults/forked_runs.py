@@ -1,14 +1,7 @@
-"""Runs in processes of their own, cheaply, and killed at a moment that the test names.
+"""Runs in processes of their own, cheaply, and killed at a moment that the test names; see `moments.py`.
 
 A server imports torch and the package once, and forks one process per run. Each is a real process: it starts
-from what is on disk, and its end is the kernel's doing. Moments:
-
-    Line(n)     SIGKILL at the n-th line of the package that the main thread executes
-    Call(...)   SIGKILL as a built-in function is called, or right after it has returned, inside a function
-    Bytes(...)  the kernel ends the process at the n-th byte that it writes to a file, whoever writes it:
-                by RLIMIT_FSIZE, whose SIGXFSZ is as sudden as SIGKILL and as exact as no signal from outside
-
-Run as a script, this file is the server.
+from what is on disk, and its end is the kernel's doing. Run as a script, this file is the server.
 """
 
 from __future__ import annotations
@@ -17,8 +10,6 @@ import errno
 import gc
 import json
 import os
-import random
-import resource
 import signal
 import subprocess
 import sys
@@ -26,37 +17,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
+
+import moments
+from moments import MOMENTS, Moment, disarm
 
 SECONDS = 120
 """After which a run that hangs is ended."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """The n-th line, counted from 1; -1 kills at none and counts them."""
-
-    n: int
-
-
-@dataclass(frozen=True)
-class Call:
-    """The `nth` call of built-in `name` below function `inside`."""
-
-    name: str
-    inside: str
-    nth: int = 1
-    after: bool = False
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """`count` bytes into the `nth` time that `file` is written."""
-
-    file: str
-    count: int
-    nth: int = 1
 
 
 @dataclass(frozen=True)
@@ -90,7 +58,7 @@ class ForkedRuns:
         self,
         recipe: Path,
         *overrides: str,
-        moment: Line | Call | Bytes | None = None,
+        moment: Moment | None = None,
         clock: bool = False,
     ) -> Ended:
         """Run a recipe, of whatever task, to its end or until the moment.
@@ -128,11 +96,6 @@ class ForkedRuns:
     def close(self) -> None:
         """End the server."""
         self._server.communicate()
-
-
-def keyed(key: str, end: int) -> int:
-    """A number from 1 to `end` - 1."""
-    return random.Random(key).randrange(1, end)
 
 
 def serve() -> None:
@@ -182,7 +145,7 @@ def _child(order: dict[str, Any], rank: int, place: Path) -> int:
         if order.get("num_processes", 1) > 1:
             _meet(place.with_name("meeting"), rank, order["num_processes"])
         _run(order)
-        place.with_suffix(".lines").write_text(str(_lines))
+        place.with_suffix(".lines").write_text(str(moments.lines))
         return 0
     except BaseException as error:
         traceback.print_exc()
@@ -213,110 +176,15 @@ def _run(order: dict[str, Any]) -> None:
         _fill_the_disk(order["refused"])
     recipe = load_any_recipe(order["recipe"], order["overrides"])
     # Data workers are forked from here, and are not what is killed.
-    os.register_at_fork(after_in_child=_unwatched)
+    os.register_at_fork(after_in_child=disarm)
     if order.get("moment") is not None:
         kind, values = order["moment"]
-        {"Line": _kill_at_line, "Call": _kill_at_call, "Bytes": _kill_at_byte}[kind](**values)
+        MOMENTS[kind](**values).arm()
     if isinstance(recipe, Recipe):
         pretrain(recipe)
     else:
         finetune(recipe)
-    _unwatched()
-
-
-_lines = 0
-
-
-def _unwatched() -> None:
-    sys.settrace(None)
-    sys.setprofile(None)
-
-
-def _kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _kill_at_line(n: int) -> None:
-    import etpp_ssl
-
-    package = str(Path(etpp_ssl.__file__).parent)
-
-    def line(frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:
-        global _lines
-        if event == "line":
-            _lines += 1
-            if _lines == n:
-                _kill()
-        return line
-
-    def call(frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
-        return line if frame.f_code.co_filename.startswith(package) else None
-
-    sys.settrace(call)
-
-
-def _kill_at_call(name: str, inside: str, nth: int, after: bool) -> None:
-    wanted, done = "c_return" if after else "c_call", 0
-
-    def profile(frame: FrameType, event: str, argument: Any) -> None:
-        nonlocal done
-        if event == wanted and argument.__name__ == name and _is_inside(frame, inside):
-            done += 1
-            if done == nth:
-                _kill()
-
-    sys.setprofile(profile)
-
-
-def _is_inside(frame: FrameType | None, function: str) -> bool:
-    while frame is not None:
-        if frame.f_code.co_name == function:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _kill_at_byte(file: str, count: int, nth: int) -> None:
-    if file.endswith(".safetensors"):
-        _kill_in_tensors(file, count, nth)
-        return
-    done = 0
-
-    def opened(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal done
-        if event != "open" or not str(arguments[0]).endswith(file):
-            return
-        if arguments[2] & (os.O_WRONLY | os.O_RDWR):
-            done += 1
-            if done == nth:
-                there = Path(arguments[0])
-                appended = arguments[2] & os.O_APPEND and there.exists()
-                end = count + (there.stat().st_size if appended else 0)
-                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-                resource.setrlimit(resource.RLIMIT_FSIZE, (end, resource.RLIM_INFINITY))
-
-    sys.addaudithook(opened)
-
-
-def _kill_in_tensors(file: str, count: int, nth: int) -> None:
-    """safetensors allocates a whole file, under another name, before it writes; older ones did not."""
-    from safetensors.torch import save
-
-    done = 0
-
-    def profile(frame: FrameType, event: str, argument: Any) -> None:
-        nonlocal done
-        if event != "call" or frame.f_code.co_name != "save_file":
-            return
-        path = Path(frame.f_locals["filename"])
-        if path.name == file:
-            done += 1
-            if done == nth:
-                path.write_bytes(save(frame.f_locals["tensors"])[:count])
-                _kill()
-
-    sys.setprofile(profile)
+    disarm()
 
 
 def _turn_the_clock() -> None:

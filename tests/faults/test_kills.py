@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from forked_runs import Bytes, Call, Ended, ForkedRuns, Line, keyed
+from forked_runs import Ended, ForkedRuns
+from moments import Bytes, Call, Line, Moment, keyed
 
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
@@ -21,7 +22,6 @@ RUNS = {
     "classifier": ["checkpoint.keep=1"],
     "hours": ["budget_epochs=null", f"budget_hours={40 / 3600}"],
 }
-Moment = Line | Call | Bytes
 
 
 @dataclass(frozen=True)
