@@ -143,6 +143,10 @@ class DataConfig(Config, ABC):
     """Data worker processes per training process; never changes a result."""
     prefetch: int = neutral(2, ge=1)
     """Batches that each worker keeps ready."""
+    stall_seconds: float | None = neutral(600.0, gt=0)
+    """The run ends, naming the images, when a batch has been waited for so long: in training, probes and
+    evaluations, the start of the workers included. Only waiting counts, not the time between two batches.
+    None waits for ever, for instance for a debugger in a data set."""
 
     @model_validator(mode="after")
     def _ranges(self) -> DataConfig:

@@ -180,6 +180,7 @@ def open_evaluation(
         normalise=normalise,
         accelerator=accelerator,
         num_workers=recipe.data.num_workers,
+        stall_seconds=recipe.data.stall_seconds,
         num_classes=num_classes,
         config=recipe.evaluate,
     )

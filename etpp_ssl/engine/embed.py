@@ -72,6 +72,7 @@ def embed(
         pool=pool,
         batch_size=batch_size,
         num_workers=recipe.data.num_workers,
+        stall_seconds=recipe.data.stall_seconds,
     )
     unreadable = len(source) - len(features.indices)
     if unreadable == len(source):

@@ -23,7 +23,7 @@ class Feed:
         builder: builds batches.
         requests: all micro-batches to load.
         accelerator: knows the device.
-        num_workers, prefetch: see `batch_loader`.
+        num_workers, prefetch, stall_seconds: see `batch_loader`.
         replay: turns the loaded micro-batches into those to train on; None trains on them as they are. A
             buffer that has to be read again is read here, before the first step.
     """
@@ -36,6 +36,7 @@ class Feed:
         *,
         num_workers: int,
         prefetch: int,
+        stall_seconds: float | None = None,
         replay: Replay | None = None,
     ) -> None:
         loader = batch_loader(
@@ -44,6 +45,7 @@ class Feed:
             num_workers=num_workers,
             prefetch=prefetch,
             pin_memory=accelerator.device.type == "cuda",
+            stall_seconds=stall_seconds,
         )
         self._loaded = batches(loader)
         self._batches: Iterator[Batch] = self._loaded
@@ -53,16 +55,23 @@ class Feed:
         self._device = accelerator.device
         self.wait_seconds = 0.0
         """Time that the current step has waited for data."""
+        self.kept: dict[int, list[Batch]] = {}
+        """Micro-batches of the step in work, as far as they have come, and of the one before it: on the host,
+        those that were trained on. Twice a step's images of this process stay in memory for it, pinned where
+        the batches go to a GPU; never in shared memory."""
 
     def step(self) -> Iterator[Batch]:
         """The micro-batches of the next step, on the device."""
         self.wait_seconds = 0.0
+        for step in list(self.kept)[:-1]:
+            del self.kept[step]
         last = False
         while not last:
             start = time.perf_counter()
-            batch = next(self._batches)
+            batch = next(self._batches).own_memory()
             self.wait_seconds += time.perf_counter() - start
             last = batch.request.last
+            self.kept.setdefault(batch.request.step, []).append(batch)
             yield batch.to(self._device)
 
     def close(self) -> None:

@@ -94,6 +94,7 @@ class BaseRun:
             accelerator,
             num_workers=recipe.data.num_workers,
             prefetch=recipe.data.prefetch,
+            stall_seconds=recipe.data.stall_seconds,
             replay=replay,
         )
 
@@ -291,6 +292,7 @@ def build_probe(
             masker=recipe.build_masker(),
             seed=recipe.seed,
             num_workers=recipe.data.num_workers,
+            stall_seconds=recipe.data.stall_seconds,
             **long,
         )
     )
