@@ -46,7 +46,8 @@ def worker_died(scene: Scene, exit_code: int) -> LoaderFault:
         scene: with the worker.
         exit_code: as `multiprocessing` has it: a signal is a negative number.
     """
-    return LoaderFault(f"data: {scene.who} {_fate(exit_code)} {_work(scene)}{_waiting(scene)}; {GO_ON}")
+    waiting = "" if scene.waited_for is scene.in_hand else _waiting(scene)
+    return LoaderFault(f"data: {scene.who} {_fate(exit_code)} {_work(scene)}{waiting}; {GO_ON}")
 
 
 def loader_stalled(scene: Scene, seconds: float) -> LoaderFault:
@@ -55,7 +56,7 @@ def loader_stalled(scene: Scene, seconds: float) -> LoaderFault:
     batch = described(scene.waited_for, scene.name)
     return LoaderFault(
         f"data: no batch within data.stall_seconds {seconds:g} for {batch}: {scene.who} "
-        f"{_reading(scene) or 'is between two images'}; {GO_ON}"
+        f"{_reading(scene) or 'is not reading an image'}; {GO_ON}"
     )
 
 
@@ -71,18 +72,21 @@ def handover_failed(error: Exception, scene: Scene, num_workers: int) -> LoaderF
         None for any other error.
     """
     text, waiting = str(error), _waiting(scene)
-    if isinstance(error, RuntimeError) and any(words in text for words in _NO_ROOM):
+    code = error.errno if isinstance(error, OSError) and num_workers else None
+    no_room = isinstance(error, RuntimeError) and any(words in text for words in _NO_ROOM)
+    if no_room or code == errno.ENOSPC:
         return LoaderFault(
-            f"data: {_shared_memory()} has no room for a batch{waiting}: {_more_room()}; {GO_ON}"
+            f"data: {_shared_memory()} has no room for what the workers hand over{waiting}: {_more_room()}; "
+            f"{GO_ON}"
         )
     if "Too many open files" in text:
         return LoaderFault(
             f"data: too many open files for the workers' batches{waiting}: raise the limit (ulimit -n), or "
             f"lower data.num_workers or data.prefetch; {GO_ON}"
         )
-    if isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ENOMEM) and num_workers:
+    if code in (errno.EAGAIN, errno.ENOMEM):
         return LoaderFault(
-            f"data: {num_workers} worker processes cannot be started ({error.strerror}): lower "
+            f"data: {num_workers} worker processes cannot be started ({os.strerror(code)}): lower "
             f"data.num_workers; {GO_ON}"
         )
     if "Pin memory thread" in text:

@@ -77,7 +77,7 @@ class TimeLimit:
             self._begin = time.monotonic()
             signal.setitimer(signal.ITIMER_REAL, self.seconds)
             return
-        self._disarm()
+        # Whoever catches it on the way leaves the limit in force, and the second thread ends the process.
         raise Expired
 
     def _watch(self) -> None:

@@ -21,6 +21,8 @@ from etpp_ssl.data.sampler import BatchRequest
 from etpp_ssl.data.time_limit import Expired, TimeLimit
 from etpp_ssl.data.worker import start_worker
 
+KILL_SECONDS = 5.0
+"""Until a worker that was killed is left alone."""
 SHUT_DOWN_SECONDS = 10.0
 """Until a loader that has failed is left alone: its threads may wait for what a dead worker holds."""
 
@@ -219,9 +221,12 @@ class Watch(Iterator[B_co], Generic[B_co]):
         return {worker: code for worker, code in enumerate(codes) if code is not None}
 
     def _kill(self) -> None:
-        for process in self._processes:
-            if process.is_alive():
-                process.kill()
+        alive = [process for process in self._processes if process.is_alive()]
+        for process in alive:
+            process.kill()
+        for process in alive:
+            # One that waits for a device cannot even be killed.
+            process.join(KILL_SECONDS)
 
 
 class _WorkerDied(Exception):
