@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+from types import TracebackType
 
 from etpp_ssl.data.reading import ReadingBoard, use_board
 
@@ -17,12 +19,22 @@ def start_worker(board: ReadingBoard, worker: int) -> None:
         worker: its number.
     """
     use_board(board, worker)
+    sys.excepthook = _quiet_if_main_has_left
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process still needs its
     # batches to finish the step, and stops the workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS lacks it: there a SIGTERM ends the workers.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_main, daemon=True).start()
+
+
+def _quiet_if_main_has_left(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    # multiprocessing's thread that hands files over reports here when the main process, which then says
+    # itself why, hangs up in the middle.
+    if not isinstance(error, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_with_main() -> None:

@@ -139,18 +139,20 @@ def test_a_worker_that_dies_is_named_with_the_image_it_was_reading(act: Callable
     )
 
 
-def test_a_worker_that_died_while_batches_were_in_use_is_noticed_at_once() -> None:
-    loader = opened(lambda: os._exit(0), num_workers=1, index=6)
-    with closing(loader):
+def test_a_worker_that_died_while_a_batch_was_in_use_is_noticed_at_once() -> None:
+    def act() -> None:
+        time.sleep(0.3)  # Until batch 0 is on its way.
+        os._exit(0)
+
+    with closing(opened(act, num_workers=1, index=6)) as loader:
         assert next(loader).request.step == 0
         for worker in multiprocessing.active_children():
             worker.join(30)
         with pytest.raises(LoaderFault) as error:
             list(loader)
-    assert re.match(
-        r"data: worker process 1 of 1 ended with exit code 0 when it was reading", str(error.value)
-    )
-    assert "'photos/06.jpg' (sample 6), at work on step 1" in str(error.value)
+    said = str(error.value)
+    assert said.startswith("data: worker process 1 of 1 ended with exit code 0 when it was reading image ")
+    assert "'photos/06.jpg' (sample 6), at work on step 1" in said
 
 
 def test_a_death_is_told_where_a_batch_is_waited_for_and_nowhere_else() -> None:

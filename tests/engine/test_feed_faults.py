@@ -17,8 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import etpp_ssl.engine.finetune
-import etpp_ssl.engine.pretrain
 from etpp_ssl.cli import main
 from etpp_ssl.config import RunFault
 from etpp_ssl.data.augment import EvalView
@@ -28,18 +26,19 @@ from etpp_ssl.data.replay import Replay
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.synthetic import SyntheticConfig
 from etpp_ssl.engine.feed import Feed
+from etpp_ssl.engine.finetune import finetune
+from etpp_ssl.engine.pretrain import pretrain
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
 from tests.loader_scenes import Trapped, run_aside
-
-# Imported once, not by each process that is forked here.
-assert etpp_ssl.engine.finetune and etpp_ssl.engine.pretrain
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),
     pytest.mark.skipif(sys.platform != "linux", reason="ends and watches processes by Linux's means"),
 ]
 
+# The command imports its loop when it runs: here once, not in each process that is forked.
+LOOPS = (pretrain, finetune)
 SIZE = (8, 12)
 GO_ON = "; the same command goes on from its last checkpoint, if it writes any"
 
