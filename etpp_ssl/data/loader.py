@@ -15,11 +15,11 @@ from torch.utils.data import Dataset, get_worker_info
 from etpp_ssl.config import RunFault, UserError
 from etpp_ssl.data.augment import View
 from etpp_ssl.data.images import ImageSource, UnreadableImage
-from etpp_ssl.data.loader_faults import LoaderFault, named_errors
+from etpp_ssl.data.loader_faults import LoaderFault, named_errors, safe_name
 from etpp_ssl.data.reading import Reading, note_reading
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
 from etpp_ssl.data.splits import check_label
-from etpp_ssl.data.watch import Builder, Watch
+from etpp_ssl.data.watch import Watch
 
 MAX_ATTEMPTS = 100
 """Images tried for one sample before the data set counts as unreadable altogether."""
@@ -145,7 +145,7 @@ class BatchBuilder(Dataset[Batch]):
         """The view of the first image that can be read, its index, and those before it."""
         bad: list[BadImage] = []
         for attempt in range(MAX_ATTEMPTS):
-            note_reading(Reading(position, index))
+            note_reading(Reading(position, safe_name(self.image_name, index)))
             try:
                 image = self.source.open(index)
                 return self.view(image, position, request.bandwidth, request.progress), index, bad
@@ -161,7 +161,7 @@ class BatchBuilder(Dataset[Batch]):
 class BatchLoader:
     """What `batches` opens; see `batch_loader`."""
 
-    builder: Builder[Batch]
+    builder: Dataset[Batch]
     requests: Iterable[BatchRequest]
     num_workers: int
     prefetch: int
@@ -170,7 +170,7 @@ class BatchLoader:
 
 
 def batch_loader(
-    builder: Builder[Batch],
+    builder: Dataset[Batch],
     requests: Iterable[BatchRequest],
     *,
     num_workers: int,
@@ -181,7 +181,8 @@ def batch_loader(
     """A loader over requests; batches come in the order of the requests.
 
     Args:
-        builder: builds the batches.
+        builder: builds the batches. If it has an `image_name`, from an image's index to its name, the images
+            of a batch that does not come are named.
         requests: what to build.
         num_workers: worker processes; 0 builds in this process.
         prefetch: batches that each worker keeps ready.

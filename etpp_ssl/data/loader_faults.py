@@ -30,13 +30,13 @@ class Scene:
     waited_for: BatchRequest | None
     """The oldest request whose batch has not come; None if nothing was asked for yet."""
     who: str
-    """Who it is about: `worker process 1 of 4`, or `this process`."""
+    """Who it is about: `worker process 1 of 4`, or `the process`."""
     in_hand: BatchRequest | None
     """The request that this one is at work on."""
     reading: Reading | None
     """The image that it is reading."""
-    name: Callable[[int], str]
-    """From an image's number to its name."""
+    name: Callable[[int], str] | None
+    """From an image's index to its name; None for images without indices, as of a stream."""
 
 
 def worker_died(scene: Scene, exit_code: int) -> LoaderFault:
@@ -55,8 +55,8 @@ def loader_stalled(scene: Scene, seconds: float) -> LoaderFault:
     assert scene.waited_for is not None
     batch = described(scene.waited_for, scene.name)
     return LoaderFault(
-        f"data: no batch within data.stall_seconds {seconds:g} for {batch}: {scene.who} "
-        f"{_reading(scene) or 'is not reading an image'}; {GO_ON}"
+        f"data: no batch within data.stall_seconds {seconds:g} for {batch}: {scene.who} is "
+        f"{_reading(scene) or 'not reading an image'}; {GO_ON}"
     )
 
 
@@ -71,7 +71,8 @@ def handover_failed(error: Exception, scene: Scene, num_workers: int) -> LoaderF
     Returns:
         None for any other error.
     """
-    text, waiting = str(error), _waiting(scene)
+    # From a worker the message arrives with a traceback in front of it.
+    text, waiting = (str(error).strip().splitlines() or [""])[-1], _waiting(scene)
     code = error.errno if isinstance(error, OSError) and num_workers else None
     no_room = isinstance(error, RuntimeError) and any(words in text for words in _NO_ROOM)
     if no_room or code == errno.ENOSPC:
@@ -79,7 +80,7 @@ def handover_failed(error: Exception, scene: Scene, num_workers: int) -> LoaderF
             f"data: {_shared_memory()} has no room for what the workers hand over{waiting}: {_more_room()}; "
             f"{GO_ON}"
         )
-    if "Too many open files" in text:
+    if code == errno.EMFILE or "Communication with the workers is no longer possible" in text:
         return LoaderFault(
             f"data: too many open files for the workers' batches{waiting}: raise the limit (ulimit -n), or "
             f"lower data.num_workers or data.prefetch; {GO_ON}"
@@ -94,10 +95,12 @@ def handover_failed(error: Exception, scene: Scene, num_workers: int) -> LoaderF
     return None
 
 
-def described(request: BatchRequest, name: Callable[[int], str]) -> str:
-    """Where in the run a request belongs, the numbers of its samples and the names of its images."""
-    images = listed([repr(safe_name(name, index)) for index in request.indices])
-    return f"{place(request)}, samples {listed([str(p) for p in request.positions])} ({images})"
+def described(request: BatchRequest, name: Callable[[int], str] | None) -> str:
+    """Where in the run a request belongs, the numbers of its samples and, if known, its images' names."""
+    numbers = f"{place(request)}, samples {listed([str(position) for position in request.positions])}"
+    if name is None:
+        return numbers
+    return f"{numbers} ({listed([repr(safe_name(name, index)) for index in request.indices])})"
 
 
 @contextmanager
@@ -147,15 +150,14 @@ def _work(scene: Scene) -> str:
     if scene.in_hand is None:
         return "before it had work"
     reading = _reading(scene)
-    reading = f"when it {reading.replace('is', 'was', 1)}, " if reading else ""
-    return f"{reading}at work on {described(scene.in_hand, scene.name)}"
+    when = f"when it was {reading}, " if reading else ""
+    return f"{when}at work on {described(scene.in_hand, scene.name)}"
 
 
 def _reading(scene: Scene) -> str:
     if scene.reading is None:
         return ""
-    position, image = scene.reading
-    return f"is reading image {safe_name(scene.name, image)!r} (sample {position})"
+    return f"reading image {scene.reading.name!r} (sample {scene.reading.position})"
 
 
 def _waiting(scene: Scene) -> str:

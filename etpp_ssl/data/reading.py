@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
+import struct
 from multiprocessing.sharedctypes import RawArray
 from typing import NamedTuple
+
+NAME_BYTES = 1024
+"""Of a longer name the end is kept, which tells more of a path."""
+_HEAD = struct.Struct("qq")
+_PLACE = _HEAD.size + NAME_BYTES
 
 
 class Reading(NamedTuple):
@@ -12,8 +17,8 @@ class Reading(NamedTuple):
 
     position: int
     """The number of the sample that it is for."""
-    image: int
-    """Its number in the data set: another one than the sample's own where that was unreadable."""
+    name: str
+    """What a person would look for; another image's than the sample's own where that was unreadable."""
 
 
 class ReadingBoard:
@@ -24,18 +29,27 @@ class ReadingBoard:
     """
 
     def __init__(self, num_processes: int) -> None:
-        self._numbers: ctypes.Array[ctypes.c_longlong] = RawArray(ctypes.c_longlong, 2 * num_processes)
-        for number in range(num_processes):
-            self.write(number, None)
+        self._memory = RawArray("c", _PLACE * num_processes)
 
     def write(self, number: int, reading: Reading | None) -> None:
         """Say what process `number` is reading."""
-        self._numbers[2 * number], self._numbers[2 * number + 1] = reading or (-1, -1)
+        start = _PLACE * number
+        if reading is None:
+            _HEAD.pack_into(self._memory, start, 0, 0)
+            return
+        # Names of files may hold bytes that are no text.
+        name = reading.name.encode(errors="surrogateescape")[-NAME_BYTES:]
+        self._memory[start + _HEAD.size : start + _HEAD.size + len(name)] = name
+        _HEAD.pack_into(self._memory, start, reading.position, 1 + len(name))
 
     def read(self, number: int) -> Reading | None:
         """What process `number` was reading when it last said so; None between two batches."""
-        position, image = self._numbers[2 * number], self._numbers[2 * number + 1]
-        return Reading(position, image) if image >= 0 else None
+        start = _PLACE * number
+        position, length = _HEAD.unpack_from(self._memory, start)
+        if length == 0:
+            return None
+        name = bytes(self._memory[start + _HEAD.size : start + _HEAD.size + length - 1])
+        return Reading(position, name.decode(errors="surrogateescape"))
 
 
 _place: tuple[ReadingBoard, int] | None = None

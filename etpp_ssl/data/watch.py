@@ -9,10 +9,10 @@ from contextlib import closing, nullcontext, suppress
 from functools import partial
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch._C import _remove_worker_pids, _set_worker_pids
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from etpp_ssl.data import loader_faults
 from etpp_ssl.data.loader_faults import LoaderFault, Scene
@@ -26,16 +26,7 @@ KILL_SECONDS = 5.0
 SHUT_DOWN_SECONDS = 10.0
 """Until a loader that has failed is left alone: its threads may wait for what a dead worker holds."""
 
-B_co = TypeVar("B_co", covariant=True)
-
-
-class Builder(Protocol[B_co]):
-    """Builds the batch that a request describes, in any process."""
-
-    def __getitem__(self, request: BatchRequest) -> B_co: ...
-
-    def image_name(self, index: int) -> str:
-        """What a person would look for."""
+T = TypeVar("T")
 
 
 class Requests(Sampler[BatchRequest]):
@@ -65,11 +56,11 @@ class Requests(Sampler[BatchRequest]):
         return self.under_way[0][1] if self.under_way else None
 
 
-class Watch(Iterator[B_co], Generic[B_co]):
+class Watch(Iterator[T], Generic[T]):
     """A torch loader's batches in the order of their requests, or one sentence about what went wrong.
 
     Args:
-        builder: builds the batches.
+        builder: builds the batches; see `batch_loader`.
         requests: what to build.
         num_workers: worker processes; 0 builds in this process.
         prefetch: batches that each worker keeps ready.
@@ -84,7 +75,7 @@ class Watch(Iterator[B_co], Generic[B_co]):
 
     def __init__(
         self,
-        builder: Builder[B_co],
+        builder: Dataset[T],
         requests: Iterable[BatchRequest],
         *,
         num_workers: int,
@@ -93,7 +84,7 @@ class Watch(Iterator[B_co], Generic[B_co]):
         hand_over: Callable[[Any], Any],
         stall_seconds: float | None,
     ) -> None:
-        self._name = builder.image_name
+        self._name: Callable[[int], str] | None = getattr(builder, "image_name", None)
         self._requests = Requests(requests)
         self._num_workers = num_workers
         self._processes: list[BaseProcess] = []
@@ -102,9 +93,8 @@ class Watch(Iterator[B_co], Generic[B_co]):
         self._limit = None
         if stall_seconds is not None:
             self._limit = TimeLimit(stall_seconds, lambda: str(self._stalled()))
-        dataset: Any = builder
-        self._loader: DataLoader[B_co] = DataLoader(
-            dataset,
+        self._loader: DataLoader[T] = DataLoader(
+            builder,
             sampler=self._requests,
             batch_size=None,
             collate_fn=hand_over,
@@ -116,11 +106,11 @@ class Watch(Iterator[B_co], Generic[B_co]):
         )
         self._iterator: Any = None
 
-    def __next__(self) -> B_co:
+    def __next__(self) -> T:
         try:
             if self._iterator is None:
                 self._iterator = self._opened()
-            batch: B_co = self._waited_for()
+            batch: T = self._waited_for()
         except StopIteration:
             raise
         except Expired:
@@ -162,7 +152,7 @@ class Watch(Iterator[B_co], Generic[B_co]):
             iterator._worker_pids_set = False
         return iterator
 
-    def _waited_for(self) -> B_co:
+    def _waited_for(self) -> T:
         with self._limit or nullcontext():
             if not self._num_workers:
                 use_board(self._board, 0)
@@ -176,8 +166,8 @@ class Watch(Iterator[B_co], Generic[B_co]):
             finally:
                 _remove_worker_pids(key)
 
-    def _next(self) -> B_co:
-        batch: B_co = next(self._iterator)
+    def _next(self) -> T:
+        batch: T = next(self._iterator)
         return batch
 
     def _fault(self, error: Exception) -> LoaderFault | None:

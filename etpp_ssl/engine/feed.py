@@ -63,16 +63,19 @@ class Feed:
     def step(self) -> Iterator[Batch]:
         """The micro-batches of the next step, on the device."""
         self.wait_seconds = 0.0
-        for step in list(self.kept)[:-1]:
-            del self.kept[step]
         last = False
         while not last:
             start = time.perf_counter()
             batch = next(self._batches).own_memory()
             self.wait_seconds += time.perf_counter() - start
             last = batch.request.last
-            self.kept.setdefault(batch.request.step, []).append(batch)
+            self._keep(batch)
             yield batch.to(self._device)
+
+    def _keep(self, batch: Batch) -> None:
+        self.kept.setdefault(batch.request.step, []).append(batch)
+        for step in sorted(self.kept)[:-2]:
+            del self.kept[step]
 
     def close(self) -> None:
         """End the data workers; what they have prepared is lost."""

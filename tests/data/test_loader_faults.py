@@ -26,7 +26,7 @@ from etpp_ssl.data.augment import EvalView
 from etpp_ssl.data.decode import one_line_reasons
 from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches, evaluation_requests
 from etpp_ssl.data.loader_faults import LoaderFault, Scene, handover_failed, worker_died
-from etpp_ssl.data.reading import Reading, ReadingBoard
+from etpp_ssl.data.reading import NAME_BYTES, Reading, ReadingBoard
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
 from etpp_ssl.data.synthetic import SyntheticConfig
 from etpp_ssl.data.time_limit import Expired, TimeLimit
@@ -380,7 +380,7 @@ def scene(**changed: Any) -> Scene:
         "waited_for": request,
         "who": "worker process 2 of 4",
         "in_hand": request,
-        "reading": Reading(21, 7),
+        "reading": Reading(21, "7.png"),
         "name": lambda index: f"{index}.png",
     }
     return Scene(**{**known, **changed})
@@ -394,7 +394,7 @@ def scene(**changed: Any) -> Scene:
             RuntimeError("unable to mmap 128 bytes from file </torch_1>: Cannot allocate memory"),
             "has no room",
         ),
-        (RuntimeError("Too many open files. Communication with the workers ..."), "ulimit -n"),
+        (RuntimeError("Too many open files. Communication with the workers is no longer possible"), "ulimit"),
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "ulimit -n"),
         (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "4 worker processes cannot be started"),
         (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "lower data.num_workers"),
@@ -426,10 +426,12 @@ def test_a_scene_of_which_little_is_known_is_still_a_sentence() -> None:
         f"data: worker process 2 of 4 ended with exit code 1 before it had work{GO_ON}"
     )
     unnamed = str(worker_died(scene(name=broken), -64))
-    assert "was killed by SIGRTMAX when it was reading image 'image 7' (sample 21)" in unnamed
+    assert "was killed by SIGRTMAX when it was reading image '7.png' (sample 21)" in unnamed
     assert "'image 20', 'image 21'" in unnamed
     other = scene(waited_for=requests()[4])
     assert f"'23.png'), while step 4 was waited for{GO_ON}" in str(worker_died(other, 1))
+    stream = str(worker_died(scene(name=None), 1))
+    assert f"reading image '7.png' (sample 21), at work on step 5, samples 20, 21, 22, 23{GO_ON}" in stream
     evaluation = scene(in_hand=evaluation_requests(range(9), size=SIZE, batch_size=9)[0])
     text = str(worker_died(evaluation, 1))
     assert "at work on evaluation batch 0, samples 0, 1, 2, 3, 4, and 4 more ('0.png', " in text
@@ -439,10 +441,15 @@ def test_a_scene_of_which_little_is_known_is_still_a_sentence() -> None:
 def test_a_board_outlives_the_process_that_wrote_on_it() -> None:
     board = ReadingBoard(2)
     assert [board.read(0), board.read(1)] == [None, None]
-    writer = multiprocessing.get_context("fork").Process(target=board.write, args=(1, Reading(5, 0)))
+    writer = multiprocessing.get_context("fork").Process(target=board.write, args=(1, Reading(5, "a/b.png")))
     writer.start()
     writer.join(30)
-    assert [board.read(0), board.read(1)] == [None, Reading(5, 0)]
+    assert [board.read(0), board.read(1)] == [None, Reading(5, "a/b.png")]
+    for name in ("", "K\u00f6ln\n.jpg", os.fsdecode(b"\xff.jpg")):
+        board.write(0, Reading(0, name))
+        assert board.read(0) == Reading(0, name)
+    board.write(0, Reading(7, 500 * "abc"))
+    assert board.read(0) == Reading(7, (500 * "abc")[-NAME_BYTES:])
     board.write(1, None)
     assert board.read(1) is None
 
