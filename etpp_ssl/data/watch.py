@@ -89,7 +89,7 @@ class Watch(Iterator[T], Generic[T]):
         self._num_workers = num_workers
         self._processes: list[BaseProcess] = []
         self._board = ReadingBoard(max(1, num_workers))
-        self._failed = False
+        self._failure: LoaderFault | None = None
         self._limit = None
         if stall_seconds is not None:
             self._limit = TimeLimit(stall_seconds, lambda: str(self._stalled()))
@@ -114,14 +114,13 @@ class Watch(Iterator[T], Generic[T]):
         except StopIteration:
             raise
         except Expired:
-            self._failed = True
-            raise self._stalled() from None
+            self._failure = self._stalled()
+            raise self._failure from None
         except Exception as error:
-            fault = self._fault(error)
-            if fault is None:
+            self._failure = self._fault(error)
+            if self._failure is None:
                 raise
-            self._failed = True
-            raise fault from None
+            raise self._failure from None
         self._requests.arrived()
         return batch
 
@@ -132,11 +131,12 @@ class Watch(Iterator[T], Generic[T]):
         # An exception from a worker holds its traceback in a cycle. Left to the garbage collector, torch
         # can no longer tell the workers to end, and waits five seconds for each before it kills them.
         shut_down = getattr(self._iterator, "_shutdown_workers", None)
-        if self._failed:
+        if self._failure is not None:
             # They may be stuck, or wait for a lock that a dead one holds, and so may torch's threads.
             self._kill()
             if shut_down is not None:
-                with suppress(Expired), closing(TimeLimit(SHUT_DOWN_SECONDS, _does_not_end)) as limit, limit:
+                patience = TimeLimit(SHUT_DOWN_SECONDS, partial(str, self._failure))
+                with suppress(Expired), closing(patience), patience:
                     shut_down()
         elif shut_down is not None:
             shut_down()
@@ -238,7 +238,3 @@ def _recording(processes: list[BaseProcess]) -> BaseContext:
 
     context: BaseContext = Recording()
     return context
-
-
-def _does_not_end() -> str:
-    return "data: a loader that has failed does not end"
