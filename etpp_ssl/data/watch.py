@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, nullcontext, suppress
 from functools import partial
+from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
@@ -21,6 +22,8 @@ from etpp_ssl.data.sampler import BatchRequest
 from etpp_ssl.data.time_limit import Expired, TimeLimit
 from etpp_ssl.data.worker import start_worker
 
+DEATH_SECONDS = 2.0
+"""Until a worker that has hung up counts as alive."""
 KILL_SECONDS = 5.0
 """Until a worker that was killed is left alone."""
 SHUT_DOWN_SECONDS = 10.0
@@ -172,6 +175,9 @@ class Watch(Iterator[T], Generic[T]):
 
     def _fault(self, error: Exception) -> LoaderFault | None:
         """What to say instead of an error; None for one that comes from the data."""
+        if self._processes and isinstance(error, OSError | EOFError):
+            # A worker that dies while it hands a batch over hangs up first.
+            wait([process.sentinel for process in self._processes if process.pid], DEATH_SECONDS)
         dead = self._dead()
         if dead:
             worker = next((worker for worker in dead if self._under_way(worker)), next(iter(dead)))

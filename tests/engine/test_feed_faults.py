@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from loader_scenes import Trapped, run_aside
 from safetensors.torch import load_file
 
 from etpp_ssl.cli import main
@@ -30,7 +31,6 @@ from etpp_ssl.engine.finetune import finetune
 from etpp_ssl.engine.pretrain import pretrain
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
-from tests.loader_scenes import Trapped, run_aside
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),
