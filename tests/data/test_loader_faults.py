@@ -180,6 +180,7 @@ def test_a_worker_that_hangs_up_before_it_dies_is_named(monkeypatch: pytest.Monk
         def hung_up(watch: object) -> Batch:
             raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
 
+        monkeypatch.setattr(watch_module, "DEATH_SECONDS", 30.0)
         monkeypatch.setattr(watch_module.Watch, "_next", hung_up)
         with pytest.raises(LoaderFault, match="worker process 2 of 2 ended with exit code 5"):
             next(loader)
