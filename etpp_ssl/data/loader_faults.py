@@ -16,6 +16,7 @@ from etpp_ssl.data.sampler import BatchRequest
 
 GO_ON = "the same command goes on from its last checkpoint, if it writes any"
 SHARED_MEMORY = "/dev/shm"
+_NO_FILES = ("Communication with the workers is no longer possible", "items of ancdata")
 _NO_ROOM = ("shared memory", "No space left on device", "unable to mmap")
 
 
@@ -80,7 +81,7 @@ def handover_failed(error: Exception, scene: Scene, num_workers: int) -> LoaderF
             f"data: {_shared_memory()} has no room for what the workers hand over{waiting}: {_more_room()}; "
             f"{GO_ON}"
         )
-    if code == errno.EMFILE or "Communication with the workers is no longer possible" in text:
+    if code == errno.EMFILE or any(words in text for words in _NO_FILES):
         return LoaderFault(
             f"data: too many open files for the workers' batches{waiting}: raise the limit (ulimit -n), or "
             f"lower data.num_workers or data.prefetch; {GO_ON}"

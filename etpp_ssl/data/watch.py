@@ -175,14 +175,21 @@ class Watch(Iterator[T], Generic[T]):
 
     def _fault(self, error: Exception) -> LoaderFault | None:
         """What to say instead of an error; None for one that comes from the data."""
-        if self._processes and isinstance(error, OSError | EOFError):
-            # A worker that dies while it hands a batch over hangs up first.
-            wait([process.sentinel for process in self._processes if process.pid], DEATH_SECONDS)
+        if isinstance(error, OSError | EOFError) or "ancdata" in str(error):
+            self._await_death()
         dead = self._dead()
         if dead:
             worker = next((worker for worker in dead if self._under_way(worker)), next(iter(dead)))
             return loader_faults.worker_died(self._scene(worker), dead[worker])
         return loader_faults.handover_failed(error, self._scene(self._next_worker()), self._num_workers)
+
+    def _await_death(self) -> None:
+        # A worker that dies while it hands a batch over hangs up first, and closes its files before it counts
+        # as ended.
+        sentinels = {process.sentinel: process for process in self._processes if process.pid}
+        if sentinels:
+            for sentinel in wait(list(sentinels), DEATH_SECONDS):
+                sentinels[sentinel].join(DEATH_SECONDS)  # type: ignore[index]
 
     def _stalled(self) -> LoaderFault:
         assert self._limit is not None

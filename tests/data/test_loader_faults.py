@@ -416,6 +416,7 @@ def scene(**changed: Any) -> Scene:
             "has no room",
         ),
         (RuntimeError("Too many open files. Communication with the workers is no longer possible"), "ulimit"),
+        (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "ulimit -n"),
         (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "4 worker processes cannot be started"),
         (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "lower data.num_workers"),
