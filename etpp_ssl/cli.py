@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress as Bar
 
-from etpp_ssl.config import UserError
+from etpp_ssl.config import RunFault, UserError
 
 # Idle OpenMP threads sleep instead of spinning: on a machine that others use too (data workers among
 # them), spinning threads can slow a step twentyfold. libgomp reads this when torch is loaded, which is
@@ -331,5 +331,7 @@ def main(arguments: list[str] | None = None) -> Any:
         return app(args=arguments)
     except UserError as error:
         rank = "" if is_main_process() else f" [process {os.environ['RANK']}]"
+        if rank and isinstance(error, RunFault) and error.everywhere:
+            sys.exit(error.exit_code)
         say(f"etpp: error:{rank} {' '.join(str(error).split())}")
         sys.exit(error.exit_code)

@@ -26,6 +26,8 @@ class RunFault(UserError):
     """
 
     exit_code = 1
+    everywhere = False
+    """Whether all processes raise the same, so that one of them is enough to tell."""
 
 
 class Config(BaseModel):

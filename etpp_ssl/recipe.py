@@ -54,6 +54,17 @@ class CheckpointConfig(Config):
     """Newest checkpoints that stay."""
 
 
+class NonfiniteConfig(Config):
+    """What to do at a step whose loss or gradients are not finite, besides writing a dump of it."""
+
+    policy: Literal["stop", "skip", "rewind"] = neutral("stop")
+    """End the run; leave the step out; or go back to the newest checkpoint with a lower learning rate."""
+    lr_factor: float = neutral(0.5, gt=0, le=1)
+    """What each rewind multiplies the learning rate by."""
+    max_rewinds: int = neutral(3, ge=1)
+    """Rewinds before the run ends after all."""
+
+
 class TrackerConfig(Config):
     """A tracker of accelerate, beside `metrics.jsonl`."""
 
@@ -106,6 +117,7 @@ class RunRecipe(Config, ABC):
     data: Annotated[AnyData, Field(discriminator="name")]
     curriculum: Annotated[AnyCurriculum, Field(discriminator="name")] = EfficientTrainConfig()
     checkpoint: CheckpointConfig = neutral(CheckpointConfig())
+    nonfinite: NonfiniteConfig = neutral(NonfiniteConfig())
     tracker: TrackerConfig = neutral(TrackerConfig())
 
     @model_validator(mode="after")

@@ -94,6 +94,8 @@ class RunFolder:
         self.recipe_file = self.path / "recipe.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
         self.plan_file = self.path / "plan.json"
+        self.status_file = self.path / "status.json"
+        self.dump_folder = self.path / "dumps"
         self.checkpoint_folder = self.path / "checkpoints"
         self.evaluation_folder = self.path / "report" / "evaluation"
 

@@ -53,6 +53,8 @@ class Feed:
         self._device = accelerator.device
         self.wait_seconds = 0.0
         """Time that the current step has waited for data."""
+        self.kept: dict[int, list[Batch]] = {}
+        """The micro-batches of the step in work and of the one before it, on the host, by step."""
 
     def step(self) -> Iterator[Batch]:
         """The micro-batches of the next step, on the device."""
@@ -63,7 +65,13 @@ class Feed:
             batch = next(self._batches)
             self.wait_seconds += time.perf_counter() - start
             last = batch.request.last
+            self._keep(batch)
             yield batch.to(self._device)
+
+    def _keep(self, batch: Batch) -> None:
+        self.kept.setdefault(batch.request.step, []).append(batch)
+        for step in sorted(self.kept)[:-2]:
+            del self.kept[step]
 
     def close(self) -> None:
         """End the data workers; what they have prepared is lost."""

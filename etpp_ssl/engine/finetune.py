@@ -14,17 +14,20 @@ same number of processes and the same `micro_batch_size` only.
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.engine.agreement import Agreement
 from etpp_ssl.engine.checkpoint import CheckpointClock
 from etpp_ssl.engine.classifier_run import ClassifierRun, open_classifier_run
+from etpp_ssl.engine.conduct import conduct
 from etpp_ssl.engine.feed import BadImages
 from etpp_ssl.engine.metrics import Meter
+from etpp_ssl.engine.nonfinite import Guard
 from etpp_ssl.engine.records import log_due, log_row, save
 from etpp_ssl.engine.run import prepare_run
-from etpp_ssl.engine.signals import Interrupted, StopRequest
+from etpp_ssl.engine.signals import StopRequest
 from etpp_ssl.objective.labels import soft_target_cross_entropy
 from etpp_ssl.optim.classifier import set_learning_rate
 from etpp_ssl.recipe import FinetuneRecipe
@@ -41,23 +44,12 @@ def finetune(recipe: FinetuneRecipe, fork: Path | None = None) -> ClassifierRun:
         The finished run.
 
     Raises:
-        UserError: for a mistake in recipe, data, folder or checkpoint, or a loss that is not finite.
+        UserError: for a mistake in recipe, data, folder or checkpoint.
+        RunFault: for a disk, a data worker, another process or a loss that failed on the way.
         Interrupted: after SIGTERM or SIGINT, once the step is finished and its checkpoint is written.
     """
     run = open_classifier_run(recipe, fork)
-    if run.finished:
-        run.progress.say(f"run {run.folder.path} is finished ({run.state.step} steps)")
-        return run
-    try:
-        with StopRequest() as stop_request:
-            prepare_run(run)
-            signum = _train(run, stop_request)
-    finally:
-        run.progress.stop()
-    # Not after an error: other processes may then be waiting in a collective.
-    run.accelerator.end_training()
-    if not run.finished:
-        raise Interrupted(signum, run.state.step)
+    conduct(run, partial(prepare_run, run), partial(_train, run))
     return run
 
 
@@ -68,13 +60,16 @@ def _train(run: ClassifierRun, stop_request: StopRequest) -> int:
     meter = Meter(accelerator, state)
     feed = run.open_feed(run.curriculum.stage_at, range(state.step, run.curriculum.num_steps))
     bad_images = BadImages(state, len(run.source), recipe.data.max_bad_share, run.progress)
+    guard = Guard(run, meter, feed, clip_grad=recipe.optim.clip_grad)
     agreement, clock = Agreement(accelerator), CheckpointClock(recipe.checkpoint)
     model.train()
     run.progress.start(state.step)
+    if state.step == 0 and recipe.nonfinite.policy == "rewind":
+        save(run, None if average is None else average.state_dict())
 
     while not run.finished:
         stage = run.curriculum.stage_at(state.step)
-        lr = recipe.optim.schedule(stage.batch_size)(stage.progress)
+        lr = state.lr_factor * recipe.optim.schedule(stage.batch_size)(stage.progress)
         set_learning_rate(optimizer, lr)
 
         for batch in feed.step():
@@ -89,9 +84,8 @@ def _train(run: ClassifierRun, stop_request: StopRequest) -> int:
                 accelerator.backward(loss * batch.request.weight * accelerator.num_processes)
             meter.add({"loss": loss}, batch.request.weight)
 
-        if recipe.optim.clip_grad is not None:
-            accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad)
-        optimizer.step()
+        if guard.passes():
+            optimizer.step()
         optimizer.zero_grad()
         meter.step_done(stage.batch_size, feed.wait_seconds)
         if average is not None:
@@ -105,6 +99,7 @@ def _train(run: ClassifierRun, stop_request: StopRequest) -> int:
             meter.pause(_evaluate(run))
         signum, checkpoint_due = agreement.reach(stop_request.signum, clock.due(state.step))
         if checkpoint_due or signum or run.finished:
+            guard.settle()
             meter.synchronise()
             save(run, None if average is None else average.state_dict())
             clock.written()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from etpp_ssl.config import UserError
 from etpp_ssl.engine.state import TrainState
 from etpp_ssl.run_folder import RunFolder
 
@@ -55,6 +53,8 @@ class Meter:
             name: torch.tensor(share * value, dtype=torch.float32, device=accelerator.device)
             for name, value in {"loss": state.loss_sum, **state.part_sums}.items()
         }
+        self._num_summed = torch.tensor(share * state.loss_steps, device=accelerator.device)
+        self._step: dict[str, Tensor] = {}
         self._since = self._noted = time.perf_counter()
         self._images = 0
         self._wait = 0.0
@@ -62,13 +62,28 @@ class Meter:
     def add(self, losses: dict[str, Tensor], weight: float) -> None:
         """Take one micro-batch's losses, `loss` among them; `weight` is its share of the global batch."""
         for name, loss in losses.items():
+            self._step[name] = self._step.get(name, 0.0) + loss.detach() * weight
+
+    def step_loss(self) -> Tensor:
+        """This process's part of the step's loss so far, float32 ()."""
+        return self._step["loss"]
+
+    def take(self, bad: Tensor) -> None:
+        """Add the step's losses to the sums.
+
+        Args:
+            bad: 1.0 for a step that is not finite and counts in no mean, otherwise 0.0.
+        """
+        for name, loss in self._step.items():
             # A new run learns the names of its losses here.
-            self._sums[name] = self._sums.get(name, 0.0) + loss.detach() * weight
+            self._sums[name] = self._sums.get(name, 0.0) + torch.where(bad > 0, 0.0, loss)
+        self._step = {}
+        if self.accelerator.is_main_process:
+            self._num_summed = self._num_summed + (1.0 - bad)
 
     def step_done(self, num_images: int, wait_seconds: float) -> None:
         """Count a finished step: images of the global batch, seconds this process waited for data."""
         self.state.step += 1
-        self.state.loss_steps += 1
         self._images += num_images
         self._wait += wait_seconds
 
@@ -77,40 +92,31 @@ class Meter:
         self._since += seconds
 
     def synchronise(self) -> None:
-        """Bring the loss sums, over all processes, and the time spent into the state.
-
-        Raises:
-            UserError: on every process, if it is not finite.
-        """
-        total: Tensor = self.accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum")
-        sums = dict(zip(self._sums, total.tolist(), strict=True))
+        """Bring the loss sums, over all processes, and the time spent into the state."""
+        numbers = torch.stack([*self._sums.values(), self._num_summed])
+        *sums_of_all, num_summed = self.accelerator.reduce(numbers, reduction="sum").tolist()
+        sums = dict(zip(self._sums, sums_of_all, strict=True))
+        self.state.loss_steps = int(num_summed)
         self.state.loss_sum = sums.pop("loss")
         self.state.part_sums = sums
         now = time.perf_counter()
         self.state.elapsed += now - self._noted
         self._noted = now
-        if not math.isfinite(self.state.loss_sum):
-            first = self.state.step - self.state.loss_steps + 1
-            raise UserError(
-                f"the loss is {self.state.loss_sum} after steps {first} to {self.state.step}; the last "
-                f"checkpoint is from before: lower optim.base_lr, set optim.clip_grad=1.0, or use "
-                f"precision=bf16 or fp32"
-            )
 
     def row(self) -> dict[str, float]:
-        """Losses and speed since the last row, which start anew."""
+        """Losses and speed since the last row, which start anew; no losses where no step was finite."""
         self.synchronise()
         state = self.state
         sums = {"loss": state.loss_sum, **state.part_sums}
         seconds = time.perf_counter() - self._since
         values = {
-            **{name: value / state.loss_steps for name, value in sums.items()},
+            **{name: value / state.loss_steps for name, value in sums.items() if state.loss_steps},
             "images_per_second": self._images / seconds,
             "data_wait_share": min(1.0, self._wait / seconds),
         }
         state.seconds += seconds
         state.loss_sum, state.part_sums, state.loss_steps = 0.0, dict.fromkeys(state.part_sums, 0.0), 0
-        for total in self._sums.values():
+        for total in (*self._sums.values(), self._num_summed):
             total.zero_()
         self._since, self._images, self._wait = time.perf_counter(), 0, 0.0
         return values

@@ -11,18 +11,21 @@ To read the whole method: this file, `curriculum/efficienttrain.py`, `curriculum
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.engine.agreement import Agreement
 from etpp_ssl.engine.budget import decide_steps, replan_due, replan_steps
 from etpp_ssl.engine.checkpoint import CheckpointClock
+from etpp_ssl.engine.conduct import conduct
 from etpp_ssl.engine.feed import BadImages, Feed
 from etpp_ssl.engine.kernels import attention_notes
 from etpp_ssl.engine.metrics import Meter
+from etpp_ssl.engine.nonfinite import Guard
 from etpp_ssl.engine.records import log_due, log_row, save
 from etpp_ssl.engine.run import Run, open_run, prepare_run
-from etpp_ssl.engine.signals import Interrupted, StopRequest
+from etpp_ssl.engine.signals import StopRequest
 from etpp_ssl.recipe import Recipe
 
 
@@ -37,26 +40,19 @@ def pretrain(recipe: Recipe, fork: Path | None = None) -> Run:
         The finished run.
 
     Raises:
-        UserError: for a mistake in recipe, data, folder or checkpoint, a budget in hours that is too
-            short, or a loss that is not finite.
+        UserError: for a mistake in recipe, data, folder or checkpoint, or a budget in hours that is too
+            short.
+        RunFault: for a disk, a data worker, another process or a loss that failed on the way.
         Interrupted: after SIGTERM or SIGINT, once the step is finished and its checkpoint is written.
     """
     run = open_run(recipe, fork)
-    if run.finished:
-        run.progress.say(f"run {run.folder.path} is finished ({run.state.step} steps)")
-        return run
-    try:
-        with StopRequest() as stop_request:
-            decide_steps(run)
-            prepare_run(run, attention_notes(run))
-            signum = _train(run, stop_request)
-    finally:
-        run.progress.stop()
-    # Not after an error: other processes may then be waiting in a collective.
-    run.accelerator.end_training()
-    if not run.finished:
-        raise Interrupted(signum, run.state.step)
+    conduct(run, partial(_prepare, run), partial(_train, run))
     return run
+
+
+def _prepare(run: Run) -> None:
+    decide_steps(run)
+    prepare_run(run, attention_notes(run))
 
 
 def _train(run: Run, stop_request: StopRequest) -> int:
@@ -65,17 +61,18 @@ def _train(run: Run, stop_request: StopRequest) -> int:
     model, optimizer, objective = run.model, run.optimizer, run.objective
     meter = Meter(accelerator, state)
     feed = _open_feed(run)
+    guard = Guard(run, meter, feed, clip_grad=recipe.optim.clip_grad)
     bad_images = BadImages(state, len(run.source), recipe.data.max_bad_share, run.progress)
     agreement, clock = Agreement(accelerator), CheckpointClock(recipe.checkpoint)
     model.train()
     run.progress.start(state.step)
-    if state.plan is not None and state.step == 0:
-        # Measured again after a kill, the speed would give another plan.
+    if state.step == 0 and (state.plan is not None or recipe.nonfinite.policy == "rewind"):
+        # Measured again after a kill, the speed would give another plan; and a rewind needs a place.
         save(run)
 
     while not run.finished:
         stage = run.curriculum.stage_at(state.step)
-        lr = recipe.optim.schedule(stage.batch_size)(stage.progress)
+        lr = state.lr_factor * recipe.optim.schedule(stage.batch_size)(stage.progress)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -91,9 +88,8 @@ def _train(run: Run, stop_request: StopRequest) -> int:
                 accelerator.backward(loss * accelerator.num_processes)
             meter.add(losses, batch.request.weight)
 
-        if recipe.optim.clip_grad is not None:
-            accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad)
-        optimizer.step()
+        if guard.passes():
+            optimizer.step()
         optimizer.zero_grad()
         meter.step_done(stage.batch_size, feed.wait_seconds)
         run.progress.step(state.step)
@@ -109,9 +105,10 @@ def _train(run: Run, stop_request: StopRequest) -> int:
             replan_steps(run)
             # The workers may have prepared batches for steps that have another stage now.
             feed.close()
-            feed = _open_feed(run)
+            feed = guard.feed = _open_feed(run)
         signum, checkpoint_due = agreement.reach(stop_request.signum, replanned or clock.due(state.step))
         if checkpoint_due or signum or run.finished:
+            guard.settle()
             meter.synchronise()
             save(run)
             clock.written()

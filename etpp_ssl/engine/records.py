@@ -23,6 +23,8 @@ def log_row(run: BaseRun, stage: Stage, meter: Meter, lr: float) -> None:
     """Write and show losses and speed since the last row; `stage` and `lr` are those of the last step."""
     state, curriculum = run.state, run.curriculum
     speed = meter.row()
+    if "loss" not in speed:
+        return  # Each step was told of when it was left out.
     epochs = curriculum.equivalent_epochs_after(state.step)
     row = {
         "step": state.step,
@@ -35,6 +37,7 @@ def log_row(run: BaseRun, stage: Stage, meter: Meter, lr: float) -> None:
         "images_seen": stage.slots.stop,
         "images_loaded": stage.samples.stop,
         "bad_images": len(state.bad_images),
+        "skipped_steps": state.num_skipped,
         "num_processes": run.accelerator.num_processes,
         "seconds": state.seconds,
         **speed,

@@ -21,6 +21,7 @@ from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.splits import open_split
 from etpp_ssl.engine.accelerator import open_accelerator
 from etpp_ssl.engine.checkpoint import load_checkpoint
+from etpp_ssl.engine.ema import WeightAverage
 from etpp_ssl.engine.feed import Feed
 from etpp_ssl.engine.initial_weights import load_init
 from etpp_ssl.engine.kernels import kernels_in_use
@@ -60,6 +61,10 @@ class BaseRun:
     kernels: str
     """What a checkpoint remembers of the kernels chosen."""
     data_fingerprint: str
+    average: WeightAverage | None = None
+    """The moving average of a classifier's weights, where the recipe wants one."""
+    feed: Feed | None = None
+    """The one opened last."""
     classes: list[str] | None = None
     """Class names in the order of a classifier's outputs."""
     num_classes: int | None = None
@@ -88,7 +93,7 @@ class BaseRun:
             pin_memory=accelerator.device.type == "cuda",
             **part,
         )
-        return Feed(
+        self.feed = Feed(
             BatchBuilder(self.source, self.view, order, self.num_classes),
             RequestSampler(order, step_plan, range(replay.first_read, steps.stop), **part),
             accelerator,
@@ -96,6 +101,7 @@ class BaseRun:
             prefetch=recipe.data.prefetch,
             replay=replay,
         )
+        return self.feed
 
     def synchronised(self, batch: Batch) -> AbstractContextManager[None]:
         """Exchange gradients with the step's last micro-batch only."""

@@ -31,6 +31,12 @@ class TrainState:
     """Wall time spent so far, probes, checkpoints and the measuring of a budget in hours included."""
     plan: TimePlan | None = None
     """The steps of a run with a budget in hours."""
+    num_skipped: int = 0
+    """Steps left out because their loss or gradients were not finite."""
+    num_rewinds: int = 0
+    """Times that the run went back to a checkpoint for that reason."""
+    lr_factor: float = 1.0
+    """What the schedule's learning rate is multiplied by, lower after each rewind."""
     bad_images: dict[int, str] = field(default_factory=dict)
     """Unreadable images met so far: number in the data set, and name."""
 
@@ -44,6 +50,9 @@ class TrainState:
             "seconds": self.seconds,
             "elapsed": self.elapsed,
             "plan": self.plan.to_json() if self.plan is not None else None,
+            "num_skipped": self.num_skipped,
+            "num_rewinds": self.num_rewinds,
+            "lr_factor": self.lr_factor,
             "bad_images": sorted(self.bad_images.items()),
         }
 
@@ -60,6 +69,10 @@ class TrainState:
             # Checkpoints of version 0.1.0 have neither.
             elapsed=values.get("elapsed", values["seconds"]),
             plan=TimePlan.from_json(values["plan"]) if values.get("plan") else None,
+            # Neither have those before 0.4.0.
+            num_skipped=values.get("num_skipped", 0),
+            num_rewinds=values.get("num_rewinds", 0),
+            lr_factor=values.get("lr_factor", 1.0),
             bad_images=dict(values["bad_images"]),
         )
 

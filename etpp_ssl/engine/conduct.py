@@ -1,0 +1,70 @@
+"""A training run around its loop: signals, status, rewinds, and faults as sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from etpp_ssl.config import RunFault, UserError
+from etpp_ssl.engine.nonfinite import NonFinite, rewind
+from etpp_ssl.engine.run import BaseRun
+from etpp_ssl.engine.signals import Interrupted, StopRequest
+from etpp_ssl.engine.status import write_status
+
+
+def conduct(run: BaseRun, prepare: Callable[[], None], train: Callable[[StopRequest], int]) -> None:
+    """Train a run to its end; a finished one is left as it is.
+
+    Args:
+        run: as it was opened.
+        prepare: makes the run folder ready.
+        train: the loop: from the run's step to its end, or until a signal arrives; returns the signal, or 0.
+
+    Raises:
+        UserError: for a mistake in data or folder.
+        RunFault: for what failed on the way.
+        Interrupted: after SIGTERM or SIGINT, once the step is finished and its checkpoint is written.
+    """
+    if run.finished:
+        run.progress.say(f"run {run.folder.path} is finished ({run.state.step} steps)")
+        return
+    try:
+        with StopRequest() as stop_request:
+            prepare()
+            write_status(run, "running")
+            signum = _train_through(run, train, stop_request)
+        # Not after an error: other processes may then be waiting in a collective.
+        run.accelerator.end_training()
+        if not run.finished:
+            raise Interrupted(signum, run.state.step)
+    except Interrupted as interrupted:
+        write_status(run, "stopped", exit_code=interrupted.exit_code, message=str(interrupted))
+        raise
+    except Exception as error:
+        told = error if isinstance(error, UserError) else _as_fault(run, error)
+        exit_code = told.exit_code if isinstance(told, UserError) else 1
+        write_status(run, "failed", exit_code=exit_code, message=str(told))
+        if told is error:
+            raise
+        raise told from error
+    finally:
+        run.progress.stop()
+    write_status(run, "finished", exit_code=0)
+
+
+def _train_through(run: BaseRun, train: Callable[[StopRequest], int], stop_request: StopRequest) -> int:
+    while True:
+        try:
+            return train(stop_request)
+        except NonFinite as fault:
+            if not fault.rewinds:
+                raise
+            rewind(run, fault)
+        finally:
+            if run.feed is not None:
+                run.feed.close()
+
+
+def _as_fault(run: BaseRun, error: Exception) -> Exception:
+    """The fault behind a library's error, or the error itself where it is none that is known."""
+    explained: RunFault | None = None
+    return explained or error
