@@ -315,6 +315,26 @@ def report(
     print(write_report(runs, out, say=say))
 
 
+@app.command("replay-nan")
+def replay_nan(
+    dump: Annotated[Path, typer.Argument(metavar="DUMP", help="A folder below RUN/dumps.")],
+    overrides: Overrides = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write what was found to this file.")] = None,
+) -> None:
+    """Repeat a step that was not finite, and say where it stops being so; 1 if it is finite here.
+
+    Overrides (precision=fp32, model.attention=unfused, ...) try what might help.
+    """
+    from etpp_ssl.engine.replay_nan import replay_nan as repeat
+    from etpp_ssl.engine.replay_report import print_replay, write_replay
+
+    replayed = repeat(dump, overrides or ())
+    print_replay(replayed, Console(width=None if sys.stdout.isatty() else 140, highlight=False))
+    if json is not None:
+        write_replay(replayed, json)
+    raise typer.Exit(0 if replayed.reproduced else 1)
+
+
 def say(text: str) -> None:
     """A message beside the result."""
     print(text, file=sys.stderr)
