@@ -95,7 +95,9 @@ def _arithmetic(replayed: Replayed) -> str:
             f"the model's output, up to {origin.largest_output:.3g}, and the target, up to "
             f"{origin.largest_target:.3g}, are finite, but not the loss{of}"
         )
-    return f"the loss is finite, but not the gradient of {listed(replayed.bad_gradients)}{of}"
+    first, *others = replayed.bad_gradients
+    after = f" and of {len(others)} parameters after it in the backward pass" if others else ""
+    return f"the loss is finite, but not the gradient of {first}{after}{of}"
 
 
 def _in_fp32(replayed: Replayed) -> str:

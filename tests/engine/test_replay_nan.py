@@ -1,84 +1,29 @@
-"""Dumps of steps that are not finite, and what a replay makes of them; real NaNs of every kind."""
+"""What a replay makes of steps that are not finite: real NaNs of every kind, and what came from outside."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from faulty_runs import Act, Seen, nan_from_outside, watched
 from PIL import Image
-from torch import Tensor
 
+from etpp_ssl.cli import main
 from etpp_ssl.data.sampler import KeyedOrder
-from etpp_ssl.engine import finetune as classifier_loop
-from etpp_ssl.engine import nonfinite
-from etpp_ssl.engine import pretrain as loop
-from etpp_ssl.engine.dump import write_dump
 from etpp_ssl.engine.finetune import finetune
-from etpp_ssl.engine.nonfinite import Guard, NonFinite
+from etpp_ssl.engine.nonfinite import NonFinite
 from etpp_ssl.engine.pretrain import pretrain
-from etpp_ssl.engine.records import log_due
 from etpp_ssl.engine.replay_nan import Replayed, replay_nan
 from etpp_ssl.engine.replay_report import diagnosis
-from etpp_ssl.engine.run import BaseRun
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
-
-Act = Callable[[Any], None]
-
-
-@dataclass
-class Seen:
-    """What a run itself had at the steps that it judged."""
-
-    losses: dict[int, float] = field(default_factory=dict)
-    norms: dict[int, float] = field(default_factory=dict)
-    dumps: dict[int, Path | None] = field(default_factory=dict)
-
-
-@contextmanager
-def watched(*, dumps_at: Sequence[int] = (), before: dict[int, Act] | None = None) -> Iterator[Seen]:
-    """Runs that note losses and gradient norms, dump healthy steps, and whose model is changed at times.
-
-    Args:
-        dumps_at: steps to dump whatever they are like; the last one ends the run.
-        before: what to do with the model before a step.
-    """
-    seen = Seen()
-    real_verdict, real_whole = Guard._verdict, nonfinite._whole
-    judged = -1
-
-    def verdict(self: Guard) -> Tensor:
-        nonlocal judged
-        judged = self.run.state.step
-        seen.losses[judged] = float(self.meter.step_loss())
-        bad = real_verdict(self)
-        if judged in dumps_at:
-            seen.dumps[judged] = write_dump(self.run, judged, self.feed.kept[judged])
-        return bad
-
-    def whole(norm: Tensor) -> Tensor:
-        seen.norms[judged] = float(norm)
-        return real_whole(norm)
-
-    def due(run: BaseRun) -> bool:
-        if dumps_at and run.state.step > max(dumps_at):
-            raise KeyboardInterrupt
-        if before is not None and run.state.step in before:
-            with torch.no_grad():
-                before[run.state.step](run.bare_model)
-        return log_due(run)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Guard, "_verdict", verdict)
-        patch.setattr(nonfinite, "_whole", whole)
-        patch.setattr(loop, "log_due", due)
-        patch.setattr(classifier_loop, "log_due", due)
-        yield seen
 
 
 def run(recipe: Recipe | FinetuneRecipe) -> None:
@@ -160,11 +105,12 @@ def test_a_replay_computes_the_bits_of_a_classifiers_run(
 
 
 def paint_images(folder: Path, *, bright: int, size: tuple[int, int] = (16, 24), count: int = 64) -> None:
-    """Black images, and a white one."""
-    (folder / "train").mkdir(parents=True)
+    """Black images of two classes, and a white one."""
     for index in range(count):
+        place = folder / "train" / ("first" if index < count // 2 else "second")
+        place.mkdir(parents=True, exist_ok=True)
         value = 255 if index == bright else 0
-        Image.new("RGB", size[::-1], (value,) * 3).save(folder / "train" / f"{index:02d}.png")
+        Image.new("RGB", size[::-1], (value,) * 3).save(place / f"{index:02d}.png")
 
 
 def dark_and_bright(folder: Path, std: float) -> tuple[str, ...]:
@@ -199,8 +145,11 @@ def test_an_image_that_overflows_in_the_network_is_named_with_the_module(
     paint_images(tmp_path / "images", bright=KeyedOrder(64, seed=3).index(17))
     replayed, _ = faulty(tiny_recipe(*dark_and_bright(tmp_path / "images", 1e-25), "micro_batch_size=4"))
     assert [(sample.number, sample.what) for sample in replayed.samples] == [(17, "loss")]
-    assert replayed.origin is not None
-    assert "are finite, but not the loss with sample 17 (" in diagnosis(replayed)
+    assert re.fullmatch(
+        r"reproduced: encoder.blocks.0.norm1 \(LayerNorm\) gives values that are not finite for inputs of up "
+        r"to [\d.]+e\+25 with sample 17 \(\S+.png\)",
+        diagnosis(replayed),
+    )
 
 
 def scale(factor: float) -> Act:
@@ -231,13 +180,14 @@ def steep_norm(gain: float, head: float) -> Act:
 
     def act(model: torch.nn.Module) -> None:
         model.get_parameter("decoder.norm.weight").fill_(gain)
+        model.get_parameter("decoder.norm.bias").zero_()
         model.get_parameter("decoder.head.weight").sign_().mul_(head)
 
     return act
 
 
 FAULTS: dict[str, tuple[Act, str, str]] = {
-    "huge weights": (scale(1e25), "fp32", "Linear) gives values that are not finite for inputs of up to"),
+    "huge weights": (scale(1e25), "fp32", "blocks.0.norm1 (LayerNorm) gives values that are not finite"),
     "a lost weight": (
         spoil("encoder.norm.weight", float("nan")),
         "fp32",
@@ -248,7 +198,7 @@ FAULTS: dict[str, tuple[Act, str, str]] = {
     "a gradient alone": (
         steep_norm(1e-34, 1e38),
         "fp32",
-        "the loss is finite, but not the gradient of decoder.norm.bias, decoder.norm.weight",
+        "the loss is finite, but not the gradient of decoder.norm.weight and of 33 parameters after it",
     ),
     "a norm alone": (
         steep_norm(1e-22, 1e22),
@@ -263,6 +213,81 @@ def test_the_diagnosis_names_the_fault(fault: str, tiny_recipe: Callable[..., Re
     act, precision, told = FAULTS[fault]
     replayed, _ = faulty(tiny_recipe(f"precision={precision}", "micro_batch_size=4"), {3: act})
     assert replayed.step == 3
-    print(diagnosis(replayed), replayed)
     assert told in diagnosis(replayed)
     assert replayed.finite_in_fp32 == {"fp32": None, "bf16": "finite in fp32" in told}[precision]
+
+
+def test_a_classifiers_fault_is_found_in_its_mixed_images(
+    tiny_classifier: Callable[..., FinetuneRecipe], tmp_path: Path
+) -> None:
+    paint_images(tmp_path / "images", bright=KeyedOrder(64, seed=3).index(17))
+    overrides = (
+        *dark_and_bright(tmp_path / "images", 1e-39),
+        "augment={rand_augment: null, ramp: false}",
+        "evaluate.split=null",
+        "micro_batch_size=5",
+    )
+    replayed, _ = faulty(tiny_classifier(*overrides))
+    # The third of five is mixed with itself: no other sample gets a part of it.
+    assert [(bad.rank, bad.number) for bad in replayed.micro_batches] == [(0, 1)]
+    assert [(sample.number, sample.what) for sample in replayed.samples] == [(17, "input")]
+
+
+def test_batch_norms_leave_the_sample_unknown_but_not_the_module(
+    tiny_classifier: Callable[..., FinetuneRecipe],
+) -> None:
+    net = "model={name: resnet10t, args: {layers: [1, 1, 1, 1], channels: [8, 8, 8, 8], stem_width: 8}}"
+    size = ("image_size=[64, 96]", "curriculum=constant", "batch_size=4", "evaluate.split=null")
+    replayed, _ = faulty(tiny_classifier(net, *size, "data.num_images=16"), {1: scale(1e25)})
+    assert not replayed.samples_apart
+    assert replayed.bad_weights == (), "statistics that the step itself has spoilt are no weights"
+    assert replayed.origin is not None
+    assert replayed.origin.kind == "BatchNorm2d"
+
+
+def replayed_by_command(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[Any, str, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(["replay-nan", *arguments])
+    out, err = capsys.readouterr()
+    return end.value.code, out, err
+
+
+def test_what_came_from_outside_is_not_reproduced(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with nan_from_outside(4), pytest.raises(NonFinite):
+        pretrain(tiny_recipe())
+    dump = tmp_path / "run/dumps/step-00000005"
+    code, out, _ = replayed_by_command(str(dump), capsys=capsys)
+    assert code == 1
+    assert "not reproduced: loss and gradients of step 5 are finite here, so neither weights nor" in out
+    record = json.loads((dump / "dump.json").read_text())
+    record["environment"]["device"] = "Another GPU"
+    (dump / "dump.json").write_text(json.dumps(record))
+    code, out, _ = replayed_by_command(str(dump), capsys=capsys)
+    assert code == 1
+    assert "where kernels may round, and overflow, in another way: device Another GPU -> " in out
+
+
+def test_the_command_reads_a_dump_that_was_moved_and_tries_remedies(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faulty(tiny_recipe("precision=bf16"), {3: keys_beyond_bf16})
+    dump = (tmp_path / "run/dumps/step-00000004").rename(tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "run")
+    file = tmp_path / "found.json"
+    code, out, _ = replayed_by_command(str(dump), "optim.clip_grad=1", "--json", str(file), capsys=capsys)
+    assert code == 0
+    assert "first bad output" in out
+    assert "optim.clip_grad=1 plays no part" in out
+    found = json.loads(file.read_text())
+    assert found["reproduced"] is True
+    assert found["losses"]["loss"] == "nan"
+    assert found["diagnosis"] in out
+    assert found["origin"]["module"] == "encoder.blocks.0.attn.qkv"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    code, out, _ = replayed_by_command(str(dump), "precision=fp32", capsys=capsys)
+    assert code == 1
+    assert "not reproduced: loss and gradients of step 4 are finite with precision=fp32" in out
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,89 @@
+"""Runs whose steps are looked at, dumped or spoilt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from etpp_ssl.engine import finetune as classifier_loop
+from etpp_ssl.engine import nonfinite
+from etpp_ssl.engine import pretrain as loop
+from etpp_ssl.engine.dump import write_dump
+from etpp_ssl.engine.nonfinite import Guard
+from etpp_ssl.engine.records import log_due
+from etpp_ssl.engine.run import BaseRun
+
+Act = Callable[[Any], None]
+
+
+@dataclass
+class Seen:
+    """What a run itself had at the steps that it judged."""
+
+    losses: dict[int, float] = field(default_factory=dict)
+    norms: dict[int, float] = field(default_factory=dict)
+    dumps: dict[int, Path | None] = field(default_factory=dict)
+
+
+@contextmanager
+def watched(*, dumps_at: Sequence[int] = (), before: dict[int, Act] | None = None) -> Iterator[Seen]:
+    """Runs that note losses and gradient norms, dump healthy steps, and whose model is changed at times.
+
+    Args:
+        dumps_at: steps to dump whatever they are like; the last one ends the run.
+        before: what to do with the model before a step.
+    """
+    seen = Seen()
+    real_verdict, real_whole = Guard._verdict, nonfinite._whole
+    judged = -1
+
+    def verdict(self: Guard) -> Tensor:
+        nonlocal judged
+        judged = self.run.state.step
+        seen.losses[judged] = float(self.meter.step_loss())
+        bad = real_verdict(self)
+        if judged in dumps_at:
+            seen.dumps[judged] = write_dump(self.run, judged, self.feed.kept[judged])
+        return bad
+
+    def whole(norm: Tensor) -> Tensor:
+        seen.norms[judged] = float(norm)
+        return real_whole(norm)
+
+    def due(run: BaseRun) -> bool:
+        if dumps_at and run.state.step > max(dumps_at):
+            raise KeyboardInterrupt
+        if before is not None and run.state.step in before:
+            with torch.no_grad():
+                before[run.state.step](run.bare_model)
+        return log_due(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Guard, "_verdict", verdict)
+        patch.setattr(nonfinite, "_whole", whole)
+        patch.setattr(loop, "log_due", due)
+        patch.setattr(classifier_loop, "log_due", due)
+        yield seen
+
+
+@contextmanager
+def nan_from_outside(at: int) -> Iterator[None]:
+    """Runs whose crop gives NaN in a step, as no dump can know."""
+    real = loop.low_frequency_crop
+    step = -1
+
+    def crop(images: Tensor, bandwidth: tuple[int, int]) -> Tensor:
+        nonlocal step
+        step += 1
+        return real(images, bandwidth) * (float("nan") if step == at else 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "low_frequency_crop", crop)
+        yield
