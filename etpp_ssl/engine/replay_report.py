@@ -15,8 +15,9 @@ from rich.table import Table
 
 from etpp_ssl.config import listed
 from etpp_ssl.engine.replay_nan import BadSample, Replayed
+from etpp_ssl.engine.tracing import Origin
 
-MOST_ROWS = 10
+MOST_ROWS = 5
 """Lines of one kind that are shown; the file has all."""
 WITHOUT_PART = ("optim.", "optim=", "curriculum", "budget_", "batch_size", "micro_batch_size", "checkpoint")
 """Beginnings of overrides that cannot change forward and backward of a dump's micro-batches."""
@@ -84,10 +85,7 @@ def _arithmetic(replayed: Replayed) -> str:
             return f"every gradient is finite, but not their sum or its norm (largest: {name}, {norm:.3g})"
         return "each micro-batch is finite, but not their sum"
     if origin.module is not None:
-        return (
-            f"{_module(replayed)} gives values that are not finite for inputs of up to "
-            f"{origin.largest_input:.3g}{of}"
-        )
+        return f"{_module(origin)} gives values that are not finite for inputs of up to {_sizes(origin)}{of}"
     if not math.isfinite(origin.largest_target):
         return f"the model's output is finite, but the target it is compared with is not{of}"
     if any(not math.isfinite(bad.loss) for bad in replayed.micro_batches):
@@ -108,16 +106,24 @@ def _in_fp32(replayed: Replayed) -> str:
     return "; nor is the step finite in fp32"
 
 
-def _module(replayed: Replayed) -> str:
-    assert replayed.origin is not None
-    return f"{replayed.origin.module or 'the model'} ({replayed.origin.kind})"
+def _module(origin: Origin) -> str:
+    return f"{origin.module or 'the model'} ({origin.kind})"
+
+
+def _sizes(origin: Origin) -> str:
+    weights = f" and weights of up to {origin.largest_weight:.3g}" if origin.largest_weight else ""
+    return f"{origin.largest_input:.3g}{weights}"
 
 
 def _of_samples(replayed: Replayed) -> str:
     if not replayed.samples:
         return ""
-    count = sum(bad.num_samples for bad in replayed.micro_batches)
-    return " with every sample" if len(replayed.samples) == count else f" with {_shown(replayed.samples)}"
+    return ", with every sample" if _every(replayed) else f", with {_shown(replayed.samples)}"
+
+
+def _every(replayed: Replayed) -> bool:
+    """Whether no sample of the bad micro-batches is better than the others."""
+    return len(replayed.samples) == sum(bad.num_samples for bad in replayed.micro_batches) > 1
 
 
 def _shown(samples: list[BadSample] | tuple[BadSample, ...]) -> str:
@@ -141,17 +147,20 @@ def _rows(replayed: Replayed) -> Iterator[tuple[str, str]]:
             for bad in replayed.micro_batches
         ],
     )
-    yield from _some(
-        "bad sample",
-        [
-            f"{sample.number} (process {sample.rank}, image {sample.index}, {sample.name}): {sample.what}"
-            for sample in replayed.samples
-        ],
-    )
+    if _every(replayed):
+        yield "bad sample", f"every one of the bad micro-batches: {replayed.samples[0].what}"
+    else:
+        yield from _some(
+            "bad sample",
+            [
+                f"{sample.number} (process {sample.rank}, image {sample.index}, {sample.name}): {sample.what}"
+                for sample in replayed.samples
+            ],
+        )
     if replayed.micro_batches and not replayed.samples_apart and not replayed.bad_weights:
         yield "bad sample", "unknown: batch norms mix the samples"
     if replayed.origin is not None and replayed.origin.module is not None:
-        yield "first bad output", f"{_module(replayed)}, input up to {replayed.origin.largest_input:.3g}"
+        yield "first bad output", f"{_module(replayed.origin)}, inputs up to {_sizes(replayed.origin)}"
     yield from _some("bad weight", list(replayed.bad_weights))
     yield from _some("bad gradient", list(replayed.bad_gradients))
     yield from (

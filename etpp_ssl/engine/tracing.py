@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,8 @@ class Origin:
     """Its class."""
     largest_input: float | None
     """Of that module."""
+    largest_weight: float | None
+    """Of that module, those of its parts included; 0 where it has none."""
     largest_output: float
     """Of the network."""
     largest_target: float
@@ -42,14 +44,15 @@ def trace(task: Task, model: nn.Module, inputs: Inputs) -> Origin:
     """
     if isinstance(task.model, MaskedAutoencoder):
         task.model.run_blocks_by(BlockRunner())
-    first: list[tuple[str, str, float]] = []
+    first: list[tuple[str, str, float, float]] = []
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             given = [*_tensors_in(args), *_tensors_in(kwargs)]
             if not first and not all(map(_finite, _tensors_in(output))) and all(map(_finite, given)):
-                largest = max((_largest(tensor) for tensor in given), default=0.0)
-                first.append((name, type(module).__name__, largest))
+                first.append(
+                    (name, type(module).__name__, _largest_of(given), _largest_of(module.parameters()))
+                )
 
         return hook
 
@@ -62,8 +65,15 @@ def trace(task: Task, model: nn.Module, inputs: Inputs) -> Origin:
     finally:
         for hook in hooks:
             hook.remove()
-    name, kind, largest_input = first[0] if first else (None, None, None)
-    return Origin(name, kind, largest_input, _largest(output), _largest(task.target(inputs)))
+    name, kind, largest_input, largest_weight = first[0] if first else (None, None, None, None)
+    return Origin(
+        module=name,
+        kind=kind,
+        largest_input=largest_input,
+        largest_weight=largest_weight,
+        largest_output=_largest_of([output]),
+        largest_target=_largest_of([task.target(inputs)]),
+    )
 
 
 @contextmanager
@@ -107,6 +117,7 @@ def _finite(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _largest(tensor: Tensor) -> float:
-    """The largest magnitude; inf or NaN where it is not finite."""
-    return float(tensor.float().abs().max()) if tensor.numel() else 0.0
+def _largest_of(tensors: Iterable[Tensor]) -> float:
+    """The largest magnitude, 0 of nothing; inf or NaN where one is not finite."""
+    found = [tensor.float().abs().max() for tensor in tensors if tensor.numel()]
+    return float(torch.stack(found).max()) if found else 0.0

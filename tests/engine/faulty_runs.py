@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from etpp_ssl.engine import finetune as classifier_loop
@@ -87,3 +88,12 @@ def nan_from_outside(at: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "low_frequency_crop", crop)
         yield
+
+
+def paint_images(folder: Path, *, bright: int, size: tuple[int, int] = (16, 24), count: int = 64) -> None:
+    """Black images of two classes, and a white one."""
+    for index in range(count):
+        place = folder / "train" / ("first" if index < count // 2 else "second")
+        place.mkdir(parents=True, exist_ok=True)
+        value = 255 if index == bright else 0
+        Image.new("RGB", size[::-1], (value,) * 3).save(place / f"{index:02d}.png")

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from faulty_runs import Act, Seen, nan_from_outside, watched
-from PIL import Image
+from faulty_runs import Act, Seen, nan_from_outside, paint_images, watched
 
 from etpp_ssl.cli import main
 from etpp_ssl.data.sampler import KeyedOrder
@@ -104,15 +103,6 @@ def test_a_replay_computes_the_bits_of_a_classifiers_run(
         assert replayed.gradient_norm == seen.norms[step]
 
 
-def paint_images(folder: Path, *, bright: int, size: tuple[int, int] = (16, 24), count: int = 64) -> None:
-    """Black images of two classes, and a white one."""
-    for index in range(count):
-        place = folder / "train" / ("first" if index < count // 2 else "second")
-        place.mkdir(parents=True, exist_ok=True)
-        value = 255 if index == bright else 0
-        Image.new("RGB", size[::-1], (value,) * 3).save(place / f"{index:02d}.png")
-
-
 def dark_and_bright(folder: Path, std: float) -> tuple[str, ...]:
     """Overrides for black images that stay zero, while the white one grows to 1 / `std`."""
     return (
@@ -147,7 +137,7 @@ def test_an_image_that_overflows_in_the_network_is_named_with_the_module(
     assert [(sample.number, sample.what) for sample in replayed.samples] == [(17, "loss")]
     assert re.fullmatch(
         r"reproduced: encoder.blocks.0.norm1 \(LayerNorm\) gives values that are not finite for inputs of up "
-        r"to [\d.]+e\+25 with sample 17 \(\S+.png\)",
+        r"to [\d.]+e\+25 and weights of up to 1, with sample 17 \(\S+.png\)",
         diagnosis(replayed),
     )
 
@@ -193,8 +183,12 @@ FAULTS: dict[str, tuple[Act, str, str]] = {
         "fp32",
         "reproduced: weights are already not finite (encoder.norm.weight): the fault is before this step",
     ),
-    "an overflow of bf16": (keys_beyond_bf16, "bf16", "overflow in bf16: finite in fp32"),
-    "a huge output": (spoil("decoder.head.bias", 1e25), "bf16", "are finite, but not the loss with every"),
+    "an overflow of bf16": (
+        keys_beyond_bf16,
+        "bf16",
+        "of up to 3.4e+38, with every sample; overflow in bf16: ",
+    ),
+    "a huge output": (spoil("decoder.head.bias", 1e25), "bf16", "are finite, but not the loss, with every"),
     "a gradient alone": (
         steep_norm(1e-34, 1e38),
         "fp32",
@@ -214,7 +208,7 @@ def test_the_diagnosis_names_the_fault(fault: str, tiny_recipe: Callable[..., Re
     replayed, _ = faulty(tiny_recipe(f"precision={precision}", "micro_batch_size=4"), {3: act})
     assert replayed.step == 3
     assert told in diagnosis(replayed)
-    assert replayed.finite_in_fp32 == {"fp32": None, "bf16": "finite in fp32" in told}[precision]
+    assert replayed.finite_in_fp32 == {"fp32": None, "bf16": "overflow in bf16" in told}[precision]
 
 
 def test_a_classifiers_fault_is_found_in_its_mixed_images(
