@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -60,8 +61,8 @@ class BadSample:
     index: int
     """In the data set."""
     name: str
-    what: str
-    """`input`, `loss` or `gradient`."""
+    what: Literal["input", "loss", "gradient"]
+    """What shows it, the first of these."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ def _add_gradients(model: nn.Module, together: dict[nn.Parameter, Tensor], num_p
 
 
 def _bad_samples(task: Task, model: nn.Module, dumped: DumpedBatch, *, apart: bool) -> list[BadSample]:
-    """The samples of a bad micro-batch that are not finite by themselves; by the first that shows it."""
+    """The samples of a bad micro-batch that are not finite by themselves."""
     device = next(model.parameters()).device
     inputs = _inputs(task, dumped, device)
     ones = [{key: value[i : i + 1] for key, value in inputs.items()} for i in range(len(dumped.names))]
@@ -248,6 +249,7 @@ def _bad_samples(task: Task, model: nn.Module, dumped: DumpedBatch, *, apart: bo
         return bool(bad_names())
 
     finite_inputs = inputs["images"].flatten(1).isfinite().all(dim=1).tolist()
+    found: list[tuple[int, Literal["input", "loss", "gradient"]]]
     found = [(i, "input") for i, finite in enumerate(finite_inputs) if not finite]
     if not found and apart:
         with torch.no_grad():
@@ -263,9 +265,15 @@ def _bad_samples(task: Task, model: nn.Module, dumped: DumpedBatch, *, apart: bo
 
 
 def _largest_gradients(model: nn.Module) -> dict[str, float]:
-    norms = {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None}
-    finite = [(norm, name) for name, norm in norms.items() if norm < float("inf")]
+    norms = {name: _norm(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    finite = [(norm, name) for name, norm in norms.items() if math.isfinite(norm)]
     return {name: norm for norm, name in sorted(finite, reverse=True)[:MOST_NORMS]}
+
+
+def _norm(gradient: Tensor) -> float:
+    """A norm that is finite where the gradient is: its squares may not be."""
+    largest = gradient.abs().max()
+    return float(largest) * float((gradient / largest).norm()) if largest > 0 else float(largest)
 
 
 def _changes(step: DumpedStep, accelerator: Accelerator) -> tuple[str, ...]:

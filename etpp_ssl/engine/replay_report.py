@@ -80,10 +80,13 @@ def _arithmetic(replayed: Replayed) -> str:
     """Which computation gives values that are not finite, out of weights and images that are."""
     origin, of = replayed.origin, _of_samples(replayed)
     if origin is None:
-        if not replayed.bad_gradients and replayed.largest_gradients:
-            name, norm = next(iter(replayed.largest_gradients.items()))
-            return f"every gradient is finite, but not their sum or its norm (largest: {name}, {norm:.3g})"
-        return "each micro-batch is finite, but not their sum"
+        if not all(map(math.isfinite, replayed.process_losses)):
+            return "the loss of every micro-batch is finite, but not their sum"
+        largest = [f"{name}, {norm:.3g}" for name, norm in replayed.largest_gradients.items()][:1]
+        return (
+            f"loss and gradients of every micro-batch are finite, but not the norm of their sum (the largest "
+            f"finite gradient: {listed(largest) or 'none'})"
+        )
     if origin.module is not None:
         return f"{_module(origin)} gives values that are not finite for inputs of up to {_sizes(origin)}{of}"
     if not math.isfinite(origin.largest_target):

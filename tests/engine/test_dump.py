@@ -16,6 +16,7 @@ from faulty_runs import nan_from_outside, watched
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
 from etpp_ssl.engine import dump as dump_module
 from etpp_ssl.engine.pretrain import pretrain
@@ -163,3 +164,12 @@ def test_overrides_that_do_not_fit_are_one_sentence(sound_dump: Path) -> None:
             replay_nan(sound_dump, [override])
     with pytest.raises(UserError, match="is no dump of a step that is not finite: it is no folder"):
         replay_nan(sound_dump / "dump.json")
+
+
+def test_the_command_refuses_what_is_no_dump(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["replay-nan", str(tmp_path)])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        f"etpp: error: {str(tmp_path)!r} is no dump of a step that is not finite: it has no dump.json\n"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from faulty_runs import Act, Seen, nan_from_outside, paint_images, watched
 from etpp_ssl.cli import main
 from etpp_ssl.data.sampler import KeyedOrder
 from etpp_ssl.engine.finetune import finetune
-from etpp_ssl.engine.nonfinite import NonFinite
+from etpp_ssl.engine.nonfinite import Guard, NonFinite
 from etpp_ssl.engine.pretrain import pretrain
 from etpp_ssl.engine.replay_nan import Replayed, replay_nan
 from etpp_ssl.engine.replay_report import diagnosis
@@ -197,7 +198,7 @@ FAULTS: dict[str, tuple[Act, str, str]] = {
     "a norm alone": (
         steep_norm(1e-22, 1e22),
         "fp32",
-        "every gradient is finite, but not their sum or its norm",
+        "are finite, but not the norm of their sum (the largest",
     ),
 }
 
@@ -209,6 +210,17 @@ def test_the_diagnosis_names_the_fault(fault: str, tiny_recipe: Callable[..., Re
     assert replayed.step == 3
     assert told in diagnosis(replayed)
     assert replayed.finite_in_fp32 == {"fp32": None, "bf16": "overflow in bf16" in told}[precision]
+
+
+def test_a_verdict_that_is_read_late_dumps_the_step_that_it_is_about(
+    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Guard.__init__
+    monkeypatch.setattr(Guard, "__init__", lambda self, *a, **k: real(self, *a, **{**k, "late": True}))
+    replayed, seen = faulty(tiny_recipe(), {3: steep_norm(1e-34, 1e38)})
+    assert replayed.step == 3
+    assert 4 in seen.losses, "the host has gone on by a step"
+    assert math.isfinite(replayed.losses["loss"]), "so that the comparison of losses means something"
 
 
 def test_a_classifiers_fault_is_found_in_its_mixed_images(
@@ -280,6 +292,7 @@ def test_the_command_reads_a_dump_that_was_moved_and_tries_remedies(
     assert found["losses"]["loss"] == "nan"
     assert found["diagnosis"] in out
     assert found["origin"]["module"] == "encoder.blocks.0.attn.qkv"
+    assert replay_nan(dump, ["model.attention=fused"]).reproduced
     AcceleratorState._reset_state(reset_partial_state=True)
     code, out, _ = replayed_by_command(str(dump), "precision=fp32", capsys=capsys)
     assert code == 1
