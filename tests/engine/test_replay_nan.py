@@ -62,7 +62,7 @@ PRETRAINING: dict[str, tuple[str, ...]] = {
         "model.decoder=cross",
         "model.decoder.predict_ratio=0.25",
         COMBINED,
-        "model.mask_ratio={start: 0.5, end: 0.75}",
+        "model.mask_ratio={start: 0.3, end: 0.9}",
         "model.masking=block",
     ),
     "bf16, recomputed": ("precision=bf16", "model.grad_checkpointing=true", "micro_batch_size=4"),
@@ -71,7 +71,7 @@ PRETRAINING: dict[str, tuple[str, ...]] = {
 
 @pytest.mark.parametrize("case", PRETRAINING)
 def test_a_replay_computes_the_bits_of_the_run(case: str, tiny_recipe: Callable[..., Recipe]) -> None:
-    with watched(dumps_at=(2, 5)) as seen, pytest.raises(KeyboardInterrupt):
+    with watched(dumps_at=(2, 9)) as seen, pytest.raises(KeyboardInterrupt):
         pretrain(tiny_recipe(*PRETRAINING[case]))
     assert len(seen.dumps) == 2
     for step, folder in seen.dumps.items():
@@ -95,7 +95,7 @@ CLASSIFIERS: dict[str, tuple[str, ...]] = {
 def test_a_replay_computes_the_bits_of_a_classifiers_run(
     case: str, tiny_classifier: Callable[..., FinetuneRecipe]
 ) -> None:
-    with watched(dumps_at=(2, 5)) as seen, pytest.raises(KeyboardInterrupt):
+    with watched(dumps_at=(2, 9)) as seen, pytest.raises(KeyboardInterrupt):
         finetune(tiny_classifier(*CLASSIFIERS[case]))
     for step, folder in seen.dumps.items():
         assert folder is not None
