@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -111,6 +111,15 @@ class _Pass:
     finite: bool
 
 
+class _Reasons(NamedTuple):
+    """What is known of bad micro-batches; see `Replayed`."""
+
+    bad_weights: tuple[str, ...]
+    samples_apart: bool
+    samples: tuple[BadSample, ...]
+    origin: Origin | None
+
+
 def replay_nan(path: Path, overrides: Sequence[str] = ()) -> Replayed:
     """Repeat the step of a dump, in this process alone.
 
@@ -134,15 +143,7 @@ def replay_nan(path: Path, overrides: Sequence[str] = ()) -> Replayed:
         scaler.load_state_dict(step.record.scaler)
     found = _run(step, task, model, accelerator.backward, scaled=scaler is not None)
     largest = _largest_gradients(task.model) if scaler is None else {}
-    # Statistics of batch norms are those after the forward pass: this very step may have spoilt them.
-    bad_weights = [name for name, p in task.model.named_parameters() if not bool(p.isfinite().all())]
-    samples_apart = not bad_weights and not any(isinstance(m, _BatchNorm) for m in task.model.modules())
-    samples: list[BadSample] = []
-    for dumped, _ in found.bad[:MOST_SEARCHED]:
-        samples += _bad_samples(task, model, dumped, apart=samples_apart)
-    origin = None
-    if found.bad:
-        origin = trace(task, model, _inputs(task, found.bad[0][0], accelerator.device))
+    reasons = _search(task, model, [dumped for dumped, _ in found.bad])
     finite_in_fp32 = None
     if not found.finite and accelerator.mixed_precision != "no":
         plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
@@ -159,11 +160,11 @@ def replay_nan(path: Path, overrides: Sequence[str] = ()) -> Replayed:
         },
         process_losses=tuple(losses["loss"] for losses in found.process_losses),
         gradient_norm=found.norm,
-        bad_weights=tuple(bad_weights),
+        bad_weights=reasons.bad_weights,
         micro_batches=tuple(bad for _, bad in found.bad),
-        samples=tuple(samples),
-        samples_apart=samples_apart,
-        origin=origin,
+        samples=reasons.samples,
+        samples_apart=reasons.samples_apart,
+        origin=reasons.origin,
         bad_gradients=tuple(found.bad_gradients),
         largest_gradients=largest,
         finite_in_fp32=finite_in_fp32,
@@ -232,6 +233,20 @@ def _add_gradients(model: nn.Module, together: dict[nn.Parameter, Tensor], num_p
         if parameter.grad is not None:
             own = parameter.grad / num_processes
             together[parameter] = together[parameter] + own if parameter in together else own
+
+
+def _search(task: Task, model: nn.Module, bad: list[DumpedBatch]) -> _Reasons:
+    """Look for what is at fault: weights, samples, a module."""
+    # Statistics of batch norms are those after the forward pass: this very step may have spoilt them.
+    bad_weights = [name for name, p in task.model.named_parameters() if not bool(p.isfinite().all())]
+    samples_apart = not bad_weights and not any(isinstance(m, _BatchNorm) for m in task.model.modules())
+    samples: list[BadSample] = []
+    for dumped in bad[:MOST_SEARCHED]:
+        samples += _bad_samples(task, model, dumped, apart=samples_apart)
+    origin = None
+    if bad:
+        origin = trace(task, model, _inputs(task, bad[0], next(model.parameters()).device))
+    return _Reasons(tuple(bad_weights), samples_apart, tuple(samples), origin)
 
 
 def _bad_samples(task: Task, model: nn.Module, dumped: DumpedBatch, *, apart: bool) -> list[BadSample]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from etpp_ssl.config import listed
-from etpp_ssl.engine.replay_nan import BadSample, Replayed
+from etpp_ssl.engine.replay_nan import MOST_SEARCHED, BadSample, Replayed
 from etpp_ssl.engine.tracing import Origin
 
 MOST_ROWS = 5
@@ -126,7 +126,8 @@ def _of_samples(replayed: Replayed) -> str:
 
 def _every(replayed: Replayed) -> bool:
     """Whether no sample of the bad micro-batches is better than the others."""
-    return len(replayed.samples) == sum(bad.num_samples for bad in replayed.micro_batches) > 1
+    searched = replayed.micro_batches[:MOST_SEARCHED]
+    return len(replayed.samples) == sum(bad.num_samples for bad in searched) > 1
 
 
 def _shown(samples: list[BadSample] | tuple[BadSample, ...]) -> str:
@@ -160,6 +161,8 @@ def _rows(replayed: Replayed) -> Iterator[tuple[str, str]]:
                 for sample in replayed.samples
             ],
         )
+    if len(replayed.micro_batches) > MOST_SEARCHED:
+        yield "bad sample", f"searched in the first {MOST_SEARCHED} bad micro-batches only"
     if replayed.micro_batches and not replayed.samples_apart and not replayed.bad_weights:
         yield "bad sample", "unknown: batch norms mix the samples"
     if replayed.origin is not None and replayed.origin.module is not None:

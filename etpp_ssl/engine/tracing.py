@@ -42,8 +42,6 @@ def trace(task: Task, model: nn.Module, inputs: Inputs) -> Origin:
         model: the bare model, or what wraps it for the precision.
         inputs: of a micro-batch.
     """
-    if isinstance(task.model, MaskedAutoencoder):
-        task.model.run_blocks_by(BlockRunner())
     first: list[tuple[str, str, float, float]] = []
 
     def watch(name: str) -> Callable[..., None]:
@@ -61,7 +59,8 @@ def trace(task: Task, model: nn.Module, inputs: Inputs) -> Origin:
         for name, module in task.model.named_modules()
     ]
     try:
-        output = task.forward(model, inputs)
+        with _plain_blocks(task.model), torch.no_grad():
+            output = task.forward(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -100,6 +99,20 @@ def bad_gradients(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _plain_blocks(model: nn.Module) -> Iterator[None]:
+    """Blocks that are called as they are, so that hooks see them."""
+    if not isinstance(model, MaskedAutoencoder):
+        yield
+        return
+    before = model.run
+    model.run_blocks_by(BlockRunner())
+    try:
+        yield
+    finally:
+        model.run_blocks_by(before)
 
 
 def _tensors_in(values: Any) -> list[Tensor]:
