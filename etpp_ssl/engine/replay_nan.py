@@ -26,7 +26,7 @@ from etpp_ssl.engine.dumped_step import DumpedBatch, DumpedStep, read_dump
 from etpp_ssl.engine.kernels import kernels_in_use
 from etpp_ssl.engine.replay_task import ClassifierTask, Inputs, PretrainingTask, Task
 from etpp_ssl.engine.state import environment, environment_changes
-from etpp_ssl.engine.tracing import Origin, bad_gradients, trace
+from etpp_ssl.engine.tracing import Origin, bad_gradients, plain_blocks, trace
 from etpp_ssl.model.state_dict import load_weights
 from etpp_ssl.recipe import Recipe, TrackerConfig
 
@@ -143,7 +143,8 @@ def replay_nan(path: Path, overrides: Sequence[str] = ()) -> Replayed:
         scaler.load_state_dict(step.record.scaler)
     found = _run(step, task, model, accelerator.backward, scaled=scaler is not None)
     largest = _largest_gradients(task.model) if scaler is None else {}
-    reasons = _search(task, model, [dumped for dumped, _ in found.bad])
+    with plain_blocks(task.model):
+        reasons = _search(task, model, [dumped for dumped, _ in found.bad])
     finite_in_fp32 = None
     if not found.finite and accelerator.mixed_precision != "no":
         plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)

@@ -35,7 +35,7 @@ class Origin:
 
 
 def trace(task: Task, model: nn.Module, inputs: Inputs) -> Origin:
-    """Run a forward pass with an eye on every module, without compilation or recomputation.
+    """Run a forward pass with an eye on every module, inside `plain_blocks`.
 
     Args:
         task: the loop's step, with the bare model.
@@ -59,7 +59,7 @@ def trace(task: Task, model: nn.Module, inputs: Inputs) -> Origin:
         for name, module in task.model.named_modules()
     ]
     try:
-        with _plain_blocks(task.model), torch.no_grad():
+        with torch.no_grad():
             output = task.forward(model, inputs)
     finally:
         for hook in hooks:
@@ -102,8 +102,8 @@ def bad_gradients(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
 
 
 @contextmanager
-def _plain_blocks(model: nn.Module) -> Iterator[None]:
-    """Blocks that are called as they are, so that hooks see them."""
+def plain_blocks(model: nn.Module) -> Iterator[None]:
+    """Blocks that are neither compiled nor recomputed inside: hooks see their parts, at any batch size."""
     if not isinstance(model, MaskedAutoencoder):
         yield
         return
