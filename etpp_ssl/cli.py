@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import Progress as Bar
 
-from etpp_ssl.config import RunFault, UserError
+from etpp_ssl.config import UserError
 
 # Idle OpenMP threads sleep instead of spinning: on a machine that others use too (data workers among
 # them), spinning threads can slow a step twentyfold. libgomp reads this when torch is loaded, which is
@@ -76,8 +77,6 @@ def pretrain(
     try:
         run_pretraining(load_recipe(recipe, overrides or ()), fork)
     except Interrupted as interrupted:
-        if is_main_process():
-            say(f"etpp: {interrupted}; the same command goes on from there")
         raise typer.Exit(interrupted.exit_code) from None
 
 
@@ -98,8 +97,6 @@ def finetune(
     try:
         run_finetuning(load_finetune_recipe(recipe, overrides or ()), fork)
     except Interrupted as interrupted:
-        if is_main_process():
-            say(f"etpp: {interrupted}; the same command goes on from there")
         raise typer.Exit(interrupted.exit_code) from None
 
 
@@ -325,13 +322,43 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_one_of_several() -> bool:
+    """Whether other processes train the same run."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def main(arguments: list[str] | None = None) -> Any:
     """Run a command; a user's mistake is one line on stderr and exit code 2, a fault of a run code 1."""
     try:
         return app(args=arguments)
     except UserError as error:
+        tell(error)
+        end(error.exit_code)
+    except Exception:
+        if not is_one_of_several():
+            raise
+        traceback.print_exc()
+        end(1)
+
+
+def tell(error: UserError) -> None:
+    """Print an error, of several processes with the number of this one, unless another one tells the same."""
+    rank = ""
+    if is_one_of_several():
+        from etpp_ssl.engine.peers import told_already
+
+        if told_already(error):
+            return
         rank = "" if is_main_process() else f" [process {os.environ['RANK']}]"
-        if rank and isinstance(error, RunFault) and error.everywhere:
-            sys.exit(error.exit_code)
-        say(f"etpp: error:{rank} {' '.join(str(error).split())}")
-        sys.exit(error.exit_code)
+    say(f"etpp: error:{rank} {' '.join(str(error).split())}")
+
+
+def end(code: int) -> NoReturn:
+    """End this process after an error."""
+    if is_one_of_several():
+        # Python's own end would wait for threads of connections that nobody serves any more; and for as
+        # long as it takes, the other processes do not notice that this one has failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

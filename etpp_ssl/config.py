@@ -16,6 +16,8 @@ class UserError(ValueError):
     """
 
     exit_code = 2
+    everywhere = False
+    """Whether all processes raise the same, so that one of them is enough to tell."""
 
 
 class RunFault(UserError):
@@ -26,8 +28,6 @@ class RunFault(UserError):
     """
 
     exit_code = 1
-    everywhere = False
-    """Whether all processes raise the same, so that one of them is enough to tell."""
 
 
 class Config(BaseModel):

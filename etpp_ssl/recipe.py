@@ -114,6 +114,9 @@ class RunRecipe(Config, ABC):
     stage with a larger batch, larger in proportion."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     log_every_steps: int = neutral(10, ge=1)
+    peer_timeout_minutes: float = neutral(30.0, gt=0)
+    """Of several processes: what one waits for another before it ends the run, be it for the first step or
+    for one that hangs. One that has ended is noticed at once."""
     data: Annotated[AnyData, Field(discriminator="name")]
     curriculum: Annotated[AnyCurriculum, Field(discriminator="name")] = EfficientTrainConfig()
     checkpoint: CheckpointConfig = neutral(CheckpointConfig())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+from ranks import Server
 
 if TYPE_CHECKING:
     from etpp_ssl.engine.run import BaseRun
@@ -26,6 +27,14 @@ def real_images() -> Path:
     if not folder:
         pytest.skip("ETPP_DATA does not point at cifar10/ and imagenette/")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Starts `etpp` in several processes; see `ranks.py`."""
+    server = Server(tmp_path_factory.mktemp("ranks"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(autouse=True)

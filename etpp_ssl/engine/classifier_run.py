@@ -20,6 +20,7 @@ from etpp_ssl.engine.checkpoint import load_checkpoint
 from etpp_ssl.engine.ema import WeightAverage
 from etpp_ssl.engine.initial_classifier import load_classifier_init
 from etpp_ssl.engine.metrics import MetricsFile
+from etpp_ssl.engine.peers import with_peers
 from etpp_ssl.engine.progress import Progress
 from etpp_ssl.engine.run import BaseRun, check_start, crop_view, open_training_images, restore
 from etpp_ssl.engine.start import starting_point
@@ -53,6 +54,7 @@ class ClassifierRun(BaseRun):
         return model
 
 
+@with_peers()
 def open_classifier_run(recipe: FinetuneRecipe, fork: Path | None = None) -> ClassifierRun:
     """Open a recipe's run folder: a new run, or the newest checkpoint of the one that is there.
 

@@ -108,8 +108,10 @@ class BadImages:
     def share(self, accelerator: Accelerator) -> None:
         """Bring together what the processes have met; every process must call it."""
         if accelerator.num_processes > 1:
-            for known in gather_object([dict(self.known)]):
-                self.known.update(known)
+            for process, known in enumerate(gather_object([dict(self.known)])):
+                for index in known.keys() - self.known.keys():
+                    self.known[index] = known[index]
+                    self.progress.say(f"unreadable image {known[index]!r}, met by process {process}; replaced")
             self._check("see the messages above")
 
     def _check(self, reason: str) -> None:

@@ -16,6 +16,7 @@ from etpp_ssl.data.augment import Normalise
 from etpp_ssl.engine.accelerator import open_accelerator
 from etpp_ssl.engine.agreement import Agreement
 from etpp_ssl.engine.initial_weights import load_init
+from etpp_ssl.engine.peers import leave, with_peers
 from etpp_ssl.engine.run import build_probe
 from etpp_ssl.engine.signals import Interrupted, StopRequest
 from etpp_ssl.evaluation.base import ProbeStopped
@@ -25,6 +26,7 @@ from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder, load_weights
 
 
+@with_peers()
 def probe_run(recipe: Recipe, source: str, say: Callable[[str], None]) -> dict[str, float]:
     """Run the recipe's probe on a run's newest checkpoint, or on the weights that `init` names.
 
@@ -71,15 +73,14 @@ def probe_run(recipe: Recipe, source: str, say: Callable[[str], None]) -> dict[s
     try:
         numbers = probe.run(model)
     except ProbeStopped as stopped:
+        leave(accelerator)
         raise Interrupted(stopped.signum, stopped.step) from None
     if accelerator.is_main_process:
         row = {**weights, "protocol": recipe.probe.model_dump(), **numbers}
         report.mkdir(parents=True, exist_ok=True)
         with (report / "probes.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-    # A process that has nothing to write must not close its connections while others still use them.
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    leave(accelerator)
     return numbers
 
 

@@ -26,6 +26,7 @@ from etpp_ssl.engine.feed import Feed
 from etpp_ssl.engine.initial_weights import load_init
 from etpp_ssl.engine.kernels import kernels_in_use
 from etpp_ssl.engine.metrics import MetricsFile
+from etpp_ssl.engine.peers import with_peers
 from etpp_ssl.engine.progress import Progress
 from etpp_ssl.engine.replay_memory import check_replay, replay_notes
 from etpp_ssl.engine.start import prepare_folder, starting_point
@@ -123,6 +124,7 @@ class Run(BaseRun):
     probe: Probe | None
 
 
+@with_peers()
 def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
     """Open a recipe's run folder: a new run, or the newest checkpoint of the one that is there.
 
