@@ -82,7 +82,12 @@ class Server:
         )
 
     def start(
-        self, arguments: Sequence[str] | None, count: int, *, before: str = "", env: Mapping[str, str] | None = None
+        self,
+        arguments: Sequence[str] | None,
+        count: int,
+        *,
+        before: str = "",
+        env: Mapping[str, str] | None = None,
     ) -> list[Rank]:
         """Start `etpp` with the arguments in so many processes.
 
@@ -114,7 +119,13 @@ class Server:
         self._job.communicate(timeout=LONG)
 
     def _start(
-        self, arguments: Sequence[str] | None, rank: int, count: int, port: int, before: str, env: dict[str, str]
+        self,
+        arguments: Sequence[str] | None,
+        rank: int,
+        count: int,
+        port: int,
+        before: str,
+        env: dict[str, str],
     ) -> Rank:
         self._count += 1
         output = self.folder / f"{self._count}-rank-{rank}.txt"
@@ -204,7 +215,9 @@ def _line() -> bytes:
     return line
 
 
-def _become(arguments: list[str] | None, rank: int, before: str, env: dict[str, str], output: str) -> NoReturn:
+def _become(
+    arguments: list[str] | None, rank: int, before: str, env: dict[str, str], output: str
+) -> NoReturn:
     os.setpgid(0, 0)
     nothing, written = os.open(os.devnull, os.O_RDONLY), os.open(output, os.O_WRONLY | os.O_APPEND)
     for target, source in ((0, nothing), (1, written), (2, written)):

@@ -111,7 +111,9 @@ class BadImages:
             for process, known in enumerate(gather_object([dict(self.known)])):
                 for index in known.keys() - self.known.keys():
                     self.known[index] = known[index]
-                    self.progress.say(f"unreadable image {known[index]!r}, met by process {process}; replaced")
+                    self.progress.say(
+                        f"unreadable image {known[index]!r}, met by process {process}; replaced"
+                    )
             self._check("see the messages above")
 
     def _check(self, reason: str) -> None:

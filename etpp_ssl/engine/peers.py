@@ -176,4 +176,3 @@ def _met() -> bool:
 
 def _key(rank: int) -> str:
     return f"etpp_ssl/last-words/{rank}"
-
