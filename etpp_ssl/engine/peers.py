@@ -23,7 +23,7 @@ from torch.distributed import distributed_c10d
 from etpp_ssl.config import RunFault, UserError
 from etpp_ssl.engine.signals import Interrupted
 
-SECONDS_FOR_WORDS = 2.0
+SECONDS_FOR_WORDS = 1.0
 """What a process waits for words of another one."""
 
 # gloo raises RuntimeErrors; the store and NCCL raise DistErrors, NCCL also for its own misconfiguration.
@@ -93,16 +93,19 @@ def leave_words(error: Exception) -> None:
     words = words_of(error)
 
     def tell(store: Any) -> bool:
-        store.set(_key(dist.get_rank()), words)
-        if dist.get_rank() == 0 or not isinstance(error, UserError):
+        rank = dist.get_rank()
+        store.set(_key(rank), words)
+        if not isinstance(error, UserError):
             return False
-        # Not `store.wait`: torch reports the end of its patience on stderr.
+        # Started without torchrun, the main process keeps the store: it waits until the others, where they
+        # say the same, have seen so. Not by `store.wait`: torch reports the end of its patience on stderr.
+        awaited = [_key(0)] if rank else [_key(other) for other in range(1, dist.get_world_size())]
         deadline = time.monotonic() + SECONDS_FOR_WORDS
-        while not store.check([_key(0)]):
+        while not store.check(awaited):
             if time.monotonic() > deadline:
                 return False
-            time.sleep(0.05)
-        return bool(store.get(_key(0)).decode() == words)
+            time.sleep(0.02)
+        return bool(rank and store.get(_key(0)).decode() == words)
 
     if _from_store(tell):
         assert isinstance(error, UserError)
@@ -146,6 +149,8 @@ def _words_of_others() -> str:
                 return f"process {rank}: {store.get(_key(rank)).decode()}"
         return None
 
+    # If the process that has ended kept the store, that goes a moment after its other connections.
+    time.sleep(0.3)
     said = _from_store(ask) if _met() else None
     return said or "without a word: it was killed, or its own output says why"
 
@@ -166,7 +171,7 @@ def _from_store(ask: Callable[[Any], Result]) -> Result | None:
     # torch's own time limit of a store does not end every wait for one whose process was stopped.
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(2 * SECONDS_FOR_WORDS)
+    thread.join(3 * SECONDS_FOR_WORDS)
     return answers[0] if answers else None
 
 
