@@ -99,13 +99,17 @@ def leave_words(error: Exception) -> None:
             return False
         # Started without torchrun, the main process keeps the store: it waits until the others, where they
         # say the same, have seen so. Not by `store.wait`: torch reports the end of its patience on stderr.
-        awaited = [_key(0)] if rank else [_key(other) for other in range(1, dist.get_world_size())]
+        awaited = [_key(0)] if rank else [_heard(other) for other in range(1, dist.get_world_size())]
         deadline = time.monotonic() + SECONDS_FOR_WORDS
         while not store.check(awaited):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.02)
-        return bool(rank and store.get(_key(0)).decode() == words)
+        if rank == 0:
+            return False
+        same = bool(store.get(_key(0)).decode() == words)
+        store.set(_heard(rank), "")
+        return same
 
     if _from_store(tell):
         assert isinstance(error, UserError)
@@ -181,3 +185,7 @@ def _met() -> bool:
 
 def _key(rank: int) -> str:
     return f"etpp_ssl/last-words/{rank}"
+
+
+def _heard(rank: int) -> str:
+    return f"etpp_ssl/heard/{rank}"
