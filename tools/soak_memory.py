@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 
 Verdict = Literal["steady", "undecided", "GROWS"]
+QUANTITIES = ("rss", "anon", "pss")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,10 @@ class Sample:
     rss: int
     """Resident bytes, those shared with other processes included."""
     pss: int | None
-    """The same with each shared page divided by the number that share it; None where the system has none."""
+    """The same with each shared page divided by the number of processes that share it; None where the system
+    does not say. Libraries count, so that it changes when another program that uses them comes or goes."""
+    anon: int | None
+    """The PSS of memory that is no file's: what a leak, or a worker's copies of shared pages, adds to."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Growth:
     stretch: str
     process: str
     quantity: str
+    """One of `QUANTITIES`."""
     minutes: float
     per_minute: Fit
     """MB (10^6 bytes) per minute."""
@@ -62,6 +67,11 @@ class Growth:
     """MB per 1000 optimizer steps."""
     first_mb: float
     last_mb: float
+
+    @property
+    def judged(self) -> bool:
+        """Whether it is the run's own doing."""
+        return self.quantity != "pss"
 
     def verdict(self, limit_mb_per_hour: float) -> Verdict:
         """Whether it grows: by 2 standard errors more, or less, than the limit, or neither is certain."""
@@ -86,21 +96,34 @@ def take(
     samples = []
     for name, process in named:
         try:
-            full = process.memory_full_info()
-        except psutil.Error:
+            memory = _memory(process)
+        except (psutil.Error, OSError):
             continue
-        pss = getattr(full, "pss", None)
-        samples.append(Sample(stretch, name, process.pid, round(seconds, 3), *place, full.rss, pss))
+        samples.append(Sample(stretch, name, process.pid, round(seconds, 3), *place, *memory))
     with file.open("a", encoding="utf-8") as out:
         out.writelines(json.dumps(vars(sample)) + "\n" for sample in samples)
     return samples
 
 
+def _memory(process: psutil.Process) -> tuple[int, int | None, int | None]:
+    """RSS, PSS and the PSS of no file."""
+    rollup = Path(f"/proc/{process.pid}/smaps_rollup")
+    if not rollup.exists():
+        return process.memory_info().rss, None, None
+    lines = (line.split() for line in rollup.read_text().splitlines()[1:])
+    size = {words[0]: 1024 * int(words[1]) for words in lines}
+    if "Pss_Anon:" not in size:  # Before Linux 5.4.
+        return size["Rss:"], size["Pss:"], None
+    return size["Rss:"], size["Pss:"], size["Pss_Anon:"] + size["Pss_Shmem:"]
+
+
 def fit_slope(x: Sequence[float], y: Sequence[float], groups: Sequence[int] | None = None) -> Fit:
     """Least squares with one slope and an intercept per group.
 
-    Memory is a sum of many past events, so that neighbouring residuals are alike and the textbook's error
-    is too small; it is multiplied by sqrt((1 + r) / (1 - r)), where r is their correlation at lag 1.
+    Memory is the sum of past events, so that neighbouring residuals are alike and the textbook's error is too
+    small: it is multiplied by sqrt((1 + r) / (1 - r)) for their correlation r at lag 1, which is corrected
+    for its bias (Kendall, Biometrika 1954); the factor is bounded by sqrt(1.5 N), about a random walk's for N
+    points. The slope of a random walk still lies beyond 2 such errors more often than 1 time in 20.
 
     Args:
         x, y: points in the order of time.
@@ -123,8 +146,9 @@ def fit_slope(x: Sequence[float], y: Sequence[float], groups: Sequence[int] | No
     plain = math.sqrt(float(rest @ rest) / freedom / spread)
     squares = float(rest @ rest)
     lag = float(rest[1:] @ rest[:-1]) / squares if squares else 0.0
-    lag = min(max(lag, 0.0), 0.99)
-    return Fit(slope, plain * math.sqrt((1 + lag) / (1 - lag)), plain, len(dx))
+    lag = min(max(lag + (2 + 4 * lag) / len(dx), 0.0), 1.0)
+    allowance = math.sqrt((1 + lag) / (1 - lag + 4 / 3 / len(dx)))
+    return Fit(slope, plain * max(1.0, allowance), plain, len(dx))
 
 
 def growths(samples: Sequence[Sample], *, last_step: int, min_seconds: float) -> list[Growth]:
@@ -148,7 +172,7 @@ def growths(samples: Sequence[Sample], *, last_step: int, min_seconds: float) ->
             continue
         for process in sorted({s.process for s in half}):
             own = [s for s in half if s.process == process]
-            for quantity in ("rss", "pss"):
+            for quantity in QUANTITIES:
                 growth = _growth(own, quantity)
                 if growth is not None:
                     found.append(growth)
@@ -180,12 +204,11 @@ def growth_table(found: Sequence[Growth], limit_mb_per_hour: float) -> list[str]
     head = f"{'stretch':<11} {'process':<16} {'':<4} {'min':>5} {'first':>7} {'last MB':>8}"
     lines = [f"{head} {'MB/minute':>18} {'MB/1000 steps':>18}  verdict"]
     for growth in found:
-        slopes = [
-            f"{fit.slope:+.3f} +- {fit.error:.3f}" for fit in (growth.per_minute, growth.per_1000_steps)
-        ]
+        fits = (growth.per_minute, growth.per_1000_steps)
+        slopes = [f"{fit.slope:+.3f} +- {fit.error:.3f}" for fit in fits]
         lines.append(
             f"{growth.stretch:<11} {growth.process:<16} {growth.quantity:<4} {growth.minutes:5.1f} "
             f"{growth.first_mb:7.1f} {growth.last_mb:8.1f} {slopes[0]:>18} {slopes[1]:>18}  "
-            f"{growth.verdict(limit_mb_per_hour)}"
+            f"{growth.verdict(limit_mb_per_hour) if growth.judged else 'not judged'}"
         )
     return lines
