@@ -34,7 +34,7 @@ import torch
 from soak_checks import End, differences, end_faults, last_line, read_status, shared_memory
 from soak_job import Job, kill_each, marked, newest_step
 from soak_memory import Sample, growth_table, growths, take
-from soak_plan import Blow, plan_blow, plan_workers
+from soak_plan import ALL_KINDS, KINDS, Blow, plan_blow, plan_workers
 from soak_report import blow_table, memory_faults, step_table, summary
 
 from etpp_ssl.config import UserError
@@ -127,6 +127,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--minutes", type=float, default=20, help="for everything (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the blows (default: %(default)s)")
     add("--kill-every", default="20..90", help="seconds (default: %(default)s)")
+    add(
+        "--kinds",
+        default=",".join(KINDS),
+        help="of blows; one more is 'kill launcher' (default: %(default)s)",
+    )
     add("--max-end", type=float, default=30, help="seconds until all is gone (default: %(default)s)")
     add("--stall", type=float, default=120, help="seconds without a row: a hang (default: %(default)s)")
     add("--growth", type=float, default=60, help="tolerated, in MB per hour (default: %(default)s)")
@@ -138,6 +143,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if not 0 <= low <= high:
         parser.error(f"--kill-every is {options.kill_every!r}; the first number must be the smaller one")
     options.kill_every = (low, high)
+    options.kinds = tuple(options.kinds.split(","))
+    if not {*options.kinds} <= {*ALL_KINDS}:
+        parser.error(f"--kinds is {','.join(options.kinds)!r}; valid are {', '.join(ALL_KINDS)}")
     if options.processes < 1 or options.minutes <= 0:
         parser.error("--processes takes 1 or more, --minutes more than 0")
     try:
@@ -183,7 +191,7 @@ def run_soaked(soak: Soak, reference: RunFolder) -> None:
     """Strike and resume until the run has finished; then compare it with the reference."""
     number = 0
     for launch in range(1, MAX_LAUNCHES + 1):
-        workers = plan_workers(soak.options.seed, number)
+        workers = plan_workers(soak.options.seed, number, soak.options.kinds)
         job = soak.launch(f"soaked {launch}", "soaked", f"data.num_workers={workers}")
         soak.note("launch", launch=job.name, workers=workers, checkpoint=job.first_step)
         end, number = struck(soak, job, number)
@@ -210,7 +218,7 @@ def struck(soak: Soak, job: Job, number: int) -> tuple[End, int]:
     while True:
         blow = wait = None
         if soak.minutes < options.minutes:
-            blow = plan_blow(options.seed, number, options.kill_every)
+            blow = plan_blow(options.seed, number, options.kill_every, options.kinds)
             wait = RETRY if missed else blow.after
         outcome = job.watch(wait, options.stall, soak.sample)
         if blow is None or outcome != "due":
@@ -260,7 +268,7 @@ def settle(
     printed = job.printed()
     last_lines = {name: last_line(text) for name, text in printed.items()}
     soak.ends.append(end)
-    soak.note("end", **asdict(end), lost=end.lost, last_lines=last_lines)
+    soak.note("end", **asdict(end), lost=end.lost, last_lines=last_lines, load=os.getloadavg()[0])
     soak.say(
         f"{job.name} ended with {end.exit_code} after {seconds:.1f} s, step {end.step}, checkpoint "
         f"{end.checkpoint}, status {end.status or 'absent'}: {last_lines.get('rank 0', '')!r}"

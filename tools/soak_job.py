@@ -97,7 +97,7 @@ class Job:
             if now - called >= 1:
                 called = now
                 each_second(self)
-            time.sleep(0.1)
+            time.sleep(0.2)
         return "ended"
 
     def named(self) -> Named:
@@ -137,7 +137,7 @@ class Job:
         match blow.kind:
             case "kill all":
                 self.kill()
-            case "kill rank" | "kill worker":
+            case "kill rank" | "kill worker" | "kill launcher":
                 process.kill()
             case "term launcher":
                 process.terminate()

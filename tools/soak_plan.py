@@ -16,6 +16,8 @@ KINDS = ("kill all", "kill rank", "kill worker", "term launcher", "int group", "
 - int group: SIGINT to torchrun's process group, as a terminal's Ctrl-C does;
 - pause worker: SIGSTOP to a data worker, and SIGCONT some seconds later: the run must go on.
 """
+ALL_KINDS = (*KINDS, "kill launcher")
+"""kill launcher, SIGKILL to torchrun alone, makes its ranks orphans; it happens only if asked for."""
 STOPS = {"term launcher", "int group"}
 """These leave a run the time to write a checkpoint."""
 NEED_WORKER = {"kill worker", "pause worker"}
@@ -35,32 +37,33 @@ class Blow:
     """Seconds until SIGCONT."""
 
 
-def plan_blow(seed: int, number: int, every: tuple[float, float]) -> Blow:
+def plan_blow(seed: int, number: int, every: tuple[float, float], kinds: tuple[str, ...] = KINDS) -> Blow:
     """Blow `number` of a soak, a function of the arguments alone; each round has every kind once.
 
     Args:
         seed: of the soak.
         number: from 0.
         every: shortest and longest time between two, in seconds.
+        kinds: different ones.
     """
-    kinds = list(KINDS)
-    keyed_random(seed, "soak round", number // len(kinds)).shuffle(kinds)
+    order = list(kinds)
+    keyed_random(seed, "soak round", number // len(order)).shuffle(order)
     draw = keyed_random(seed, "soak blow", number)
     return Blow(
         number=number,
-        kind=kinds[number % len(kinds)],
+        kind=order[number % len(order)],
         after=draw.uniform(*every),
         where=draw.random(),
         pause=draw.uniform(3, 15),
     )
 
 
-def plan_workers(seed: int, number: int) -> int:
+def plan_workers(seed: int, number: int, kinds: tuple[str, ...] = KINDS) -> int:
     """`data.num_workers` of the launch whose first blow is `number`: 0 to 3, or 1 to 3 if one must be hit."""
-    kinds = []
-    for later in range(number, number + len(KINDS)):
-        kinds.append(plan_blow(seed, later, (0, 0)).kind)
-        if kinds[-1] != "pause worker":
+    until_end = []
+    for later in range(number, number + 2 * len(kinds)):
+        until_end.append(plan_blow(seed, later, (0, 0), kinds).kind)
+        if until_end[-1] != "pause worker":
             break
-    least = 1 if NEED_WORKER & {*kinds} else 0
+    least = 1 if NEED_WORKER & {*until_end} else 0
     return keyed_random(seed, "soak workers", number).randint(least, 3)

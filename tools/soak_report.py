@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from soak_checks import End
 from soak_memory import Growth
-from soak_plan import KINDS
+from soak_plan import ALL_KINDS
 
 
 def blow_table(ends: Sequence[End]) -> list[str]:
     """A line per kind of blow: how often it ended the run, and with what."""
     lines = [f"{'kind':<14} {'count':>5} {'longest end':>12} {'lost steps, median and most':>28}  exit codes"]
-    for kind in (*KINDS, None):
+    for kind in (*ALL_KINDS, None):
         own = [end for end in ends if end.kind == kind]
         if own:
             lost = sorted(end.lost for end in own if end.lost is not None)

@@ -296,6 +296,7 @@ def test_the_length_follows_from_a_timed_epoch() -> None:
         (["--kill-every", "20"], "20..90"),
         (["--kill-every", "90..20"], "smaller"),
         (["--processes", "0"], "--processes"),
+        (["--kinds", "kill all,kill bill"], "kill launcher"),
         (["model.depht=2"], "did you mean"),
         (["--folder", "{full}"], "not empty"),
     ],
