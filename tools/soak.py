@@ -271,7 +271,7 @@ def settle(
     soak.note("end", **asdict(end), lost=end.lost, last_lines=last_lines, load=os.getloadavg()[0])
     soak.say(
         f"{job.name} ended with {end.exit_code} after {seconds:.1f} s, step {end.step}, checkpoint "
-        f"{end.checkpoint}, status {end.status or 'absent'}: {last_lines.get('rank 0', '')!r}"
+        f"{end.checkpoint}, {end.told}: {last_lines.get('rank 0', '')!r}"
     )
     soak.blame(f"{job.name}, {end.kind or 'no blow'}", end_faults(end, job.run, printed))
     return end

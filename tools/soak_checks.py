@@ -52,6 +52,13 @@ class End:
         return self.exit_code == 0
 
     @property
+    def told(self) -> str:
+        """The status in a few words."""
+        if isinstance(self.status, dict):
+            return f"status {self.status.get('state')} at {self.status.get('step')}"
+        return "no status" if self.status is None else "unreadable status"
+
+    @property
     def lost(self) -> int | None:
         """Steps that must be done again, by the rows of losses; None if there were no rows yet."""
         return max(0, self.step - max(self.checkpoint, 0)) if self.step >= 0 else None
@@ -72,8 +79,10 @@ def end_faults(end: End, run: RunFolder, printed: Mapping[str, str]) -> list[str
         faults.append(f"{end.lost} steps are lost, though the run was asked to stop")
     if end.interval and (end.lost or 0) > end.interval:
         faults.append(f"{end.lost} steps are lost, with a checkpoint every {end.interval}")
-    if end.finished or end.outcome == "hangs":
+    if end.outcome == "hangs":
         return faults
+    if end.finished:
+        return faults + status_faults(end)
     if end.kind != "kill all":
         killed = end.hit if end.kind == "kill rank" else None
         faults += output_faults(printed, killed, started=end.step >= 0)
@@ -138,7 +147,7 @@ def output_faults(printed: Mapping[str, str], killed: str | None, *, started: bo
 
 
 def status_faults(end: End) -> list[str]:
-    """What `status.json` says that is not true of a run that was training when it was struck.
+    """What `status.json` says that is not true of a run that is done, or was training when it was struck.
 
     Its absence is not counted: a run of an older version writes none.
     """
@@ -148,7 +157,9 @@ def status_faults(end: End) -> list[str]:
         return [f"status.json is no object: {end.status[:60]!r}"]
     state, faults = end.status.get("state"), []
     # The main process writes it; killed, it leaves what was true before.
-    if end.kind == "kill all" or (end.kind, end.hit) == ("kill rank", "rank 0"):
+    if end.finished:
+        expected = {"finished"}
+    elif end.kind == "kill all" or (end.kind, end.hit) == ("kill rank", "rank 0"):
         expected = {"running"}
     else:
         expected = {"stopped"} if end.kind in STOPS else {"failed", "stopped"}

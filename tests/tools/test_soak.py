@@ -256,6 +256,10 @@ def test_a_status_that_is_not_true_is_a_fault() -> None:
     assert status_faults(killed) == []
     assert status_faults(replace(killed, kind="kill rank", hit="rank 0")) == []
     assert status_faults(replace(killed, kind="kill rank", hit="rank 1"))
+    finished = replace(END, kind=None, outcome="ended", exit_code=0)
+    assert status_faults(replace(finished, status={"state": "finished", "step": 500})) == []
+    assert status_faults(finished)
+    assert (END.told, replace(END, status=None).told) == ("status stopped at 125", "no status")
 
 
 def test_what_an_end_leaves_is_judged(tmp_path: Path) -> None:
