@@ -134,7 +134,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add("--max-end", type=float, default=30, help="seconds until all is gone (default: %(default)s)")
     add("--stall", type=float, default=120, help="seconds without a row: a hang (default: %(default)s)")
-    add("--growth", type=float, default=60, help="tolerated, in MB per hour (default: %(default)s)")
+    add("--growth", type=float, default=200, help="tolerated, in MB per hour (default: %(default)s)")
     options = parser.parse_intermixed_args(arguments)
     try:
         low, high = (float(text) for text in options.kill_every.split(".."))

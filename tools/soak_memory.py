@@ -14,6 +14,9 @@ import psutil
 
 Verdict = Literal["steady", "undecided", "GROWS"]
 QUANTITIES = ("rss", "anon", "pss")
+SETTLE, EDGE = 20.0, 5.0
+"""Seconds left out after a stage's first row of metrics, while its buffers grow, and before its last one:
+rows lag behind, so that the next stage may have begun."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Sample:
     """The same with each shared page divided by the number of processes that share it; None where the system
     does not say. Libraries count, so that it changes when another program that uses them comes or goes."""
     anon: int | None
-    """The PSS of memory that is no file's: what a leak, or a worker's copies of shared pages, adds to."""
+    """The PSS of memory that is no file's. It jumps when Python's garbage collector first touches the objects
+    that a rank shares with its forked workers: both then have their own."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,8 @@ class Growth:
 
     @property
     def judged(self) -> bool:
-        """Whether it is the run's own doing."""
-        return self.quantity != "pss"
+        """Whether growth counts: the others change without it, and within the bounds of the RSS."""
+        return self.quantity == "rss"
 
     def verdict(self, limit_mb_per_hour: float) -> Verdict:
         """Whether it grows: by 2 standard errors more, or less, than the limit, or neither is certain."""
@@ -154,29 +158,40 @@ def fit_slope(x: Sequence[float], y: Sequence[float], groups: Sequence[int] | No
 def growths(samples: Sequence[Sample], *, last_step: int, min_seconds: float) -> list[Growth]:
     """Slopes over the second half of each process's training within each stretch that is long enough.
 
-    Training is from the first row of metrics to the last one before `last_step`: a probe at the end has
-    workers and memory of its own. A stage has its own intercept, because larger bandwidths need more.
+    Training ends before `last_step`: a probe at the end has workers and memory of its own. A stage has its
+    own intercept, because larger bandwidths need more.
 
     Args:
         samples: of any stretches, in the order of time.
         last_step: of the run.
-        min_seconds: shortest half that is fitted.
+        min_seconds: shortest half, without what `SETTLE` and `EDGE` leave out, that is fitted.
     """
     found = []
     training = [s for s in samples if 0 <= s.step < last_step and s.process != "launcher"]
     for stretch in dict.fromkeys(s.stretch for s in training):
-        inside = [s for s in training if s.stretch == stretch]
-        middle = (inside[0].seconds + inside[-1].seconds) / 2
-        half = [s for s in inside if s.seconds >= middle]
-        if half[-1].seconds - half[0].seconds < min_seconds:
+        half = second_half([s for s in training if s.stretch == stretch])
+        if not half or half[-1].seconds - half[0].seconds < min_seconds:
             continue
         for process in sorted({s.process for s in half}):
             own = [s for s in half if s.process == process]
-            for quantity in QUANTITIES:
-                growth = _growth(own, quantity)
-                if growth is not None:
-                    found.append(growth)
+            growing = (_growth(own, quantity) for quantity in QUANTITIES)
+            found += [growth for growth in growing if growth is not None]
     return found
+
+
+def second_half(samples: Sequence[Sample]) -> list[Sample]:
+    """Those of one stretch from its middle on, without the beginnings and ends of stages."""
+    if not samples:
+        return []
+    middle = (samples[0].seconds + samples[-1].seconds) / 2
+    times: dict[int, list[float]] = {}
+    for sample in samples:
+        times.setdefault(sample.stage, []).append(sample.seconds)
+    return [
+        s
+        for s in samples
+        if s.seconds >= middle and times[s.stage][0] + SETTLE <= s.seconds <= times[s.stage][-1] - EDGE
+    ]
 
 
 def _growth(samples: Sequence[Sample], quantity: str) -> Growth | None:

@@ -85,26 +85,32 @@ def test_points_that_say_nothing_have_an_infinite_error() -> None:
 
 
 def sampled(megabytes_per_minute: float, *, seconds: int = 200, last_step: int = 1000) -> list[Sample]:
-    """Of one rank that trains from the 20th second on and is done 20 seconds before the end."""
+    """Of one rank that trains from the 20th second on and is done 20 seconds before the end.
+
+    Its second stage takes 20 MB more, half of them at once, and before a row of metrics tells of the stage; a
+    probe takes 1 GB, and no row tells of it at first.
+    """
     noise = np.random.default_rng(2).normal(scale=2e5, size=seconds)
-    rows = []
+    rows, change, end = [], 20 + round(0.6 * (seconds - 40)), seconds - 20
     for second in range(seconds):
-        share = (second - 20) / (seconds - 40)
-        step = -1 if share < 0 else min(last_step, int(share * last_step))
-        rss = int(5e8 + megabytes_per_minute / 60 * second * 1e6 + noise[second])
-        # A probe at the end is no growth.
-        rss += 10**9 if step == last_step else 0
-        rows.append(Sample("reference", "rank 0", 7, second, step, int(share > 0.6), rss, None, None))
+        step = -1 if second < 20 else min(last_step, round((second - 20) / (seconds - 40) * last_step))
+        rss = 5e8 + megabytes_per_minute / 60 * second * 1e6 + noise[second]
+        rss += 1e7 * (second > change - 3) + 1e7 * min(max(second - change, 0) / 15, 1)
+        rss += 1e9 * (second > end - 3)
+        rows.append(
+            Sample("reference", "rank 0", 7, second, step, int(second > change), int(rss), None, None)
+        )
     return rows
 
 
 def test_growth_is_measured_over_the_second_half_of_training_alone() -> None:
     (growth,) = growths(sampled(3.0), last_step=1000, min_seconds=30)
     assert (growth.process, growth.quantity) == ("rank 0", "rss")
-    assert growth.minutes == pytest.approx(80 / 60, abs=0.05)
+    assert growth.minutes == pytest.approx(75 / 60, abs=0.05)
     assert growth.per_minute.slope == pytest.approx(3.0, abs=0.3)
     # 1000 steps in 160 seconds.
     assert growth.per_1000_steps.slope == pytest.approx(8.0, abs=0.8)
+    assert not growths(sampled(3.0), last_step=10, min_seconds=30)
     assert growth.verdict(60) == "GROWS"
     assert memory_faults([growth], 60)
     assert not growths(sampled(3.0), last_step=1000, min_seconds=100)
