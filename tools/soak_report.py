@@ -75,8 +75,8 @@ def summary(
     struck = [end for end in ends if end.kind is not None]
     if not any(end.finished for end in ends):
         equal = "never compared, because it has not finished"
-    elif any(fault.startswith("equality") for fault in faults):
-        equal = "NOT those of the reference run"
+    elif unequal := [fault for fault in faults if fault.startswith("equality")]:
+        equal = f"NOT those of the reference run ({len(unequal)} in all, first {unequal[0]})"
     else:
         equal = "those of the reference run to the bit"
     reference = [growth for growth in found if growth.stretch == "reference" and growth.judged]
