@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import Progress as Bar
 
-from etpp_ssl.config import RunFault, UserError
+from etpp_ssl.config import UserError
 
 # Idle OpenMP threads sleep instead of spinning: on a machine that others use too (data workers among
 # them), spinning threads can slow a step twentyfold. libgomp reads this when torch is loaded, which is
@@ -76,8 +77,6 @@ def pretrain(
     try:
         run_pretraining(load_recipe(recipe, overrides or ()), fork)
     except Interrupted as interrupted:
-        if is_main_process():
-            say(f"etpp: {interrupted}; the same command goes on from there")
         raise typer.Exit(interrupted.exit_code) from None
 
 
@@ -98,8 +97,6 @@ def finetune(
     try:
         run_finetuning(load_finetune_recipe(recipe, overrides or ()), fork)
     except Interrupted as interrupted:
-        if is_main_process():
-            say(f"etpp: {interrupted}; the same command goes on from there")
         raise typer.Exit(interrupted.exit_code) from None
 
 
@@ -113,7 +110,7 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     from etpp_ssl.recipe_file import load_any_recipe
     from etpp_ssl.run_folder import RunFolder
 
-    folder = RunFolder(recipe) if Path(recipe).is_dir() else None
+    folder = RunFolder(recipe) if os.path.isdir(recipe) else None
     # A pipe has no width; the table needs its own.
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     loaded = load_any_recipe(recipe, overrides or ())
@@ -181,7 +178,7 @@ def embed(
 
     file = write_features(
         load_recipe(recipe, overrides or ()),
-        RunFolder(recipe) if Path(recipe).is_dir() else None,
+        RunFolder(recipe) if os.path.isdir(recipe) else None,
         out,
         split=split.value,
         pool=pool.value if pool is not None else None,
@@ -236,6 +233,9 @@ def prepare(
             help="Leave out unreadable images, which moves later ones up, or keep their places.",
         ),
     ] = False,
+    max_pixels: Annotated[
+        int, typer.Option(help="Images of more pixels count as unreadable; as data.max_pixels.")
+    ] = 178_956_970,
     shard_mb: Annotated[int, typer.Option(help="Size of a shard in megabytes.")] = 1024,
     workers: Annotated[int, typer.Option(help="Images in work at once.")] = os.cpu_count() or 1,
 ) -> None:
@@ -246,7 +246,14 @@ def prepare(
     from etpp_ssl.data.prepare import from_options
     from etpp_ssl.data.prepare import prepare as prepare_shards
 
-    config = from_options(size=size, quality=quality, skip_bad=skip_bad, shard_mb=shard_mb, workers=workers)
+    config = from_options(
+        size=size,
+        quality=quality,
+        skip_bad=skip_bad,
+        max_pixels=max_pixels,
+        shard_mb=shard_mb,
+        workers=workers,
+    )
     try:
         with Bar(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
             task = bar.add_task("prepare", total=None)
@@ -258,7 +265,7 @@ def prepare(
         raise typer.Exit(130) from None
     for split in splits:
         for name, reason in split.bad:
-            say(f"etpp: {'left out' if skip_bad else 'kept as it is'}: {name}: {reason}")
+            say(f"etpp: {'left out' if skip_bad else 'kept as it is'}: {name!r}: {reason}")
         print(
             f"{split.folder}: {split.images:,} images in {split.shards} shards, {split.size / 1e6:,.1f} MB, "
             f"{len(split.bad)} bad"
@@ -315,6 +322,26 @@ def report(
     print(write_report(runs, out, say=say))
 
 
+@app.command("replay-nan")
+def replay_nan(
+    dump: Annotated[Path, typer.Argument(metavar="DUMP", help="A folder below RUN/dumps.")],
+    overrides: Overrides = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write what was found to this file.")] = None,
+) -> None:
+    """Repeat a step that was not finite, and say where it stops being so; 1 if it is finite here.
+
+    Overrides (precision=fp32, model.attention=unfused, ...) try what might help.
+    """
+    from etpp_ssl.engine.replay_nan import replay_nan as repeat
+    from etpp_ssl.engine.replay_report import print_replay, write_replay
+
+    replayed = repeat(dump, overrides or ())
+    print_replay(replayed, Console(width=None if sys.stdout.isatty() else 140, highlight=False))
+    if json is not None:
+        write_replay(replayed, json)
+    raise typer.Exit(0 if replayed.reproduced else 1)
+
+
 def say(text: str) -> None:
     """A message beside the result."""
     print(text, file=sys.stderr)
@@ -325,13 +352,43 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_one_of_several() -> bool:
+    """Whether other processes train the same run."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def main(arguments: list[str] | None = None) -> Any:
     """Run a command; a user's mistake is one line on stderr and exit code 2, a fault of a run code 1."""
     try:
         return app(args=arguments)
     except UserError as error:
+        tell(error)
+        end(error.exit_code)
+    except Exception:
+        if not is_one_of_several():
+            raise
+        traceback.print_exc()
+        end(1)
+
+
+def tell(error: UserError) -> None:
+    """Print an error, of several processes with the number of this one, unless another one tells the same."""
+    rank = ""
+    if is_one_of_several():
+        from etpp_ssl.engine.peers import told_already
+
+        if told_already(error):
+            return
         rank = "" if is_main_process() else f" [process {os.environ['RANK']}]"
-        if rank and isinstance(error, RunFault) and error.everywhere:
-            sys.exit(error.exit_code)
-        say(f"etpp: error:{rank} {' '.join(str(error).split())}")
-        sys.exit(error.exit_code)
+    say(f"etpp: error:{rank} {' '.join(str(error).split())}")
+
+
+def end(code: int) -> NoReturn:
+    """End this process after an error."""
+    if is_one_of_several():
+        # Python's own end would wait for threads of connections that nobody serves any more; and for as
+        # long as it takes, the other processes do not notice that this one has failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

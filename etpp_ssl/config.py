@@ -7,6 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+MAX_SIDE = 1 << 14
+"""Pixels per axis of an image that a network sees."""
+
 
 class UserError(ValueError):
     """A mistake in a recipe, path, size or checkpoint, told in one sentence.
@@ -16,6 +19,8 @@ class UserError(ValueError):
     """
 
     exit_code = 2
+    everywhere = False
+    """Whether all processes raise the same, so that one of them is enough to tell."""
 
 
 class RunFault(UserError):
@@ -26,8 +31,6 @@ class RunFault(UserError):
     """
 
     exit_code = 1
-    everywhere = False
-    """Whether all processes raise the same, so that one of them is enough to tell."""
 
 
 class Config(BaseModel):
@@ -56,9 +59,30 @@ def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def legal_size(size: int | tuple[int, int]) -> int | tuple[int, int]:
+    """`size`, for a validator: anything else is a slip, and would cost memory before it is noticed.
+
+    Raises:
+        ValueError: for a side below 1 or beyond `MAX_SIDE` pixels.
+    """
+    if not all(1 <= side <= MAX_SIDE for side in as_pair(size)):
+        raise ValueError(f"{size} is no size in pixels: use 1 to {MAX_SIDE} per axis")
+    return size
+
+
 def show_size(size: tuple[int, int]) -> str:
     """`224` for a square, `192x256` (height x width) otherwise."""
     return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+
+
+def shown_bytes(count: int) -> str:
+    """`1.5 GB`, for instance."""
+    value, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
 
 
 def listed(items: Sequence[str], separator: str = ", ") -> str:

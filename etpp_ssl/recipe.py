@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from etpp_ssl.config import Config, UserError, as_pair, neutral
+from etpp_ssl.atomic import write_text
+from etpp_ssl.config import Config, UserError, as_pair, legal_size, neutral
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.curriculum.constant import ConstantConfig
 from etpp_ssl.curriculum.efficienttrain import EfficientTrainConfig
 from etpp_ssl.data.augmentation import AugmentConfig
-from etpp_ssl.data.file_list import FileListConfig
-from etpp_ssl.data.folder import FolderConfig
-from etpp_ssl.data.shards import ShardsConfig
-from etpp_ssl.data.synthetic import SyntheticConfig
-from etpp_ssl.data.timm_dataset import TimmConfig
+from etpp_ssl.data.huggingface import HuggingFaceConfig
+from etpp_ssl.data.indexed import AnyIndexedData
+from etpp_ssl.data.mix import MixConfig
+from etpp_ssl.data.webdataset import WebDatasetConfig
 from etpp_ssl.evaluation.attentive import AttentiveConfig
 from etpp_ssl.evaluation.classification import EvaluateConfig
 from etpp_ssl.evaluation.knn import KnnConfig
@@ -36,7 +36,8 @@ from etpp_ssl.optim.classifier import ClassifierOptimConfig
 from etpp_ssl.optim.schedule import OptimConfig
 
 # One line here makes a new component known to recipes.
-AnyData = FolderConfig | FileListConfig | TimmConfig | SyntheticConfig | ShardsConfig
+AnyStream = WebDatasetConfig | HuggingFaceConfig | MixConfig
+AnyData = AnyIndexedData | AnyStream
 AnyCurriculum = EfficientTrainConfig | ConstantConfig
 AnyTarget = PixelsConfig | HogConfig | CombinedConfig
 
@@ -50,8 +51,11 @@ class CheckpointConfig(Config):
 
     every_steps: int | None = neutral(None, ge=1)
     every_minutes: float | None = neutral(15.0, gt=0)
-    keep: int = neutral(2, ge=1)
+    keep: int = neutral(2, ge=1, le=10**6)
     """Newest checkpoints that stay."""
+    on_error: Literal["stop", "continue"] = neutral("stop")
+    """When the disk does not take a checkpoint, or the rows before it: end the run, or train on and try
+    again when the next one is due. At the last step and after a signal the run ends in any case."""
 
 
 class NonfiniteConfig(Config):
@@ -61,7 +65,7 @@ class NonfiniteConfig(Config):
     """End the run; leave the step out; or go back to the newest checkpoint with a lower learning rate."""
     lr_factor: float = neutral(0.5, gt=0, le=1)
     """What each rewind multiplies the learning rate by."""
-    max_rewinds: int = neutral(3, ge=1)
+    max_rewinds: int = neutral(3, ge=1, le=10**6)
     """Rewinds before the run ends after all."""
 
 
@@ -94,31 +98,39 @@ class RunRecipe(Config, ABC):
     """The run folder."""
     image_size: int | tuple[int, int] = 224
     """Pixels at full resolution, one number or [height, width]."""
-    in_chans: int = Field(default=3, ge=1)
+    in_chans: int = Field(default=3, ge=1, le=1024)
     init: str | None = None
     """Weights to start from: a run folder, an export's folder, or a .pth or safetensors file of MAE's,
     timm's or DeiT's layout; a resumed run reads its own checkpoint instead."""
     deterministic: bool = False
     """Bitwise repeatable on CUDA too, at some cost in speed; the CPU always is."""
-    budget_epochs: float | None = Field(default=None, gt=0)
+    budget_epochs: float | None = Field(default=None, gt=0, le=1e6)
     """Equivalent epochs: the compute of so many epochs at full resolution."""
-    budget_hours: float | None = Field(default=None, gt=0)
+    budget_hours: float | None = Field(default=None, gt=0, le=1e5)
     """Wall time instead: the run measures its speed and trains as many equivalent epochs as fit. Time
     between a kill and its resume, and steps done again, do not count. Pre-training only."""
-    baseline_epochs: float | None = neutral(None, gt=0)
+    baseline_epochs: float | None = neutral(None, gt=0, le=1e9)
     """Constant-resolution epochs that `plan` compares the cost with."""
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, le=10**6)
     """Images per optimizer step, over all processes, at full resolution; see `curriculum.large_batch`."""
     micro_batch_size: int | None = neutral(None, ge=1)
     """Images per forward pass and process at most; smaller ones are accumulated to the global batch. In a
     stage with a larger batch, larger in proportion."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     log_every_steps: int = neutral(10, ge=1)
+    peer_timeout_minutes: float = neutral(30.0, gt=0)
+    """Of several processes: what one waits for another before it ends the run, be it for the first step or
+    for one that hangs. One that has ended is noticed at once."""
     data: Annotated[AnyData, Field(discriminator="name")]
     curriculum: Annotated[AnyCurriculum, Field(discriminator="name")] = EfficientTrainConfig()
     checkpoint: CheckpointConfig = neutral(CheckpointConfig())
     nonfinite: NonfiniteConfig = neutral(NonfiniteConfig())
     tracker: TrackerConfig = neutral(TrackerConfig())
+
+    @field_validator("image_size")
+    @classmethod
+    def _size(cls, size: int | tuple[int, int]) -> int | tuple[int, int]:
+        return legal_size(size)
 
     @model_validator(mode="after")
     def _one_budget(self) -> RunRecipe:
@@ -159,9 +171,12 @@ class RunRecipe(Config, ABC):
         )
 
     def save(self, path: Path) -> None:
-        """Write the resolved recipe, every default spelled out, as YAML."""
-        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        path.write_text(text, encoding="utf-8")
+        """Write the resolved recipe, every default spelled out, as YAML, whole or not at all.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 class Recipe(RunRecipe):

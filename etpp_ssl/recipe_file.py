@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,9 @@ from pydantic import BaseModel, ValidationError
 
 from etpp_ssl.config import UserError, is_neutral
 from etpp_ssl.recipe import FinetuneRecipe, Recipe, RunRecipe
-from etpp_ssl.sentences import members_at, name_of, shown, validation_sentence
+from etpp_ssl.recipe_text import MAX_BYTES, MAX_DEPTH, load_yaml, quoted
+from etpp_ssl.regular_file import read_text
+from etpp_ssl.sentences import members_at, name_of, shown, shown_text, validation_sentence
 
 TASKS: dict[str, type[Recipe] | type[FinetuneRecipe]] = {"pretrain": Recipe, "finetune": FinetuneRecipe}
 """The recipe that a `task` stands for; without one it is the first."""
@@ -69,16 +71,18 @@ def changed_keys(old: RunRecipe, new: RunRecipe) -> list[str]:
 def _read(path: str | Path, overrides: Sequence[str]) -> tuple[str, Sequence[str], str]:
     """The text of a recipe or of a run folder's, the overrides, and how to call it in messages."""
     path = Path(path)
-    file = path / "recipe.yaml" if path.is_dir() else path
+    is_folder = os.path.isdir(path)
+    file = path / "recipe.yaml" if is_folder else path
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file, MAX_BYTES)
     except FileNotFoundError:
-        what = "is a folder without recipe.yaml" if path.is_dir() else "does not exist"
+        what = "is a folder without recipe.yaml" if is_folder else "does not exist"
         raise UserError(f"recipe {str(path)!r} {what}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {str(path)!r} cannot be read: {error}") from error
-    if path.is_dir():
-        overrides = [f"output={json.dumps(str(path))}", *overrides]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"recipe {shown(str(path), 300)} cannot be read: {reason}") from error
+    if is_folder:
+        overrides = [f"output={quoted(str(path))}", *overrides]
     return text, overrides, str(file)
 
 
@@ -126,44 +130,23 @@ def _validated(
         raise UserError(f"{title}: {validation_sentence(error, kind)}") from None
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats (plain PyYAML reads `5e-4` as a string), and no aliases.
-
-    A few nested aliases expand to more than any memory holds, and no recipe needs one.
-    """
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()
-            raise yaml.YAMLError(f"aliases (*{event.anchor}) are not supported in recipes")
-        return super().compose_node(parent, index)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"""^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
-        |[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
-        |\.(?:inf|Inf|INF|nan|NaN|NAN))$""",
-        re.VERBOSE,
-    ),
-    list("-+0123456789."),
-)
-
-
 def _read_yaml(text: str, title: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        return load_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{title} is no valid YAML: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{title} is no valid YAML: {shown_text(reason)}") from None
 
 
 def _apply(values: dict[str, Any], override: str, kind: type[RunRecipe]) -> None:
     key, equals, text = override.partition("=")
+    title = f"override {shown(override)}"
     if not equals or not key:
-        raise UserError(f"override {override!r} is not of the form key=value")
-    value = _read_yaml(text, f"override {override!r}")
+        raise UserError(f"{title} is not of the form key=value")
+    value = _read_yaml(text, title)
     *sections, leaf = key.split(".")
+    if len(sections) > MAX_DEPTH:
+        raise UserError(f"{title}: its key has {len(sections) + 1:,} parts, and no recipe is so deep")
     if _stands_for_a_name([*sections, leaf], value, kind):
         sections, leaf = [*sections, leaf], "name"
     node = values
@@ -172,7 +155,7 @@ def _apply(values: dict[str, Any], override: str, kind: type[RunRecipe]) -> None
             node[section] = _default_section(sections[: depth + 1], kind)
         child = node[section]
         if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {'.'.join(sections[: depth + 1])} has no keys")
+            raise UserError(f"{title}: {'.'.join(sections[: depth + 1])} has no keys")
         node = child
     if leaf == "name":
         # Another component takes the section over: keys that mean something else to it, or nothing, go.

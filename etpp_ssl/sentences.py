@@ -16,6 +16,10 @@ def validation_sentence(error: ValidationError, root: type[BaseModel]) -> str:
         error: what pydantic found.
         root: the Config that was validated.
     """
+    return shown_text(" ".join(_first_mistake(error, root).split()), 1000)
+
+
+def _first_mistake(error: ValidationError, root: type[BaseModel]) -> str:
     first = error.errors(include_url=False)[0]
     path, models, here = _walk(first["loc"], root)
     key = ".".join(path) or "the recipe"
@@ -25,16 +29,15 @@ def validation_sentence(error: ValidationError, root: type[BaseModel]) -> str:
         close = difflib.get_close_matches(path[-1], known, n=1)
         where = ".".join(path[:-1])
         hint = f"did you mean {close[0]!r}? " if close else ""
-        return (
-            f"unknown key {key!r}; {hint}valid keys{f' of {where}' if where else ''} are {', '.join(known)}"
-        )
+        of = f" of {where}" if where else ""
+        return f"unknown key {shown(key)}; {hint}valid keys{of} are {', '.join(known)}"
     if kind in ("union_tag_invalid", "union_tag_not_found", "literal_error"):
         names = [name_of(m) for m in here] if kind.startswith("union") else None
         valid = ", ".join(map(str, names)) if names else first.get("ctx", {}).get("expected", "")
         if kind == "union_tag_not_found":
             return f"{key}.name is missing; valid names are {valid}"
         name = value.get("name") if isinstance(value, dict) else value
-        return f"{key}{'.name' if names else ''} is {name!r}; valid are {valid}"
+        return f"{key}{'.name' if names else ''} is {shown(name)}; valid are {valid}"
     if kind == "missing":
         return f"{key} is missing"
     if kind == "value_error":
@@ -43,10 +46,15 @@ def validation_sentence(error: ValidationError, root: type[BaseModel]) -> str:
     return f"{key} is {shown(value)}: it {message}"
 
 
-def shown(value: Any) -> str:
-    """A value for a message, cut to a readable length."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def shown(value: Any, length: int = 80) -> str:
+    """A value for a message, on one line and of a readable length."""
+    return shown_text(repr(value), length)
+
+
+def shown_text(text: str, length: int = 300) -> str:
+    """A text, where it is too long cut in its middle: the two ends of a name tell most."""
+    half = (length - 3) // 2
+    return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 
 
 def _walk(

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "etpp_ssl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"atomic", "config", "randomness", "sentences"}
+BASE = {"atomic", "config", "randomness", "regular_file", "sentences"}
 SIBLINGS = {"data", "curriculum", "model", "objective", "optim"}
 # evaluation holds the probes' Configs, so it stands between the siblings, which it uses, and recipe.
 MAY_IMPORT = {
@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "objective": {*BASE, "objective", "model.patches"},
     "evaluation": {*BASE, *SIBLINGS, "evaluation"},
     "recipe": {*BASE, *SIBLINGS, "evaluation"},
-    "recipe_file": {*BASE, "recipe"},
+    "recipe_text": BASE,
+    "recipe_file": {*BASE, "recipe", "recipe_text"},
     "run_folder": {*BASE, "curriculum.hours", "recipe", "recipe_file", "model.state_dict"},
     "engine": {*BASE, *SIBLINGS, "evaluation", "recipe", "recipe_file", "run_folder", "engine"},
     "export": {*BASE, *SIBLINGS, "recipe", "run_folder", "export"},
@@ -45,7 +46,9 @@ OWNERS = {
     "typer": {"cli"},
     "matplotlib": {"report"},
     "psutil": {"engine"},
-    "yaml": {"recipe", "recipe_file", "export"},
+    "webdataset": {"data/webdataset"},
+    "datasets": {"data/huggingface"},
+    "yaml": {"recipe", "recipe_file", "recipe_text", "export"},
     # Exports are written without it; only a test opens them.
     "transformers": set(),
 }

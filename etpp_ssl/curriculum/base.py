@@ -22,7 +22,7 @@ class ReplaySpec(Config):
     """Train on each loaded image several times, for a host whose data workers cannot keep up
     (EfficientTrain++, replay buffer)."""
 
-    times: int = Field(ge=1)
+    times: int = Field(ge=1, le=10**6)
     """Images trained on per image loaded: a step loads a mini-batch of 1/`times` of its images and draws
     the rest from the buffer."""
     buffer: int = Field(ge=1)
@@ -38,7 +38,7 @@ class StageSpec(Config):
     share: float
     """Share of the run's compute, in (0, 1]; the shares of all stages add up to 1."""
     replay: ReplaySpec | None = None
-    batch_factor: float | None = Field(default=None, gt=0)
+    batch_factor: float | None = Field(default=None, gt=0, le=1000)
     """Global batch over the recipe's `batch_size`; None leaves it to the curriculum's `large_batch`."""
 
     @model_validator(mode="after")

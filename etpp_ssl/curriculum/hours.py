@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
-from etpp_ssl.curriculum.base import Curriculum, Portion, ReplaySpec
+from pydantic import TypeAdapter
+
+from etpp_ssl.curriculum.base import Curriculum, Portion
 from etpp_ssl.curriculum.segments import Segment, segments_from, whole_steps
 
 LARGEST_SHARE = 1 / 8
@@ -50,20 +52,21 @@ class TimePlan:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TimePlan:
-        """The inverse of `to_json`."""
-        stages = [
-            Portion(
-                **{
-                    **stage,
-                    "bandwidth": tuple(stage["bandwidth"]),
-                    "replay": stage["replay"] and ReplaySpec(**stage["replay"]),
-                }
-            )
-            for stage in values["stages"]
-        ]
-        segments = [Segment(**segment) for segment in values["segments"]]
-        tuples = {"stages": tuple(stages), "segments": tuple(segments), "pace": tuple(values["pace"])}
-        return cls(**{**values, **tuples})
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: if it is not what `to_json` gives.
+        """
+        plan = TypeAdapter(cls).validate_python(values)
+        step = 0
+        for segment in plan.segments:
+            if segment.first_step != step or segment.num_steps < 1 or segment.total <= 0:
+                raise ValueError(f"the segment from step {segment.first_step} does not follow step {step}")
+            step += segment.num_steps
+        stages = {segment.stage for segment in plan.segments}
+        if not stages or not stages == set(range(len(plan.stages))) == set(range(len(plan.pace))):
+            raise ValueError("its stages, their segments and their pace do not belong together")
+        return plan
 
 
 def first_plan(

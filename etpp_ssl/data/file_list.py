@@ -8,6 +8,10 @@ from typing import Literal
 from etpp_ssl.config import UserError, neutral
 from etpp_ssl.data.folder import FileSource, expanded
 from etpp_ssl.data.images import DataConfig, existing_folder
+from etpp_ssl.regular_file import read_text
+
+MAX_BYTES = 1 << 34
+"""Of a list: about two hundred million names."""
 
 
 class FileListConfig(DataConfig):
@@ -49,20 +53,22 @@ class FileListConfig(DataConfig):
                 raise UserError(f"{key} {str(path)!r} names a class on some lines but not on all")
             index = {name: i for i, name in enumerate(classes)}
             labels = [index[name] for _, name in rows if name is not None]
-        return FileSource(root, [file for file, _ in rows], labels, classes, in_chans)
+        return FileSource(root, [file for file, _ in rows], labels, classes, in_chans, self.max_pixels)
 
     @staticmethod
     def _rows(key: str, path: Path) -> list[tuple[str, str | None]]:
         try:
-            text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-        except OSError as error:
-            raise UserError(f"{key} {str(path)!r} cannot be read: {error.strerror}") from error
+            text = read_text(path, MAX_BYTES, errors="surrogateescape")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{key} {str(path)!r} cannot be read: {reason}") from error
         rows: list[tuple[str, str | None]] = []
         # Not splitlines(): it also splits at characters that file names may hold.
         for line in text.split("\n"):
-            if line.strip() and not line.startswith("#"):
+            # Not strip() of everything: names may begin with what is a space in some script.
+            if line.strip(" \t\r") and not line.startswith("#"):
                 file, _, name = line.partition("\t")
-                rows.append((file.strip(), name.strip() or None))
+                rows.append((file.strip(" \r"), name.strip() or None))
         if not rows:
             raise UserError(f"{key} {str(path)!r} names no image")
         return rows

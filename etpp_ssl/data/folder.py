@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Literal
 
 from etpp_ssl.config import UserError, neutral
-from etpp_ssl.data.decode import EXTENSIONS, decode
-from etpp_ssl.data.images import Bands, DataConfig, Picture, UnreadableImage, existing_folder
+from etpp_ssl.data.decode import EXTENSIONS, decode, most_bytes
+from etpp_ssl.data.images import (
+    MAX_PIXELS,
+    Bands,
+    DataConfig,
+    Picture,
+    UnreadableImage,
+    existing_folder,
+)
 from etpp_ssl.data.picture import open_picture
+from etpp_ssl.regular_file import read_regular
+from etpp_ssl.sentences import shown
 
 EVAL_SYNONYMS = ("val", "validation", "valid", "eval", "test")
 
@@ -37,7 +46,9 @@ class FolderConfig(DataConfig):
     def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> FileSource:
         """Open the "train" or the "eval" split; see `DataConfig.open`."""
         folder = split_folder(split, self.root, self.split, self.eval_split)
-        return open_folder("data.root", folder, in_chans, labelled=self.labels == "folders")
+        return open_folder(
+            "data.root", folder, in_chans, labelled=self.labels == "folders", max_pixels=self.max_pixels
+        )
 
 
 class FileSource:
@@ -49,6 +60,7 @@ class FileSource:
         labels: class index per file, or None.
         classes: class names, or None.
         in_chans: channels to decode to.
+        max_pixels: larger images count as unreadable.
     """
 
     def __init__(
@@ -58,32 +70,36 @@ class FileSource:
         labels: list[int] | None,
         classes: list[str] | None,
         in_chans: int,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.folder = folder
         self.files = files
         self.labels = labels
         self.classes = None if classes is None else [printable(name) for name in classes]
         self.in_chans = in_chans
+        self.max_pixels = max_pixels
+        self.max_bytes = most_bytes(max_pixels, in_chans)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def load(self, index: int) -> Bands:
         """Decode a file; see `ImageSource.load`."""
-        return decode(self.read(index), self.in_chans)
+        return decode(self.read(index), self.in_chans, self.max_pixels)
 
     def open(self, index: int) -> Picture:
         """Read a file; see `ImageSource.open`."""
-        return open_picture(self.read(index), self.in_chans)
+        return open_picture(self.read(index), self.in_chans, self.max_pixels)
 
     def read(self, index: int) -> bytes:
         """A file's bytes, as they are stored.
 
         Raises:
-            UnreadableImage: if the file cannot be read.
+            UnreadableImage: if the file cannot be read, is none (a named pipe, a device), or is larger
+                than any image of so many pixels.
         """
         try:
-            return (self.folder / self.files[index]).read_bytes()
+            return read_regular(self.folder / self.files[index], self.max_bytes)
         except (OSError, ValueError) as error:
             # ValueError: a line of a list can hold a null byte.
             raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from error
@@ -127,14 +143,14 @@ def split_folder(split: str, root: str, train_name: str, eval_name: str | None) 
         UserError: if there is no such folder.
     """
     top = existing_folder("data.root", expanded(root))
-    train = top / train_name if (top / train_name).is_dir() else top
+    train = top / train_name if os.path.isdir(top / train_name) else top
     if split == "train":
         return train
     around = top if train != top else top.parent if top.name == train_name else None
     names = (eval_name,) if eval_name else EVAL_SYNONYMS
     for name in names if around else ():
         assert around is not None
-        if (around / name).is_dir():
+        if os.path.isdir(around / name):
             return around / name
     raise UserError(
         f"data.eval_split: no evaluation images ({', '.join(names)}) beside the training images "
@@ -142,7 +158,9 @@ def split_folder(split: str, root: str, train_name: str, eval_name: str | None) 
     )
 
 
-def open_folder(key: str, folder: Path, in_chans: int, *, labelled: bool = True) -> FileSource:
+def open_folder(
+    key: str, folder: Path, in_chans: int, *, labelled: bool = True, max_pixels: int = MAX_PIXELS
+) -> FileSource:
     """All images below one folder, in the order of their paths' bytes.
 
     Args:
@@ -150,32 +168,59 @@ def open_folder(key: str, folder: Path, in_chans: int, *, labelled: bool = True)
         folder: where they lie.
         in_chans: channels to decode to.
         labelled: whether the first folder level may name classes.
+        max_pixels: larger images count as unreadable.
 
     Raises:
-        UserError: if there is no image.
+        UserError: if there is no image, or a folder cannot be read: a run must not take the rest for all.
     """
-    files = sorted(image_files(folder), key=os.fsencode)
+    try:
+        files = sorted(image_files(folder), key=os.fsencode)
+    except OSError as error:
+        where = error.filename or folder
+        raise UserError(
+            f"{key}: folder {shown(os.fspath(where), 300)} cannot be read: {error.strerror}"
+        ) from error
     if not files:
         raise UserError(f"{key}: no image below {str(folder)!r} (looked for {', '.join(sorted(EXTENSIONS))})")
     classes, labels = class_folders(files) if labelled else (None, None)
-    return FileSource(folder, files, labels, classes, in_chans)
+    return FileSource(folder, files, labels, classes, in_chans, max_pixels)
 
 
 def image_files(folder: Path) -> Iterator[str]:
-    """Relative paths of all images below a folder; links are followed, loops are not."""
+    """Relative paths of all images below a folder; links are followed, loops are not.
+
+    Raises:
+        OSError: if a folder below it cannot be read.
+    """
     seen: set[tuple[int, int]] = set()
-    for current, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(current)
+    # Not os.walk: it calls itself for each level, and passes over what it cannot read.
+    waiting = [""]
+    while waiting:
+        current = waiting.pop()
+        where = os.path.join(folder, current)
+        status = os.stat(where)
         if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
+        folders = []
+        with os.scandir(where) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _leads_to_folder(entry):
+                    folders.append(os.path.join(current, entry.name))
+                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                    yield os.path.join(current, entry.name)
         # The order of visits decides which path of a linked folder counts.
-        folders.sort()
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for file in files:
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in EXTENSIONS:
-                yield os.path.relpath(os.path.join(current, file), folder)
+        waiting += sorted(folders, reverse=True)
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        # A link to itself, for instance; as a file it will be said why.
+        return False
 
 
 def class_folders(files: list[str]) -> tuple[list[str] | None, list[int] | None]:

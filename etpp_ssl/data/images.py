@@ -5,6 +5,7 @@ Legend: C channels, H, W pixels.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -19,6 +20,9 @@ Bands = tuple[Image.Image, ...]
 """One decoded image: a single picture of mode L or RGB for 1 or 3 channels, otherwise one picture of
 mode L per channel, all of one size."""
 
+
+MAX_PIXELS = 178_956_970
+"""Largest image by default, Pillow's own: half a gigabyte in three channels."""
 
 Interpolation = Literal["bicubic", "bilinear", "box"]
 """Kernel of a resize, widened where it shrinks (Pillow's kernels)."""
@@ -107,7 +111,7 @@ class ImageSource(Protocol):
 class DataConfig(Config, ABC):
     """Settings that every data source shares."""
 
-    num_images: int | None = neutral(None, ge=1)
+    num_images: int | None = neutral(None, ge=1, le=10**12)
     """Images in the training set, after `holdout`, `label_share` and `labels_per_class`: taken from the
     data where it is at hand, needed by `plan` where it is not, and checked when a run starts."""
     mean: tuple[float, ...] | None = None
@@ -129,6 +133,9 @@ class DataConfig(Config, ABC):
     both are built on the same libjpeg-turbo."""
     crop_pct: float = neutral(0.875, gt=0, le=1)
     """Evaluation: the centre crop's share of the resized image's side (timm's `crop_pct`)."""
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=2**32)
+    """Images of more pixels count as unreadable, before they are decoded: a few bytes can claim more than
+    any memory holds."""
     max_bad_share: float = neutral(0.01, ge=0, le=1)
     """The run stops once more than this share of the data set turned out to be unreadable."""
     holdout: int = Field(default=0, ge=0)
@@ -139,10 +146,14 @@ class DataConfig(Config, ABC):
     """Train on so many images of each class, chosen by a keyed draw."""
     description: str | None = neutral(None)
     """One sentence about the data, for the model card."""
-    num_workers: int = neutral(4, ge=0)
+    num_workers: int = neutral(4, ge=0, le=1024)
     """Data worker processes per training process; never changes a result."""
-    prefetch: int = neutral(2, ge=1)
+    prefetch: int = neutral(2, ge=1, le=1024)
     """Batches that each worker keeps ready."""
+    stall_seconds: float | None = neutral(600.0, gt=0)
+    """The run ends, naming the images, when a batch has been waited for so long: in training, probes and
+    evaluations, the start of the workers included. Only waiting counts, not the time between two batches.
+    None waits for ever, for instance for a debugger in a data set."""
 
     @model_validator(mode="after")
     def _ranges(self) -> DataConfig:
@@ -195,7 +206,7 @@ def existing_folder(key: str, path: Path) -> Path:
     Raises:
         UserError: naming the recipe's key.
     """
-    if not path.is_dir():
-        what = "is not a folder" if path.exists() else "does not exist"
+    if not os.path.isdir(path):
+        what = "is not a folder" if os.path.exists(path) else "does not exist"
         raise UserError(f"{key} {str(path)!r} {what}")
     return path

@@ -5,21 +5,22 @@ Legend: B batch, C channels, H, W pixels.
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, get_worker_info
 
-from etpp_ssl.config import UserError
+from etpp_ssl.config import RunFault, UserError
 from etpp_ssl.data.augment import View
 from etpp_ssl.data.images import ImageSource, UnreadableImage
+from etpp_ssl.data.loader_faults import LoaderFault, named_errors, safe_name
+from etpp_ssl.data.reading import Reading, note_reading
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
 from etpp_ssl.data.splits import check_label
+from etpp_ssl.data.watch import Watch
 
 MAX_ATTEMPTS = 100
 """Images tried for one sample before the data set counts as unreadable altogether."""
@@ -52,6 +53,8 @@ class Batch:
     request: BatchRequest
     bad: tuple[BadImage, ...]
     """Unreadable images that were met and replaced."""
+    cursor: dict[str, Any] | None = None
+    """Where a stream's lane stands after it; None for images that are addressed by index."""
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device; copies from pinned memory do not block."""
@@ -73,6 +76,27 @@ class Batch:
             images=self.images.pin_memory(),
             labels=self.labels.pin_memory(),
             positions=self.positions.pin_memory(),
+        )
+
+    def share_memory(self) -> Batch:
+        """The same, its tensors in memory that another process can take over.
+
+        Raises:
+            RuntimeError: if there is no room for them.
+        """
+        for tensor in (self.images, self.labels, self.positions):
+            tensor.share_memory_()
+        return self
+
+    def own_memory(self) -> Batch:
+        """The same without shared memory, of which there is little, and each tensor an open file."""
+        if not self.images.is_shared():
+            return self
+        return replace(
+            self,
+            images=self.images.clone(),
+            labels=self.labels.clone(),
+            positions=self.positions.clone(),
         )
 
 
@@ -97,12 +121,14 @@ class BatchBuilder(Dataset[Batch]):
     def __getitem__(self, request: BatchRequest) -> Batch:
         views, labels, bad = [], [], []
         for position, index in zip(request.positions, request.indices, strict=True):
-            image, used, broken = self._readable(position, index, request)
-            bad.extend(broken)
-            views.append(image)
-            labels.append(self.source.label(used))
-            if self.num_classes is not None:
-                check_label(self.source, used, labels[-1], self.num_classes)
+            with named_errors(request, position, index, self.image_name):
+                image, used, broken = self._readable(position, index, request)
+                bad.extend(broken)
+                views.append(image)
+                labels.append(self.source.label(used))
+                if self.num_classes is not None:
+                    check_label(self.source, used, labels[-1], self.num_classes)
+        note_reading(None)
         return Batch(
             images=torch.stack(views),
             labels=torch.tensor(labels, dtype=torch.int64),
@@ -112,12 +138,17 @@ class BatchBuilder(Dataset[Batch]):
             bad=tuple(bad),
         )
 
+    def image_name(self, index: int) -> str:
+        """An image's name."""
+        return self.source.name(index)
+
     def _readable(
         self, position: int, index: int, request: BatchRequest
     ) -> tuple[Tensor, int, list[BadImage]]:
         """The view of the first image that can be read, its index, and those before it."""
         bad: list[BadImage] = []
         for attempt in range(MAX_ATTEMPTS):
+            note_reading(Reading(position, safe_name(self.image_name, index)))
             try:
                 image = self.source.open(index)
                 return self.view(image, position, request.bandwidth, request.progress), index, bad
@@ -129,61 +160,70 @@ class BatchBuilder(Dataset[Batch]):
         )
 
 
-class _Requests(Sampler[BatchRequest]):
-    def __init__(self, requests: Iterable[BatchRequest]) -> None:
-        self.requests = requests
+@dataclass(frozen=True)
+class BatchLoader:
+    """What `batches` opens; see `batch_loader`."""
 
-    def __iter__(self) -> Iterator[BatchRequest]:
-        return iter(self.requests)
+    builder: Dataset[Batch]
+    requests: Iterable[BatchRequest]
+    num_workers: int
+    prefetch: int
+    pin_memory: bool
+    stall_seconds: float | None
 
 
 def batch_loader(
-    builder: BatchBuilder,
+    builder: Dataset[Batch],
     requests: Iterable[BatchRequest],
     *,
     num_workers: int,
     prefetch: int,
     pin_memory: bool,
-) -> DataLoader[Batch]:
-    """A torch loader over requests; batches come in the order of the requests.
+    stall_seconds: float | None = None,
+) -> BatchLoader:
+    """A loader over requests; batches come in the order of the requests.
 
     Args:
-        builder: builds the batches.
+        builder: builds the batches. If it has an `image_name`, from an image's index to its name, the images
+            of a batch that does not come are named.
         requests: what to build.
         num_workers: worker processes; 0 builds in this process.
         prefetch: batches that each worker keeps ready.
         pin_memory: whether the batches go to a GPU.
+        stall_seconds: how long to wait for a batch at most, the start of the workers included; None waits
+            for ever.
     """
-    return DataLoader(
-        builder,
-        sampler=_Requests(requests),
-        batch_size=None,
-        num_workers=num_workers,
-        prefetch_factor=prefetch if num_workers else None,
-        pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_main if num_workers else None,
-    )
+    return BatchLoader(builder, requests, num_workers, prefetch, pin_memory, stall_seconds)
 
 
-def batches(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
+def batches(loader: BatchLoader) -> Generator[Batch, None, None]:
     """Iterate over a loader.
 
     Raises:
         UserError: if nothing can be read any more, or a label is not one of the classes.
+        RunFault: if a worker ends before its time, a batch does not come within the limit, the machine has no
+            room to hand batches over (see `Watch`), or a shard of a stream cannot be read.
     """
-    iterator = iter(loader)
+    watch = Watch(
+        loader.builder,
+        loader.requests,
+        num_workers=loader.num_workers,
+        prefetch=loader.prefetch,
+        pin_memory=loader.pin_memory,
+        hand_over=_handed_over,
+        stall_seconds=loader.stall_seconds,
+    )
     try:
-        yield from iterator
+        yield from watch
+    except LoaderFault:
+        raise
     except (UnreadableImage, UserError) as error:
         # From a worker the message arrives with a traceback in front of it.
         reason = str(error).strip().splitlines()[-1].split(f"{type(error).__name__}: ")[-1]
-        raise UserError(f"data: {reason}") from None
+        kind = RunFault if isinstance(error, RunFault) else UserError
+        raise kind(f"data: {reason}") from None
     finally:
-        # An exception from a worker holds its traceback in a cycle. Left to the garbage collector, torch
-        # can no longer tell the workers to end, and waits five seconds for each before it kills them.
-        shut_down = getattr(iterator, "_shutdown_workers", None)
-        if shut_down is not None:
-            shut_down()
+        watch.close()
 
 
 def evaluation_requests(
@@ -205,17 +245,7 @@ def evaluation_requests(
     ]
 
 
-def _leave_signals_to_main(worker: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process still needs its
-    # batches to finish the step, and stops the workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS lacks it: there a SIGTERM ends the workers.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_main, daemon=True).start()
-
-
-def _end_with_main() -> None:
-    # Ignoring SIGTERM altogether would make Python wait for the workers for ever when it exits.
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+def _handed_over(batch: Batch) -> Batch:
+    # A worker's queue would move the tensors to shared memory by itself, in a thread whose errors get lost,
+    # and the batch with them.
+    return batch if get_worker_info() is None else batch.share_memory()

@@ -9,16 +9,14 @@ Legend: C channels, H, W pixels.
 from __future__ import annotations
 
 import importlib.util
-import io
 import math
-import warnings
 
 import numpy as np
 from PIL import Image
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.decode import decode, from_picture, one_line_reasons, orientation
-from etpp_ssl.data.images import Bands, Decoder, Picture, Region
+from etpp_ssl.data.decode import decode, from_picture, one_line_reasons, open_image, orientation
+from etpp_ssl.data.images import MAX_PIXELS, Bands, Decoder, Picture, Region
 from etpp_ssl.data.resize import starts_or_ends_on_pixels
 
 REDUCTIONS = (8, 4, 2)
@@ -30,20 +28,21 @@ _AGAINST = {2: (1, 0), 3: (1, 1), 4: (0, 1), 6: (1, 0), 7: (1, 1), 8: (0, 1)}
 Box = tuple[float, float, float, float]
 
 
-def open_picture(data: bytes, in_chans: int) -> Picture:
+def open_picture(data: bytes, in_chans: int, max_pixels: int = MAX_PIXELS) -> Picture:
     """An image file's bytes as a picture; see `decode` for what is read and how.
 
-    Only plain gray and colour JPEGs wait for their decoding; everything else is decoded here.
+    Only plain gray and colour JPEGs wait for their decoding; everything else is decoded here. Whatever
+    claims more than `max_pixels` is refused here, whoever would decode it.
 
     Raises:
         UnreadableImage: for anything that cannot be read so, with the reason.
     """
     if in_chans in (1, 3) and data.startswith(b"\xff\xd8"):
         with one_line_reasons():
-            image = _open(data)
+            image = open_image(data, max_pixels)
             if image.format == "JPEG" and image.mode in ("L", "RGB"):
-                return JpegPicture(data, image, in_chans)
-    return WholePicture(decode(data, in_chans))
+                return JpegPicture(data, image, in_chans, max_pixels)
+    return WholePicture(decode(data, in_chans, max_pixels))
 
 
 class WholePicture:
@@ -76,11 +75,13 @@ class JpegPicture:
         data: the file.
         image: Pillow's picture of it, not yet loaded.
         in_chans: 1 or 3.
+        max_pixels: which its header has been checked against.
     """
 
-    def __init__(self, data: bytes, image: Image.Image, in_chans: int) -> None:
+    def __init__(self, data: bytes, image: Image.Image, in_chans: int, max_pixels: int) -> None:
         self._data = data
         self._in_chans = in_chans
+        self._max_pixels = max_pixels
         # Pillow decodes a picture once, at one resolution: this one serves the first region.
         self._unused: Image.Image | None = image
         self._mode = image.mode
@@ -92,7 +93,9 @@ class JpegPicture:
         """See `Picture.bands`."""
         image, self._unused = self._unused, None
         # Reading the header a second time is a sixth of the work for a JPEG of 32 x 32.
-        return decode(self._data, self._in_chans) if image is None else from_picture(image, self._in_chans)
+        if image is None:
+            return decode(self._data, self._in_chans, self._max_pixels)
+        return from_picture(image, self._in_chans, self._max_pixels)
 
     def region(
         self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
@@ -107,10 +110,10 @@ class JpegPicture:
             if pixels is not None:
                 return Region(pixels[outer[1] : outer[3], outer[0] : outer[2]], inner)
         with one_line_reasons():
-            image, self._unused = self._unused or _open(self._data), None
+            image, self._unused = self._unused or open_image(self._data, self._max_pixels), None
             if factor > 1:
                 image.draft(None, (image.width // factor, image.height // factor))
-            (picture,) = from_picture(image, self._in_chans)
+            (picture,) = from_picture(image, self._in_chans, self._max_pixels)
             return Region(_pixels((picture.crop(outer),)), inner)
 
     def _reduced(self, box: tuple[int, int, int, int], at_least: tuple[int, int]) -> tuple[int, Box]:
@@ -172,13 +175,6 @@ def require_decoder(decoder: Decoder) -> None:
     """
     if decoder == "simplejpeg" and importlib.util.find_spec("simplejpeg") is None:
         raise UserError("data.decoder simplejpeg is not installed: pip install 'etpp-ssl[fast]'")
-
-
-def _open(data: bytes) -> Image.Image:
-    with warnings.catch_warnings():
-        # As in `decode`.
-        warnings.simplefilter("ignore")
-        return Image.open(io.BytesIO(data))
 
 
 def _pixels(bands: Bands) -> np.ndarray:

@@ -22,14 +22,17 @@ from pydantic import Field, ValidationError
 from etpp_ssl.config import Config, UserError
 from etpp_ssl.data.file_list import FileListConfig
 from etpp_ssl.data.folder import EVAL_SYNONYMS, FileSource, open_folder
+from etpp_ssl.data.images import MAX_PIXELS
 from etpp_ssl.data.recode import Converter, RecodeConfig
 from etpp_ssl.data.recode_pool import converted
 from etpp_ssl.data.shard_index import open_index, write_json
 from etpp_ssl.data.shard_writer import ShardWriter, finished, remove_traces
 from etpp_ssl.data.shards import ShardSource
+from etpp_ssl.regular_file import read_text
 from etpp_ssl.sentences import validation_sentence
 
 JOB_FILE = "prepare.json"
+MAX_JOB_BYTES = 1 << 20
 PROBED = 16
 """Images that are re-encoded to estimate the size of all."""
 TAR_BYTES = 2048
@@ -44,9 +47,11 @@ class PrepareConfig(Config):
     skip_bad: bool = False
     """Leave out images that cannot be read: later ones then move up, and the order of a run changes.
     Otherwise they keep their place, and a run replaces them as it would with the files."""
-    shard_mb: int = Field(default=1024, ge=1)
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=2**32)
+    """Images of more pixels count as unreadable, as in `data.max_pixels`."""
+    shard_mb: int = Field(default=1024, ge=1, le=1 << 20)
     """A shard ends with the image that reaches so many megabytes (2^20 bytes)."""
-    workers: int = Field(default=1, ge=1)
+    workers: int = Field(default=1, ge=1, le=4096)
     """Images in work at once; never changes a byte."""
 
 
@@ -102,7 +107,7 @@ def prepare(
     # "." cannot be renamed to, and afterwards is not the folder that took its place.
     destination = Path(os.path.abspath(destination))
     _check_places(source, destination)
-    splits = _open_splits(source)
+    splits = _open_splits(source, config.max_pixels)
     job = _job(splits, config)
     if not _is_done(destination, job):
         try:
@@ -121,32 +126,33 @@ def prepare(
 
 
 def _check_places(source: Path, destination: Path) -> None:
-    if not source.exists():
+    if not os.path.exists(source):
         raise UserError(f"SRC {str(source)!r} does not exist: use a folder of images or a list of them")
     inside, around = destination.resolve(), source.resolve()
-    if source.is_dir() and inside.is_relative_to(around):
+    if os.path.isdir(source) and inside.is_relative_to(around):
         raise UserError(
             f"DST {str(destination)!r} lies inside SRC {str(source)!r}: choose a folder outside of it"
         )
-    if destination.exists() and not destination.is_dir():
+    if os.path.exists(destination) and not os.path.isdir(destination):
         raise UserError(f"DST {str(destination)!r} is a file: choose a folder that does not exist yet")
     if os.path.ismount(destination):
         # The shards are written beside it and renamed, which cannot cross disks.
         raise UserError(f"DST {str(destination)!r} is a mount point: choose a folder inside of it")
 
 
-def _open_splits(source: Path) -> dict[str, FileSource]:
+def _open_splits(source: Path, max_pixels: int) -> dict[str, FileSource]:
     """By sub-folder of the destination; an empty name is the destination itself."""
-    if source.is_file():
-        return {"": FileListConfig(file=str(source)).open("train", in_chans=3, image_size=(1, 1), seed=0)}
+    if not os.path.isdir(source):
+        images = FileListConfig(file=str(source), max_pixels=max_pixels)
+        return {"": images.open("train", in_chans=3, image_size=(1, 1), seed=0)}
     names = ["train", *EVAL_SYNONYMS] if (source / "train").is_dir() else [""]
-    return {name: _open_folder(source / name) for name in names if (source / name).is_dir()}
+    return {name: _open_folder(source / name, max_pixels) for name in names if (source / name).is_dir()}
 
 
-def _open_folder(folder: Path) -> FileSource:
+def _open_folder(folder: Path, max_pixels: int) -> FileSource:
     if any(folder.glob("*.tar")):
-        return ShardSource(folder, open_index("SRC", folder), 3)
-    return open_folder("SRC", folder, 3)
+        return ShardSource(folder, open_index("SRC", folder), 3, max_pixels)
+    return open_folder("SRC", folder, 3, max_pixels=max_pixels)
 
 
 def _job(splits: dict[str, FileSource], config: PrepareConfig) -> dict[str, Any]:
@@ -157,7 +163,11 @@ def _job(splits: dict[str, FileSource], config: PrepareConfig) -> dict[str, Any]
         for index in range(len(source)):
             digest.update(b"%d\n" % source.stored_size(index))
         content[name] = digest.hexdigest()
-    return {"version": 1, "source": content, **config.model_dump(mode="json", exclude={"workers"})}
+    settings = config.model_dump(mode="json", exclude={"workers"})
+    if config.max_pixels == MAX_PIXELS:
+        # Folders from before the setting hold the same.
+        del settings["max_pixels"]
+    return {"version": 1, "source": content, **settings}
 
 
 def _is_done(destination: Path, job: dict[str, Any]) -> bool:
@@ -166,7 +176,7 @@ def _is_done(destination: Path, job: dict[str, Any]) -> bool:
     Raises:
         UserError: if it is something else.
     """
-    if not destination.exists() or not any(destination.iterdir()):
+    if not os.path.exists(destination) or not any(destination.iterdir()):
         return False
     if _read_job(destination) == job:
         return True
@@ -178,8 +188,8 @@ def _is_done(destination: Path, job: dict[str, Any]) -> bool:
 
 def _read_job(folder: Path) -> Any:
     try:
-        return json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json.loads(read_text(folder / JOB_FILE, MAX_JOB_BYTES))
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -61,9 +61,9 @@ class Converter:
         try:
             data = self.source.read(index)
             if self.recode is not None:
-                return Stored(encode(decode(data, 3)[0], self.recode), ".jpg", None)
+                return Stored(encode(decode(data, 3, self.source.max_pixels)[0], self.recode), ".jpg", None)
             if self.check:
-                decode(data, self.source.in_chans)
+                decode(data, self.source.in_chans, self.source.max_pixels)
         except UnreadableImage as error:
             return Stored(data, extension, str(error))
         return Stored(data, extension, None)

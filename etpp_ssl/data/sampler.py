@@ -60,6 +60,14 @@ class KeyedOrder:
         return self._permutation
 
 
+class ByPosition:
+    """An order for images that have no index of their own: sample number g is number g."""
+
+    def index(self, position: int) -> int:
+        """`position` itself."""
+        return position
+
+
 @dataclass(frozen=True)
 class BatchRequest:
     """One micro-batch, for a data worker to build."""
@@ -83,7 +91,7 @@ class RequestSampler:
     """All micro-batches of one process in the given steps.
 
     Args:
-        order: the keyed order.
+        order: the keyed order, or none.
         step_plan: from an optimizer step to its samples, bandwidth and progress, pure.
         steps: the optimizer steps to serve.
         rank, num_processes: which part of every step is this process's.
@@ -92,7 +100,7 @@ class RequestSampler:
             bandwidths, get micro-batches in proportion. None takes it as it is for all steps.
     """
 
-    order: KeyedOrder
+    order: KeyedOrder | ByPosition
     step_plan: Callable[[int], StepPlan]
     steps: range
     rank: int = 0

@@ -20,10 +20,13 @@ from typing import Any
 from etpp_ssl.config import UserError
 from etpp_ssl.data.decode import EXTENSIONS
 from etpp_ssl.data.folder import class_folders
+from etpp_ssl.regular_file import read_text, require_regular
 
 INDEX_FILE = "index.json"
 FORMAT = "etpp-shards"
 VERSION = 1
+MAX_INDEX_BYTES = 1 << 34
+"""About a hundred million images."""
 
 
 @dataclass
@@ -88,7 +91,7 @@ def open_index(key: str, folder: Path) -> ShardIndex:
     if not path.exists():
         return scan_tars(key, folder)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path, MAX_INDEX_BYTES))
         if content["format"] != FORMAT or content["version"] != VERSION:
             raise UserError(
                 f"{key}: {str(path)!r} has format {content['format']!r} version {content['version']!r}; "
@@ -96,11 +99,12 @@ def open_index(key: str, folder: Path) -> ShardIndex:
             )
         rows = ShardRows(**content["rows"])
         index = ShardIndex(content["files"], content["classes"], rows, [tuple(b) for b in content["bad"]])
-        if not rows.names or len({len(column) for column in rows.columns()}) > 1:
-            raise ValueError("its columns are empty or differ in length")
+        _check(index)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise UserError(f"{key}: {str(path)!r} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{key}: {str(path)!r} is no index of shards ({type(error).__name__}: {error}): "
             f"run `etpp prepare` again"
@@ -112,6 +116,33 @@ def open_index(key: str, folder: Path) -> ShardIndex:
                 f"{key}: shard {str(folder / name)!r} {fault}: copy it again or run `etpp prepare` again"
             )
     return index
+
+
+def _check(index: ShardIndex) -> None:
+    """See that every row leads into a tar of the folder, and nowhere else.
+
+    Raises:
+        ValueError: if not.
+    """
+    rows = index.rows
+    if not rows.names or len({len(column) for column in rows.columns()}) > 1:
+        raise ValueError("its columns are empty or differ in length")
+    if not all(type(name) is str for name in (*rows.names, *index.files, *(index.classes or ()))):
+        raise ValueError("a name in it is no text")
+    away = [name for name in index.files if os.path.basename(name) != name or "\0" in name or not name]
+    if away:
+        raise ValueError(f"shard {away[0]!r} is no file name")
+    if not all(type(size) is int for size in index.files.values()):
+        raise ValueError("the size of a shard is no whole number")
+    tars = list(index.files.values())
+    labels = range(-1, len(index.classes) if index.classes is not None else 0)
+    for name, label, shard, offset, size in zip(*rows.columns(), strict=True):
+        if not (type(label) is type(shard) is type(offset) is type(size) is int):
+            raise ValueError(f"image {name!r} has something else than whole numbers")
+        if label not in labels or not 0 <= shard < len(tars):
+            raise ValueError(f"image {name!r} has label {label} and shard {shard}, which are not there")
+        if offset < 0 or size < 0 or offset + size > tars[shard]:
+            raise ValueError(f"image {name!r} lies outside of its shard")
 
 
 def scan_tars(key: str, folder: Path) -> ShardIndex:
@@ -132,9 +163,13 @@ def scan_tars(key: str, folder: Path) -> ShardIndex:
     rows, numbers = ShardRows(), []
     for shard, path in enumerate(paths):
         try:
+            require_regular(path.stat())
             labels = _scan_tar(path, shard, rows)
-        except (OSError, tarfile.TarError, ValueError) as error:
-            raise UserError(f"{key}: {str(path)!r} cannot be read as an uncompressed tar: {error}") from error
+        except (OSError, tarfile.TarError, ValueError, OverflowError) as error:
+            reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
+            raise UserError(
+                f"{key}: {str(path)!r} cannot be read as an uncompressed tar: {reason}"
+            ) from error
         numbers += labels
     if not rows.names:
         raise UserError(f"{key}: no image in the tars of {str(folder)!r}")

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from etpp_ssl.config import neutral
 from etpp_ssl.data.folder import FileSource, split_folder
-from etpp_ssl.data.images import DataConfig, UnreadableImage
+from etpp_ssl.data.images import MAX_PIXELS, DataConfig, UnreadableImage
 from etpp_ssl.data.shard_index import ShardIndex, open_index
+from etpp_ssl.regular_file import open_regular
 
 MAX_OPEN = 128
 """Tars that one process keeps open; half of the smallest usual limit (macOS)."""
@@ -36,7 +37,7 @@ class ShardsConfig(DataConfig):
     def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> ShardSource:
         """Open the "train" or the "eval" split; see `DataConfig.open`."""
         folder = split_folder(split, self.root, self.split, self.eval_split)
-        return ShardSource(folder, open_index("data.root", folder), in_chans)
+        return ShardSource(folder, open_index("data.root", folder), in_chans, self.max_pixels)
 
 
 class ShardSource(FileSource):
@@ -46,11 +47,12 @@ class ShardSource(FileSource):
         folder: holds the tars.
         index: what lies where.
         in_chans: channels to decode to.
+        max_pixels: larger images count as unreadable.
     """
 
-    def __init__(self, folder: Path, index: ShardIndex, in_chans: int) -> None:
+    def __init__(self, folder: Path, index: ShardIndex, in_chans: int, max_pixels: int = MAX_PIXELS) -> None:
         labels = index.rows.labels if index.classes is not None else None
-        super().__init__(folder, index.rows.names, labels, index.classes, in_chans)
+        super().__init__(folder, index.rows.names, labels, index.classes, in_chans, max_pixels)
         self.shards = list(index.files)
         self.rows = index.rows
         self._open: dict[int, _Tar] = {}
@@ -64,13 +66,16 @@ class ShardSource(FileSource):
         """An image's bytes, as they are stored.
 
         Raises:
-            UnreadableImage: if the tar cannot be read or ends early.
+            UnreadableImage: if the tar cannot be read or ends early, or the image is larger than any of
+                so many pixels.
         """
         rows = self.rows
+        if rows.sizes[index] > self.max_bytes:
+            raise UnreadableImage(f"its {rows.sizes[index]:,} bytes are more than {self.max_bytes:,}")
         try:
             return self._tar(rows.shards[index]).read(rows.offsets[index], rows.sizes[index])
-        except OSError as error:
-            raise UnreadableImage(error.strerror or str(error)) from error
+        except (OSError, ValueError, OverflowError) as error:
+            raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from error
 
     def stored_size(self, index: int) -> int:
         """Bytes of an image."""
@@ -97,7 +102,7 @@ class _Tar:
 
     def __init__(self, path: Path) -> None:
         self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self.descriptor = open_regular(path)
 
     def __del__(self) -> None:
         if self.descriptor >= 0:

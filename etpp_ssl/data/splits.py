@@ -186,11 +186,13 @@ def check_labels(source: ImageSource, num_classes: int) -> None:
 def check_label(source: ImageSource, index: int, label: int, num_classes: int) -> None:
     """Check one image's label; see `check_labels`."""
     if not 0 <= label < num_classes:
-        what = f"has label {label}" if label >= 0 else "has no label"
-        raise UserError(
-            f"image {source.name(index)!r} {what}, but model.num_classes is {num_classes}: "
-            f"labels are 0 to {num_classes - 1}"
-        )
+        raise UserError(label_sentence(source.name(index), label, num_classes))
+
+
+def label_sentence(name: str, label: int, num_classes: int) -> str:
+    """What is wrong with an image's label, for a user."""
+    what = f"has label {label}" if label >= 0 else "has no label"
+    return f"image {name!r} {what}, but model.num_classes is {num_classes}: labels are 0 to {num_classes - 1}"
 
 
 def keyed_indices(num_images: int, count: int, seed: int, purpose: str, *position: int) -> list[int]:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, field_validator
 
-from etpp_ssl.config import as_pair
+from etpp_ssl.config import as_pair, legal_size
 from etpp_ssl.data.images import Bands, DataConfig, Picture
 from etpp_ssl.data.picture import WholePicture
 from etpp_ssl.randomness import keyed_numpy
@@ -39,9 +39,9 @@ class SyntheticConfig(DataConfig):
     """Generated pictures: any number, size and channel count; nothing is read from the disk."""
 
     name: Literal["synthetic"] = "synthetic"
-    num_images: int = Field(default=2048, ge=1)
+    num_images: int = Field(default=2048, ge=1, le=10**12)
     """Training images, before `holdout`, `label_share` and `labels_per_class`."""
-    num_eval_images: int = Field(default=512, ge=1)
+    num_eval_images: int = Field(default=512, ge=1, le=10**12)
     """Evaluation images, drawn apart from those of training."""
     num_classes: int = Field(default=10, ge=2, le=len(CLASSES))
     """The first so many of `CLASSES`; every class has as many images as the others, give or take one."""
@@ -54,9 +54,7 @@ class SyntheticConfig(DataConfig):
     @field_validator("size")
     @classmethod
     def _size(cls, size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
-        if size is not None and min(as_pair(size)) < 1:
-            raise ValueError(f"size is {size}: use at least 1 pixel")
-        return size
+        return None if size is None else legal_size(size)
 
     @property
     def stated_images(self) -> None:

@@ -11,9 +11,9 @@ from PIL import Image
 from timm.data import create_dataset
 
 from etpp_ssl.config import UserError, neutral
-from etpp_ssl.data.decode import from_picture
+from etpp_ssl.data.decode import from_picture, most_bytes
 from etpp_ssl.data.folder import expanded, printable
-from etpp_ssl.data.images import Bands, DataConfig, Picture, UnreadableImage
+from etpp_ssl.data.images import MAX_PIXELS, Bands, DataConfig, Picture, UnreadableImage
 from etpp_ssl.data.picture import WholePicture, open_picture
 
 STREAMS = ("hfids", "tfds", "wds")
@@ -74,7 +74,7 @@ class TimmConfig(DataConfig):
                 f"data.eval_split {name!r} is no sub-folder of data.root {root!r}; data.holdout=256 keeps "
                 f"some training images for evaluation"
             )
-        return TimmSource(data, f"{self.dataset}/{name}", in_chans)
+        return TimmSource(data, f"{self.dataset}/{name}", in_chans, self.max_pixels)
 
     def _check(self, root: str | None) -> None:
         """Refuse what timm would misread or could not explain."""
@@ -82,7 +82,8 @@ class TimmConfig(DataConfig):
         if prefix in STREAMS:
             raise UserError(
                 f"data.dataset {self.dataset!r} is a stream; only data sets that can be addressed by "
-                f"index are supported: folders, tars (data.root=FILE.tar), torch/..., hfds/..."
+                f"index are supported: folders, tars (data.root=FILE.tar), torch/..., hfds/...; "
+                f"data=webdataset and data=huggingface read streams"
             )
         if self.dataset and (prefix not in ("torch", "hfds") or "/" not in self.dataset):
             raise UserError(
@@ -102,13 +103,15 @@ class TimmSource:
         data: what `create_dataset` returned.
         title: for the fingerprint and for names.
         in_chans: channels to decode to.
+        max_pixels: larger images count as unreadable.
     """
 
-    def __init__(self, data: Any, title: str, in_chans: int) -> None:
+    def __init__(self, data: Any, title: str, in_chans: int, max_pixels: int = MAX_PIXELS) -> None:
         self.data = data
         self.reader: Any = getattr(data, "reader", None)
         self.title = title
         self.in_chans = in_chans
+        self.max_pixels = max_pixels
         # The readers of folders and of tars disagree on what to call it.
         names = (
             getattr(data, "classes", None)
@@ -137,13 +140,14 @@ class TimmSource:
             picture = self._item(index)[0]
             if not isinstance(picture, Image.Image):
                 with picture:
-                    return open_picture(picture.read(), self.in_chans)
+                    data = picture.read(most_bytes(self.max_pixels, self.in_chans))
+                    return open_picture(data, self.in_chans, self.max_pixels)
         except UnreadableImage:
             raise
         except Exception as error:
             # As in `decode`: whatever a library raises here, it is one unreadable image.
             raise UnreadableImage(" ".join(f"{type(error).__name__}: {error}".split())) from error
-        return WholePicture(from_picture(picture, self.in_chans))
+        return WholePicture(from_picture(picture, self.in_chans, self.max_pixels))
 
     def label(self, index: int) -> int:
         """Class index, or -1."""

@@ -19,6 +19,7 @@ from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.curriculum.hours import TimePlan, first_plan, replan, shortest_seconds
 from etpp_ssl.engine.feed import Feed
 from etpp_ssl.engine.run import Run
+from etpp_ssl.engine.sharding import own_parts
 from etpp_ssl.engine.start import write_plan
 
 FEWEST_STEPS, MOST_STEPS = 3, 1000
@@ -64,7 +65,11 @@ def replan_steps(run: Run) -> None:
     state.elapsed = _agreed(run, state.elapsed)
     _adopt(run, replan(run.curriculum, state.plan, step=state.step, elapsed=state.elapsed))
     if run.accelerator.is_main_process:
-        write_plan(run.folder, state.plan)
+        try:
+            write_plan(run.folder, state.plan)
+        except UserError as error:
+            # The checkpoint that follows has the plan too, and says for all processes whether the disk fails.
+            run.progress.say(f"warning: {error}")
 
 
 def _adopt(run: Run, plan: TimePlan) -> None:
@@ -85,13 +90,14 @@ def _measure(run: Run) -> tuple[list[float], float]:
     scale and random generators are as before, and the order of samples has no memory.
     """
     device, scaler = run.accelerator.device, run.accelerator.scaler
-    weights = {name: value.to("cpu", copy=True) for name, value in run.bare_model.state_dict().items()}
+    weights = {name: value.to("cpu", copy=True) for name, value in own_parts(run.bare_model).items()}
     scale = scaler.state_dict() if scaler is not None else None
     run.model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         pace = [_step_seconds(run, stage) for stage in run.curriculum.stages]
         probe_seconds = _probe_seconds(run)
-    run.bare_model.load_state_dict(weights)
+    for name, value in own_parts(run.bare_model).items():
+        value.copy_(weights[name])
     run.optimizer.state.clear()
     if scaler is not None:
         scaler.load_state_dict(scale)
@@ -101,6 +107,7 @@ def _measure(run: Run) -> tuple[list[float], float]:
 
 def _step_seconds(run: Run, stage: Stage) -> float:
     assert run.recipe.budget_hours is not None
+    streams = run.state.streams
     enough = min(MOST_SECONDS, MOST_SHARE * 3600 * run.recipe.budget_hours)
     # The first step allocates and tunes; and every worker has a batch ready when the first one arrives,
     # so that only later batches show how fast they come.
@@ -115,6 +122,7 @@ def _step_seconds(run: Run, stage: Stage) -> float:
         steps += 1
         seconds = _agreed(run, _now(run) - start)
     feed.close()
+    run.state.streams = streams
     return seconds / steps
 
 

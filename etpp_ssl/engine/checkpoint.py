@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -14,11 +13,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from etpp_ssl.config import UserError
+from etpp_ssl.atomic import disk_fault, flush, flush_folder, take_place
+from etpp_ssl.config import RunFault
+from etpp_ssl.engine.rotation import WRITING, remove_checkpoints, what_is_left
+from etpp_ssl.engine.sharding import parted_like, whole_tensors
 from etpp_ssl.recipe import CheckpointConfig
 from etpp_ssl.run_folder import (
     EMA_FILE,
     MODEL_FILE,
+    OLD,
     OPTIMIZER_FILE,
     STATE_FILE,
     Checkpoint,
@@ -44,8 +47,8 @@ class CheckpointClock:
         elapsed = time.monotonic() - self._last
         return by_steps or (config.every_minutes is not None and elapsed >= 60 * config.every_minutes)
 
-    def written(self) -> None:
-        """Start counting minutes again."""
+    def start(self) -> None:
+        """Count minutes anew: a checkpoint was written, or will be tried again when the next is due."""
         self._last = time.monotonic()
 
 
@@ -59,51 +62,79 @@ def save_checkpoint(
     keep: int,
     average: Mapping[str, Tensor] | None = None,
 ) -> Path:
+    """Write a checkpoint of a model that this process has whole; see `write_checkpoint`."""
+    files = checkpoint_files(model, optimizer, average)
+    return write_checkpoint(folder, step, files, state, keep=keep)
+
+
+def checkpoint_files(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Mapping[str, Tensor] | None = None,
+    *,
+    keep: bool = True,
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a checkpoint by file; a collective where the model is sharded.
+
+    Args:
+        model, optimizer: whose tensors.
+        average: a moving average of the model's tensors, where the run keeps one.
+        keep: whether this process is the one that writes; for others the files are empty.
+    """
+    # The state dict comes first: a sharded model takes its parameters back in parts for it.
+    files: dict[str, Mapping[str, Tensor]] = {MODEL_FILE: model.state_dict()}
+    files[OPTIMIZER_FILE] = optimizer_tensors(model, optimizer)
+    if average is not None:
+        files[EMA_FILE] = average
+    return {name: whole_tensors(tensors, keep=keep) for name, tensors in files.items()}
+
+
+def write_checkpoint(
+    folder: RunFolder,
+    step: int,
+    files: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+) -> Path:
     """Write a checkpoint aside, flush it, rename it; then remove all but the newest `keep`.
 
-    A reader sees the old checkpoint or the new one, never a part.
+    A reader sees the old checkpoint or the new one, never a part: what is removed is renamed first, too.
 
     Args:
         folder: the run's folder.
         step: optimizer steps done.
-        model, optimizer: whose tensors to write.
+        files: from `checkpoint_files`.
         state: what else to remember, for JSON.
         keep: checkpoints that stay.
-        average: a moving average of the model's tensors, where the run keeps one.
 
     Raises:
-        UserError: if the disk is full or cannot be written to; the older checkpoints are intact.
+        RunFault: if the disk is full or cannot be written to; the older checkpoints are intact.
     """
-    final = folder.checkpoint_folder / f"step-{step:08d}"
-    aside = folder.checkpoint_folder / f".writing-step-{step:08d}"
+    place = folder.checkpoint_folder
+    final, aside, old = (place / f"{prefix}step-{step:08d}" for prefix in ("", WRITING, OLD))
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_file(_contiguous(model.state_dict()), aside / MODEL_FILE)
-        save_file(_contiguous(optimizer_tensors(model, optimizer)), aside / OPTIMIZER_FILE)
-        if average is not None:
-            save_file(_contiguous(average), aside / EMA_FILE)
+        for name, tensors in files.items():
+            save_file(_contiguous(tensors), aside / name)
         sizes = {file.name: file.stat().st_size for file in aside.iterdir()}
         text = json.dumps({**state, "files": sizes}, indent=1)
         (aside / STATE_FILE).write_text(text, encoding="utf-8")
-        for file in aside.iterdir():
-            _flush(file)
-        _flush(aside)
-        # Only a damaged checkpoint of the same step can be in the way: the run has fallen back.
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
-        _flush(folder.checkpoint_folder)
+        flush_folder(aside)
+        # A checkpoint of this step is there where a run has gone back to it, or falls back from it.
+        take_place(aside, final, old)
+        flush(place)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
-        # safetensors reports a full disk as an error type of its own.
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise UserError(
-                f"checkpoint of step {step} could not be written to {str(folder.checkpoint_folder)!r}: "
-                f"{error}; older checkpoints are intact"
-            ) from error
-        raise
-    for old in folder.checkpoints()[keep:]:
-        shutil.rmtree(old.path, ignore_errors=True)
+        reason = disk_fault(error)
+        if reason is None:
+            raise
+        raise RunFault(
+            f"checkpoint of step {step} could not be written to {str(place)!r}: {reason}; "
+            f"{what_is_left(folder)}"
+        ) from error
+    remove_checkpoints([old, *(checkpoint.path for checkpoint in folder.checkpoints()[keep:])])
     return final
 
 
@@ -112,11 +143,14 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Put a checkpoint's tensors into a model and its optimizer; returns its state.
 
+    A collective where the model is sharded.
+
     Raises:
         UserError: if it belongs to another model.
     """
-    tensors = load_weights(model.state_dict(), checkpoint.model(), f"checkpoint {checkpoint.path}")
-    model.load_state_dict(tensors)
+    own = model.state_dict()
+    tensors = load_weights(own, checkpoint.model(), f"checkpoint {checkpoint.path}")
+    model.load_state_dict({name: parted_like(tensors[name], own[name]) for name in own})
     load_optimizer_tensors(model, optimizer, checkpoint.optimizer())
     return checkpoint.state()
 
@@ -145,9 +179,11 @@ def load_optimizer_tensors(
 ) -> None:
     """The inverse of `optimizer_tensors`; torch moves the tensors to the parameters' devices."""
     slots: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    parameters = dict(model.named_parameters())
+    for key in sorted(tensors):
         name, _, slot = key.rpartition(".")
-        slots.setdefault(name, {})[slot] = value
+        value = tensors[key]
+        slots.setdefault(name, {})[slot] = parted_like(value, parameters.get(name, value))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     group_steps = {name: own.pop(GROUP_STEP) for name, own in slots.items() if GROUP_STEP in own}
     packed = optimizer.state_dict()
@@ -162,11 +198,3 @@ def load_optimizer_tensors(
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

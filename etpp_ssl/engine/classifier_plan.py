@@ -14,7 +14,7 @@ from etpp_ssl.config import show_size
 from etpp_ssl.curriculum.base import Stage
 from etpp_ssl.curriculum.cost import Cost, area_share, count_cost
 from etpp_ssl.data.sampler import micro_batch_of
-from etpp_ssl.data.splits import open_split
+from etpp_ssl.data.training import open_training
 from etpp_ssl.engine.classifier_run import check_sizes
 from etpp_ssl.engine.plan import BYTES_PER_PARAMETER, BasePlan, images_of
 from etpp_ssl.engine.plan_table import budget, compute, learning_rate, memory
@@ -176,7 +176,5 @@ def _stage_table(plan: ClassifierPlan) -> Table:
 def _num_classes(recipe: FinetuneRecipe) -> int:
     if recipe.model.num_classes is not None:
         return recipe.num_classes(None)
-    source = open_split(
-        recipe.data, "train", in_chans=recipe.in_chans, image_size=recipe.size, seed=recipe.seed
-    )
+    source = open_training(recipe.data, in_chans=recipe.in_chans, image_size=recipe.size, seed=recipe.seed)
     return recipe.num_classes(source.classes)

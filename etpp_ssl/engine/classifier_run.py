@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,13 +16,18 @@ from etpp_ssl.data.augment import EvalView, Normalise
 from etpp_ssl.data.erasing import RandomErasing
 from etpp_ssl.data.mixup import Mixup
 from etpp_ssl.data.splits import check_labels, check_same_classes, open_split
+from etpp_ssl.data.training import TrainingImages
 from etpp_ssl.engine.accelerator import open_accelerator
+from etpp_ssl.engine.base_run import BaseRun
 from etpp_ssl.engine.checkpoint import load_checkpoint
 from etpp_ssl.engine.ema import WeightAverage
+from etpp_ssl.engine.fsdp import prepare, sharding_in_use
+from etpp_ssl.engine.host_memory import check_host_memory
 from etpp_ssl.engine.initial_classifier import load_classifier_init
 from etpp_ssl.engine.metrics import MetricsFile
+from etpp_ssl.engine.peers import with_peers
 from etpp_ssl.engine.progress import Progress
-from etpp_ssl.engine.run import BaseRun, check_start, crop_view, open_training_images, restore
+from etpp_ssl.engine.run import check_start, crop_view, open_training_images, restore
 from etpp_ssl.engine.start import starting_point
 from etpp_ssl.evaluation.classification import ClassifierEvaluation
 from etpp_ssl.model.classifier import Classifier
@@ -42,17 +48,20 @@ class ClassifierRun(BaseRun):
     evaluation: ClassifierEvaluation | None
 
     def trained_model(self) -> nn.Module:
-        """What is evaluated and exported: the moving average, where there is one.
+        """What is evaluated and exported: the moving average, where there is one; a copy if it is sharded.
 
         Batch norms' statistics are each process's own; here all processes get the main one's, which are
         those that a checkpoint holds. Every process must call it.
         """
         model: nn.Module = self.bare_model if self.average is None else self.average.model
+        if self.copies is not None:
+            model = self.copies.whole(model)
         for buffer in model.buffers():
             broadcast(buffer)
         return model
 
 
+@with_peers()
 def open_classifier_run(recipe: FinetuneRecipe, fork: Path | None = None) -> ClassifierRun:
     """Open a recipe's run folder: a new run, or the newest checkpoint of the one that is there.
 
@@ -68,12 +77,13 @@ def open_classifier_run(recipe: FinetuneRecipe, fork: Path | None = None) -> Cla
     accelerator = open_accelerator(recipe)
     source = open_training_images(recipe)
     num_classes = recipe.num_classes(source.classes)
-    check_labels(source, num_classes)
+    source.check_labels(num_classes)
     curriculum = recipe.build_curriculum(len(source))
     progress = Progress(curriculum, visible=accelerator.is_main_process)
     check_sizes(recipe, curriculum)
+    check_host_memory(recipe, partial(recipe.build_model, num_classes))
     model = new_classifier(recipe, num_classes)
-    kernels = f"attention {recipe.model.attention}"
+    kernels = f"attention {recipe.model.attention}" + sharding_in_use(accelerator)
     mean, std = recipe.data.statistics(recipe.in_chans)
     normalise = Normalise(mean, std, accelerator.device)
     evaluation = open_evaluation(recipe, accelerator, normalise, source.classes, num_classes)
@@ -81,12 +91,13 @@ def open_classifier_run(recipe: FinetuneRecipe, fork: Path | None = None) -> Cla
     start, state = starting_point(recipe, folder, source, curriculum, fork, progress.say)
     if recipe.init is not None and start is None:
         load_classifier_init(model.net, recipe.init, progress.say)
-    check_start(recipe, curriculum, state, accelerator.num_processes)
+    check_start(recipe, source, curriculum, state, accelerator.num_processes)
     optimizer = recipe.optim.build(model.net, accelerator.device)
-    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+    prepared, prepared_optimizer, copies = prepare(accelerator, recipe, curriculum, model, optimizer)
     average = None
     if recipe.optim.ema is not None:
-        average = WeightAverage(model, recipe.optim.ema, warmup=recipe.optim.ema_warmup)
+        averaged = model if copies is None else copies.parts(model)
+        average = WeightAverage(averaged, recipe.optim.ema, warmup=recipe.optim.ema_warmup)
     if start is not None:
         saved = load_checkpoint(start, model, optimizer)
         if average is not None:
@@ -104,17 +115,26 @@ def open_classifier_run(recipe: FinetuneRecipe, fork: Path | None = None) -> Cla
         mix=recipe.augment.build_mixup(num_classes, recipe.seed),
         model=prepared,
         bare_model=model,
+        copies=copies,
         optimizer=prepared_optimizer,
         average=average,
         evaluation=evaluation,
         state=state,
-        metrics=MetricsFile(folder, accelerator),
+        metrics=MetricsFile(folder, accelerator, progress.say),
         progress=progress,
         kernels=kernels,
-        classes=source.classes,
+        classes=class_names(source, evaluation, num_classes),
         num_classes=num_classes,
         data_fingerprint=source.fingerprint(),
     )
+
+
+def class_names(
+    source: TrainingImages, evaluation: ClassifierEvaluation | None, num_classes: int
+) -> list[str]:
+    """Names for the classes of a run: a stream without any takes its evaluation images', or numbers."""
+    named = source.classes or (evaluation.source.classes if evaluation is not None else None)
+    return named or [str(number) for number in range(num_classes)]
 
 
 def check_sizes(recipe: FinetuneRecipe, curriculum: Curriculum) -> None:
@@ -157,7 +177,7 @@ def open_evaluation(
     Args:
         recipe: the run.
         accelerator, normalise: of the run.
-        classes: names of the training data's classes.
+        classes: names of the training data's classes, None where it does not tell them.
         num_classes: of the model.
 
     Raises:
@@ -172,7 +192,8 @@ def open_evaluation(
         image_size=recipe.size,
         seed=recipe.seed,
     )
-    check_same_classes(classes, source.classes)
+    if classes is not None:
+        check_same_classes(classes, source.classes)
     check_labels(source, num_classes)
     return ClassifierEvaluation(
         source=source,
@@ -180,6 +201,7 @@ def open_evaluation(
         normalise=normalise,
         accelerator=accelerator,
         num_workers=recipe.data.num_workers,
+        stall_seconds=recipe.data.stall_seconds,
         num_classes=num_classes,
         config=recipe.evaluate,
     )

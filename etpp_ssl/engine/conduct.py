@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from etpp_ssl.config import RunFault, UserError
+from etpp_ssl.config import UserError
+from etpp_ssl.engine.base_run import BaseRun
 from etpp_ssl.engine.nonfinite import NonFinite, rewind
-from etpp_ssl.engine.run import BaseRun
+from etpp_ssl.engine.peers import leave, leave_words, lost_peer, with_peers, words_of
+from etpp_ssl.engine.same_start import agree_on_start
 from etpp_ssl.engine.signals import Interrupted, StopRequest
 from etpp_ssl.engine.status import write_status
 
@@ -24,31 +26,40 @@ def conduct(run: BaseRun, prepare: Callable[[], None], train: Callable[[StopRequ
         RunFault: for what failed on the way.
         Interrupted: after SIGTERM or SIGINT, once the step is finished and its checkpoint is written.
     """
-    if run.finished:
-        run.progress.say(f"run {run.folder.path} is finished ({run.state.step} steps)")
-        return
-    try:
-        with StopRequest() as stop_request:
+    # To the very end: torchrun sends SIGTERM to those that are left when one process has failed, and they
+    # still have to say so.
+    with StopRequest() as stop_request:
+        with with_peers():
+            agree_on_start(run)
+        if run.finished:
+            run.progress.say(f"run {run.folder.path} is finished ({run.state.step} steps)")
+            leave(run.accelerator)
+            return
+        try:
             prepare()
             write_status(run, "running")
             signum = _train_through(run, train, stop_request)
-        # Not after an error: other processes may then be waiting in a collective.
-        run.accelerator.end_training()
-        if not run.finished:
-            raise Interrupted(signum, run.state.step)
-    except Interrupted as interrupted:
-        write_status(run, "stopped", exit_code=interrupted.exit_code, message=str(interrupted))
-        raise
-    except Exception as error:
-        told = error if isinstance(error, UserError) else _as_fault(run, error)
-        exit_code = told.exit_code if isinstance(told, UserError) else 1
-        write_status(run, "failed", exit_code=exit_code, message=str(told))
-        if told is error:
-            raise
-        raise told from error
-    finally:
-        run.progress.stop()
-    write_status(run, "finished", exit_code=0)
+        except Exception as error:
+            told = error if isinstance(error, UserError) else lost_peer(error) or error
+            leave_words(told)
+            exit_code = told.exit_code if isinstance(told, UserError) else 1
+            write_status(run, "failed", exit_code=exit_code, message=words_of(told))
+            if told is error:
+                raise
+            raise told from error
+        else:
+            interrupted = None if run.finished else Interrupted(signum, run.state.step)
+            if interrupted is None:
+                write_status(run, "finished", exit_code=0)
+            else:
+                write_status(run, "stopped", exit_code=interrupted.exit_code, message=str(interrupted))
+                run.progress.say(f"etpp: {interrupted}; the same command goes on from there")
+        finally:
+            run.progress.stop()
+            run.lock.release()
+        leave(run.accelerator)
+    if interrupted is not None:
+        raise interrupted
 
 
 def _train_through(run: BaseRun, train: Callable[[StopRequest], int], stop_request: StopRequest) -> int:
@@ -62,9 +73,3 @@ def _train_through(run: BaseRun, train: Callable[[StopRequest], int], stop_reque
         finally:
             if run.feed is not None:
                 run.feed.close()
-
-
-def _as_fault(run: BaseRun, error: Exception) -> Exception:
-    """The fault behind a library's error, or the error itself where it is none that is known."""
-    explained: RunFault | None = None
-    return explained or error

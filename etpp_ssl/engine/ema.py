@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from etpp_ssl.engine.sharding import parted_like
 from etpp_ssl.model.state_dict import load_weights
 
 
@@ -19,7 +20,8 @@ class WeightAverage:
     What it does at a step depends on that step's number alone, so the average is exactly its `state_dict`.
 
     Args:
-        model: the bare model on its device, neither compiled nor wrapped for several processes.
+        model: the bare model on its device, neither compiled nor wrapped for several processes; of a
+            sharded one a copy of the parts (`Copies.parts`), which then are averaged each on its process.
         decay: d, in (0, 1).
         warmup: take min(d, 1 - k^(-2/3)) at step k instead, so that a short run forgets its beginning.
     """
@@ -46,7 +48,7 @@ class WeightAverage:
         self._average.update(model, step=step)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights, under the model's own names."""
+        """The averaged weights, under the model's own names; of a sharded model this process's parts."""
         return dict(self.model.state_dict())
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -59,4 +61,6 @@ class WeightAverage:
         Raises:
             UserError: naming up to five tensors that are missing, too many or of another shape.
         """
-        self.model.load_state_dict(load_weights(self.model.state_dict(), tensors, source))
+        own = self.model.state_dict()
+        checked = load_weights(own, tensors, source)
+        self.model.load_state_dict({name: parted_like(checked[name], own[name]) for name in own})

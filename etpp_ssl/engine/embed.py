@@ -12,6 +12,7 @@ from etpp_ssl.data.augment import EvalView, Normalise
 from etpp_ssl.data.splits import open_split
 from etpp_ssl.engine.accelerator import open_accelerator
 from etpp_ssl.engine.initial_weights import load_init
+from etpp_ssl.engine.peers import leave, with_peers
 from etpp_ssl.evaluation.embeddings import Embeddings, make_room, write_embeddings
 from etpp_ssl.evaluation.features import Features, Pool, extract_features, run_precision
 from etpp_ssl.model.mae import MaskedAutoencoder
@@ -20,6 +21,7 @@ from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder, load_weights
 
 
+@with_peers()
 def embed(
     recipe: Recipe,
     folder: RunFolder | None,
@@ -72,6 +74,7 @@ def embed(
         pool=pool,
         batch_size=batch_size,
         num_workers=recipe.data.num_workers,
+        stall_seconds=recipe.data.stall_seconds,
     )
     unreadable = len(source) - len(features.indices)
     if unreadable == len(source):
@@ -94,7 +97,7 @@ def embed(
             },
         )
         write_embeddings(out, embeddings)
-    accelerator.wait_for_everyone()
+    leave(accelerator)
     return out
 
 

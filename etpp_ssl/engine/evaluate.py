@@ -9,6 +9,7 @@ from etpp_ssl.config import UserError
 from etpp_ssl.data.augment import Normalise
 from etpp_ssl.engine.accelerator import open_accelerator
 from etpp_ssl.engine.classifier_run import new_classifier, open_evaluation
+from etpp_ssl.engine.peers import leave, with_peers
 from etpp_ssl.evaluation.classification import ClassificationResult
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.run_folder import Checkpoint, RunFolder, load_weights
@@ -23,6 +24,7 @@ class Evaluated(NamedTuple):
     """Checkpoint, weights, split and size that the numbers are of."""
 
 
+@with_peers()
 def evaluate_run(recipe: FinetuneRecipe, folder: RunFolder, say: Callable[[str], None]) -> Evaluated:
     """Evaluate a run's newest checkpoint: its moving average, where the run keeps one.
 
@@ -58,9 +60,7 @@ def evaluate_run(recipe: FinetuneRecipe, folder: RunFolder, say: Callable[[str],
         "precision": recipe.precision,
     }
     result = evaluation.run(model)
-    # A process that has nothing to write must not close its connections while others still use them.
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    leave(accelerator)
     return Evaluated(result, classes, protocol)
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.utils.data import Dataset
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches
+from etpp_ssl.data.loader import Batch, batch_loader, batches
 from etpp_ssl.data.replay import Replay
-from etpp_ssl.data.sampler import RequestSampler
+from etpp_ssl.data.sampler import BatchRequest
 from etpp_ssl.engine.progress import Progress
 from etpp_ssl.engine.state import TrainState
 
@@ -23,20 +24,23 @@ class Feed:
         builder: builds batches.
         requests: all micro-batches to load.
         accelerator: knows the device.
-        num_workers, prefetch: see `batch_loader`.
+        num_workers, prefetch, stall_seconds: see `batch_loader`.
         replay: turns the loaded micro-batches into those to train on; None trains on them as they are. A
             buffer that has to be read again is read here, before the first step.
+        taken: told of each micro-batch that a step takes.
     """
 
     def __init__(
         self,
-        builder: BatchBuilder,
-        requests: RequestSampler,
+        builder: Dataset[Batch],
+        requests: Iterable[BatchRequest],
         accelerator: Accelerator,
         *,
         num_workers: int,
         prefetch: int,
+        stall_seconds: float | None = None,
         replay: Replay | None = None,
+        taken: Callable[[Batch], None] = lambda batch: None,
     ) -> None:
         loader = batch_loader(
             builder,
@@ -44,6 +48,7 @@ class Feed:
             num_workers=num_workers,
             prefetch=prefetch,
             pin_memory=accelerator.device.type == "cuda",
+            stall_seconds=stall_seconds,
         )
         self._loaded = batches(loader)
         self._batches: Iterator[Batch] = self._loaded
@@ -51,10 +56,13 @@ class Feed:
             replay.refill(self._loaded)
             self._batches = replay.batches(self._loaded)
         self._device = accelerator.device
+        self._taken = taken
         self.wait_seconds = 0.0
         """Time that the current step has waited for data."""
         self.kept: dict[int, list[Batch]] = {}
-        """The micro-batches of the step in work and of the one before it, on the host, by step."""
+        """Micro-batches of the step in work, as far as they have come, and of the one before it: on the host,
+        those that were trained on. Twice a step's images of this process stay in memory for it, pinned where
+        the batches go to a GPU; never in shared memory."""
 
     def step(self) -> Iterator[Batch]:
         """The micro-batches of the next step, on the device."""
@@ -62,10 +70,11 @@ class Feed:
         last = False
         while not last:
             start = time.perf_counter()
-            batch = next(self._batches)
+            batch = next(self._batches).own_memory()
             self.wait_seconds += time.perf_counter() - start
             last = batch.request.last
             self._keep(batch)
+            self._taken(batch)
             yield batch.to(self._device)
 
     def _keep(self, batch: Batch) -> None:
@@ -108,8 +117,12 @@ class BadImages:
     def share(self, accelerator: Accelerator) -> None:
         """Bring together what the processes have met; every process must call it."""
         if accelerator.num_processes > 1:
-            for known in gather_object([dict(self.known)]):
-                self.known.update(known)
+            for process, known in enumerate(gather_object([dict(self.known)])):
+                for index in known.keys() - self.known.keys():
+                    self.known[index] = known[index]
+                    self.progress.say(
+                        f"unreadable image {known[index]!r}, met by process {process}; replaced"
+                    )
             self._check("see the messages above")
 
     def _check(self, reason: str) -> None:

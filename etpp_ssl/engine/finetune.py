@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 from etpp_ssl.curriculum.frequency import low_frequency_crop
-from etpp_ssl.engine.agreement import Agreement
 from etpp_ssl.engine.checkpoint import CheckpointClock
 from etpp_ssl.engine.classifier_run import ClassifierRun, open_classifier_run
 from etpp_ssl.engine.conduct import conduct
@@ -61,11 +60,11 @@ def _train(run: ClassifierRun, stop_request: StopRequest) -> int:
     feed = run.open_feed(run.curriculum.stage_at, range(state.step, run.curriculum.num_steps))
     bad_images = BadImages(state, len(run.source), recipe.data.max_bad_share, run.progress)
     guard = Guard(run, meter, feed, clip_grad=recipe.optim.clip_grad)
-    agreement, clock = Agreement(accelerator), CheckpointClock(recipe.checkpoint)
+    clock = CheckpointClock(recipe.checkpoint)
     model.train()
     run.progress.start(state.step)
     if state.step == 0 and recipe.nonfinite.policy == "rewind":
-        save(run, None if average is None else average.state_dict())
+        save(run)
 
     while not run.finished:
         stage = run.curriculum.stage_at(state.step)
@@ -97,12 +96,12 @@ def _train(run: ClassifierRun, stop_request: StopRequest) -> int:
             log_row(run, stage, meter, lr)
         if _evaluation_due(run):
             meter.pause(_evaluate(run))
-        signum, checkpoint_due = agreement.reach(stop_request.signum, clock.due(state.step))
+        signum, checkpoint_due = run.agreement.reach(stop_request.signum, clock.due(state.step))
         if checkpoint_due or signum or run.finished:
             guard.settle()
             meter.synchronise()
-            save(run, None if average is None else average.state_dict())
-            clock.written()
+            save(run, required=bool(signum))
+            clock.start()
         if signum:
             return signum
     return 0

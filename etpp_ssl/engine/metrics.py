@@ -3,42 +3,114 @@
 from __future__ import annotations
 
 import json
-import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from etpp_ssl.atomic import append_line, disk_fault, flush
+from etpp_ssl.config import RunFault
 from etpp_ssl.engine.state import TrainState
-from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.run_folder import RunFolder, parse_row
+
+
+class RowsFault(RunFault):
+    """The disk does not take the rows of metrics."""
 
 
 class MetricsFile:
-    """Appends rows and passes them on to accelerate's trackers; only the main process writes."""
+    """Appends rows and passes them on to accelerate's trackers; only the main process writes.
 
-    def __init__(self, folder: RunFolder, accelerator: Accelerator) -> None:
+    Rows that the disk does not take wait in memory and are written, in order, once it does: a full disk is
+    told of when it begins and when it ends. `flush` is where it ends a run.
+
+    Args:
+        folder: the run's.
+        accelerator: the run's.
+        say: told of a disk or a tracker that takes no rows.
+    """
+
+    def __init__(
+        self, folder: RunFolder, accelerator: Accelerator, say: Callable[[str], None] = print
+    ) -> None:
         self.path = folder.metrics_file
-        self.folder = folder
         self.accelerator = accelerator
+        self.say = say
+        self._waiting: list[dict[str, Any]] = []
+        self._most_waiting = 0
+        self._tracker_failed = False
 
     def cut_back(self, step: int) -> None:
-        """Forget rows after `step`: the run goes on from there and writes them again."""
+        """Forget rows after `step`: the run goes on from there and writes them again.
+
+        Raises:
+            OSError: if the file cannot be shortened.
+        """
+        self._waiting = [row for row in self._waiting if row["step"] <= step]
         if not self.path.exists():
             return
-        rows = [row for row in self.folder.metrics() if row["step"] <= step]
-        aside = self.path.with_suffix(".writing")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(aside, self.path)
+        with self.path.open("r+b") as file:
+            end = position = 0
+            for line in file:
+                position += len(line)
+                row = parse_row(line) if line.endswith(b"\n") else None
+                if row is not None and row["step"] <= step:
+                    end = position
+            # One call, which no kill cuts in two, and which a full disk allows.
+            file.truncate(end)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; `row["step"]` counts finished optimizer steps."""
         if self.accelerator.is_main_process:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self._waiting.append(row)
+            self._write_waiting()
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
-        self.accelerator.log(numbers, step=row["step"])
+        try:
+            self.accelerator.log(numbers, step=row["step"])
+        except OSError as error:
+            if not self._tracker_failed:
+                self.say(
+                    f"warning: the tracker takes no rows from step {row['step']} on: {disk_fault(error)}"
+                )
+            self._tracker_failed = True
+
+    def flush(self) -> None:
+        """See to it that all rows are on the disk, on the main process.
+
+        Raises:
+            RowsFault: if they are not.
+        """
+        reason = self._write_waiting()
+        if reason is None and self.path.exists():
+            try:
+                flush(self.path)
+            except OSError as error:
+                reason = disk_fault(error)
+        if reason is not None:
+            raise RowsFault(f"rows could not be written to {str(self.path)!r}: {reason}")
+
+    def _write_waiting(self) -> str | None:
+        """Why rows still wait, or None."""
+        while self._waiting:
+            try:
+                append_line(self.path, json.dumps(self._waiting[0]))
+            except OSError as error:
+                reason = disk_fault(error)
+                if not self._most_waiting:
+                    self.say(
+                        f"warning: rows from step {self._waiting[0]['step']} on wait in memory: "
+                        f"{str(self.path)!r} cannot be written: {reason}"
+                    )
+                self._most_waiting = max(self._most_waiting, len(self._waiting))
+                return reason
+            del self._waiting[0]
+        if self._most_waiting:
+            self.say(f"rows are written again, those that waited ({self._most_waiting}) among them")
+            self._most_waiting = 0
+        return None
 
 
 class Meter:
@@ -47,13 +119,12 @@ class Meter:
     def __init__(self, accelerator: Accelerator, state: TrainState) -> None:
         self.accelerator = accelerator
         self.state = state
-        # The other processes' part of a resumed sum is in the main process's.
-        share = 1.0 if accelerator.is_main_process else 0.0
+        # Over all processes, step after step, in the order that a resumed run goes on with.
         self._sums = {
-            name: torch.tensor(share * value, dtype=torch.float32, device=accelerator.device)
+            name: torch.tensor(value, dtype=torch.float32, device=accelerator.device)
             for name, value in {"loss": state.loss_sum, **state.part_sums}.items()
         }
-        self._num_summed = torch.tensor(share * state.loss_steps, device=accelerator.device)
+        self._num_summed = torch.tensor(float(state.loss_steps), device=accelerator.device)
         self._step: dict[str, Tensor] = {}
         self._since = self._noted = time.perf_counter()
         self._images = 0
@@ -68,18 +139,25 @@ class Meter:
         """This process's part of the step's loss so far, float32 ()."""
         return self._step["loss"]
 
-    def take(self, bad: Tensor) -> None:
-        """Add the step's losses to the sums.
+    def take(self, finite: Tensor) -> Tensor:
+        """Add the step's losses, over all processes, to the sums; every process must call it.
 
         Args:
-            bad: 1.0 for a step that is not finite and counts in no mean, otherwise 0.0.
+            finite: bool (), whether this process finds the step finite.
+
+        Returns:
+            float32 (), 1.0 for a step that some process does not find finite and that counts in no mean,
+            otherwise 0.0; the same on all processes.
         """
-        for name, loss in self._step.items():
+        own = torch.stack([*self._step.values(), (~finite).float()])
+        *losses, unfit = self.accelerator.reduce(own, reduction="sum")
+        bad: Tensor = (unfit > 0).float()
+        for name, loss in zip(self._step, losses, strict=True):
             # A new run learns the names of its losses here.
             self._sums[name] = self._sums.get(name, 0.0) + torch.where(bad > 0, 0.0, loss)
+        self._num_summed = self._num_summed + (1.0 - bad)
         self._step = {}
-        if self.accelerator.is_main_process:
-            self._num_summed = self._num_summed + (1.0 - bad)
+        return bad
 
     def step_done(self, num_images: int, wait_seconds: float) -> None:
         """Count a finished step: images of the global batch, seconds this process waited for data."""
@@ -92,10 +170,9 @@ class Meter:
         self._since += seconds
 
     def synchronise(self) -> None:
-        """Bring the loss sums, over all processes, and the time spent into the state."""
-        numbers = torch.stack([*self._sums.values(), self._num_summed])
-        *sums_of_all, num_summed = self.accelerator.reduce(numbers, reduction="sum").tolist()
-        sums = dict(zip(self._sums, sums_of_all, strict=True))
+        """Bring the loss sums and the time spent into the state."""
+        *values, num_summed = torch.stack([*self._sums.values(), self._num_summed]).tolist()
+        sums = dict(zip(self._sums, values, strict=True))
         self.state.loss_steps = int(num_summed)
         self.state.loss_sum = sums.pop("loss")
         self.state.part_sums = sums

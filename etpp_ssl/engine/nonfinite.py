@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 
+from etpp_ssl.atomic import disk_fault
 from etpp_ssl.config import RunFault
+from etpp_ssl.engine.base_run import BaseRun
 from etpp_ssl.engine.checkpoint import load_checkpoint
 from etpp_ssl.engine.dump import write_dump
 from etpp_ssl.engine.feed import Feed
 from etpp_ssl.engine.metrics import Meter
-from etpp_ssl.engine.run import BaseRun, restore
+from etpp_ssl.engine.run import restore
 from etpp_ssl.engine.state import TrainState
 
 MOST_SKIPS_IN_A_ROW = 10
@@ -72,6 +76,13 @@ class Guard:
         fused = isinstance(self._optimizer, torch.optim.AdamW) and bool(self._optimizer.defaults.get("fused"))
         on_device = run.accelerator.device.type == "cuda" and fused and not self.scaled
         self.late = on_device if late is None else late
+        # A forward pass changes them, whatever the optimizer does then.
+        self._statistics = [
+            (buffer, buffer.clone())
+            for module in run.bare_model.modules()
+            if isinstance(module, _BatchNorm)
+            for buffer in module.buffers(recurse=False)
+        ]
         self._pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
         self._in_a_row = 0
 
@@ -82,14 +93,16 @@ class Guard:
             NonFinite: on all processes, if the run is to stop or to go back.
         """
         run, step = self.run, self.run.state.step
-        bad = self._verdict()
-        if not self.late:
-            self.meter.take(bad)
-            self._act(step, bool(bad))
-            return not bool(bad)
+        finite = self._finite()
         # Before the new verdict reaches the optimizer: the weights are still those of the step before.
         self.settle()
-        self.meter.take(bad)
+        bad = self.meter.take(finite)
+        for buffer, before in self._statistics:
+            before.copy_(torch.where(bad > 0, before, buffer))
+            buffer.copy_(before)
+        if not self.late:
+            self._act(step, bool(bad))
+            return not bool(bad)
         self._optimizer.found_inf = bad
         if run.accelerator.device.type == "cuda":
             on_host = torch.empty_like(bad, device="cpu", pin_memory=True).copy_(bad, non_blocking=True)
@@ -114,8 +127,8 @@ class Guard:
             arrived.synchronize()
         self._act(step, bool(bad))
 
-    def _verdict(self) -> Tensor:
-        """1.0 where anything is not finite on any process, otherwise 0.0."""
+    def _finite(self) -> Tensor:
+        """bool (), whether this process finds loss and gradients finite, once the latter are clipped."""
         run = self.run
         finite = self.meter.step_loss().isfinite()
         if self.clip_grad is not None:
@@ -124,8 +137,7 @@ class Guard:
             norm = get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
         if not self.scaled:
             finite = finite & _whole(norm).isfinite()
-        bad: Tensor = run.accelerator.reduce((~finite).float(), reduction="sum")
-        return (bad > 0).float()
+        return finite
 
     def _act(self, step: int, bad: bool) -> None:
         if not bad:
@@ -141,7 +153,7 @@ class Guard:
         if self._in_a_row == 1:
             folder = write_dump(run, step, self.feed.kept.get(step, []))
             if folder is not None:
-                what += f"; etpp replay-nan {folder} shows where"
+                what += f"; etpp replay-nan {shlex.quote(str(folder))} shows where"
         if config.policy == "skip" and self._in_a_row <= MOST_SKIPS_IN_A_ROW:
             run.state.num_skipped += 1
             run.progress.say(f"{what}; the step is left out")
@@ -173,6 +185,7 @@ def rewind(run: BaseRun, fault: NonFinite) -> None:
 
     Raises:
         UserError: if no checkpoint can be read.
+        RunFault: if the rows after it cannot be removed.
     """
     accelerator, config = run.accelerator, run.recipe.nonfinite
     accelerator.wait_for_everyone()
@@ -189,8 +202,15 @@ def rewind(run: BaseRun, fault: NonFinite) -> None:
     if state.plan is not None:
         run.curriculum = run.progress.curriculum = run.curriculum.laid_out(state.plan.segments)
     accelerator.wait_for_everyone()
+    disk = ""
     if accelerator.is_main_process:
-        run.metrics.cut_back(state.step)
+        try:
+            run.metrics.cut_back(state.step)
+        except OSError as error:
+            disk = disk_fault(error) or str(error)
+    disk = run.agreement.main_says(disk)
+    if disk:
+        raise RunFault(f"{fault}; and {str(run.folder.metrics_file)!r} cannot be cut back: {disk}")
     run.progress.say(
         f"{fault}; back to step {state.step} with {state.lr_factor:g} of the learning rate "
         f"(rewind {state.num_rewinds} of {config.max_rewinds})"

@@ -140,7 +140,8 @@ def learning_rate(plan: BasePlan, optim: OptimConfig | ClassifierOptimConfig) ->
     for i in range(SPARK_WIDTH):
         progress = i / (SPARK_WIDTH - 1)
         index = max(stage.index for stage in stages if stage.progress <= progress)
-        heights.append(schedules[index](progress) / highest)
+        # A minimum above the peak is drawn as the peak.
+        heights.append(min(1.0, schedules[index](progress) / highest))
     spark = "".join(BARS[round(height * (len(BARS) - 1))] for height in heights)
     peaks = " / ".join(f"{peak:.3g}" for peak in dict.fromkeys(schedule.peak for schedule in schedules))
     changes = ", ".join(f"{stage.progress:.0%}" for stage in stages[1:])

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 from etpp_ssl.curriculum.frequency import low_frequency_crop
-from etpp_ssl.engine.agreement import Agreement
 from etpp_ssl.engine.budget import decide_steps, replan_due, replan_steps
 from etpp_ssl.engine.checkpoint import CheckpointClock
 from etpp_ssl.engine.conduct import conduct
@@ -63,7 +62,7 @@ def _train(run: Run, stop_request: StopRequest) -> int:
     feed = _open_feed(run)
     guard = Guard(run, meter, feed, clip_grad=recipe.optim.clip_grad)
     bad_images = BadImages(state, len(run.source), recipe.data.max_bad_share, run.progress)
-    agreement, clock = Agreement(accelerator), CheckpointClock(recipe.checkpoint)
+    clock = CheckpointClock(recipe.checkpoint)
     model.train()
     run.progress.start(state.step)
     if state.step == 0 and (state.plan is not None or recipe.nonfinite.policy == "rewind"):
@@ -101,17 +100,18 @@ def _train(run: Run, stop_request: StopRequest) -> int:
             meter.pause(_run_probe(run))
         replanned = replan_due(run)
         if replanned:
+            guard.settle()
             meter.synchronise()  # The time of a probe counts, too.
             replan_steps(run)
             # The workers may have prepared batches for steps that have another stage now.
             feed.close()
             feed = guard.feed = _open_feed(run)
-        signum, checkpoint_due = agreement.reach(stop_request.signum, replanned or clock.due(state.step))
+        signum, checkpoint_due = run.agreement.reach(stop_request.signum, replanned or clock.due(state.step))
         if checkpoint_due or signum or run.finished:
             guard.settle()
             meter.synchronise()
-            save(run)
-            clock.written()
+            save(run, required=bool(signum))
+            clock.start()
         if signum:
             return signum
     return 0

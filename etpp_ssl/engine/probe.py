@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from etpp_ssl.atomic import append_line, disk_fault
 from etpp_ssl.config import UserError
 from etpp_ssl.data.augment import Normalise
 from etpp_ssl.engine.accelerator import open_accelerator
 from etpp_ssl.engine.agreement import Agreement
 from etpp_ssl.engine.initial_weights import load_init
+from etpp_ssl.engine.peers import leave, with_peers
 from etpp_ssl.engine.run import build_probe
 from etpp_ssl.engine.signals import Interrupted, StopRequest
 from etpp_ssl.evaluation.base import ProbeStopped
@@ -25,6 +28,7 @@ from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder, load_weights
 
 
+@with_peers()
 def probe_run(recipe: Recipe, source: str, say: Callable[[str], None]) -> dict[str, float]:
     """Run the recipe's probe on a run's newest checkpoint, or on the weights that `init` names.
 
@@ -47,7 +51,7 @@ def probe_run(recipe: Recipe, source: str, say: Callable[[str], None]) -> dict[s
     """
     if recipe.probe.name == "none":
         raise UserError("probe.name is none; choose one, for instance probe=knn")
-    folder = RunFolder(source if Path(source).is_dir() else recipe.output)
+    folder = RunFolder(source if os.path.isdir(source) else recipe.output)
     init = _init_of(recipe, source, folder)
     accelerator = open_accelerator(recipe)
     talk = say if accelerator.is_main_process else _silent
@@ -71,21 +75,26 @@ def probe_run(recipe: Recipe, source: str, say: Callable[[str], None]) -> dict[s
     try:
         numbers = probe.run(model)
     except ProbeStopped as stopped:
+        leave(accelerator)
         raise Interrupted(stopped.signum, stopped.step) from None
     if accelerator.is_main_process:
-        row = {**weights, "protocol": recipe.probe.model_dump(), **numbers}
-        report.mkdir(parents=True, exist_ok=True)
-        with (report / "probes.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-    # A process that has nothing to write must not close its connections while others still use them.
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+        _record(report / "probes.jsonl", {**weights, "protocol": recipe.probe.model_dump(), **numbers}, talk)
+    leave(accelerator)
     return numbers
+
+
+def _record(file: Path, row: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Append a result; a disk that does not take it costs no result, which is printed in any case."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        append_line(file, json.dumps(row))
+    except OSError as error:
+        say(f"warning: {str(file)!r} cannot be written: {disk_fault(error)}; the result is printed only")
 
 
 def _init_of(recipe: Recipe, source: str, folder: RunFolder) -> str | None:
     """What to load, or None for the newest checkpoint in the folder."""
-    if not Path(source).is_dir():
+    if not os.path.isdir(source):
         if recipe.init is None and not folder.exists():
             raise UserError(
                 f"there are no weights to probe: init is null, and {recipe.output!r} is no run folder; give "

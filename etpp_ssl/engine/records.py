@@ -6,11 +6,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from etpp_ssl.config import RunFault
 from etpp_ssl.curriculum.base import Stage
-from etpp_ssl.engine.checkpoint import save_checkpoint
-from etpp_ssl.engine.metrics import Meter
-from etpp_ssl.engine.run import BaseRun
+from etpp_ssl.engine.base_run import BaseRun
+from etpp_ssl.engine.checkpoint import checkpoint_files, write_checkpoint
+from etpp_ssl.engine.metrics import Meter, RowsFault
+from etpp_ssl.engine.rotation import what_is_left
 from etpp_ssl.engine.state import environment
+from etpp_ssl.engine.streams import gather_streams
 
 
 def log_due(run: BaseRun) -> bool:
@@ -46,28 +49,60 @@ def log_row(run: BaseRun, stage: Stage, meter: Meter, lr: float) -> None:
     run.progress.row(row)
 
 
-def save(run: BaseRun, average: Mapping[str, Tensor] | None = None) -> None:
-    """Write a checkpoint of the run as it stands; every process may call it.
+def save(run: BaseRun, *, required: bool = False) -> bool:
+    """Write a checkpoint of the run as it stands; every process must call it.
+
+    Only the main process writes. Whether it could, all processes learn here, and all act alike.
 
     Args:
         run: the run.
-        average: a moving average of the model's tensors, where the run keeps one.
+        required: whether the run cannot go on without it, whatever `checkpoint.on_error` says; so it is at
+            the run's end.
+
+    Returns:
+        Whether it is written.
+
+    Raises:
+        RunFault: on all processes, if it is not, and the run is not to go on without it.
     """
-    accelerator = run.accelerator
-    if accelerator.is_main_process:
-        scaler = accelerator.scaler
-        save_checkpoint(
-            run.folder,
-            run.state.step,
-            run.bare_model,
-            run.optimizer,
-            {
-                "state": run.state.to_json(),
-                "environment": environment(accelerator.num_processes, accelerator.device, run.kernels),
-                "data": run.data_fingerprint,
-                "classes": run.classes,
-                "scaler": scaler.state_dict() if scaler is not None else None,
-            },
-            keep=run.recipe.checkpoint.keep,
-            average=average,
-        )
+    is_main = run.accelerator.is_main_process
+    average = None if run.average is None else run.average.state_dict()
+    files = checkpoint_files(run.bare_model, run.optimizer, average, keep=is_main)
+    gather_streams(run.accelerator, run.state)
+    fault = ""
+    if is_main:
+        try:
+            # A resumed run writes no row of before its checkpoint again.
+            run.metrics.flush()
+            _write(run, files)
+        except RowsFault as error:
+            step, left = run.state.step, what_is_left(run.folder)
+            fault = f"checkpoint of step {step} could not be written, since {error}; {left}"
+        except RunFault as error:
+            fault = str(error)
+    fault = run.agreement.main_says(fault)
+    if not fault:
+        return True
+    if required or run.finished or run.recipe.checkpoint.on_error == "stop":
+        ending = RunFault(fault)
+        ending.everywhere = True
+        raise ending
+    run.progress.say(f"warning: {fault}; training goes on, and the next checkpoint tries again")
+    return False
+
+
+def _write(run: BaseRun, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+    accelerator, scaler = run.accelerator, run.accelerator.scaler
+    write_checkpoint(
+        run.folder,
+        run.state.step,
+        files,
+        {
+            "state": run.state.to_json(),
+            "environment": environment(accelerator.num_processes, accelerator.device, run.kernels),
+            "data": run.data_fingerprint,
+            "classes": run.classes,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        },
+        keep=run.recipe.checkpoint.keep,
+    )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,23 +12,25 @@ from accelerate import Accelerator
 
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.base import Curriculum
-from etpp_ssl.data.augment import EvalView, Normalise, TrainView, View
+from etpp_ssl.data.augment import EvalView, Normalise, TrainView
 from etpp_ssl.data.images import ImageSource
-from etpp_ssl.data.loader import Batch, BatchBuilder
-from etpp_ssl.data.replay import Replay, ReplayPlan
-from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.splits import open_split
+from etpp_ssl.data.training import TrainingImages, open_training
 from etpp_ssl.engine.accelerator import open_accelerator
+from etpp_ssl.engine.base_run import BaseRun
 from etpp_ssl.engine.checkpoint import load_checkpoint
-from etpp_ssl.engine.ema import WeightAverage
-from etpp_ssl.engine.feed import Feed
+from etpp_ssl.engine.fsdp import prepare, sharding_in_use
+from etpp_ssl.engine.host_memory import check_host_memory
 from etpp_ssl.engine.initial_weights import load_init
 from etpp_ssl.engine.kernels import kernels_in_use
 from etpp_ssl.engine.metrics import MetricsFile
+from etpp_ssl.engine.peers import with_peers
 from etpp_ssl.engine.progress import Progress
 from etpp_ssl.engine.replay_memory import check_replay, replay_notes
+from etpp_ssl.engine.sharding import WholeModelProbe
 from etpp_ssl.engine.start import prepare_folder, starting_point
 from etpp_ssl.engine.state import TrainState, environment, environment_changes
+from etpp_ssl.engine.streams import check_stream
 from etpp_ssl.evaluation.base import Probe, ProbeContext
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.masker import Masker
@@ -38,77 +39,6 @@ from etpp_ssl.optim.groups import weight_decay_groups
 from etpp_ssl.randomness import derive_key
 from etpp_ssl.recipe import Recipe, RunRecipe
 from etpp_ssl.run_folder import RunFolder
-
-
-@dataclass(kw_only=True)
-class BaseRun:
-    """What a run of any task consists of, ready to train or already finished."""
-
-    recipe: RunRecipe
-    folder: RunFolder
-    accelerator: Accelerator
-    curriculum: Curriculum
-    source: ImageSource
-    view: View
-    normalise: Normalise
-    model: torch.nn.Module
-    """The model as accelerate prepared it."""
-    bare_model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    state: TrainState
-    metrics: MetricsFile
-    progress: Progress
-    kernels: str
-    """What a checkpoint remembers of the kernels chosen."""
-    data_fingerprint: str
-    average: WeightAverage | None = None
-    """The moving average of a classifier's weights, where the recipe wants one."""
-    feed: Feed | None = None
-    """The one opened last."""
-    classes: list[str] | None = None
-    """Class names in the order of a classifier's outputs."""
-    num_classes: int | None = None
-    """Of a classifier."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether every step is done."""
-        return self.state.step >= self.curriculum.num_steps
-
-    def open_feed(self, step_plan: Callable[[int], ReplayPlan], steps: range) -> Feed:
-        """This process's batches of the given steps."""
-        recipe, accelerator = self.recipe, self.accelerator
-        order = KeyedOrder(len(self.source), recipe.seed)
-        part: dict[str, Any] = {
-            "rank": accelerator.process_index,
-            "num_processes": accelerator.num_processes,
-            "micro_batch_size": recipe.micro_batch_size,
-            "batch_size": recipe.batch_size,
-        }
-        replay = Replay(
-            step_plan,
-            steps.start,
-            seed=recipe.seed,
-            say=self.progress.say,
-            pin_memory=accelerator.device.type == "cuda",
-            **part,
-        )
-        self.feed = Feed(
-            BatchBuilder(self.source, self.view, order, self.num_classes),
-            RequestSampler(order, step_plan, range(replay.first_read, steps.stop), **part),
-            accelerator,
-            num_workers=recipe.data.num_workers,
-            prefetch=recipe.data.prefetch,
-            replay=replay,
-        )
-        return self.feed
-
-    def synchronised(self, batch: Batch) -> AbstractContextManager[None]:
-        """Exchange gradients with the step's last micro-batch only."""
-        if batch.request.last:
-            return nullcontext()
-        context: AbstractContextManager[None] = self.accelerator.no_sync(self.model)
-        return context
 
 
 @dataclass(kw_only=True)
@@ -123,6 +53,7 @@ class Run(BaseRun):
     probe: Probe | None
 
 
+@with_peers()
 def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
     """Open a recipe's run folder: a new run, or the newest checkpoint of the one that is there.
 
@@ -143,6 +74,7 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
     for stage, span in zip(curriculum.stages, curriculum.spans, strict=True):
         masker.check(stage.bandwidth, span)
     progress = Progress(curriculum, visible=accelerator.is_main_process)
+    check_host_memory(recipe, recipe.build_model)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_key(recipe.seed, "init") >> 1)
@@ -166,9 +98,11 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
         load_init(model, recipe.init, progress.say)
     if state.plan is not None:
         curriculum = progress.curriculum = curriculum.laid_out(state.plan.segments)
-    check_start(recipe, curriculum, state, accelerator.num_processes)
-    kernels = kernels_in_use(recipe)
-    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+    check_start(recipe, source, curriculum, state, accelerator.num_processes)
+    kernels = kernels_in_use(recipe) + sharding_in_use(accelerator)
+    prepared, prepared_optimizer, copies = prepare(accelerator, recipe, curriculum, model, optimizer)
+    if probe is not None and copies is not None:
+        probe = WholeModelProbe(probe, copies)
     if start is not None:
         restore(accelerator, load_checkpoint(start, model, optimizer), kernels, progress)
     return Run(
@@ -183,10 +117,11 @@ def open_run(recipe: Recipe, fork: Path | None = None) -> Run:
         objective=objective,
         model=prepared,
         bare_model=model,
+        copies=copies,
         optimizer=prepared_optimizer,
         probe=probe,
         state=state,
-        metrics=MetricsFile(folder, accelerator),
+        metrics=MetricsFile(folder, accelerator, progress.say),
         progress=progress,
         kernels=kernels,
         data_fingerprint=source.fingerprint(),
@@ -207,7 +142,9 @@ def crop_view(recipe: RunRecipe) -> TrainView:
     )
 
 
-def check_start(recipe: RunRecipe, curriculum: Curriculum, state: TrainState, num_processes: int) -> None:
+def check_start(
+    recipe: RunRecipe, source: TrainingImages, curriculum: Curriculum, state: TrainState, num_processes: int
+) -> None:
     """See that a run can go on from its state with so many processes.
 
     Raises:
@@ -224,6 +161,7 @@ def check_start(recipe: RunRecipe, curriculum: Curriculum, state: TrainState, nu
             f"checkpoint of step {state.step} is beyond this recipe's {curriculum.num_steps} steps"
         )
     check_replay(recipe, curriculum, num_processes, state.step)
+    check_stream(recipe, source, curriculum, state, num_processes)
 
 
 def restore(accelerator: Accelerator, saved: dict[str, Any], kernels: str, progress: Progress) -> None:
@@ -252,16 +190,23 @@ def prepare_run(run: BaseRun, notes: Sequence[str] = ()) -> None:
         notes: what else to say about it.
 
     Raises:
-        UserError: if the disk is too full or the folder cannot be written to.
+        UserError: on all processes, if the disk is too full, the folder cannot be written to, or another
+            process trains in it.
     """
     # The other processes may still be reading what the main one is about to change.
     run.accelerator.wait_for_everyone()
+    fault = ""
     if run.accelerator.is_main_process:
         num_parameters = sum(parameter.numel() for parameter in run.bare_model.parameters())
-        prepare_folder(run.folder, run.recipe, run.state, num_parameters, run.metrics)
-        for note in (*replay_notes(run.recipe, run.curriculum), *notes):
-            run.progress.say(note)
-    run.accelerator.wait_for_everyone()
+        try:
+            prepare_folder(run.folder, run.recipe, run.state, num_parameters, run.metrics, run.lock)
+        except UserError as error:
+            fault = str(error)
+    fault = run.agreement.main_says(fault)
+    if fault:
+        raise UserError(fault)
+    for note in (*replay_notes(run.recipe, run.curriculum), *notes):
+        run.progress.say(note)
     if run.recipe.tracker.name != "none":
         run.accelerator.init_trackers(run.recipe.tracker.project)
 
@@ -297,21 +242,20 @@ def build_probe(
             masker=recipe.build_masker(),
             seed=recipe.seed,
             num_workers=recipe.data.num_workers,
+            stall_seconds=recipe.data.stall_seconds,
             **long,
         )
     )
 
 
-def open_training_images(recipe: RunRecipe) -> ImageSource:
+def open_training_images(recipe: RunRecipe) -> TrainingImages:
     """The images that a recipe trains on.
 
     Raises:
         UserError: if they are not there, or another number than the recipe says.
     """
     recipe.data.statistics(recipe.in_chans)
-    source = open_split(
-        recipe.data, "train", in_chans=recipe.in_chans, image_size=recipe.size, seed=recipe.seed
-    )
+    source = open_training(recipe.data, in_chans=recipe.in_chans, image_size=recipe.size, seed=recipe.seed)
     expected = recipe.data.stated_images
     if expected is not None and expected != len(source):
         raise UserError(

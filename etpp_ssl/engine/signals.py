@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_REQUEST_SECONDS = 3.0
+"""A launcher passes on what a scheduler has sent to all processes: a signal comes twice for one request."""
 
 
 class Interrupted(Exception):
@@ -20,7 +24,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Remembers the first signal while it is entered; a second one acts at once.
+    """Remembers the first signal while it is entered; one that comes seconds later acts at once.
 
     The handler only takes a note: it starts no collective, since SIGTERM also arrives when another
     process has died.
@@ -28,6 +32,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum = 0
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -45,8 +50,11 @@ class StopRequest:
         self._restore()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        self._restore()
+        if not self.signum:
+            self.signum, self._since = signum, time.monotonic()
+        elif time.monotonic() - self._since > SAME_REQUEST_SECONDS:
+            self._restore()
+            os.kill(os.getpid(), signum)
 
     def _restore(self) -> None:
         while self._before:

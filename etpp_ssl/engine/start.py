@@ -8,21 +8,24 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from etpp_ssl.config import UserError
+from etpp_ssl.atomic import flush, write_text
+from etpp_ssl.config import UserError, shown_bytes
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.curriculum.hours import TimePlan, replan
-from etpp_ssl.data.images import ImageSource
+from etpp_ssl.data.training import TrainingImages
+from etpp_ssl.engine.folder_lock import LOCK_FILE, FolderLock
 from etpp_ssl.engine.metrics import MetricsFile
+from etpp_ssl.engine.rotation import checkpoint_bytes, clear_leftovers
 from etpp_ssl.engine.state import TrainState
 from etpp_ssl.recipe import RunRecipe
 from etpp_ssl.recipe_file import changed_keys
-from etpp_ssl.run_folder import Checkpoint, RunFolder
+from etpp_ssl.run_folder import Checkpoint, RunFolder, check_state
 
 
 def starting_point(
     recipe: RunRecipe,
     folder: RunFolder,
-    source: ImageSource,
+    source: TrainingImages,
     curriculum: Curriculum,
     fork: Path | None,
     say: Callable[[str], None],
@@ -50,7 +53,7 @@ def starting_point(
                 f"with the old ones, or use --fork {folder.path} with another output"
             )
         start = folder.newest(say)
-    elif folder.path.is_dir() and any(folder.path.iterdir()):
+    elif os.path.isdir(folder.path) and not all(_is_leftover(path) for path in folder.path.iterdir()):
         raise UserError(
             f"output {str(folder.path)!r} is a folder with other files in it and no run; choose another"
         )
@@ -61,6 +64,10 @@ def starting_point(
     if start is None:
         return None, TrainState()
     saved = start.state()
+    try:
+        check_state(saved, start.step)
+    except ValueError as error:
+        raise UserError(f"checkpoint {str(start.path)!r} cannot be gone on from: {error}") from error
     if saved["data"] != source.fingerprint() and not forked:
         raise UserError(
             f"the data is not what run {str(folder.path)!r} was started with: files were added, removed or "
@@ -70,11 +77,18 @@ def starting_point(
     if forked:
         # The old recipe's losses belong in no row of this one's.
         state.loss_sum, state.part_sums, state.loss_steps = 0.0, {}, 0
+        # Its data, processes and data workers may be others.
+        state.streams = []
         state.plan = _plan_of_fork(recipe, curriculum, state, start)
         say(f"forked from {start.path} at step {state.step}")
     else:
         say(f"resuming {folder.path} at step {state.step}")
     return start, state
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether it is of a run that was killed before it had a recipe."""
+    return path.name.startswith(".writing-") or path.name == LOCK_FILE
 
 
 def _plan_of_fork(
@@ -101,7 +115,12 @@ def _plan_of_fork(
 
 
 def prepare_folder(
-    folder: RunFolder, recipe: RunRecipe, state: TrainState, num_parameters: int, metrics: MetricsFile
+    folder: RunFolder,
+    recipe: RunRecipe,
+    state: TrainState,
+    num_parameters: int,
+    metrics: MetricsFile,
+    lock: FolderLock,
 ) -> None:
     """Create a run's folder, or bring it back to a checkpoint's step; the main process only.
 
@@ -111,39 +130,50 @@ def prepare_folder(
         state: after its step, checkpoints and rows are of a past that did not happen.
         num_parameters: of the model, to see whether its checkpoints fit the disk.
         metrics: the folder's log.
+        lock: taken here.
 
     Raises:
-        UserError: if the disk is too full or the folder cannot be written to.
+        UserError: if the disk is too full, the folder cannot be written to, or another process trains in it.
     """
-    path = folder.path.absolute()
-    existing = next(p for p in [path, *path.parents] if p.exists())
     try:
-        # Weights and two moments in float32, one checkpoint more while it is written.
-        need = 12 * num_parameters * (recipe.checkpoint.keep + 1)
-        disk = shutil.disk_usage(existing)
-        if disk.total and disk.free < need:
-            raise UserError(
-                f"output {str(folder.path)!r} has {disk.free / 1e9:.1f} GB free, but "
-                f"{recipe.checkpoint.keep + 1} checkpoints take {need / 1e9:.1f} GB"
-            )
-        folder.checkpoint_folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.checkpoint_folder.glob(".writing-*"):
-            shutil.rmtree(leftover)
-        for checkpoint in folder.checkpoints():
-            if checkpoint.step > state.step:
-                shutil.rmtree(checkpoint.path)
+        lock.acquire()
+        clear_leftovers(folder, state.step)
+        _check_room(folder, recipe, num_parameters)
+        # First, since it makes a folder a run.
         recipe.save(folder.recipe_file)
+        lock.acquire()
+        folder.checkpoint_folder.mkdir(exist_ok=True)
         metrics.cut_back(state.step)
         write_plan(folder, state.plan)
+        flush(folder.path)
     except OSError as error:
         raise UserError(
             f"output {str(folder.path)!r} cannot be written to: {error.strerror or error}"
         ) from error
 
 
+def _check_room(folder: RunFolder, recipe: RunRecipe, num_parameters: int) -> None:
+    """Refuse a disk that has no room for the checkpoints to come, and one more while it is written."""
+    # Weights and two moments in float32, at least.
+    size = 12 * num_parameters
+    there = folder.checkpoints()
+    if there and there[0].fault() is None:
+        size = checkpoint_bytes(there[0])
+    count = max(1, recipe.checkpoint.keep + 1 - len(there))
+    path = folder.path.absolute()
+    disk = shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists()))
+    if disk.total and disk.free < count * size:
+        raise UserError(
+            f"output {str(folder.path)!r} has {shown_bytes(disk.free)} free, but {count} more checkpoints "
+            f"take {shown_bytes(count * size)}: make room, or lower checkpoint.keep"
+        )
+
+
 def write_plan(folder: RunFolder, plan: TimePlan | None) -> None:
-    """Put a plan in hours where people and `etpp plan` find it; the checkpoints have it, too."""
+    """Put a plan in hours where people and `etpp plan` find it; the checkpoints have it, too.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
     if plan is not None:
-        aside = folder.plan_file.with_suffix(".writing")
-        aside.write_text(json.dumps(plan.to_json(), indent=1), encoding="utf-8")
-        os.replace(aside, folder.plan_file)
+        write_text(folder.plan_file, json.dumps(plan.to_json(), indent=1))

@@ -39,6 +39,9 @@ class TrainState:
     """What the schedule's learning rate is multiplied by, lower after each rewind."""
     bad_images: dict[int, str] = field(default_factory=dict)
     """Unreadable images met so far: number in the data set, and name."""
+    streams: list[dict[str, Any] | None] = field(default_factory=list)
+    """Where each process stands in a stream, by rank; empty before the first batch, and for images that are
+    addressed by index. A process keeps its own entry up to date; the others are of the last checkpoint."""
 
     def to_json(self) -> dict[str, Any]:
         """A form that survives JSON to the bit."""
@@ -54,6 +57,7 @@ class TrainState:
             "num_rewinds": self.num_rewinds,
             "lr_factor": self.lr_factor,
             "bad_images": sorted(self.bad_images.items()),
+            "streams": self.streams,
         }
 
     @classmethod
@@ -74,6 +78,8 @@ class TrainState:
             num_rewinds=values.get("num_rewinds", 0),
             lr_factor=values.get("lr_factor", 1.0),
             bad_images=dict(values["bad_images"]),
+            # Checkpoints of version 0.3.0 lack it.
+            streams=values.get("streams", []),
         )
 
 

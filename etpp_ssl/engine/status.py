@@ -8,13 +8,15 @@ import socket
 from datetime import UTC, datetime
 from typing import Literal
 
-from etpp_ssl.engine.run import BaseRun
+from etpp_ssl.atomic import write_text
+from etpp_ssl.config import UserError
+from etpp_ssl.engine.base_run import BaseRun
 
 RunState = Literal["running", "stopped", "finished", "failed"]
 
 
 def write_status(run: BaseRun, state: RunState, *, exit_code: int | None = None, message: str = "") -> None:
-    """Say in the run folder how the run stands; only the main process writes.
+    """Say in the run folder how the run stands; only the main process writes, and only where it trains.
 
     `stopped` means that it was asked to stop and that its checkpoint is written: the same command goes on.
     torchrun turns the exit code 75 of its processes into its own 1, so a script looks here. A run that is
@@ -26,7 +28,7 @@ def write_status(run: BaseRun, state: RunState, *, exit_code: int | None = None,
         exit_code: of its processes, where it has ended.
         message: what the user was told last.
     """
-    if not run.accelerator.is_main_process or not run.folder.exists():
+    if not run.accelerator.is_main_process or not run.lock.held:
         return
     values = {
         "state": state,
@@ -39,10 +41,8 @@ def write_status(run: BaseRun, state: RunState, *, exit_code: int | None = None,
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
-    aside = run.folder.status_file.with_suffix(".writing")
     try:
-        aside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, run.folder.status_file)
-    except OSError as error:
+        write_text(run.folder.status_file, json.dumps(values, indent=1) + "\n")
+    except UserError as error:
         # A full disk ends no run here: the checkpoint's own error says more.
-        run.progress.say(f"warning: {str(run.folder.status_file)!r} cannot be written: {error.strerror}")
+        run.progress.say(f"warning: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +14,13 @@ from torch import Tensor
 from etpp_ssl.config import UserError, as_pair
 from etpp_ssl.model.interop import Weights
 from etpp_ssl.model.patches import grid_of
-from etpp_ssl.model.state_dict import FINE_TUNED
+from etpp_ssl.model.state_dict import FINE_TUNED, require_finite
 from etpp_ssl.model.weights_file import read_state_dict
 from etpp_ssl.recipe import FinetuneRecipe
+from etpp_ssl.regular_file import read_text
 from etpp_ssl.run_folder import MODEL_FILE, Checkpoint, RunFolder
 
+MAX_CONFIG_BYTES = 1 << 20
 FILES_OF_A_FOLDER = (MODEL_FILE, "model.pth")
 """What exports write."""
 
@@ -56,11 +59,11 @@ def read_stored(init: str, say: Callable[[str], None]) -> StoredWeights:
     """
     path = Path(init).expanduser()
     try:
-        if (path / "recipe.yaml").is_file():
+        if os.path.isfile(path / "recipe.yaml"):
             return _of_run(RunFolder(path), say)
-        if not path.is_dir():
+        if not os.path.isdir(path):
             return StoredWeights(read_state_dict(path))
-        files = [path / name for name in FILES_OF_A_FOLDER if (path / name).is_file()]
+        files = [path / name for name in FILES_OF_A_FOLDER if os.path.isfile(path / name)]
         if not files:
             raise UserError(f"a folder without recipe.yaml and without {' or '.join(FILES_OF_A_FOLDER)}")
         return _with_config(StoredWeights(read_state_dict(files[0])), path / "config.json")
@@ -73,6 +76,7 @@ def _of_run(run: RunFolder, say: Callable[[str], None]) -> StoredWeights:
     if checkpoint is None:
         raise UserError(f"run {str(run.path)!r} has no checkpoint yet")
     tensors = checkpoint.model()
+    require_finite({**tensors, **(checkpoint.average() or {})}, f"checkpoint {str(checkpoint.path)!r}")
     if all(name.startswith(FINE_TUNED) for name in tensors):
         return _of_fine_tuning(run, checkpoint, tensors)
     recipe = run.recipe()
@@ -108,7 +112,7 @@ def _of_fine_tuning(run: RunFolder, checkpoint: Checkpoint, tensors: dict[str, T
 def _with_config(stored: StoredWeights, config_file: Path) -> StoredWeights:
     """What a folder of timm or transformers says beside the tensors: image size and number of heads."""
     try:
-        config: Any = json.loads(config_file.read_text(encoding="utf-8"))
+        config: Any = json.loads(read_text(config_file, MAX_CONFIG_BYTES))
         args = config.get("model_args") or {}
         size = args.get("img_size") or config.get("image_size") or config["pretrained_cfg"]["input_size"][1:]
         height, width = as_pair(size)

@@ -47,6 +47,8 @@ class ProbeContext:
     masker: Masker
     seed: int
     num_workers: int
+    stall_seconds: float | None = None
+    """How long to wait for a batch; see `etpp_ssl.data.loader.batch_loader`."""
     folder: Path | None = None
     """Where a long probe keeps its state, so that an interrupted one goes on; None keeps none."""
     stop_signal: Callable[[], AbstractContextManager[Callable[[], int]]] = _never

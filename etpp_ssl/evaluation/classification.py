@@ -87,6 +87,8 @@ class ClassifierEvaluation:
     num_classes: int
     """K, of the model; the data may have fewer."""
     config: EvaluateConfig
+    stall_seconds: float | None = None
+    """How long to wait for a batch; see `etpp_ssl.data.loader.batch_loader`."""
 
     @torch.inference_mode()
     def run(self, model: nn.Module) -> ClassificationResult:
@@ -112,6 +114,7 @@ class ClassifierEvaluation:
                 self.accelerator,
                 batch_size=self.config.batch_size,
                 num_workers=self.num_workers,
+                stall_seconds=self.stall_seconds,
             ):
                 readable = readable_rows(batch)
                 unreadable += len(batch.images) - len(readable)

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from etpp_ssl.atomic import replaced_file
 from etpp_ssl.config import UserError
 from etpp_ssl.evaluation.features import Features
 
@@ -56,7 +57,7 @@ def make_room(file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{str(file)!r} cannot be written: {error.strerror or error}") from error
-    if file.is_dir():
+    if os.path.isdir(file):
         raise UserError(f"{str(file)!r} is a folder; give the name of a file in it")
 
 
@@ -74,14 +75,8 @@ def write_embeddings(file: Path, embeddings: Embeddings) -> None:
         "names": torch.from_numpy(names),
     }
     metadata = {"format": "pt", **embeddings.notes, "classes": json.dumps(embeddings.classes)}
-    aside = file.with_name(f".writing-{file.name}")
-    try:
+    with replaced_file(file) as aside:
         save_file(tensors, aside, metadata=metadata)
-        os.replace(aside, file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{str(file)!r} cannot be written: {error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read_embeddings(file: str | Path) -> Embeddings:

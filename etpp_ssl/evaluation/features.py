@@ -79,6 +79,7 @@ def extract_features(
     pool: Pool | None,
     batch_size: int,
     num_workers: int,
+    stall_seconds: float | None = None,
     precision: Precision | None = None,
 ) -> Features:
     """Features and labels of some images, each exactly once for any number of processes.
@@ -95,6 +96,7 @@ def extract_features(
         pool: see `pooled_features`.
         batch_size: images that are loaded together.
         num_workers: data worker processes.
+        stall_seconds: how long to wait for a batch; see `batch_loader`.
         precision: of the forward pass; None is `run_precision`.
 
     Returns:
@@ -109,7 +111,13 @@ def extract_features(
     # One autocast around all batches: it casts the weights once.
     with evaluating(encoder), torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
         for batch in evaluation_batches(
-            source, indices, view, accelerator, batch_size=batch_size, num_workers=num_workers
+            source,
+            indices,
+            view,
+            accelerator,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            stall_seconds=stall_seconds,
         ):
             readable = readable_rows(batch)
             for rows in readable.split(most):
@@ -137,6 +145,7 @@ def evaluation_batches(
     *,
     batch_size: int,
     num_workers: int,
+    stall_seconds: float | None = None,
 ) -> Iterator[Batch]:
     """This process's part of `indices`, in order, on the accelerator's device."""
     part = process_part(range(len(indices)), accelerator.process_index, accelerator.num_processes)
@@ -149,6 +158,7 @@ def evaluation_batches(
         num_workers=workers,
         prefetch=2,
         pin_memory=accelerator.device.type == "cuda",
+        stall_seconds=stall_seconds,
     )
     for batch in batches(loader):
         yield batch.to(accelerator.device)

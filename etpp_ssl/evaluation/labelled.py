@@ -91,6 +91,7 @@ class LabelledImages:
                 pool=config.pool,
                 batch_size=batch_size,
                 num_workers=context.num_workers,
+                stall_seconds=context.stall_seconds,
                 precision=config.precision,
             )
             if not len(features.labels):

@@ -66,6 +66,7 @@ class ReconstructionProbe:
                 context.accelerator,
                 batch_size=self.config.batch_size,
                 num_workers=context.num_workers,
+                stall_seconds=context.stall_seconds,
             ):
                 rows = readable_rows(batch)
                 if not len(rows):

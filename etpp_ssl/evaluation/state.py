@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from etpp_ssl.atomic import replaced_file
 from etpp_ssl.config import UserError
 
 
@@ -65,18 +65,9 @@ class ProbeState:
         Raises:
             UserError: if the disk is full or cannot be written to; the older state is intact.
         """
-        if self.file is None:
-            return
-        aside = self.file.with_name(f".writing-{self.file.name}")
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(self._tensors(), aside, metadata={"step": str(step)})
-            with aside.open("rb") as written:
-                os.fsync(written.fileno())
-            os.replace(aside, self.file)
-        except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
-            raise UserError(f"probe state {str(self.file)!r} could not be written: {error}") from error
+        if self.file is not None:
+            with replaced_file(self.file) as aside:
+                save_file(self._tensors(), aside, metadata={"step": str(step)})
 
     def remove(self) -> None:
         """The probe is done."""

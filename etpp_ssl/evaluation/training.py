@@ -117,6 +117,7 @@ def training_batches(
         num_workers=context.num_workers,
         prefetch=2,
         pin_memory=accelerator.device.type == "cuda",
+        stall_seconds=context.stall_seconds,
     )
     for batch in batches(loader):
         yield batch.to(accelerator.device)
@@ -139,6 +140,7 @@ def evaluated(
         context.accelerator,
         batch_size=batch_size,
         num_workers=context.num_workers,
+        stall_seconds=context.stall_seconds,
     ):
         rows = readable_rows(batch)
         if len(rows):

@@ -10,15 +10,17 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 from timm.layers import trunc_normal_
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import etpp_ssl.model.cswin
 import etpp_ssl.model.pvt  # noqa: F401  These two register what timm lacks.
-from etpp_ssl.config import Config, UserError, as_pair, neutral, show_size
+from etpp_ssl.config import MAX_SIDE, Config, UserError, as_pair, legal_size, neutral, show_size
 from etpp_ssl.model.attention import AttentionName, use_attention
 from etpp_ssl.model.drop_path import key_drop_path
 from etpp_ssl.model.timm_net import accepted_arguments, build_net, check_sizes, is_vit, stride
 from etpp_ssl.model.vit import EXPLICIT_NAME, encoder_args
+from etpp_ssl.sentences import shown
 
 OWN_KEYS = {
     "img_size": "image_size",
@@ -39,15 +41,15 @@ class ClassifierConfig(Config):
     `num_heads`."""
     patch_size: int | tuple[int, int] | None = None
     """Pixels; None is the named model's own. Like the next six, for Vision Transformers only."""
-    embed_dim: int | None = Field(default=None, ge=4)
-    depth: int | None = Field(default=None, ge=1)
+    embed_dim: int | None = Field(default=None, ge=4, le=1 << 14)
+    depth: int | None = Field(default=None, ge=1, le=1000)
     num_heads: int | None = Field(default=None, ge=1)
-    mlp_ratio: float | None = Field(default=None, gt=0)
+    mlp_ratio: float | None = Field(default=None, gt=0, le=100)
     class_token: bool | None = None
-    reg_tokens: int | None = Field(default=None, ge=0)
+    reg_tokens: int | None = Field(default=None, ge=0, le=1024)
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments for `timm.create_model`."""
-    num_classes: int | None = Field(default=None, ge=1)
+    num_classes: int | None = Field(default=None, ge=1, le=10**6)
     """None is the number of classes of the data."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Rate of the last block; from block to block it grows linearly from 0, as timm's networks have it."""
@@ -64,10 +66,18 @@ class ClassifierConfig(Config):
     """Recompute blocks in the backward pass: less memory, about a third more compute. BatchNorm's running
     statistics then take in each batch twice."""
 
+    @field_validator("patch_size")
+    @classmethod
+    def _size(cls, size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+        return None if size is None else legal_size(size)
+
     @field_validator("args")
     @classmethod
     def _leaves_other_keys_alone(cls, args: dict[str, Any]) -> dict[str, Any]:
         for key, value in args.items():
+            largest = 1000 if "depth" in key or "layers" in key else MAX_SIDE
+            if _beyond(value, largest):
+                raise ValueError(f"{key} is {shown(value)}; numbers in it must be at most {largest}")
             if key in OWN_KEYS:
                 raise ValueError(f"{key} is {value!r} here; it is set by the key {OWN_KEYS[key]}")
             if key.startswith("dynamic_img") or key == "strict_img_size":
@@ -200,6 +210,14 @@ class ClassifierConfig(Config):
             nn.init.zeros_(head.bias)
 
 
+def _beyond(value: Any, largest: int) -> bool:
+    """Whether there is a larger number in a value of a recipe: the network would never be built."""
+    if isinstance(value, dict | list | tuple):
+        values = value.values() if isinstance(value, dict) else value
+        return len(value) > largest or any(_beyond(inner, largest) for inner in values)
+    return isinstance(value, int | float) and not abs(value) <= largest
+
+
 class Classifier(nn.Module):
     """A timm network whose drop-path is keyed by sample, at any bandwidth.
 
@@ -221,6 +239,11 @@ class Classifier(nn.Module):
         self.net = net
         self.drop_path_keys = key_drop_path(net, seed)
         self.grad_checkpointing = grad_checkpointing
+
+    @property
+    def transformer_blocks(self) -> list[nn.Module]:
+        """A Vision Transformer's blocks, nearly all of its parameters; none of other networks."""
+        return list(self.net.blocks) if isinstance(self.net, VisionTransformer) else []
 
     def forward(self, images_BCHW: Tensor, positions_B: Tensor | None = None) -> Tensor:
         """Logits.

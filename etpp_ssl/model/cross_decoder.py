@@ -32,8 +32,8 @@ class CrossDecoderConfig(Config):
     """Cross-attention from mask tokens to the encoder (CrossMAE; the defaults are its ImageNet setting)."""
 
     name: Literal["cross"] = "cross"
-    embed_dim: int = Field(default=512, ge=4)
-    depth: int = Field(default=12, ge=1)
+    embed_dim: int = Field(default=512, ge=4, le=1 << 14)
+    depth: int = Field(default=12, ge=1, le=1000)
     num_heads: int = Field(default=16, ge=1)
     reads: Literal["blocks", "output"] = "blocks"
     """`blocks`: every decoder block reads its own learned weighted sum of the encoder's patch embedding

@@ -26,8 +26,8 @@ class MAEDecoderConfig(Config):
     """A small ViT over all tokens (MAE, section 3; the defaults are its ImageNet setting)."""
 
     name: Literal["mae"] = "mae"
-    embed_dim: int = Field(default=512, ge=4)
-    depth: int = Field(default=8, ge=1)
+    embed_dim: int = Field(default=512, ge=4, le=1 << 14)
+    depth: int = Field(default=8, ge=1, le=1000)
     num_heads: int = Field(default=16, ge=1)
 
     @property

@@ -25,7 +25,7 @@ from etpp_ssl.model.decoder import MAEDecoderConfig
 from etpp_ssl.model.huggingface import EMBEDDING, from_huggingface
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.pos_embed import sincos_pos_embed
-from etpp_ssl.model.state_dict import FINE_TUNED, load_weights, without_prefix
+from etpp_ssl.model.state_dict import FINE_TUNED, load_weights, require_finite, without_prefix
 from etpp_ssl.model.vit import build_encoder
 from etpp_ssl.model.weights_file import read_state_dict, state_dict_in
 
@@ -156,7 +156,9 @@ def load_official_mae(
         UserError: for a file that is refused, or tensors that are not those of such a model.
     """
     if isinstance(source, Mapping):
-        where, weights = "the state dict", recognise(state_dict_in(source, "the state dict"))
+        where, given = "the state dict", state_dict_in(source, "the state dict")
+        require_finite(given, where)
+        weights = recognise(given, where)
     else:
         where, weights = repr(str(source)), read_weights(source)
     lines = [f"{where} is {weights.layout}", *weights.notes]

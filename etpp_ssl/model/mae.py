@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import Discriminator, Field, PositiveInt, Tag, ValidationInfo, field_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from etpp_ssl.config import Config, as_pair, neutral
+from etpp_ssl.config import Config, as_pair, legal_size, neutral
 from etpp_ssl.model.attention import AttentionName, use_attention
 from etpp_ssl.model.block_masking import BlockMaskingConfig
 from etpp_ssl.model.blocks import BlockRunner
@@ -50,14 +50,14 @@ class ModelConfig(Config):
     """A timm VisionTransformer, or `vit` with `patch_size`, `embed_dim`, `depth` and `num_heads`."""
     patch_size: int | tuple[int, int] | None = None
     """Pixels; None is the named model's own."""
-    embed_dim: int | None = Field(default=None, ge=4)
-    depth: int | None = Field(default=None, ge=1)
+    embed_dim: int | None = Field(default=None, ge=4, le=1 << 14)
+    depth: int | None = Field(default=None, ge=1, le=1000)
     num_heads: int | None = Field(default=None, ge=1)
-    mlp_ratio: float | None = Field(default=None, gt=0)
+    mlp_ratio: float | None = Field(default=None, gt=0, le=100)
     class_token: bool | None = None
-    reg_tokens: int | None = Field(default=None, ge=0)
+    reg_tokens: int | None = Field(default=None, ge=0, le=1024)
     pos_embed: Literal["sincos", "learned"] = "sincos"
-    position_grid: tuple[PositiveInt, PositiveInt] | None = None
+    position_grid: tuple[int, int] | None = None
     """Patches per axis in whose units sin-cos positions are counted; None is the model's own grid. With
     `init` from another resolution, the grid of those weights keeps every place where they know it."""
     mask_ratio: Annotated[
@@ -75,6 +75,11 @@ class ModelConfig(Config):
     compiled: bool = neutral(False)
     """Run the blocks through `torch.compile`: a compilation for each stage."""
     decoder: Annotated[AnyDecoder, Field(discriminator="name")] = MAEDecoderConfig()
+
+    @field_validator("patch_size", "position_grid")
+    @classmethod
+    def _size(cls, size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+        return None if size is None else legal_size(size)
 
     @field_validator("decoder", "masking", mode="before")
     @classmethod
@@ -178,6 +183,11 @@ class MaskedAutoencoder(nn.Module):
     def patch_size(self) -> tuple[int, int]:
         """(p, q) in pixels."""
         return as_pair(tuple(self.encoder.patch_embed.patch_size))
+
+    @property
+    def transformer_blocks(self) -> list[nn.Module]:
+        """The blocks of encoder and decoder, nearly all of the parameters."""
+        return [*self.encoder.blocks, *self.decoder.blocks]
 
     def run_blocks_by(self, run: BlockRunner) -> None:
         """Choose how the blocks of encoder and decoder are run."""

@@ -42,6 +42,25 @@ def load_weights(
     return dict(tensors)
 
 
+def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """See that weights to start from are numbers; one that is not spoils every loss after it.
+
+    Args:
+        tensors: by name.
+        source: names them in the message.
+
+    Raises:
+        UserError: naming up to five tensors that hold NaN or infinity, and how many values.
+    """
+    wrong = []
+    for name, value in tensors.items():
+        count = int((~value.isfinite()).sum()) if value.is_floating_point() else 0
+        if count:
+            wrong.append(f"{name} ({count:,} of {value.numel():,} values)")
+    if wrong:
+        raise UserError(f"{source} holds NaN or infinity, and no run can start from it: {listed(wrong)}")
+
+
 def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors with `prefix` taken off their names where all of them have it."""
     if all(name.startswith(prefix) for name in tensors):

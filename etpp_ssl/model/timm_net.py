@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from etpp_ssl.config import UserError, as_pair, show_size
 from etpp_ssl.model.drop_path import key_drop_path
 from etpp_ssl.model.swin import make_resizable
+from etpp_ssl.sentences import shown
 
 DYNAMIC_SIZE = "dynamic_img_size"
 """timm's argument of networks that resample their position embedding in the forward pass."""
@@ -153,7 +154,7 @@ def _named(architecture: str) -> nn.Module:
     if not timm.is_model(base):
         close = difflib.get_close_matches(base, timm.list_models(), n=3)
         hint = f"; close names: {', '.join(close)}" if close else ""
-        raise UserError(f"model.name {architecture!r} is no timm model{hint}")
+        raise UserError(f"model.name {shown(architecture)} is no timm model{hint}")
     with torch.device("meta"):
         return _create(architecture)
 

@@ -24,10 +24,13 @@ from etpp_ssl.config import UserError, as_pair, show_size
 from etpp_ssl.model.blocks import BlockRunner
 from etpp_ssl.model.patches import gather_patches, grid_of
 from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_pos_embed
+from etpp_ssl.sentences import shown
 
 EXPLICIT_NAME = "vit"
 EXPLICIT_ARCHITECTURE = "vit_base_patch16_224"
 """What a ViT of explicit dimensions is registered as in timm; its `model_args` say the rest."""
+MAX_PATCHES = 1 << 18
+"""512 x 512; attention takes the square of their number."""
 
 
 def encoder_args(
@@ -70,6 +73,12 @@ def encoder_args(
                 f"model.patch_size {show_size(patch)} does not divide the image {word} "
                 f"{image_size[axis]} (image_size {show_size(image_size)})"
             )
+    num_patches = image_size[0] // patch[0] * (image_size[1] // patch[1])
+    if num_patches > MAX_PATCHES:
+        raise UserError(
+            f"model.patch_size {show_size(patch)} cuts image_size {show_size(image_size)} into "
+            f"{num_patches:,} patches, more than the {MAX_PATCHES:,} that any device holds"
+        )
     embed_dim = given.get("embed_dim", probe.embed_dim)
     num_heads = given.get("num_heads", attention_heads(probe))
     if embed_dim % num_heads:
@@ -228,7 +237,7 @@ def _named_model(name: str) -> VisionTransformer:
     if base not in known:
         close = difflib.get_close_matches(base, timm.list_models("*vit*"), n=3)
         hint = f"; close names: {', '.join(close)}" if close else ""
-        raise UserError(f"model.name {name!r} is no timm model{hint}")
+        raise UserError(f"model.name {shown(name)} is no timm model{hint}")
     try:
         with torch.device("meta"):
             model = timm.create_model(name, pretrained=False)

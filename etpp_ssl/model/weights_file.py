@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import io
 import pickle
+import pickletools
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError, listed
-from etpp_ssl.model.state_dict import without_prefix
+from etpp_ssl.model.state_dict import require_finite, without_prefix
+from etpp_ssl.regular_file import open_regular
 
+PICKLES_BEFORE_VALUES = 5
+"""In an old file of torch.save: a magic number, the protocol, the system, the content, its tensors' keys."""
 WRAPPERS = ("model", "state_dict")
 """Keys under which training scripts keep the state dict beside optimizer and arguments."""
 
@@ -36,17 +41,22 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         of every name, as DistributedDataParallel leaves it, is taken off.
 
     Raises:
-        UserError: if the file is missing, damaged or holds no tensors or other ones than plain arrays, or if
-            its pickle asks for anything else; nothing is executed then.
+        UserError: if the file is missing, damaged, claims more than it has or holds no tensors or other
+            ones than plain arrays of finite numbers, or if its pickle asks for anything else; nothing is
+            executed then.
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open(open_regular(path), "rb") as file:
             start = file.read(2)
-    except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{str(path)!r} cannot be read: {reason}") from error
     # A zip archive, or a bare pickle of protocol 2 and up, as torch wrote before 1.6.
-    content = _load_pickle(path) if start == b"PK" or start[:1] == b"\x80" else _load_safetensors(path)
+    if start == b"PK" or start[:1] == b"\x80":
+        content = _load_pickle(path, archive=start == b"PK")
+    else:
+        content = _load_safetensors(path)
     tensors = state_dict_in(content, repr(str(path)))
     strange = [name for name, value in tensors.items() if not _is_plain(value)]
     if strange:
@@ -54,6 +64,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"{str(path)!r} holds tensors that are no plain arrays in memory (sparse, quantised, complex, "
             f"without values or repeating them): {listed(strange)}"
         )
+    require_finite(tensors, repr(str(path)))
     return tensors
 
 
@@ -91,17 +102,63 @@ def _is_plain(tensor: Tensor) -> bool:
     )
 
 
+def _check_archive(path: Path) -> None:
+    """See that a zip archive is no larger inside than outside, which torch would unpack, and its pickle.
+
+    Raises:
+        UserError: if it is.
+    """
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        unpacked = sum(member.file_size for member in members)
+        if unpacked > size:
+            raise UserError(
+                f"{str(path)!r} claims to hold {unpacked:,} bytes in a file of {size:,}: torch.save does not "
+                f"compress, so it was not written by it"
+            )
+        for member in members:
+            if member.filename.endswith("/data.pkl"):
+                _check_pickle(io.BytesIO(archive.read(member)), str(path))
+
+
+def _check_old(path: Path) -> None:
+    """The same for the format from before torch 1.6: pickles one after the other, then the values."""
+    with path.open("rb") as file:
+        for _ in range(PICKLES_BEFORE_VALUES):
+            try:
+                _check_pickle(file, str(path))
+            except UserError:
+                raise
+            except Exception:
+                # Damaged or of fewer pickles: torch says why it cannot be read.
+                return
+
+
+def _check_pickle(file: IO[bytes], path: str) -> None:
+    """Refuse `bytearray(n)`, which torch runs and which fills the memory; no state dict has one.
+
+    Raises:
+        UserError: if it is there.
+    """
+    for operation, argument, _ in pickletools.genops(file):
+        if operation.name == "GLOBAL" and str(argument).endswith(" bytearray"):
+            raise UserError(f"{path!r} was refused and nothing in it was run: its pickle asks for bytearray")
+
+
 def _load_safetensors(path: Path) -> Any:
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # Its header can say anything, and some of it is only found out in Python.
         raise UserError(
             f"{str(path)!r} is neither safetensors nor a file of torch.save: {' '.join(str(error).split())}"
         ) from error
 
 
-def _load_pickle(path: Path) -> Any:
+def _load_pickle(path: Path, *, archive: bool) -> Any:
     try:
+        _check_archive(path) if archive else _check_old(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -111,6 +168,8 @@ def _load_pickle(path: Path) -> Any:
             f"{str(path)!r} was refused and nothing in it was run: {what}; only tensors, plain values and "
             f"argparse.Namespace are read, so save the state dict alone, or as safetensors"
         ) from error
+    except UserError:
+        raise
     except Exception as error:
         # A damaged pickle makes the unpickler stumble over its own stack: any error can come of it.
         reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__

@@ -31,7 +31,7 @@ class HogConfig(Config):
     cell: int | tuple[int, int] | None = None
     """Pixels per cell, one number or [height, width]; None halves the patch (8 for /16, 7 for /14) and
     keeps an odd axis whole."""
-    bins: int = Field(default=9, ge=2)
+    bins: int = Field(default=9, ge=2, le=1024)
     """Orientations between 0 and pi."""
 
     def build(self, *, patch_size: tuple[int, int], in_chans: int) -> HogObjective:

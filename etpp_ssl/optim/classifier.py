@@ -23,13 +23,13 @@ class ClassifierOptimConfig(Config):
     name: Literal["adamw", "lamb", "sgd"] = "adamw"
     """`lamb` is timm's, `sgd` torch's with Nesterov momentum. Weight decay is decoupled from the gradient
     in `adamw` only; `lamb` adapts the rate of the decayed parameters only."""
-    base_lr: float = Field(default=5e-4, gt=0)
+    base_lr: float = Field(default=5e-4, gt=0, le=1e4)
     """Peak learning rate per 256 images of the global batch."""
-    min_lr: float = Field(default=1e-6, ge=0)
+    min_lr: float = Field(default=1e-6, ge=0, le=1e4)
     """Final learning rate, not scaled by the batch; layer decay scales it like any other, as MAE."""
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
     """Share of the run's compute over which the learning rate rises linearly from 0."""
-    weight_decay: float = Field(default=0.05, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0, le=1e4)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Of `adamw` and `lamb`."""
     eps: float = Field(default=1e-8, gt=0)

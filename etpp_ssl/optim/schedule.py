@@ -13,13 +13,13 @@ from etpp_ssl.config import Config
 class OptimConfig(Config):
     """AdamW and its schedule (MAE, Table 8)."""
 
-    base_lr: float = Field(default=1.5e-4, gt=0)
+    base_lr: float = Field(default=1.5e-4, gt=0, le=1e4)
     """Peak learning rate per 256 images of the global batch, that of the stage where stages differ."""
-    min_lr: float = Field(default=0.0, ge=0)
+    min_lr: float = Field(default=0.0, ge=0, le=1e4)
     """Final learning rate, as it is (not scaled by the batch)."""
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
     """Share of the run's compute over which the learning rate rises linearly from 0."""
-    weight_decay: float = Field(default=0.05, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0, le=1e4)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     decay_tokens: bool = True

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 
-from etpp_ssl.config import UserError
+from etpp_ssl.atomic import replaced_file
 from etpp_ssl.report import markup, sections
 from etpp_ssl.report.gallery import reconstructions
 from etpp_ssl.report.history import History, read_histories
@@ -34,15 +32,8 @@ def write_report(
     histories = read_histories(run_dirs, say)
     file = Path(out) if out is not None else Path(run_dirs[0]) / "report" / "index.html"
     text = page(histories, say)
-    aside = file.with_name(f".writing-{file.name}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_file(file) as aside:
         aside.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(aside, file)
-    except OSError as error:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise UserError(f"{str(file)!r} cannot be written: {error.strerror or error}") from error
     return file
 
 

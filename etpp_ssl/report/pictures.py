@@ -5,6 +5,7 @@ Legend: C channels, H, W pixels.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,13 @@ from torch import Tensor
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.data.augment import EvalView, Normalise, to_bands, to_tensor
+from etpp_ssl.data.decode import most_bytes
 from etpp_ssl.data.folder import image_files, printable
 from etpp_ssl.data.images import ImageSource, UnreadableImage
 from etpp_ssl.data.picture import open_picture
 from etpp_ssl.data.splits import keyed_indices, open_split
 from etpp_ssl.recipe import Recipe
+from etpp_ssl.regular_file import read_regular
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,12 @@ def pictures_of_files(paths: Sequence[Path], recipe: Recipe, count: int) -> list
         UserError: if a path does not exist, a folder has no images, or an image cannot be read or has
             other channels than the recipe's `in_chans`.
     """
-    view = EvalView(recipe.size, recipe.data.crop_pct)
+    view, max_pixels = EvalView(recipe.size, recipe.data.crop_pct), recipe.data.max_pixels
     pictures = []
     for number, file in enumerate(_files(paths, count)):
         try:
-            image = open_picture(file.read_bytes(), recipe.in_chans)
+            data = read_regular(file, most_bytes(max_pixels, recipe.in_chans))
+            image = open_picture(data, recipe.in_chans, max_pixels)
             pixels = view(image, number, recipe.size)
         except (OSError, UnreadableImage) as error:
             reason = getattr(error, "strerror", None) or error
@@ -111,12 +115,15 @@ def _open(recipe: Recipe, split: str) -> ImageSource:
 
 def _files(paths: Sequence[Path], count: int) -> Iterator[Path]:
     for path in paths:
-        if path.is_dir():
-            inside = sorted(image_files(path))[:count]
+        if os.path.isdir(path):
+            try:
+                inside = sorted(image_files(path))[:count]
+            except OSError as error:
+                raise UserError(f"image folder {str(path)!r} cannot be read: {error.strerror}") from error
             if not inside:
                 raise UserError(f"image folder {str(path)!r} has no images in it")
             yield from (path / name for name in inside)
-        elif path.exists():
+        elif os.path.exists(path):
             yield path
         else:
             raise UserError(f"image {str(path)!r} does not exist")

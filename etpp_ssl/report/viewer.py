@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from etpp_ssl.atomic import replaced_file
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.curriculum.cost import area_share
 from etpp_ssl.recipe import Recipe
@@ -166,7 +167,8 @@ def write_grids(
             rows = [shown.crops, [shown.masked, *shown.predictions]]
             heading = _heading(viewer, picture, shown, title)
             written.append(folder / _file_name(picture, checkpoint.step, bandwidth))
-            save_grid(grid_figure(rows, heading, enlargement(recipe.size)), written[-1])
+            with replaced_file(written[-1]) as aside:
+                save_grid(grid_figure(rows, heading, enlargement(recipe.size)), aside)
     except OSError as error:
         raise UserError(f"{str(folder)!r} cannot be written to: {error.strerror or error}") from error
     return written

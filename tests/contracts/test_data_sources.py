@@ -1,4 +1,4 @@
-"""What every data source promises; a new file in etpp_ssl/data is found by itself.
+"""What every data source promises that is addressed by index; a new file in etpp_ssl/data is found by itself.
 
 A new source needs one line here too: how to make a tiny data set of it (`EXAMPLES`).
 """
@@ -15,7 +15,7 @@ import tarfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -28,11 +28,13 @@ from etpp_ssl.data.augment import TrainView, to_tensor
 from etpp_ssl.data.file_list import FileListConfig
 from etpp_ssl.data.folder import FolderConfig
 from etpp_ssl.data.images import DataConfig, ImageSource, UnreadableImage
+from etpp_ssl.data.indexed import AnyIndexedData
 from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches
 from etpp_ssl.data.prepare import PrepareConfig, prepare
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.shards import ShardsConfig
 from etpp_ssl.data.splits import Subset, open_split
+from etpp_ssl.data.stream import StreamConfig
 from etpp_ssl.data.synthetic import SyntheticConfig
 from etpp_ssl.data.timm_dataset import TimmConfig
 
@@ -125,13 +127,14 @@ EXAMPLES: dict[str, list[Example]] = {
 
 
 def component_configs(package: Any) -> list[type[DataConfig]]:
-    """The data Configs of a package's modules that carry a literal `name`."""
+    """The indexed data Configs of a package's modules that carry a literal `name`."""
     found = []
     for module_info in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         module = importlib.import_module(module_info.name)
         for member in vars(module).values():
             is_config = isinstance(member, type) and issubclass(member, DataConfig)
-            if is_config and member.__module__ == module.__name__:
+            # Streams promise less; see test_streams.py.
+            if is_config and not issubclass(member, StreamConfig) and member.__module__ == module.__name__:
                 field = member.model_fields.get("name")
                 if field is not None and get_origin(field.annotation) is Literal:
                     found.append(member)
@@ -200,6 +203,7 @@ def assert_same(ones: list[Batch], others: list[Batch]) -> None:
 def test_every_source_in_the_package_has_an_example_here_and_a_name_of_its_own() -> None:
     assert {"folder", "list", "shards", "timm", "synthetic"} <= set(CONFIGS)
     assert len(CONFIGS) == len(component_configs(etpp_ssl.data))
+    assert set(CONFIGS.values()) == set(get_args(AnyIndexedData))
     missing = sorted(set(CONFIGS) - set(EXAMPLES))
     assert not missing, f"add to EXAMPLES how to make a tiny data set of: {', '.join(missing)}"
 

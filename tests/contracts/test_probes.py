@@ -7,9 +7,6 @@ it was; one that needs labels beats chance on images that differ by class.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -17,9 +14,11 @@ from typing import get_args
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TINY
+from ranks import Server
+from tiny_runs import TINY
 
 from etpp_ssl.data.augment import Normalise
+from etpp_ssl.engine.peers import leave
 from etpp_ssl.engine.run import build_probe
 from etpp_ssl.evaluation.base import Probe
 from etpp_ssl.model.mae import MaskedAutoencoder
@@ -107,19 +106,12 @@ def test_labels_that_say_nothing_are_not_learnt(
 
 
 @pytest.fixture(scope="module")
-def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, float]]]:
+def of_two_processes(ranks: Server, tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, float]]]:
     """For each of two gloo processes the numbers of all cases."""
     folder = tmp_path_factory.mktemp("gloo")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    done = subprocess.run(
-        [*command, str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    ranks.run(
+        None, 2, before=f"from contracts.test_probes import write_all\nwrite_all({str(folder)!r}, rank)"
     )
-    assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -152,10 +144,8 @@ def write_coloured(root: Path) -> None:
                 Image.new("RGB", (27, 19), noisy).save(folder / f"{i}.png")
 
 
-if __name__ == "__main__":
+def write_all(folder: str, rank: int) -> None:
+    """What one of several processes does."""
     found = [numbers_on_odd_data(*case) for case in CASES]
-    file = Path(sys.argv[1]) / f"{os.environ['RANK']}.json"
-    file.write_text(json.dumps(found), encoding="utf-8")
-    # Neither ends while the other may still be reading what it sent.
-    Accelerator(cpu=True).wait_for_everyone()
-    Accelerator(cpu=True).end_training()
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    leave(Accelerator(cpu=True))

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -204,10 +205,11 @@ def test_a_file_that_cannot_be_read_is_an_unreadable_image_with_the_reason(
     with pytest.raises(UnreadableImage, match=r"^Is a directory$"):
         source.load(1)
 
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, flags: int) -> int:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    # For root, whom permissions do not stop.
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(UnreadableImage, match=r"^Permission denied$"):
         source.load(2)
 
@@ -275,14 +277,14 @@ def test_the_order_is_independent_of_the_file_systems_order(
     write_images(tmp_path, "cat/b.png", "cat/a.png", "cat/B.png", "dog/x/1.png", "dog/2.png", "é/1.png")
     (tmp_path / "zoo").symlink_to(tmp_path / "cat", target_is_directory=True)
     plain = open_folder(tmp_path)
-    walk = os.walk
+    scan = os.scandir
 
-    def backward(top: Path, **options: Any) -> Iterator[tuple[str, list[str], list[str]]]:
-        for current, folders, files in walk(top, **options):
-            folders.sort(reverse=True)
-            yield current, folders, sorted(files, reverse=True)
+    @contextmanager
+    def backward(path: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+        with scan(path) as entries:
+            yield iter(sorted(entries, key=lambda entry: entry.name, reverse=True))
 
-    monkeypatch.setattr(os, "walk", backward)
+    monkeypatch.setattr(os, "scandir", backward)
     other = open_folder(tmp_path)
     assert plain.files == other.files == sorted(plain.files, key=os.fsencode)
     assert plain.files[:3] == ["cat/B.png", "cat/a.png", "cat/b.png"]

@@ -396,7 +396,7 @@ def test_the_command_prints_what_it_made(tmp_path: Path, capsys: pytest.CaptureF
     printed = capsys.readouterr()
     assert "train: 5 images in 1 shards" in printed.out
     assert "val: 2 images in 1 shards" in printed.out
-    assert "kept as it is: oak/001.png: " in printed.err
+    assert "kept as it is: 'oak/001.png': " in printed.err
     index = json.loads((tmp_path / "shards/val/index.json").read_text())
     assert [name for name, _ in index["bad"]] == ["oak/001.png"]
 

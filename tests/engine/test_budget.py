@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from stream_sources import write_tars
 from torch import Tensor
 
 import etpp_ssl.engine.budget as budget
@@ -202,6 +203,20 @@ def test_a_measured_step_computes_what_a_trained_step_does(
     assert all(torch.equal(value, expected[name]) for name, value in run.bare_model.state_dict().items())
 
 
+def test_a_plan_that_cannot_be_shown_ends_no_run(
+    clock: Clock,
+    hours_recipe: Callable[..., Recipe],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(folder: RunFolder, plan: Any) -> None:
+        raise UserError("'plan.json' cannot be written: No space left on device")
+
+    monkeypatch.setattr(budget, "write_plan", refuse)
+    assert pretrain(hours_recipe()).finished
+    assert "warning: 'plan.json' cannot be written: No space left on device" in capfd.readouterr().err
+
+
 def test_a_budget_too_short_is_one_sentence_and_writes_nothing(
     clock: Clock, hours_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
@@ -211,6 +226,20 @@ def test_a_budget_too_short_is_one_sentence_and_writes_nothing(
         pretrain(hours_recipe(seconds=40))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stream_is_read_on_after_every_new_plan_and_every_kill(
+    clock: Clock, hours_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    data = f"data={{name: webdataset, urls: {write_tars(tmp_path / 'tars')}, num_images: 31, num_workers: 0}}"
+    common = [data, "data.shuffle_buffer=4", "checkpoint.every_steps=5"]
+    pretrain(hours_recipe(f"output={tmp_path / 'whole'}", *common))
+    clock.crash_at, clock.steps = clock.steps - 8, 0
+    with pytest.raises(Crash):
+        pretrain(hours_recipe(f"output={tmp_path / 'cut'}", *common))
+    clock.crash_at = None
+    pretrain(hours_recipe(f"output={tmp_path / 'cut'}", *common))
+    assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_another_budget_is_refused_on_resume(

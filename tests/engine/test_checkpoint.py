@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from etpp_ssl.engine.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
+from etpp_ssl.engine.rotation import clear_leftovers
 from etpp_ssl.recipe import CheckpointConfig
-from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.run_folder import Checkpoint, RunFolder
 
 
 def trained(width: int = 3) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -110,7 +110,7 @@ def test_every_optimizer_goes_on_to_the_bit(name: str, regrouped: bool, tmp_path
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_flush", "replace"])
+@pytest.mark.parametrize("failing", ["save_file", "flush_folder", "take_place"])
 def test_a_write_that_fails_leaves_the_old_checkpoint(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +121,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(
     def no_space(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    target = os if failing == "replace" else checkpoint_module
+    target = checkpoint_module
     monkeypatch.setattr(target, failing, no_space)
     with pytest.raises(UserError, match=r"step 2 could not be written.*No space left"):
         save_checkpoint(folder, 2, model, optimizer, {}, keep=1)
@@ -164,6 +164,46 @@ def test_folders_that_are_no_checkpoints_are_passed_over(tmp_path: Path) -> None
     assert folder.newest(print) is None
 
 
+def test_a_checkpoint_that_goes_while_one_reads_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    model, optimizer = trained()
+    save_checkpoint(folder, 1, model, optimizer, {}, keep=1)
+    real = Checkpoint.fault
+
+    def fault(self: Checkpoint) -> str | None:
+        if self.step == 1:
+            save_checkpoint(folder, 2, model, optimizer, {}, keep=1)
+        return real(self)
+
+    monkeypatch.setattr(Checkpoint, "fault", fault)
+    newest = folder.newest(pytest.fail)
+    assert newest is not None
+    assert newest.step == 2
+
+
+def test_what_a_killed_run_has_left_is_cleared(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    model, optimizer = trained()
+    for step in (1, 2, 3):
+        save_checkpoint(folder, step, model, optimizer, {}, keep=9)
+    place = folder.checkpoint_folder
+    # A checkpoint of step 2 was about to take another one's place; the one of step 3 is of no use.
+    (place / "step-00000002").rename(place / ".old-step-00000002")
+    (place / ".writing-step-00000002").mkdir()
+    (place / ".removing-step-00000000").mkdir()
+    (place / ".removing-step-00000000" / "state.json").write_text("{}")
+    assert [(c.step, c.fault()) for c in folder.checkpoints()] == [(3, None), (2, None), (1, None)]
+    clear_leftovers(folder, 2)
+    assert sorted(path.name for path in place.iterdir()) == ["step-00000001", "step-00000002"]
+    # Here it had taken that place.
+    (place / "step-00000001").rename(place / ".old-step-00000002")
+    assert [c.path.name for c in folder.checkpoints()] == ["step-00000002"]
+    clear_leftovers(folder, 2)
+    assert [path.name for path in place.iterdir()] == ["step-00000002"]
+
+
 def test_a_checkpoint_is_due_by_steps_or_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(checkpoint_module.time, "monotonic", lambda: now)
@@ -171,7 +211,7 @@ def test_a_checkpoint_is_due_by_steps_or_minutes(monkeypatch: pytest.MonkeyPatch
     assert [step for step in range(1, 11) if clock.due(step)] == [5, 10]
     now += 121
     assert clock.due(6)
-    clock.written()
+    clock.start()
     assert not clock.due(7)
     never = CheckpointClock(CheckpointConfig(every_steps=None, every_minutes=None))
     now += 1e6

@@ -218,6 +218,21 @@ def test_a_classifier_skips_and_rewinds_with_its_average(
     assert all(torch.equal(a[name], b[name]) for name in a), "a rewind brings back everything"
 
 
+@pytest.mark.usefixtures("verdict")
+def test_a_skipped_step_leaves_the_statistics_of_batch_norms_alone(
+    tiny_classifier: Callable[..., FinetuneRecipe],
+) -> None:
+    with poisoned(1, 3):
+        run = finetune(
+            tiny_classifier(
+                "model={name: resnet10t}", "image_size=32", "budget_epochs=1", "curriculum=constant",
+                "nonfinite.policy=skip",
+            )
+        )  # fmt: skip
+    assert run.state.num_skipped == 2
+    assert all(value.isfinite().all() for value in tensors_of(run).values())
+
+
 def test_gradients_are_judged_where_the_loss_is_finite(
     tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks import Server
 
 SCRIPT = """
-import json, sys
+import json
 import timm, torch
 from accelerate import Accelerator
 from etpp_ssl.data.augment import EvalView, Normalise
 from etpp_ssl.data.images import UnreadableImage
 from etpp_ssl.data.splits import Subset
 from etpp_ssl.data.synthetic import SyntheticConfig
+from etpp_ssl.engine.peers import leave
 from etpp_ssl.evaluation.classification import ClassifierEvaluation, EvaluateConfig
 
 class Damaged(Subset):
@@ -38,26 +37,17 @@ for count in (13, 2, 1):
         normalise=Normalise((0.5,) * 3, (0.25,) * 3, accelerator.device), accelerator=accelerator,
         num_workers=0, num_classes=10, config=EvaluateConfig(batch_size=4)).run(model)
     results.append([found.numbers(), found.recall, found.confusion.tolist()])
-with open(f"{sys.argv[1]}.{accelerator.process_index}", "w") as file:
+with open(f"{out}.{rank}", "w") as file:
     json.dump(results, file)
-# Without it gloo's threads may abort a process that is done.
-accelerator.end_training()
+leave(accelerator)
 """
 
 
-def test_any_number_of_processes_finds_the_same_even_with_fewer_images(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+def test_any_number_of_processes_finds_the_same_even_with_fewer_images(ranks: Server, tmp_path: Path) -> None:
     found = []
     for count in (1, 3):
-        out = tmp_path / str(count)
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",
-             str(script), str(out)],
-            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-            timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        out = str(tmp_path / str(count))
+        ranks.run(None, count, before=f"out = {out!r}\n{SCRIPT}")
         found += [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(count)]
     one, *others = found
     assert [numbers["num_images"] for numbers, *_ in one] == [10, 2, 1]

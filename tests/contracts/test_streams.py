@@ -1,0 +1,287 @@
+"""What every stream promises; a new file in etpp_ssl/data is found by itself.
+
+A new stream needs one line in tests/stream_sources.py: how to make a tiny one (`EXAMPLES`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import pytest
+import torch
+from stream_sources import EXAMPLES, NUM_IMAGES
+
+import etpp_ssl.data
+from etpp_ssl.config import RunFault, UserError
+from etpp_ssl.data.augment import TrainView
+from etpp_ssl.data.loader import Batch, batch_loader, batches
+from etpp_ssl.data.mix import MixedStream
+from etpp_ssl.data.sampler import RequestSampler
+from etpp_ssl.data.stream import Stream, StreamConfig
+from etpp_ssl.data.stream_loader import StreamPlace
+from etpp_ssl.data.training import Reader, open_training
+from etpp_ssl.data.webdataset import WebDatasetConfig
+from etpp_ssl.recipe import AnyStream
+
+SIZE = (16, 24)
+SEED = 6
+NUM_STEPS = 12
+
+
+def stream_configs() -> list[type[StreamConfig]]:
+    """The stream Configs of the package's modules that carry a literal `name`."""
+    found = []
+    for module_info in pkgutil.iter_modules(etpp_ssl.data.__path__, "etpp_ssl.data."):
+        module = importlib.import_module(module_info.name)
+        for member in vars(module).values():
+            is_stream = isinstance(member, type) and issubclass(member, StreamConfig)
+            if is_stream and member.__module__ == module.__name__:
+                field = member.model_fields.get("name")
+                if field is not None and get_origin(field.annotation) is Literal:
+                    found.append(member)
+    return found
+
+
+CONFIGS = {config.model_fields["name"].default: config for config in stream_configs()}
+
+
+@pytest.fixture(scope="module", params=sorted(EXAMPLES))
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> StreamConfig:
+    return EXAMPLES[request.param](tmp_path_factory.mktemp(request.param))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps of seven images, in micro-batches of three at most."""
+
+    step: int
+    bandwidth: tuple[int, int] = SIZE
+    progress: float = 0.5
+
+    @property
+    def samples(self) -> range:
+        return range(7 * self.step, 7 * self.step + 7)
+
+
+@dataclass
+class Read:
+    """What one process has read, and where it stood after each batch."""
+
+    batches: list[Batch]
+    places: list[StreamPlace]
+
+    @property
+    def numbers(self) -> list[int]:
+        """The images, by their labels."""
+        return [label for batch in self.batches for label in batch.labels.tolist()]
+
+
+def read(
+    config: StreamConfig,
+    *,
+    num_workers: int = 0,
+    rank: int = 0,
+    num_processes: int = 1,
+    seed: int = SEED,
+    first_step: int = 0,
+    place: StreamPlace | None = None,
+) -> Read:
+    place = place or StreamPlace.beginning(num_workers)
+    view = TrainView(image_size=SIZE, crop_scale=(0.3, 1.0), flip=True, lanczos=False, seed=seed)
+    sampler = partial(
+        RequestSampler,
+        step_plan=Plan,
+        steps=range(first_step, NUM_STEPS),
+        rank=rank,
+        num_processes=num_processes,
+        micro_batch_size=3,
+    )
+    images = open_training(config, in_chans=3, image_size=SIZE, seed=seed)
+    reader = Reader(seed, rank, num_processes, view, None, place)
+    builder, requests = images.loading(sampler, reader)
+    loader = batch_loader(builder, requests, num_workers=num_workers, prefetch=2, pin_memory=False)
+    found = Read([], [])
+    for batch in batches(loader):
+        place = place.after(batch)
+        found.batches.append(batch)
+        found.places.append(StreamPlace.from_json(place.to_json()))
+    return found
+
+
+def assert_same(ones: list[Batch], others: list[Batch]) -> None:
+    assert len(ones) == len(others)
+    for one, other in zip(ones, others, strict=True):
+        assert (one.request, one.bad, one.cursor) == (other.request, other.bad, other.cursor)
+        for key in ("images", "labels", "positions"):
+            assert torch.equal(getattr(one, key), getattr(other, key))
+
+
+def shard_streams(stream: Stream) -> list[Stream]:
+    """The stream, or those that it mixes."""
+    return [*stream.streams] if isinstance(stream, MixedStream) else [stream]
+
+
+def epochs_of(stream: Stream, lane: int, num_lanes: int) -> Iterator[list[int]]:
+    """What a lane reads, epoch after epoch."""
+    reader, epoch, found = stream.lane(lane, num_lanes, None), 0, []
+    while True:
+        item = reader.take()
+        if reader.cursor()["epoch"] != epoch:
+            yield found
+            epoch, found = epoch + 1, []
+        found.append(item.label)
+
+
+def test_every_stream_has_an_example_a_name_of_its_own_and_is_known_to_recipes() -> None:
+    assert {"webdataset", "huggingface", "mix"} <= set(CONFIGS)
+    assert len(CONFIGS) == len(stream_configs())
+    assert set(CONFIGS.values()) == set(get_args(AnyStream))
+    missing = sorted(set(CONFIGS) - set(EXAMPLES))
+    assert not missing, f"add to EXAMPLES how to make a tiny stream of: {', '.join(missing)}"
+
+
+def test_an_example_makes_the_stream_that_it_is_listed_under(config: StreamConfig) -> None:
+    assert type(config) is CONFIGS[config.name]
+
+
+@pytest.mark.parametrize("num_lanes", [1, 3, 7])
+def test_each_epoch_has_each_sample_once_over_all_lanes_in_a_new_order(
+    config: StreamConfig, num_lanes: int
+) -> None:
+    for stream in shard_streams(config.open_stream(SEED)):
+        lanes = [epochs_of(stream, lane, num_lanes) for lane in range(num_lanes)]
+        orders = []
+        for _ in range(3):
+            parts = [next(lane) for lane in lanes]
+            numbers = [number for part in parts for number in part]
+            first = min(numbers)
+            assert sorted(numbers) == list(range(first, first + NUM_IMAGES))
+            assert all(parts), "a lane had nothing to read"
+            orders.append(parts)
+        assert orders[0] != orders[1] != orders[2] != orders[0]
+        # The lanes change shards, too: otherwise a lane would show the same images for ever.
+        assert num_lanes == 1 or {*orders[0][0]} != {*orders[1][0]} or {*orders[1][0]} != {*orders[2][0]}
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_the_order_is_a_function_of_the_seed(config: StreamConfig, num_workers: int) -> None:
+    found = read(config, num_workers=num_workers)
+    assert_same(found.batches, read(config, num_workers=num_workers).batches)
+    positions = [position for batch in found.batches for position in batch.positions.tolist()]
+    assert positions == list(range(7 * NUM_STEPS))
+    if not num_workers:
+        # One worker reads the one lane that a process without workers reads itself.
+        assert_same(found.batches, read(config, num_workers=1).batches)
+        assert found.numbers != read(config, seed=SEED + 1).numbers
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_a_run_resumed_after_any_step_goes_on_as_if_it_had_not_stopped(
+    config: StreamConfig, num_workers: int
+) -> None:
+    whole = read(config, num_workers=num_workers)
+    # Processes are dear: with workers, after one step within an epoch and a block, and one behind them.
+    for first_step in range(1, NUM_STEPS) if not num_workers else (2, 9):
+        before = sum(batch.request.step < first_step for batch in whole.batches)
+        tail = read(config, num_workers=num_workers, first_step=first_step, place=whole.places[before - 1])
+        assert_same(tail.batches, whole.batches[before:])
+        assert tail.places == whole.places[before:]
+
+
+def test_processes_share_the_samples_of_an_epoch(config: StreamConfig) -> None:
+    parts = [read(config, rank=rank, num_processes=2) for rank in range(2)]
+    positions = [sorted(p for b in part.batches for p in b.positions.tolist()) for part in parts]
+    assert sorted(positions[0] + positions[1]) == list(range(7 * NUM_STEPS))
+    # A quarter of what each reads is of its first epoch for sure.
+    first, second = ({*part.numbers[: NUM_IMAGES // 4]} for part in parts)
+    assert not first & second
+    for rank, part in enumerate(parts):
+        place = part.places[5]
+        step = part.batches[6].request.step
+        tail = read(config, rank=rank, num_processes=2, first_step=step, place=place)
+        assert_same(tail.batches, part.batches[6:])
+
+
+def test_broken_samples_are_named_and_the_next_ones_take_their_places(tmp_path: Path) -> None:
+    for name, make in EXAMPLES.items():
+        whole = read(make(tmp_path / name / "whole"))
+        config = make(tmp_path / name / "broken", (3, 17))
+        broken = read(config)
+        expected = [number for number in whole.numbers if number not in (3, 17, 103, 117)]
+        assert broken.numbers[: len(expected)] == expected
+        assert len(broken.numbers) == len(whole.numbers)
+        bad = [bad for batch in broken.batches for bad in batch.bad]
+        shards = {bad.name.split(" :: ")[0].rsplit("/", 1)[1].split(".")[0] for bad in bad}
+        assert shards == {"0", "3"}, "they lie in the first and in the fourth shard"
+        assert len({bad.index for bad in bad}) == len({bad.name for bad in bad})
+        assert len({bad.name for bad in bad}) == (4 if name == "mix" else 2)
+        assert all(bad.reason and "\n" not in bad.reason for bad in bad)
+        tail = read(config, first_step=3, place=broken.places[8])
+        assert_same(tail.batches, broken.batches[9:])
+
+
+def test_a_stream_of_broken_samples_is_one_sentence(tmp_path: Path) -> None:
+    for name, make in EXAMPLES.items():
+        config = make(tmp_path / name, range(NUM_IMAGES))
+        for num_workers in (0, 1):
+            with pytest.raises(UserError, match=r"^data: 100 images in a row cannot be read") as error:
+                read(config, num_workers=num_workers)
+            assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_that_cannot_be_read_is_a_fault_of_the_run(num_workers: int) -> None:
+    config = WebDatasetConfig(urls="pipe:exit 3", num_images=NUM_IMAGES, retries=0)
+    with pytest.raises(RunFault, match=r"^data: shard 'pipe:exit 3' cannot be read after 1 try") as error:
+        read(config, num_workers=num_workers)
+    assert "\n" not in str(error.value)
+
+
+def test_too_few_shards_are_one_sentence_with_both_numbers(config: StreamConfig) -> None:
+    stream = config.open_stream(SEED)
+    stream.check_lanes(7)
+    with pytest.raises(UserError, match=r"7 shards .* the 8 data workers") as error:
+        stream.check_lanes(8)
+    assert "\n" not in str(error.value)
+
+
+def test_a_stream_is_small_to_pickle_and_its_copy_reads_the_same(config: StreamConfig) -> None:
+    stream = config.open_stream(SEED)
+    lane = stream.lane(0, 2, None)
+    text = pickle.dumps(stream)
+    assert len(text) < 20_000
+    copy = pickle.loads(text)
+    assert copy.fingerprint() == stream.fingerprint()
+    other = copy.lane(0, 2, None)
+    assert [lane.take() for _ in range(20)] == [other.take() for _ in range(20)]
+
+
+def test_the_settings_of_indexed_data_that_a_stream_cannot_have_are_refused(config: StreamConfig) -> None:
+    values = config.model_dump(mode="json")
+    for change, words in (
+        ({"num_images": None}, "num_images is missing"),
+        ({"holdout": 3}, "holdout is 3"),
+        ({"label_share": 0.5}, "label_share is 0.5"),
+        ({"labels_per_class": 2}, "labels_per_class is 2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            type(config).model_validate({**values, **change})
+
+
+def test_images_by_index_come_from_the_evaluation_data(config: StreamConfig) -> None:
+    for split in ("train", "eval"):
+        with pytest.raises(UserError, match=r"data\.eval is missing: a stream has no") as error:
+            config.open(split, in_chans=3, image_size=SIZE, seed=SEED)
+        assert "\n" not in str(error.value)
+    values = config.model_dump(mode="json")
+    values["eval"] = {"name": "synthetic", "num_images": 9, "num_eval_images": 5}
+    given = type(config).model_validate(values)
+    lengths = [len(given.open(split, in_chans=3, image_size=SIZE, seed=SEED)) for split in ("train", "eval")]
+    assert lengths == [9, 5]

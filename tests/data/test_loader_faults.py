@@ -1,0 +1,525 @@
+"""Workers that die, loaders that stall, memory that is full: one sentence with the images, and no hang."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loader_scenes import Trapped, run_aside
+
+import etpp_ssl.data.time_limit as time_limit_module
+import etpp_ssl.data.watch as watch_module
+from etpp_ssl.config import RunFault, UserError
+from etpp_ssl.data.augment import EvalView
+from etpp_ssl.data.decode import one_line_reasons
+from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches, evaluation_requests
+from etpp_ssl.data.loader_faults import LoaderFault, Scene, handover_failed, worker_died
+from etpp_ssl.data.reading import NAME_BYTES, Reading, ReadingBoard
+from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
+from etpp_ssl.data.synthetic import SyntheticConfig
+from etpp_ssl.data.time_limit import Expired, TimeLimit
+
+# More workers than cores are wanted here.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),
+    pytest.mark.skipif(sys.platform != "linux", reason="ends and watches processes by Linux's means"),
+]
+
+SIZE = (16, 24)
+NUM_IMAGES = 40
+TRAP = 14
+"""With four images a batch and two workers it is the third image of batch 3, the second one's second."""
+GO_ON = "; the same command goes on from its last checkpoint, if it writes any"
+
+
+def requests(first: int = 0) -> list[BatchRequest]:
+    """Ten steps of four images, in order."""
+    return [
+        BatchRequest(step, images, images, SIZE, progress=step / 10, weight=1.0, last=True)
+        for step in range(first, 10)
+        for images in [tuple(range(4 * step, 4 * step + 4))]
+    ]
+
+
+def opened(
+    act: Callable[[], Any],
+    num_workers: int = 2,
+    *,
+    index: int = TRAP,
+    stall_seconds: float | None = None,
+    asked: list[BatchRequest] | Iterator[BatchRequest] | None = None,
+) -> Generator[Batch, None, None]:
+    """Batches of a data set in which something happens at one image."""
+    inner = SyntheticConfig(num_images=NUM_IMAGES).open("train", in_chans=3, image_size=SIZE, seed=0)
+    builder = BatchBuilder(Trapped(inner, index, act), EvalView(SIZE, 1.0), KeyedOrder(NUM_IMAGES, 0))
+    return batches(
+        batch_loader(
+            builder,
+            requests() if asked is None else asked,
+            num_workers=num_workers,
+            prefetch=2,
+            pin_memory=False,
+            stall_seconds=stall_seconds,
+        )
+    )
+
+
+def nothing() -> None:
+    """Does no harm."""
+
+
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sleep_long() -> None:
+    time.sleep(1000)
+
+
+def told(run: Callable[[], object]) -> str:
+    """The sentence of the fault that `run` ends with, in a process of its own, which leaves nobody behind."""
+
+    def body() -> None:
+        try:
+            run()
+        except RunFault as fault:
+            print(fault, file=sys.stderr)
+            print(f"children {len(multiprocessing.active_children())}", file=sys.stderr)
+            sys.exit(fault.exit_code)
+
+    ended = run_aside(body)
+    assert ended.code == 1, ended.stderr
+    assert ended.left_over == []
+    assert "Traceback" not in ended.stderr
+    *_, sentence, children = ended.stderr.strip().splitlines()
+    assert children == "children 0"
+    return sentence
+
+
+IN_HAND = (
+    r"step 3, samples 12, 13, 14, 15 "
+    r"\('photos/12\.jpg', 'photos/13\.jpg', 'photos/14\.jpg', 'photos/15\.jpg'\)"
+)
+
+
+@pytest.mark.parametrize(
+    ("act", "fate"),
+    [
+        (kill_self, r"was killed by SIGKILL, probably out of memory \(lower .*data\.num_workers.*\),"),
+        (lambda: os._exit(3), "ended with exit code 3"),
+        (lambda: ctypes.string_at(0), "was killed by SIGSEGV"),
+        (os.abort, "was killed by SIGABRT"),
+        (
+            lambda: os.kill(os.getpid(), signal.SIGBUS),
+            r"was killed by SIGBUS, probably because shared memory \(/dev/shm, .* free\) is full "
+            r"\(lower data\.num_workers or data\.prefetch, .*--shm-size=8g\)\),",
+        ),
+    ],
+    ids=["SIGKILL", "exit 3", "SIGSEGV", "SIGABRT", "SIGBUS"],
+)
+def test_a_worker_that_dies_is_named_with_the_image_it_was_reading(act: Callable[[], Any], fate: str) -> None:
+    sentence = told(lambda: list(opened(act)))
+    assert re.fullmatch(
+        rf"data: worker process 2 of 2 {fate} when it was reading image 'photos/14\.jpg' \(sample 14\), "
+        rf"at work on {IN_HAND}(, while step \d was waited for)?{GO_ON}",
+        sentence,
+    )
+
+
+def test_a_worker_that_died_while_a_batch_was_in_use_is_noticed_at_once() -> None:
+    def act() -> None:
+        time.sleep(0.3)  # Until batch 0 is on its way.
+        os._exit(0)
+
+    with closing(opened(act, num_workers=1, index=6)) as loader:
+        assert next(loader).request.step == 0
+        for worker in multiprocessing.active_children():
+            worker.join(30)
+        with pytest.raises(LoaderFault) as error:
+            list(loader)
+    said = str(error.value)
+    assert said.startswith("data: worker process 1 of 1 ended with exit code 0 when it was reading image ")
+    assert "'photos/06.jpg' (sample 6), at work on step 1" in said
+
+
+def test_a_death_is_told_where_a_batch_is_waited_for_and_nowhere_else() -> None:
+    with closing(opened(nothing)) as training:
+        assert next(training).request.step == 0
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        for worker in multiprocessing.active_children():
+            worker.join(10)
+        time.sleep(0.1)
+        # An evaluation in this process: in its decoder any error would make an image unreadable.
+        evaluated = list(opened(nothing, num_workers=0))
+        assert len(evaluated) == 10
+        assert not any(batch.bad for batch in evaluated)
+        # And one with workers of its own.
+        assert len(list(opened(nothing))) == 10
+        with pytest.raises(LoaderFault, match=r"worker process 1 of 2 was killed by SIGKILL.* step"):
+            list(training)
+
+
+def test_a_worker_that_hangs_up_before_it_dies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(opened(lambda: time.sleep(0.5) or os._exit(5))) as loader:
+        next(loader)
+
+        def hung_up(watch: object) -> Batch:
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+
+        monkeypatch.setattr(watch_module, "DEATH_SECONDS", 30.0)
+        monkeypatch.setattr(watch_module.Watch, "_next", hung_up)
+        with pytest.raises(LoaderFault, match="worker process 2 of 2 ended with exit code 5"):
+            next(loader)
+
+
+def test_the_loader_whose_worker_dies_is_the_one_that_says_so() -> None:
+    training, evaluation = opened(nothing), opened(kill_self)
+    with closing(training), closing(evaluation):
+        next(training)
+        with pytest.raises(LoaderFault, match="worker process 2 of 2 was killed by SIGKILL"):
+            list(evaluation)
+        assert [batch.request.step for batch in training] == list(range(1, 10))
+
+
+def test_a_worker_that_dies_while_the_loader_is_opened_is_named() -> None:
+    def slow() -> Iterator[BatchRequest]:
+        for request in requests():
+            yield request
+            time.sleep(0.5)
+
+    # The first image kills while further requests are still being given out.
+    sentence = told(lambda: list(opened(kill_self, index=0, asked=slow())))
+    assert sentence.startswith("data: worker process 1 of 2 was killed by SIGKILL")
+    assert "reading image 'photos/00.jpg' (sample 0), at work on step 0, samples 0, 1, 2, 3" in sentence
+
+
+def test_no_file_stays_open() -> None:
+    def fail() -> None:
+        with pytest.raises(LoaderFault):
+            list(opened(kill_self))
+        gc.collect()
+
+    def files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    def body() -> None:
+        fail()
+        first = files()
+        fail()
+        # The threads of its queues end when they come to it.
+        deadline = time.monotonic() + 30
+        while files() > first and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert files() <= first
+
+    ended = run_aside(body)
+    assert ended.code == 0, ended.stderr
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_that_stalls_is_named_with_the_image(num_workers: int) -> None:
+    limit = 2.0 if num_workers else 0.5
+    sentence = told(lambda: list(opened(sleep_long, num_workers, stall_seconds=limit)))
+    who = "worker process 2 of 2" if num_workers else "the process"
+    assert re.fullmatch(
+        rf"data: no batch within data\.stall_seconds {limit:g} for {IN_HAND}: {who} is reading image "
+        rf"'photos/14\.jpg' \(sample 14\){GO_ON}",
+        sentence,
+    )
+
+
+def test_a_read_that_blocks_in_a_decoder_is_no_unreadable_image(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+
+    def read() -> None:
+        with one_line_reasons():
+            (tmp_path / "pipe").read_bytes()
+
+    sentence = told(lambda: list(opened(read, 0, stall_seconds=0.5)))
+    assert "is reading image 'photos/14.jpg' (sample 14)" in sentence
+
+
+def test_workers_that_ignore_signals_are_ended_all_the_same() -> None:
+    def deaf() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {signal.SIGKILL})
+        # Without ever letting another thread run.
+        ctypes.PyDLL(None).pause()
+
+    sentence = told(lambda: list(opened(deaf, stall_seconds=2.0)))
+    assert "worker process 2 of 2 is reading image 'photos/14.jpg'" in sentence
+
+
+@pytest.mark.parametrize("where", ["main thread", "another thread"])
+def test_where_no_alarm_gets_through_the_process_ends_with_the_sentence(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time_limit_module, "GRACE_SECONDS", 0.5)
+
+    def stubborn() -> None:
+        while True:
+            try:
+                time.sleep(1000)
+            except BaseException:
+                continue
+
+    def body() -> None:
+        def run() -> None:
+            list(opened(stubborn, 0, stall_seconds=0.5))
+
+        if where == "main thread":
+            run()
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+
+    ended = run_aside(body)
+    assert ended.code == 1
+    assert ended.stderr.startswith("etpp: error: data: no batch within data.stall_seconds 0.5 for step 3, ")
+    assert len(ended.stderr.splitlines()) == 1
+    assert "is reading image 'photos/14.jpg' (sample 14)" in ended.stderr
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_nothing_is_armed_between_two_batches(num_workers: int) -> None:
+    with closing(opened(nothing, num_workers, stall_seconds=60.0)) as waiting:
+        for _ in waiting:
+            assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+            assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_only_waiting_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_limit_module, "GRACE_SECONDS", 0.2)
+
+    def body() -> None:
+        for batch in opened(nothing, stall_seconds=1.0):
+            if batch.request.step == 4:
+                time.sleep(1.8)
+
+    ended = run_aside(body)
+    assert (ended.code, ended.stderr) == (0, "")
+
+
+def test_time_in_which_the_process_is_suspended_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(time_limit_module, "GRACE_SECONDS", 0.3)
+    started = tmp_path / "started"
+
+    def act() -> None:
+        started.touch()
+        time.sleep(0.7)
+
+    def suspend(pid: int) -> None:
+        while not started.exists():
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(2.0)
+        os.kill(pid, signal.SIGCONT)
+
+    ended = run_aside(lambda: list(opened(act, 0, stall_seconds=1.0)), during=suspend)
+    assert (ended.code, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_of_the_data_set_itself_keeps_its_traceback_and_names_the_image(num_workers: int) -> None:
+    def act() -> None:
+        raise KeyError("caption")
+
+    with pytest.raises(KeyError) as error:
+        list(opened(act, num_workers))
+    text = str(error.value) + "".join(getattr(error.value, "__notes__", ()))
+    assert "etpp: it was raised for image 'photos/14.jpg' (sample 14 of step 3)" in text
+    if num_workers:
+        assert "Traceback" in text
+        assert "raise KeyError" in text
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("kind", [UserError, RunFault])
+def test_a_sentence_of_the_data_stays_one_and_of_its_kind(kind: type[UserError], num_workers: int) -> None:
+    def act() -> None:
+        raise kind("shard 7 has gone")
+
+    with pytest.raises(UserError) as error:
+        list(opened(act, num_workers))
+    assert type(error.value) is kind
+    assert str(error.value) == "data: shard 7 has gone"
+
+
+@pytest.mark.parametrize(("size", "when"), [("16k", ""), ("112k", r", while step \d was waited for")])
+def test_full_shared_memory_is_recognised(size: str, when: str) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_namespaces = 0x10000000 | 0x00020000  # CLONE_NEWUSER | CLONE_NEWNS
+
+    def body() -> None:
+        user, group = os.getuid(), os.getgid()
+        if libc.unshare(new_namespaces):
+            sys.exit(77)
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
+        Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+        if libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, f"size={size}".encode()):
+            sys.exit(77)
+        try:
+            # The ten batches, of at least four pages each, are all kept.
+            kept = list(opened(nothing))
+        except LoaderFault as fault:
+            print(fault, file=sys.stderr)
+            sys.exit(1)
+        assert kept
+
+    ended = run_aside(body)
+    if ended.code == 77:
+        pytest.skip("mounting needs user namespaces")
+    assert ended.code == 1, ended.stderr
+    assert re.fullmatch(
+        r"data: shared memory \(/dev/shm, 0 MB, 0 MB free\) has no room for what the workers hand over"
+        rf"{when}: lower data\.num_workers or data\.prefetch, or give a container more "
+        rf"\(docker run --shm-size=8g\){GO_ON}\n",
+        ended.stderr,
+    )
+
+
+def scene(**changed: Any) -> Scene:
+    request = requests()[5]
+    known: dict[str, Any] = {
+        "waited_for": request,
+        "who": "worker process 2 of 4",
+        "in_hand": request,
+        "reading": Reading(21, "7.png"),
+        "name": lambda index: f"{index}.png",
+    }
+    return Scene(**{**known, **changed})
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("unable to open shared memory object </torch_1> in read-write mode"), "has no room"),
+        (
+            RuntimeError("unable to mmap 128 bytes from file </torch_1>: Cannot allocate memory"),
+            "has no room",
+        ),
+        (RuntimeError("Too many open files. Communication with the workers is no longer possible"), "ulimit"),
+        (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "ulimit -n"),
+        (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "4 worker processes cannot be started"),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "lower data.num_workers"),
+        (RuntimeError("Pin memory thread exited unexpectedly"), "pins batches for the GPU"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+        (OSError(errno.EIO, os.strerror(errno.EIO)), None),
+        (KeyError("shared memory"), None),
+    ],
+)
+def test_what_the_machine_lacks_is_told_apart_from_errors_of_the_data(
+    error: Exception, words: str | None
+) -> None:
+    fault = handover_failed(error, scene(), num_workers=4)
+    if words is None:
+        assert fault is None
+        return
+    assert words in str(fault)
+    assert "\n" not in str(fault)
+    assert str(fault).endswith(GO_ON)
+    assert fault.exit_code == 1
+
+
+def test_a_scene_of_which_little_is_known_is_still_a_sentence() -> None:
+    def broken(index: int) -> str:
+        raise IndexError(index)
+
+    nobody = scene(waited_for=None, in_hand=None, reading=None)
+    assert str(worker_died(nobody, 1)) == (
+        f"data: worker process 2 of 4 ended with exit code 1 before it had work{GO_ON}"
+    )
+    unnamed = str(worker_died(scene(name=broken), -64))
+    assert "was killed by SIGRTMAX when it was reading image '7.png' (sample 21)" in unnamed
+    assert "'image 20', 'image 21'" in unnamed
+    other = scene(waited_for=requests()[4])
+    assert f"'23.png'), while step 4 was waited for{GO_ON}" in str(worker_died(other, 1))
+    stream = str(worker_died(scene(name=None), 1))
+    assert f"reading image '7.png' (sample 21), at work on step 5, samples 20, 21, 22, 23{GO_ON}" in stream
+    evaluation = scene(in_hand=evaluation_requests(range(9), size=SIZE, batch_size=9)[0])
+    text = str(worker_died(evaluation, 1))
+    assert "at work on evaluation batch 0, samples 0, 1, 2, 3, 4, and 4 more ('0.png', " in text
+    assert "signal 99" in str(worker_died(scene(), -99))
+
+
+def test_a_board_outlives_the_process_that_wrote_on_it() -> None:
+    board = ReadingBoard(2)
+    assert [board.read(0), board.read(1)] == [None, None]
+    writer = multiprocessing.get_context("fork").Process(target=board.write, args=(1, Reading(5, "a/b.png")))
+    writer.start()
+    writer.join(30)
+    assert [board.read(0), board.read(1)] == [None, Reading(5, "a/b.png")]
+    for name in ("", "K\u00f6ln\n.jpg", os.fsdecode(b"\xff.jpg")):
+        board.write(0, Reading(0, name))
+        assert board.read(0) == Reading(0, name)
+    board.write(0, Reading(7, 500 * "abc"))
+    assert board.read(0) == Reading(7, (500 * "abc")[-NAME_BYTES:])
+    board.write(1, None)
+    assert board.read(1) is None
+
+
+def test_a_limit_leaves_alarms_as_they_were() -> None:
+    rung: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda signum, frame: rung.append(signum))
+    mine = signal.getsignal(signal.SIGALRM)
+    try:
+        with closing(TimeLimit(0.2, str)) as limit:
+            with pytest.raises(Expired), limit:
+                time.sleep(10)
+            assert signal.getsignal(signal.SIGALRM) is mine
+            # Somebody's running timer is not touched.
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with limit:
+                time.sleep(0.5)
+            assert rung == [signal.SIGALRM]
+            # It can be used again.
+            with pytest.raises(Expired), limit:
+                time.sleep(10)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_limits_second_thread_ends_with_it() -> None:
+    before = set(threading.enumerate())
+    limit = TimeLimit(60.0, str)
+    for _ in range(2):
+        with limit:
+            (thread,) = set(threading.enumerate()) - before
+    limit.close()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_a_loader_that_has_failed_is_left_alone_if_torchs_threads_hang(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch_module, "SHUT_DOWN_SECONDS", 0.3)
+
+    def body() -> None:
+        from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+        _MultiProcessingDataLoaderIter._shutdown_workers = (  # type: ignore[method-assign]
+            lambda self: threading.Event().wait(1000)
+        )
+        list(opened(kill_self))
+
+    told(body)

@@ -1,0 +1,106 @@
+"""The study's bookkeeping: what is run, what is done, what the table says; nothing is trained here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from study_curriculum import Study, load_study, recorded
+from study_report import draw, markdown
+
+from etpp_ssl.recipe_file import load_any_recipe
+
+STUDIES = sorted((Path(__file__).parents[2] / "tools" / "studies").glob("*.yaml"))
+
+TEXT = """
+recipe: recipes/quickstart.yaml
+baseline: constant
+budget_epochs: 4
+common: [precision=bf16]
+finetune_common: []
+arms:
+  constant: {overrides: [curriculum=constant], seeds: {"1": [0, 1], "1/1.5": [0]}}
+  other: {overrides: [], seeds: {"1": [0, 1, 2]}}
+evaluate:
+  knn: {number: knn_top1, probe: [probe=knn]}
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TEXT)
+    return load_study(file, ["data.num_workers=0"])
+
+
+def test_every_arm_share_and_seed_is_one_run_under_its_own_key(study: Study) -> None:
+    assert [entry.key for entry in study.entries] == [
+        "constant-1-seed0",
+        "constant-1-seed1",
+        "constant-1over1.5-seed0",
+        "other-1-seed0",
+        "other-1-seed1",
+        "other-1-seed2",
+    ]
+    assert study.entries[2].overrides == (
+        "precision=bf16",
+        "curriculum=constant",
+        "data.num_workers=0",
+        "budget_epochs=2.66667",
+        "seed=0",
+    )
+
+
+def test_an_unknown_key_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TEXT.replace("baseline:", "base:"))
+    with pytest.raises(ValueError, match=r"\['base', 'baseline'\]"):
+        load_study(file)
+
+
+def test_a_result_that_was_cut_short_is_not_recorded(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    assert recorded(file) == []
+    file.write_text('{"key": "a"}\n{"key": "b", "numb')
+    assert [row["key"] for row in recorded(file)] == ["a"]
+
+
+def result(key: str, arm: str, share: str, seed: int, knn: float) -> dict[str, object]:
+    return {
+        "key": key, "arm": arm, "share": share, "seed": seed, "images_seen": 1000, "flops": 2e15,
+        "seconds": 90.0, "numbers": {"knn": knn},
+    }  # fmt: skip
+
+
+def test_differences_are_paired_by_seed_and_the_last_result_of_a_seed_counts(study: Study) -> None:
+    rows = [
+        result("constant-1-seed0", "constant", "1", 0, 99.0),
+        result("constant-1-seed0", "constant", "1", 0, 40.0),
+        result("constant-1-seed1", "constant", "1", 1, 44.0),
+        result("other-1-seed1", "other", "1", 1, 45.5),
+        result("other-1-seed2", "other", "1", 2, 80.0),
+        result("constant-1over1.5-seed0", "constant", "1/1.5", 0, 30.0),
+    ]
+    lines = markdown(study, rows).splitlines()
+    assert lines[0].endswith("| training (min) | knn |")
+    assert lines[2] == "| constant | 1 | 2 | 1,000 | 2 | 1.5 ± 0.0 | 42.00 ± 2.83 |"
+    assert lines[3] == "| constant | 1/1.5 | 1 | 1,000 | 2 | 1.5 | 30.00 |"
+    assert lines[4] == "| other | 1 | 2 | 1,000 | 2 | 1.5 ± 0.0 | 62.75 ± 24.40 (+1.50) |"
+    assert len(draw(study, rows).axes) == 2
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_the_runs_of_every_study_are_recipes(file: Path) -> None:
+    found = load_study(file)
+    assert found.baseline in {entry.arm for entry in found.entries}
+    assert len({entry.key for entry in found.entries}) == len(found.entries)
+    for entry in found.entries:
+        load_any_recipe(found.recipe, entry.overrides)
+    for evaluation in found.evaluations:
+        if evaluation.finetune is None:
+            load_any_recipe(found.recipe, evaluation.probe)
+        else:
+            load_any_recipe(evaluation.finetune, [*found.finetune_common, *evaluation.overrides])
+    for line in found.results.read_text().splitlines() if found.results.is_file() else ():
+        assert json.loads(line)["key"] in {entry.key for entry in found.entries}
