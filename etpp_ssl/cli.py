@@ -7,12 +7,13 @@ import sys
 import traceback
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress as Bar
 
+from etpp_ssl.cli_end import end, is_main_process, is_one_of_several, say, stops, tell
 from etpp_ssl.config import UserError
 
 # Idle OpenMP threads sleep instead of spinning: on a machine that others use too (data workers among
@@ -36,6 +37,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as section.key=value."),
 ]
+
+Fork = Annotated[Path | None, typer.Option(help="Start from this run's newest checkpoint, in a new folder.")]
 
 
 class Target(StrEnum):
@@ -64,40 +67,28 @@ class Split(StrEnum):
 def pretrain(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    fork: Annotated[
-        Path | None,
-        typer.Option(help="Start from this run's newest checkpoint, in a new folder."),
-    ] = None,
+    fork: Fork = None,
 ) -> None:
     """Train, or go on from the run folder's newest checkpoint."""
     from etpp_ssl.engine.pretrain import pretrain as run_pretraining
-    from etpp_ssl.engine.signals import Interrupted
     from etpp_ssl.recipe_file import load_recipe
 
-    try:
+    with stops():
         run_pretraining(load_recipe(recipe, overrides or ()), fork)
-    except Interrupted as interrupted:
-        raise typer.Exit(interrupted.exit_code) from None
 
 
 @app.command()
 def finetune(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    fork: Annotated[
-        Path | None,
-        typer.Option(help="Start from this run's newest checkpoint, in a new folder."),
-    ] = None,
+    fork: Fork = None,
 ) -> None:
     """Train a classifier, from `init` or from scratch, or go on from the run folder's newest checkpoint."""
     from etpp_ssl.engine.finetune import finetune as run_finetuning
-    from etpp_ssl.engine.signals import Interrupted
     from etpp_ssl.recipe_file import load_finetune_recipe
 
-    try:
+    with stops():
         run_finetuning(load_finetune_recipe(recipe, overrides or ()), fork)
-    except Interrupted as interrupted:
-        raise typer.Exit(interrupted.exit_code) from None
 
 
 @app.command()
@@ -342,21 +333,6 @@ def replay_nan(
     raise typer.Exit(0 if replayed.reproduced else 1)
 
 
-def say(text: str) -> None:
-    """A message beside the result."""
-    print(text, file=sys.stderr)
-
-
-def is_main_process() -> bool:
-    """Whether this is the only process or the first of several."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def is_one_of_several() -> bool:
-    """Whether other processes train the same run."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
-
-
 def main(arguments: list[str] | None = None) -> Any:
     """Run a command; a user's mistake is one line on stderr and exit code 2, a fault of a run code 1."""
     try:
@@ -369,26 +345,3 @@ def main(arguments: list[str] | None = None) -> Any:
             raise
         traceback.print_exc()
         end(1)
-
-
-def tell(error: UserError) -> None:
-    """Print an error, of several processes with the number of this one, unless another one tells the same."""
-    rank = ""
-    if is_one_of_several():
-        from etpp_ssl.engine.peers import told_already
-
-        if told_already(error):
-            return
-        rank = "" if is_main_process() else f" [process {os.environ['RANK']}]"
-    say(f"etpp: error:{rank} {' '.join(str(error).split())}")
-
-
-def end(code: int) -> NoReturn:
-    """End this process after an error."""
-    if is_one_of_several():
-        # Python's own end would wait for threads of connections that nobody serves any more; and for as
-        # long as it takes, the other processes do not notice that this one has failed.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)

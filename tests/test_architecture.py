@@ -25,7 +25,9 @@ MAY_IMPORT = {
     "engine": {*BASE, *SIBLINGS, "evaluation", "recipe", "recipe_file", "run_folder", "engine"},
     "export": {*BASE, *SIBLINGS, "recipe", "run_folder", "export"},
     "report": {*BASE, *SIBLINGS, "recipe", "run_folder", "report"},
+    "cli_end": {*BASE, "engine"},
     "cli": {
+        "cli_end",
         *BASE,
         *SIBLINGS,
         "recipe",
@@ -43,7 +45,7 @@ OWNERS = {
     "accelerate": {"engine", "evaluation"},
     "timm": {"model", "optim", "export", "data", "evaluation", "engine/ema"},
     "torchvision": {"data", "report"},
-    "typer": {"cli"},
+    "typer": {"cli", "cli_end"},
     "matplotlib": {"report"},
     "psutil": {"engine"},
     "webdataset": {"data/webdataset"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-TINY = """
+_BOTH = """
 seed: 3
 output: unused
 image_size: [16, 24]
@@ -21,37 +21,22 @@ curriculum:
   - {bandwidth: [8, 12], share: 0.2}
   - {bandwidth: [12, 16], share: 0.4}
   - {bandwidth: [16, 24], share: 0.4}
+checkpoint: {every_minutes: null}
+"""
+
+TINY = f"""{_BOTH}
 model:
   name: vit
   patch_size: 4
   embed_dim: 16
   depth: 1
   num_heads: 2
-  decoder: {embed_dim: 8, depth: 1, num_heads: 2}
-optim: {base_lr: 2e-2}
-checkpoint: {every_minutes: null}
+  decoder: {{embed_dim: 8, depth: 1, num_heads: 2}}
+optim: {{base_lr: 2e-2}}
 """
 
-TINY_CLASSIFIER = """
+TINY_CLASSIFIER = f"""{_BOTH}
 task: finetune
-seed: 3
-output: unused
-image_size: [16, 24]
-budget_epochs: 1.5
-batch_size: 10
-precision: fp32
-log_every_steps: 3
-data:
-  name: synthetic
-  num_images: 64
-  num_eval_images: 24
-  num_workers: 0
-curriculum:
-  name: efficienttrain
-  stages:
-  - {bandwidth: [8, 12], share: 0.2}
-  - {bandwidth: [12, 16], share: 0.4}
-  - {bandwidth: [16, 24], share: 0.4}
 model:
   name: vit
   patch_size: 4
@@ -59,7 +44,6 @@ model:
   depth: 2
   num_heads: 2
   drop_path: 0.3
-augment: {ramp: true}
-optim: {base_lr: 5e-2, clip_grad: 1.0, ema: 0.9}
-checkpoint: {every_minutes: null}
+augment: {{ramp: true}}
+optim: {{base_lr: 5e-2, clip_grad: 1.0, ema: 0.9}}
 """

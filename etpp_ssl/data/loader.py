@@ -155,9 +155,15 @@ class BatchBuilder(Dataset[Batch]):
             except UnreadableImage as error:
                 bad.append(BadImage(index, self.source.name(index), str(error)))
                 index = self.order.replacement(position, attempt + 1)
-        raise UnreadableImage(
-            f"{MAX_ATTEMPTS} images in a row cannot be read, the last one {bad[-1].name!r}: {bad[-1].reason}"
-        )
+        raise all_unreadable(bad)
+
+
+def all_unreadable(bad: Sequence[BadImage]) -> UnreadableImage:
+    """The end of a search for an image that can be read, after `MAX_ATTEMPTS` that cannot."""
+    last = bad[-1]
+    return UnreadableImage(
+        f"{len(bad)} images in a row cannot be read, the last one {last.name!r}: {last.reason}"
+    )
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from etpp_ssl.config import UserError
 from etpp_ssl.data.augment import View
 from etpp_ssl.data.images import UnreadableImage
-from etpp_ssl.data.loader import MAX_ATTEMPTS, BadImage, Batch
+from etpp_ssl.data.loader import MAX_ATTEMPTS, BadImage, Batch, all_unreadable
 from etpp_ssl.data.loader_faults import named_errors
 from etpp_ssl.data.picture import open_picture
 from etpp_ssl.data.reading import Reading, note_reading
@@ -116,6 +116,7 @@ class StreamBuilder(Dataset[Batch]):
         place: where the process stands.
         rank, num_processes: which lanes are its own.
         in_chans: channels to decode to.
+        max_pixels: larger images count as unreadable.
         num_classes: what labels must be below and, if it is given, must not be missing.
     """
 
@@ -128,6 +129,7 @@ class StreamBuilder(Dataset[Batch]):
         rank: int,
         num_processes: int,
         in_chans: int,
+        max_pixels: int,
         num_classes: int | None = None,
     ) -> None:
         self.stream = stream
@@ -136,6 +138,7 @@ class StreamBuilder(Dataset[Batch]):
         self.rank = rank
         self.num_processes = num_processes
         self.in_chans = in_chans
+        self.max_pixels = max_pixels
         self.num_classes = num_classes
         # Opened where they are read: in the data worker.
         self._lanes: dict[int, Lane] = {}
@@ -182,7 +185,7 @@ class StreamBuilder(Dataset[Batch]):
             try:
                 if item.fault:
                     raise UnreadableImage(item.fault)
-                picture = open_picture(item.data, self.in_chans)
+                picture = open_picture(item.data, self.in_chans, self.max_pixels)
                 view = self.view(picture, position, request.bandwidth, request.progress)
             except UnreadableImage as error:
                 bad.append(BadImage(number_of(item), item.name, str(error)))
@@ -190,9 +193,7 @@ class StreamBuilder(Dataset[Batch]):
             if self.num_classes is not None and not 0 <= item.label < self.num_classes:
                 raise UserError(label_sentence(item.name, item.label, self.num_classes))
             return view, item.label, bad
-        raise UnreadableImage(
-            f"{MAX_ATTEMPTS} images in a row cannot be read, the last one {bad[-1].name!r}: {bad[-1].reason}"
-        )
+        raise all_unreadable(bad)
 
 
 def number_of(item: Item) -> int:

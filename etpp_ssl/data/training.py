@@ -132,17 +132,24 @@ class StreamedImages:
         stream: the images.
         num_images: in an epoch, as the recipe states it.
         in_chans: channels to decode to.
+        max_pixels: larger images count as unreadable.
         classes: class names where the stream does not tell them.
     """
 
     is_stream = True
 
     def __init__(
-        self, stream: Stream, num_images: int, in_chans: int, classes: tuple[str, ...] | None = None
+        self,
+        stream: Stream,
+        num_images: int,
+        in_chans: int,
+        max_pixels: int,
+        classes: tuple[str, ...] | None = None,
     ) -> None:
         self.stream = stream
         self.num_images = num_images
         self.in_chans = in_chans
+        self.max_pixels = max_pixels
         self.classes = list(classes) if classes is not None else stream.classes
 
     def __len__(self) -> int:
@@ -177,6 +184,7 @@ class StreamedImages:
             rank=reader.rank,
             num_processes=reader.num_processes,
             in_chans=self.in_chans,
+            max_pixels=self.max_pixels,
             num_classes=reader.num_classes,
         )
         return Loading(builder, StreamRequests(sampler(ByPosition()), reader.place))
@@ -192,5 +200,7 @@ def open_training(
     """
     if isinstance(config, StreamConfig):
         assert config.num_images is not None
-        return StreamedImages(config.open_stream(seed), config.num_images, in_chans, config.classes)
+        return StreamedImages(
+            config.open_stream(seed), config.num_images, in_chans, config.max_pixels, config.classes
+        )
     return IndexedImages(open_split(config, "train", in_chans=in_chans, image_size=image_size, seed=seed))

@@ -41,15 +41,16 @@ def open_accelerator(recipe: RunRecipe) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.peer_timeout_minutes))],
     )
     if plugin is not None and not accelerator.is_fsdp2:
-        accelerator.print("warning: FSDP2 needs GPUs; here every process holds the whole model (DDP)")
+        _warn(accelerator, "FSDP2 needs GPUs; here every process holds the whole model (DDP)")
     warning = alone_by_mistake(accelerator.num_processes)
     if warning is not None:
-        accelerator.print(warning)
+        _warn(accelerator, warning)
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
-    if asked not in ("no", precision) and accelerator.is_main_process:
-        accelerator.print(
-            f"warning: accelerate was launched with {asked}, the recipe's precision {recipe.precision} holds"
+    if asked not in ("no", precision):
+        _warn(
+            accelerator,
+            f"accelerate was launched with {asked}, the recipe's precision {recipe.precision} holds",
         )
     if recipe.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -67,6 +68,11 @@ def alone_by_mistake(num_processes: int) -> str | None:
     if num_processes > 1 or not launched or "WORLD_SIZE" in os.environ:
         return None
     return (
-        "warning: accelerate launch has started one process, for on a CPU it starts no more; for N of them: "
+        "accelerate launch has started one process, for on a CPU it starts no more; for N of them: "
         f"torchrun --standalone --nproc_per_node N -m etpp_ssl {shlex.join(sys.argv[1:])}"
     )
+
+
+def _warn(accelerator: Accelerator, text: str) -> None:
+    # What a command prints to stdout is its result.
+    accelerator.print(f"warning: {text}", file=sys.stderr)

@@ -18,6 +18,7 @@ from etpp_ssl.engine.dump import write_dump
 from etpp_ssl.engine.feed import Feed
 from etpp_ssl.engine.metrics import Meter
 from etpp_ssl.engine.run import restore
+from etpp_ssl.engine.same_start import agree_on_start
 from etpp_ssl.engine.state import TrainState
 
 MOST_SKIPS_IN_A_ROW = 10
@@ -184,7 +185,7 @@ def rewind(run: BaseRun, fault: NonFinite) -> None:
         fault: why.
 
     Raises:
-        UserError: if no checkpoint can be read.
+        UserError: if no checkpoint can be read, or the processes have read different ones.
         RunFault: if the rows after it cannot be removed.
     """
     accelerator, config = run.accelerator, run.recipe.nonfinite
@@ -201,7 +202,7 @@ def rewind(run: BaseRun, fault: NonFinite) -> None:
     run.state = state
     if state.plan is not None:
         run.curriculum = run.progress.curriculum = run.curriculum.laid_out(state.plan.segments)
-    accelerator.wait_for_everyone()
+    agree_on_start(run)
     disk = ""
     if accelerator.is_main_process:
         try:

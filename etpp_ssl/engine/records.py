@@ -13,6 +13,7 @@ from etpp_ssl.engine.checkpoint import checkpoint_files, write_checkpoint
 from etpp_ssl.engine.metrics import Meter, RowsFault
 from etpp_ssl.engine.rotation import what_is_left
 from etpp_ssl.engine.state import environment
+from etpp_ssl.engine.status import write_status
 from etpp_ssl.engine.streams import gather_streams
 
 
@@ -82,6 +83,7 @@ def save(run: BaseRun, *, required: bool = False) -> bool:
             fault = str(error)
     fault = run.agreement.main_says(fault)
     if not fault:
+        write_status(run, "running")
         return True
     if required or run.finished or run.recipe.checkpoint.on_error == "stop":
         ending = RunFault(fault)

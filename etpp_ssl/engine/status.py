@@ -19,8 +19,9 @@ def write_status(run: BaseRun, state: RunState, *, exit_code: int | None = None,
     """Say in the run folder how the run stands; only the main process writes, and only where it trains.
 
     `stopped` means that it was asked to stop and that its checkpoint is written: the same command goes on.
-    torchrun turns the exit code 75 of its processes into its own 1, so a script looks here. A run that is
-    `running`, while its process (`host`, `pid`) is gone, was killed.
+    torchrun turns the exit code 75 of its processes into its own 1, so a script looks here. The step of a
+    `running` run is that of its start or of its newest checkpoint; if its process (`host`, `pid`) is gone, it
+    was killed.
 
     Args:
         run: the run.

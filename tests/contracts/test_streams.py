@@ -227,6 +227,11 @@ def test_broken_samples_are_named_and_the_next_ones_take_their_places(tmp_path: 
         assert_same(tail.batches, broken.batches[9:])
 
 
+def test_images_of_more_pixels_than_allowed_are_unreadable(config: StreamConfig) -> None:
+    with pytest.raises(UserError, match=r"more than data\.max_pixels 7 allows"):
+        read(config.model_copy(update={"max_pixels": 7}))
+
+
 def test_a_stream_of_broken_samples_is_one_sentence(tmp_path: Path) -> None:
     for name, make in EXAMPLES.items():
         config = make(tmp_path / name, range(NUM_IMAGES))

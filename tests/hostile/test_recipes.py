@@ -153,8 +153,11 @@ HUGE = [
 
 @pytest.mark.parametrize(
     ("command", "override"),
-    # Most are refused where both commands read the recipe.
-    [*(("plan", text) for text in HUGE), *(("pretrain", text) for text in HUGE[-1::-3])],
+    # Most are refused where both commands read the recipe; a plan writes no output.
+    [
+        *(("plan", text) for text in HUGE if not text.startswith("output=")),
+        *(("pretrain", text) for text in HUGE[-1::-3]),
+    ],
     ids=lambda text: text[:40],
 )
 def test_a_huge_number_is_one_sentence_before_it_costs_anything(
@@ -166,8 +169,6 @@ def test_a_huge_number_is_one_sentence_before_it_costs_anything(
 ) -> None:
     file = tmp_path / "recipe.yaml"
     tiny_recipe().save(file)
-    if command == "plan" and override.startswith("output="):
-        pytest.skip("a plan writes no output")
     with pytest.raises(SystemExit) as stop:
         main([command, str(file), override.replace("{tmp}", str(tmp_path))])
     (line,) = capsys.readouterr().err.strip().splitlines()
