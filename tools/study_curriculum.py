@@ -5,9 +5,11 @@
 
 A study file names a recipe, settings that all runs share, arms with their settings, the shares of the budget
 and the seeds of each, and how to evaluate. Stop it at any time: the same command goes on, run folders resume
-by themselves, and a run whose result is recorded is not run again, its folder there or not. With `--jobs 2`
-two runs go side by side, each on its own half of the cores, so their wall times are comparable with each
-other, not with those of another number of jobs.
+by themselves, and a run whose result is recorded is not run again, its folder there or not. First seeds of
+all arms come first, so that a study that is stopped early has something to compare. With `--jobs 2` two runs
+go side by side, each on its own half of the cores, so their wall times are comparable with each other, not
+with those of another number of jobs. The CPU time, start and data workers included, is recorded, too: other
+work on the machine changes it less.
 """
 
 from __future__ import annotations
@@ -40,14 +42,14 @@ from etpp_ssl.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One number of a trained encoder.
+    """Numbers of a trained encoder.
 
     `probe` are overrides of `etpp probe`; or `finetune` is a recipe, trained from the run's weights with
-    `overrides`. `number` is the key of the result.
+    `overrides`. `numbers` are names for the table, and the keys of the results behind them.
     """
 
     name: str
-    number: str
+    numbers: dict[str, str]
     probe: tuple[str, ...] = ()
     finetune: str | None = None
     overrides: tuple[str, ...] = ()
@@ -62,6 +64,7 @@ class Entry:
     """Of the full budget, as the study file has it: `1`, `1/1.5`."""
     seed: int
     overrides: tuple[str, ...]
+    evaluations: tuple[str, ...]
 
     @property
     def key(self) -> str:
@@ -82,6 +85,11 @@ class Study:
     """The arm that others are compared with."""
     output: Path = field(default=Path("runs"))
 
+    @property
+    def numbers(self) -> list[str]:
+        """Names of all numbers, in the order of the study file."""
+        return [name for evaluation in self.evaluations for name in evaluation.numbers]
+
 
 def load_study(file: Path, overrides: Sequence[str] = ()) -> Study:
     """Read a study file.
@@ -98,20 +106,23 @@ def load_study(file: Path, overrides: Sequence[str] = ()) -> Study:
     if values.keys() ^ known:
         raise ValueError(f"{file}: these keys are unknown or missing: {sorted(values.keys() ^ known)}")
     budget = Fraction(str(values["budget_epochs"]))
-    entries = []
+    ranked = []
     for arm, settings in values["arms"].items():
+        evaluations = tuple(settings.get("evaluate", values["evaluate"]))
+        if unknown := set(evaluations) - values["evaluate"].keys():
+            raise ValueError(f"{file}: arm {arm} has unknown evaluations: {sorted(unknown)}")
         for share, seeds in settings["seeds"].items():
             numerator, _, denominator = str(share).partition("/")
             epochs = float(budget * Fraction(numerator) / Fraction(denominator or "1"))
-            for seed in seeds:
+            for rank, seed in enumerate(seeds):
                 own = (*values["common"], *settings["overrides"], *overrides)
-                entries.append(
-                    Entry(arm, str(share), seed, (*own, f"budget_epochs={epochs:.6g}", f"seed={seed}"))
-                )
+                own = (*own, f"budget_epochs={epochs:.6g}", f"seed={seed}")
+                ranked.append((rank, Entry(arm, str(share), seed, own, evaluations)))
+    entries = [entry for _, entry in sorted(ranked, key=lambda pair: pair[0])]
     evaluations = tuple(
         Evaluation(
             name,
-            how["number"],
+            how["numbers"],
             tuple(how.get("probe", ())),
             how.get("finetune"),
             tuple(how.get("overrides", ())),
@@ -163,18 +174,21 @@ class Runner:
         log = folder.path.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         overrides = [*entry.overrides, f"output={folder.path}"]
-        self._etpp(["pretrain", self.study.recipe, *overrides], cores, log)
-        numbers = {}
+        times = folder.path.with_suffix(".times.jsonl")
+        cpu_seconds = self._etpp(["pretrain", self.study.recipe, *overrides], cores, log, times)
+        numbers: dict[str, float] = {}
         for evaluation in self.study.evaluations:
-            numbers[evaluation.name] = self._evaluate(evaluation, entry, folder, cores, log)
-        row = {**describe(self.study.recipe, entry, folder), "cores": len(cores), "numbers": numbers}
+            if evaluation.name in entry.evaluations:
+                numbers.update(self._evaluate(evaluation, entry, folder, cores, log))
+        cost = {"cpu_seconds": cpu_seconds, "cores": len(cores)}
+        row = {**describe(self.study.recipe, entry, folder), **cost, "numbers": numbers}
         with self._lock, self.study.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         return row
 
     def _evaluate(
         self, evaluation: Evaluation, entry: Entry, folder: RunFolder, cores: list[int], log: Path
-    ) -> float:
+    ) -> dict[str, float]:
         if evaluation.finetune is not None:
             tuned = RunFolder(folder.path.with_name(f"{entry.key}-{evaluation.name}"))
             settings = (*self.study.finetune_common, *evaluation.overrides, f"seed={entry.seed}")
@@ -187,12 +201,14 @@ class Runner:
         else:
             # Named by what it is, so that an interrupted study does not repeat it.
             probes = folder.path / "report" / "probes.jsonl"
-            if not any(evaluation.number in row for row in recorded(probes)):
+            if not any(evaluation.numbers.values() <= row.keys() for row in recorded(probes)):
                 self._etpp(["probe", str(folder.path), *evaluation.probe], cores, log)
             rows = recorded(probes)
-        return float([row[evaluation.number] for row in rows if evaluation.number in row][-1])
+        found = [row for row in rows if evaluation.numbers.values() <= row.keys()][-1]
+        return {name: float(found[key]) for name, key in evaluation.numbers.items()}
 
-    def _etpp(self, arguments: list[str], cores: list[int], log: Path) -> None:
+    def _etpp(self, arguments: list[str], cores: list[int], log: Path, times: Path | None = None) -> float:
+        """Run a command to its end; returns the CPU time of all its runs that are noted in `times`."""
         if self.stopping.is_set():
             raise Stopped
         environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
@@ -207,13 +223,19 @@ class Runner:
             if hasattr(os, "sched_setaffinity"):
                 os.sched_setaffinity(job.pid, cores)
             self._running.add(job)
-            code = job.wait()
+            # Not `wait`: only this tells the time of this child and of the data workers that it waited for.
+            _, status, usage = os.wait4(job.pid, 0)
+            code = job.returncode = os.waitstatus_to_exitcode(status)
             self._running.discard(job)
+        if times is not None:
+            with times.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"cpu_seconds": usage.ru_utime + usage.ru_stime}) + "\n")
         if self.stopping.is_set():
             raise Stopped
         if code:
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
             raise RuntimeError(f"etpp {' '.join(arguments[:2])} ended with {code}: {' '.join(last)} ({log})")
+        return sum(row["cpu_seconds"] for row in recorded(times)) if times is not None else 0.0
 
     def stop(self) -> None:
         """End what runs, with checkpoints."""

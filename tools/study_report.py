@@ -50,7 +50,7 @@ def grouped(study: Study, rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str
 
 def markdown(study: Study, rows: Sequence[dict[str, Any]]) -> str:
     """The results as a Markdown table, with differences from the baseline paired by seed."""
-    names = [evaluation.name for evaluation in study.evaluations]
+    names = study.numbers
     groups = grouped(study, rows)
     lines = [
         f"| arm | budget | seeds | images seen | FLOPs (1e15) | training (min) | {' | '.join(names)} |",
@@ -89,7 +89,7 @@ def against(
 
 def draw(study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
     """Each number against wall time and against counted operations; arms with several budgets as lines."""
-    names = [evaluation.name for evaluation in study.evaluations]
+    names = study.numbers
     figure = Figure(figsize=(9.0, 2.6 * len(names)), layout="constrained", facecolor="white")
     panels = figure.subplots(len(names), 2, squeeze=False)
     costs: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (

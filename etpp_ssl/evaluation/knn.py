@@ -23,6 +23,8 @@ from etpp_ssl.evaluation.labelled import LabelledConfig, LabelledImages
 from etpp_ssl.evaluation.selection import split_holdout
 from etpp_ssl.model.mae import MaskedAutoencoder
 
+TEMPERATURE = 0.07
+"""DINO's."""
 CHUNK_BYTES = 1 << 27
 """Similarities that are kept at once, as long as they are those of `CHUNK_IMAGES`."""
 CHUNK_IMAGES = 128
@@ -35,7 +37,7 @@ class KnnConfig(LabelledConfig):
     name: Literal["knn"] = "knn"
     k: int | tuple[int, ...] = 20
     """Neighbours, or a list of numbers to choose from."""
-    temperature: float | tuple[float, ...] = 0.07
+    temperature: float | tuple[float, ...] = TEMPERATURE
     """Of the vote's weights, or a list to choose from."""
     batch_size: int = Field(default=256, ge=1)
 
@@ -92,11 +94,16 @@ class KnnProbe:
         }
 
     def _accuracies(self, train: Features, test: Features, pairs: list[tuple[int, float]]) -> list[float]:
-        predicted = knn_sweep(
-            train.features, train.labels, test.features, num_classes=self.images.num_classes, pairs=pairs
-        )
-        correct = (predicted == test.labels).sum(dim=1).tolist()
-        return [100.0 * count / len(test.labels) for count in correct]
+        return knn_accuracies(train, test, num_classes=self.images.num_classes, pairs=pairs)
+
+
+def knn_accuracies(
+    train: Features, test: Features, *, num_classes: int, pairs: list[tuple[int, float]]
+) -> list[float]:
+    """Accuracies in per cent of several votes; see `knn_sweep`."""
+    predicted = knn_sweep(train.features, train.labels, test.features, num_classes=num_classes, pairs=pairs)
+    correct = (predicted == test.labels).sum(dim=1).tolist()
+    return [100.0 * count / len(test.labels) for count in correct]
 
 
 def knn_vote(

@@ -20,6 +20,7 @@ from etpp_ssl.config import neutral
 from etpp_ssl.evaluation.base import ProbeContext
 from etpp_ssl.evaluation.features import Features
 from etpp_ssl.evaluation.heads import Heads, Standardise, accuracies, train_heads
+from etpp_ssl.evaluation.knn import TEMPERATURE, knn_accuracies
 from etpp_ssl.evaluation.labelled import LabelledConfig, LabelledImages
 from etpp_ssl.evaluation.selection import split_holdout
 from etpp_ssl.model.mae import MaskedAutoencoder
@@ -39,6 +40,8 @@ class LinearCachedConfig(LabelledConfig):
     """Weight decays to choose from."""
     standardise: bool = True
     """Give each feature mean 0 and variance 1 over the images that the heads are trained on."""
+    knn_k: int | None = Field(default=None, ge=1)
+    """Neighbours of a kNN vote on the same features, beside the heads; see `KnnConfig`. None for no vote."""
     extract_batch_size: int = neutral(256, ge=1)
     """Images that are loaded together."""
 
@@ -69,7 +72,8 @@ class LinearCachedProbe:
     """See `Probe`; yields `linear_cached_top1` and, of more than five classes, `linear_cached_top5`.
 
     They are in per cent and come with the settings that were chosen, `linear_cached_base_lr` and
-    `linear_cached_weight_decay`, and `linear_cached_holdout_top1`, the accuracy that they were chosen for.
+    `linear_cached_weight_decay`, and `linear_cached_holdout_top1`, the accuracy that they were chosen for;
+    with `knn_k` also with `knn_top1`, what the kNN probe gives at its default temperature.
     """
 
     def __init__(self, config: LinearCachedConfig, context: ProbeContext) -> None:
@@ -91,6 +95,13 @@ class LinearCachedProbe:
             best = max(range(len(settings)), key=top1.__getitem__)
             chosen, numbers = settings[best], {"linear_cached_holdout_top1": top1[best]}
         tops = [1, 5] if self.images.num_classes > 5 else [1]
+        if config.knn_k is not None:
+            numbers["knn_top1"] = knn_accuracies(
+                train,
+                evaluation,
+                num_classes=self.images.num_classes,
+                pairs=[(config.knn_k, TEMPERATURE)],
+            )[0]
         found = self._trained(train, evaluation, [chosen], tops)
         return {
             **{f"linear_cached_top{top}": values[0] for top, values in zip(tops, found, strict=True)},

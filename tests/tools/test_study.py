@@ -23,7 +23,7 @@ arms:
   constant: {overrides: [curriculum=constant], seeds: {"1": [0, 1], "1/1.5": [0]}}
   other: {overrides: [], seeds: {"1": [0, 1, 2]}}
 evaluate:
-  knn: {number: knn_top1, probe: [probe=knn]}
+  knn: {numbers: {knn: knn_top1}, probe: [probe=knn]}
 """
 
 
@@ -37,13 +37,13 @@ def study(tmp_path: Path) -> Study:
 def test_every_arm_share_and_seed_is_one_run_under_its_own_key(study: Study) -> None:
     assert [entry.key for entry in study.entries] == [
         "constant-1-seed0",
-        "constant-1-seed1",
         "constant-1over1.5-seed0",
         "other-1-seed0",
+        "constant-1-seed1",
         "other-1-seed1",
         "other-1-seed2",
     ]
-    assert study.entries[2].overrides == (
+    assert study.entries[1].overrides == (
         "precision=bf16",
         "curriculum=constant",
         "data.num_workers=0",
