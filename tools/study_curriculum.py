@@ -171,10 +171,10 @@ class Runner:
     def run(self, entry: Entry, cores: list[int]) -> dict[str, Any]:
         """Train, evaluate, and append the result; what was done before an interruption is kept."""
         folder = RunFolder(self.study.output / entry.key)
-        log = folder.path.with_suffix(".log")
+        log = folder.path.with_name(f"{entry.key}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         overrides = [*entry.overrides, f"output={folder.path}"]
-        times = folder.path.with_suffix(".times.jsonl")
+        times = folder.path.with_name(f"{entry.key}.times.jsonl")
         cpu_seconds = self._etpp(["pretrain", self.study.recipe, *overrides], cores, log, times)
         numbers: dict[str, float] = {}
         for evaluation in self.study.evaluations:
