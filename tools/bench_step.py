@@ -8,10 +8,9 @@ and on the device already. All variants of a stage take turns in one process; ra
 turn, of the variant to the first one that is listed (with `--against`, to the original). A share of the
 machine's own rate is of 2048^3 matrix products, measured before each stage in the same precision.
 
-`--against CLONE` times `models_mae` of a clone of facebookresearch/mae at CLONE, at the recipe's
-dimensions, batch and bandwidth, as published (AdamW as torch makes it) in float32, and under bf16 autocast.
-What the current timm and numpy need for it is done here, around it: `qk_scale` is swallowed, `np.float` is
-restored.
+`--against CLONE` times `models_mae` of a clone of facebookresearch/mae at CLONE (see `original_mae.py`), at
+the recipe's dimensions, batch and bandwidth, as published (AdamW as torch makes it) in float32, and under
+bf16 autocast.
 """
 
 from __future__ import annotations
@@ -23,15 +22,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 # See etpp_ssl/cli.py; it must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import timm.models.vision_transformer as timm_vit
 import torch
+from original_mae import is_clone, original_model
 from torch import Tensor
 
 from etpp_ssl.config import UserError, show_size
@@ -110,7 +107,7 @@ def _options() -> argparse.Namespace:
             parser.error(f"--{name} takes {', '.join(allowed)}, not {unknown[0]!r}")
     if options.batch < 1 or options.repeats < 1:
         parser.error("--batch and --repeats take 1 or more")
-    if options.against is not None and not (options.against / "models_mae.py").is_file():
+    if options.against is not None and not is_clone(options.against):
         parser.error(f"--against: {options.against} holds no models_mae.py")
     return options
 
@@ -194,25 +191,10 @@ def original_step(
     recipe: Recipe, bandwidth: tuple[int, int], precision: str, device: torch.device, clone: Path
 ) -> Callable[[], list[float]]:
     """The same step with the original's model, which wants a square image of a fixed size."""
-    if bandwidth[0] != bandwidth[1] or recipe.patch_size[0] != recipe.patch_size[1]:
-        sys.exit("bench_step: the original takes square images and patches only")
-    models_mae = import_original(clone)
-    _, encoder = recipe.model.encoder_args(recipe.size, recipe.in_chans)
-    decoder = recipe.model.decoder
-    model = models_mae.MaskedAutoencoderViT(
-        img_size=bandwidth[0],
-        patch_size=recipe.patch_size[0],
-        in_chans=recipe.in_chans,
-        embed_dim=encoder["embed_dim"],
-        depth=encoder["depth"],
-        num_heads=encoder["num_heads"],
-        decoder_embed_dim=decoder.embed_dim,
-        decoder_depth=decoder.depth,
-        decoder_num_heads=decoder.num_heads,
-        mlp_ratio=4,
-        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
-        norm_pix_loss=True,
-    ).to(device)
+    try:
+        model = original_model(recipe, bandwidth, clone).to(device)
+    except ValueError as error:
+        sys.exit(f"bench_step: {error}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95))
     images = torch.randn(recipe.batch_size, recipe.in_chans, *bandwidth, device=device)
 
@@ -229,26 +211,6 @@ def original_step(
         return clock.parts
 
     return step
-
-
-def import_original(clone: Path) -> Any:
-    """`models_mae` of a clone, on current libraries."""
-    import numpy as np
-
-    class Block(timm_vit.Block):
-        def __init__(self, *args: Any, qk_scale: None = None, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-
-    published = timm_vit.Block
-    sys.path.insert(0, str(clone))
-    try:
-        np.float = float  # type: ignore[attr-defined]
-        timm_vit.Block = Block  # type: ignore[misc]
-        import models_mae  # type: ignore[import-not-found]
-    finally:
-        timm_vit.Block = published  # type: ignore[misc]
-        sys.path.remove(str(clone))
-    return models_mae
 
 
 class Clock:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from study_curriculum import Study, load_study, recorded
+from study_file import Study, load_study, recorded
 
 COLOURS = ("#1f5fa8", "#c8501e", "#3a8f4d", "#8a4fa3", "#777777", "#b0892b")
 INK = "#222222"

@@ -274,3 +274,17 @@ def test_large_batches_are_cut_for_a_cpu_without_a_change_in_order(
     torch.testing.assert_close(found[0].features, found[1].features)
     assert found[0].labels.tolist() == found[1].labels.tolist()
     assert found[0].indices.tolist() == found[1].indices.tolist() == [4, 2, 9, 7, 0]
+
+
+def test_the_linear_probe_votes_on_its_features_as_the_knn_probe_does(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    accuracies = []
+    for overrides in (["probe=knn", "probe.k=3"], ["probe=linear_cached", "probe.knn_k=3", "probe.epochs=1"]):
+        recipe = tiny_recipe(*overrides, "probe.pool=avg")
+        accelerator, normalise = setup(recipe)
+        probe = build_probe(recipe, accelerator, normalise, recipe.build_objective())
+        assert probe is not None
+        torch.manual_seed(0)
+        accuracies.append(probe.run(recipe.build_model())["knn_top1"])
+    assert accuracies[0] == accuracies[1] > 0

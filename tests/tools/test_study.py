@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from study_curriculum import Study, load_study, recorded
+from study_file import Study, load_study, recorded
 from study_report import draw, markdown
 
 from etpp_ssl.recipe_file import load_any_recipe

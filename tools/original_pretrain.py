@@ -1,0 +1,164 @@
+"""Pre-train with the original's code: its model, its data pipeline, its optimizer, our budget.
+
+    python tools/original_pretrain.py CLONE RECIPE [key=value ...]
+
+CLONE is a clone of facebookresearch/mae. Its main script needs timm 0.3.2 and CUDA, so the loop is written
+here after its `engine_pretrain.py` and `main_pretrain.py`: torchvision's RandomResizedCrop, flip, ToTensor
+and Normalize on images of class folders, whole batches of each epoch's permutation, a learning rate per
+iteration, AdamW with no decay on vectors, `loss.item()` at every step. On the CPU without autocast
+(`precision=fp32`), or under bf16 autocast. Dimensions, batch, learning rate, warm-up and the number of steps
+are those of the recipe, whose curriculum must be constant.
+
+Writes metrics.jsonl (the keys of a run's) and weights.pth (the original's layout) into the recipe's output
+folder. Stopped by SIGTERM or SIGINT, it goes on from its last step, with other draws for the augmentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from original_mae import is_clone, original_model
+from timm.optim import param_groups_weight_decay
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets, transforms
+
+from etpp_ssl.data.folder import FolderConfig
+from etpp_ssl.recipe import Recipe
+from etpp_ssl.recipe_file import load_recipe
+
+SAVE_SECONDS = 120
+
+
+def main() -> None:
+    """Parse, check, train."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("clone", type=Path, help="a clone of facebookresearch/mae")
+    parser.add_argument("recipe", help="recipe file")
+    parser.add_argument("overrides", nargs="*", help="overrides of the recipe, as section.key=value")
+    options = parser.parse_intermixed_args()
+    if not is_clone(options.clone):
+        parser.error(f"{options.clone} holds no models_mae.py")
+    recipe = load_recipe(options.recipe, options.overrides)
+    if recipe.curriculum.name != "constant" or recipe.target.name != "pixels":
+        parser.error("the original has no curriculum and no other target: curriculum=constant target=pixels")
+    if recipe.precision == "fp16" or not isinstance(recipe.data, FolderConfig):
+        parser.error("this takes precision=fp32 or bf16, and data.name=folder")
+    train(recipe, options.clone)
+
+
+def train(recipe: Recipe, clone: Path) -> None:
+    """Train to the end of the budget, from the state in the output folder if there is one."""
+    folder = Path(recipe.output)
+    if (folder / "weights.pth").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(recipe.seed)
+    images = open_images(recipe)
+    num_steps = recipe.build_curriculum(len(images)).num_steps
+    schedule = recipe.optim.schedule(recipe.batch_size)
+    model = original_model(recipe, recipe.size, clone).train()
+    groups = param_groups_weight_decay(model, recipe.optim.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=schedule.peak, betas=recipe.optim.betas)
+    step, before = _resume(folder, model, optimizer)
+    stops: list[int] = []
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda number, _: stops.append(number))
+
+    start = saved = time.perf_counter()
+    for samples in batches(images, recipe, step, num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step / num_steps)
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+            loss, _, _ = model(samples, mask_ratio=recipe.model.final_mask_ratio)
+        value = loss.item()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        now = time.perf_counter()
+        if step % recipe.log_every_steps == 0 or step == num_steps:
+            seen = step * recipe.batch_size
+            row = {
+                "step": step,
+                "loss": value,
+                "images_seen": seen,
+                "equivalent_epochs": seen / len(images),
+                "seconds": before + now - start,
+            }
+            with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"step {step}/{num_steps} loss {value:.4f} {row['seconds']:.0f} s", flush=True)
+        if stops or now - saved > SAVE_SECONDS:
+            _save(folder, model, optimizer, step, before + now - start)
+            saved = now
+        if stops:
+            sys.exit(128 + stops[0])
+    torch.save({"model": model.state_dict()}, folder / "weights.pth")
+    (folder / "state.pt").unlink(missing_ok=True)
+
+
+def open_images(recipe: Recipe) -> Dataset[Any]:
+    """The training split through the original's transforms."""
+    assert isinstance(recipe.data, FolderConfig)
+    mean, std = recipe.data.statistics(recipe.in_chans)
+    steps = [
+        transforms.RandomResizedCrop(
+            recipe.size, scale=recipe.data.crop_scale, interpolation=transforms.InterpolationMode.BICUBIC
+        ),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(mean=mean, std=std),
+    ]
+    return datasets.ImageFolder(Path(recipe.data.root) / recipe.data.split, transforms.Compose(steps))
+
+
+def batches(images: Any, recipe: Recipe, first: int, end: int) -> Iterator[torch.Tensor]:
+    """Images of the steps from `first` to `end`, float32 (B, C, H, W)."""
+    per_epoch = len(images) // recipe.batch_size
+    rows = []
+    for epoch in range(first // per_epoch, -(-end // per_epoch)):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(recipe.seed + epoch))
+        rows += order[: per_epoch * recipe.batch_size].view(per_epoch, recipe.batch_size).tolist()
+    skipped = first // per_epoch * per_epoch
+    loader = DataLoader(
+        images, batch_sampler=rows[first - skipped : end - skipped], num_workers=recipe.data.num_workers
+    )
+    for samples, _ in loader:
+        yield samples
+
+
+def _save(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float
+) -> None:
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "seconds": seconds,
+        "rng": torch.get_rng_state(),
+    }
+    torch.save(state, folder / "state.part")
+    (folder / "state.part").replace(folder / "state.pt")
+
+
+def _resume(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Steps done and seconds spent."""
+    if not (folder / "state.pt").is_file():
+        return 0, 0.0
+    state = torch.load(folder / "state.pt", weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    return state["step"], state["seconds"]
+
+
+if __name__ == "__main__":
+    main()
