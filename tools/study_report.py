@@ -2,9 +2,10 @@
 
     python tools/study_report.py tools/studies/cifar10.yaml
 
-Writes the table as Markdown beside the study file and the figure to tools/figures/. A mean is over seeds,
-with the standard deviation where there are several; differences from the baseline arm are paired by seed, at
-equal share of the budget.
+Writes the tables as Markdown beside the study file and the figure to tools/figures/. A mean is over seeds,
+with the standard deviation where there are several; differences from the baseline arm, in brackets, are
+paired by seed, at equal share of the budget. A second table says which arm first reached what the original's
+code did, and in which part of its time. In the figure, thin lines join the runs of one seed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from study_file import Study, load_study, recorded
 
@@ -53,45 +55,73 @@ def markdown(study: Study, rows: Sequence[dict[str, Any]]) -> str:
     names = study.numbers
     groups = grouped(study, rows)
     lines = [
-        f"| arm | budget | seeds | images seen | FLOPs (1e15) | training (min) | {' | '.join(names)} |",
-        f"|---|---|---|---|---|---|{'---|' * len(names)}",
+        f"| arm | budget | seeds | images seen | FLOPs (1e15) | training (min) | CPU (min) | "
+        f"{' | '.join(names)} |",
+        f"|---|---|---|---|---|---|---|{'---|' * len(names)}",
     ]
     for (arm, share), group in groups.items():
-        values = [
-            shown([row["numbers"][name] for row in group])
-            + against(group, groups.get((study.baseline, share), []), name, arm == study.baseline)
-            for name in names
-        ]
+        baseline = groups.get((study.baseline, share), []) if arm != study.baseline else []
+        values = [measured(group, baseline, name) for name in names]
         lines.append(
             f"| {arm} | {share} | {len(group)} | {group[0]['images_seen']:,} | "
             f"{group[0]['flops'] / 1e15:.3g} | {shown([row['seconds'] / 60 for row in group], 1)} | "
-            f"{' | '.join(values)} |"
+            f"{shown([row['cpu_seconds'] / 60 for row in group], 1)} | {' | '.join(values)} |"
         )
-    return "\n".join(lines) + "\n"
+    reached = reaching(study, groups)
+    return "\n".join([*lines, *(["", *reached] if reached else [])]) + "\n"
 
 
-def shown(values: Sequence[float], digits: int = 2) -> str:
-    """Mean, and standard deviation of several."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
-def against(
-    group: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], name: str, itself: bool
-) -> str:
-    """The mean difference from the baseline over the seeds that both have, in brackets."""
-    if itself:
+def measured(group: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], name: str) -> str:
+    """A number of some runs, and the difference from the baseline over the seeds that both have."""
+    values = {row["seed"]: row["numbers"][name] for row in group if name in row["numbers"]}
+    theirs = {row["seed"]: row["numbers"][name] for row in baseline if name in row["numbers"]}
+    if not values:
         return ""
-    theirs = {row["seed"]: row["numbers"][name] for row in baseline}
-    pairs = [row["numbers"][name] - theirs[row["seed"]] for row in group if row["seed"] in theirs]
-    return f" ({statistics.mean(pairs):+.2f})" if pairs else ""
+    pairs = [value - theirs[seed] for seed, value in values.items() if seed in theirs]
+    return shown(list(values.values())) + (f" ({shown(pairs, sign='+')})" if pairs else "")
+
+
+def reaching(study: Study, groups: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
+    """A table of the cheapest runs that are, on average, at least as good as the original's code."""
+    originals = {entry.arm for entry in study.entries if entry.original}
+    lines = []
+    for (arm, share), group in groups.items():
+        for name in study.numbers if arm in originals else ():
+            goal, minutes = average(group, name), average(group, None)
+            if goal is None:
+                continue
+            good = [
+                (average(other, None), f"{found} at {part}", value)
+                for (found, part), other in groups.items()
+                if found not in originals and (value := average(other, name)) is not None and value >= goal
+            ]
+            cells = ["no arm", "", "", ""]
+            if good:
+                least, which, value = min(good)
+                cells = [which, f"{value:.2f}", f"{least:.1f}", f"{minutes / least:.2f}"]
+            lines.append(f"| {arm} at {share} | {name} {goal:.2f} | {minutes:.1f} | {' | '.join(cells)} |")
+    head = "| original | reached | training (min) | by | with | training (min) | times less |"
+    return [head, "|---|---|---|---|---|---|---|", *lines] if lines else []
+
+
+def average(group: Sequence[dict[str, Any]], name: str | None) -> Any:
+    """The mean of a number, or None without it; of the minutes of training where `name` is None."""
+    if name is None:
+        return statistics.mean(row["seconds"] / 60 for row in group)
+    values = [row["numbers"][name] for row in group if name in row["numbers"]]
+    return statistics.mean(values) if values else None
+
+
+def shown(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
+    """Mean, and standard deviation of several."""
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def draw(study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
     """Each number against wall time and against counted operations; arms with several budgets as lines."""
-    names = study.numbers
-    figure = Figure(figsize=(9.0, 2.6 * len(names)), layout="constrained", facecolor="white")
-    panels = figure.subplots(len(names), 2, squeeze=False)
+    figure = Figure(figsize=(9.0, 2.9 * len(study.numbers)), layout="constrained", facecolor="white")
+    panels = figure.subplots(len(study.numbers), 2, squeeze=False)
     costs: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
         ("minutes of training", lambda row: row["seconds"] / 60),
         ("counted operations (1e15)", lambda row: row["flops"] / 1e15),
@@ -99,24 +129,12 @@ def draw(study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
     arms: dict[str, list[list[dict[str, Any]]]] = {}
     for (arm, _), group in grouped(study, rows).items():
         arms.setdefault(arm, []).append(group)
-    for line, name in zip(panels, names, strict=True):
+    for line, name in zip(panels, study.numbers, strict=True):
         for panel, (label, cost) in zip(line, costs, strict=True):
             for number, (arm, groups) in enumerate(arms.items()):
-                colour = COLOURS[min(number, len(COLOURS) - 1)]
-                ordered = sorted(groups, key=lambda group: statistics.mean(map(cost, group)))
-                places = [statistics.mean(map(cost, group)) for group in ordered]
-                values = [[row["numbers"][name] for row in group] for group in ordered]
-                means = [statistics.mean(group) for group in values]
-                spreads = [statistics.stdev(group) if len(group) > 1 else 0.0 for group in values]
-                if len(groups) > 1:
-                    panel.errorbar(
-                        places, means, spreads, color=colour, marker="o", ms=4, lw=1.5, capsize=3, label=arm
-                    )
-                else:
-                    panel.plot(places, means, color=colour, marker="x", ls="", ms=5)
-                    panel.annotate(
-                        arm, (places[0], means[0]), xytext=(4, 2), textcoords="offset points", fontsize=6
-                    )
+                with_name = [[row for row in group if name in row["numbers"]] for group in groups]
+                with_name = sorted(filter(None, with_name), key=lambda group: cost(group[0]))
+                draw_arm(panel, arm, with_name, name, cost, COLOURS[min(number, len(COLOURS) - 1)])
             panel.set_xlabel(label, color=INK, fontsize=8)
             panel.set_ylabel(f"{name} (%)", color=INK, fontsize=8)
             panel.tick_params(labelsize=7)
@@ -125,6 +143,32 @@ def draw(study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
     if arms:
         panels[0][0].legend(frameon=False, fontsize=7)
     return figure
+
+
+def draw_arm(
+    panel: Axes,
+    arm: str,
+    groups: Sequence[Sequence[dict[str, Any]]],
+    name: str,
+    cost: Callable[[dict[str, Any]], float],
+    colour: str,
+) -> None:
+    """A line with bars of one standard deviation over an arm's budgets, or a cross for a single budget."""
+    places = [statistics.mean(map(cost, group)) for group in groups]
+    values = [[row["numbers"][name] for row in group] for group in groups]
+    means = [statistics.mean(group) for group in values]
+    if len(groups) < 2:
+        panel.plot(places, means, color=colour, marker="x", ls="", ms=5)
+        for place, mean in zip(places, means, strict=True):
+            panel.annotate(arm, (place, mean), xytext=(4, 2), textcoords="offset points", fontsize=6)
+        return
+    spreads = [statistics.stdev(group) if len(group) > 1 else 0.0 for group in values]
+    panel.errorbar(places, means, spreads, color=colour, marker="o", ms=4, lw=1.5, capsize=3, label=arm)
+    for seed in sorted({row["seed"] for group in groups for row in group}):
+        own = [row for group in groups for row in group if row["seed"] == seed]
+        panel.plot(
+            list(map(cost, own)), [row["numbers"][name] for row in own], color=colour, lw=0.5, alpha=0.4
+        )
 
 
 if __name__ == "__main__":

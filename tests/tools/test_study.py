@@ -69,7 +69,7 @@ def test_a_result_that_was_cut_short_is_not_recorded(tmp_path: Path) -> None:
 def result(key: str, arm: str, share: str, seed: int, knn: float) -> dict[str, object]:
     return {
         "key": key, "arm": arm, "share": share, "seed": seed, "images_seen": 1000, "flops": 2e15,
-        "seconds": 90.0, "numbers": {"knn": knn},
+        "seconds": 90.0, "cpu_seconds": 120.0, "numbers": {"knn": knn},
     }  # fmt: skip
 
 
@@ -83,11 +83,31 @@ def test_differences_are_paired_by_seed_and_the_last_result_of_a_seed_counts(stu
         result("constant-1over1.5-seed0", "constant", "1/1.5", 0, 30.0),
     ]
     lines = markdown(study, rows).splitlines()
-    assert lines[0].endswith("| training (min) | knn |")
-    assert lines[2] == "| constant | 1 | 2 | 1,000 | 2 | 1.5 ± 0.0 | 42.00 ± 2.83 |"
-    assert lines[3] == "| constant | 1/1.5 | 1 | 1,000 | 2 | 1.5 | 30.00 |"
-    assert lines[4] == "| other | 1 | 2 | 1,000 | 2 | 1.5 ± 0.0 | 62.75 ± 24.40 (+1.50) |"
+    assert lines[0].endswith("| training (min) | CPU (min) | knn |")
+    assert lines[2:] == [
+        "| constant | 1 | 2 | 1,000 | 2 | 1.5 ± 0.0 | 2.0 ± 0.0 | 42.00 ± 2.83 |",
+        "| constant | 1/1.5 | 1 | 1,000 | 2 | 1.5 | 2.0 | 30.00 |",
+        "| other | 1 | 2 | 1,000 | 2 | 1.5 ± 0.0 | 2.0 ± 0.0 | 62.75 ± 24.40 (+1.50) |",
+    ]
     assert len(draw(study, rows).axes) == 2
+
+
+def test_the_cheapest_run_that_is_as_good_as_the_original_is_named_with_its_time(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.yaml"
+    original = '  theirs: {overrides: [], original: true, seeds: {"1": [0]}}\nevaluate:'
+    file.write_text(TEXT.replace("evaluate:", original))
+    study = load_study(file)
+    rows = [
+        result("constant-1-seed0", "constant", "1", 0, 41.0),
+        {**result("constant-1over1.5-seed0", "constant", "1/1.5", 0, 40.0), "seconds": 60.0},
+        {**result("other-1-seed0", "other", "1", 0, 39.9), "seconds": 30.0},
+    ]
+    goal = {**result("theirs-1-seed0", "theirs", "1", 0, 40.0), "seconds": 240.0}
+    line = "| theirs at 1 | knn 40.00 | 4.0 | constant at 1/1.5 | 40.00 | 1.0 | 4.00 |"
+    assert markdown(study, [*rows, goal]).splitlines()[-1] == line
+    unreached = {**goal, "numbers": {"knn": 50.0}}
+    assert markdown(study, [*rows, unreached]).splitlines()[-1].endswith("| no arm |  |  |  |")
+    assert len(draw(study, [*rows, goal]).axes) == 2
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
