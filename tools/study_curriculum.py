@@ -86,6 +86,7 @@ class Runner:
     def _evaluate(
         self, evaluation: Evaluation, entry: Entry, folder: RunFolder, cores: list[int], log: Path
     ) -> dict[str, float]:
+        wanted = set(evaluation.numbers.values())
         if evaluation.finetune is not None:
             tuned = RunFolder(folder.path.with_name(f"{entry.key}-{evaluation.name}"))
             settings = [*self.study.finetune_common, *evaluation.overrides, f"seed={entry.seed}"]
@@ -96,14 +97,14 @@ class Runner:
         else:
             # Named by what it is, so that an interrupted study does not repeat it.
             probes = folder.path / "report" / "probes.jsonl"
-            if not any(evaluation.numbers.values() <= row.keys() for row in recorded(probes)):
+            if not any(wanted <= row.keys() for row in recorded(probes)):
                 source = [str(folder.path)]
                 if entry.original:
                     places = [f"init={weights(entry, folder)}", f"output={folder.path}"]
                     source = [self.study.recipe, *entry.overrides, *places]
                 self._python(["-m", "etpp_ssl", "probe", *source, *evaluation.probe], cores, log)
             rows = recorded(probes)
-        found = [row for row in rows if evaluation.numbers.values() <= row.keys()][-1]
+        found = [row for row in rows if wanted <= row.keys()][-1]
         return {name: float(found[key]) for name, key in evaluation.numbers.items()}
 
     def _python(self, arguments: list[str], cores: list[int], log: Path, times: Path | None = None) -> float:
@@ -190,9 +191,10 @@ def run_study(study: Study, entries: Sequence[Entry], jobs: int, clone: Path | N
             print(f"{entry.key}: {shown} ({row['seconds']:.0f} s of training)", flush=True)
         except Stopped:
             pass
-        except (RuntimeError, OSError, IndexError) as error:
-            failures.append(f"{entry.key}: {error}")
-            print(f"{entry.key} failed: {error}", flush=True)
+        except Exception as error:
+            # Whatever it is, the other runs go on, and it is not heard of only at their end.
+            failures.append(f"{entry.key}: {type(error).__name__}: {error}")
+            print(f"failed: {failures[-1]}", flush=True)
         finally:
             free.put(share)
 
