@@ -198,10 +198,14 @@ def run_study(study: Study, entries: Sequence[Entry], jobs: int, clone: Path | N
         finally:
             free.put(share)
 
-    signal.signal(signal.SIGTERM, lambda *_: runner.stop())
-    signal.signal(signal.SIGINT, lambda *_: runner.stop())
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, entries))
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(signum, lambda *_: runner.stop()) for signum in signals]
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(one, entries))
+    finally:
+        for signum, handler in zip(signals, before, strict=True):
+            signal.signal(signum, handler)
     if runner.stopping.is_set():
         failures.append("stopped; the same command goes on")
     return failures

@@ -1,13 +1,16 @@
-"""The study's bookkeeping: what is run, what is done, what the table says; nothing is trained here."""
+"""The study: what is run, what is done, what a run leaves, what the table says."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from study_curriculum import run_study
 from study_file import Study, load_study, recorded
 from study_report import draw, markdown
+from tiny_runs import TINY, TINY_CLASSIFIER
 
 from etpp_ssl.recipe_file import load_any_recipe
 
@@ -124,3 +127,42 @@ def test_the_runs_of_every_study_are_recipes(file: Path) -> None:
             load_any_recipe(evaluation.finetune, [*found.finetune_common, *evaluation.overrides])
     for line in found.results.read_text().splitlines() if found.results.is_file() else ():
         assert json.loads(line)["key"] in {entry.key for entry in found.entries}
+
+
+def test_a_run_is_trained_evaluated_and_recorded_and_a_failed_one_is_told(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("64", "40"))
+    (tmp_path / "classifier.yaml").write_text(
+        TINY_CLASSIFIER.replace("depth: 2", "depth: 1").replace("augment: {ramp: true}", "")
+    )
+    file = tmp_path / "study.yaml"
+    file.write_text(f"""
+recipe: {tmp_path / "tiny.yaml"}
+baseline: constant
+budget_epochs: 1
+common: []
+finetune_common: []
+arms:
+  constant: {{overrides: [curriculum=constant], seeds: {{"1/1.5": [4]}}}}
+  broken: {{overrides: [init=nowhere], seeds: {{"1": [0]}}, evaluate: [probes]}}
+evaluate:
+  probes:
+    numbers: {{knn: knn_top1, linear: linear_cached_top1}}
+    probe: [probe=linear_cached, probe.knn_k=3, probe.epochs=1]
+  finetune:
+    numbers: {{finetuned: top1}}
+    finetune: {tmp_path / "classifier.yaml"}
+    overrides: [budget_epochs=0.5]
+""")
+    study = replace(load_study(file), output=tmp_path / "runs")
+    (failure,) = run_study(study, study.entries, jobs=2)
+    assert failure.startswith("broken-1-seed0: ")
+    assert "nowhere" in failure
+    (row,) = recorded(study.results)
+    assert (row["key"], row["seed"], row["share"]) == ("constant-1over1.5-seed4", 4, "1/1.5")
+    assert row["numbers"].keys() == {"knn", "linear", "finetuned"}
+    assert all(0 <= value <= 100 for value in row["numbers"].values())
+    assert row["steps"] * 10 == row["images_seen"]
+    assert row["cpu_seconds"] > row["seconds"] > 0
+    assert row["flops"] > 0
