@@ -34,6 +34,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from study_file import Entry, Evaluation, Study, load_study, recorded
+from torch.backends.cpu import get_cpu_capability
 
 from etpp_ssl.engine.plan import plan_run
 from etpp_ssl.engine.state import LIBRARIES
@@ -166,7 +167,7 @@ def describe(recipe: str, entry: Entry, folder: RunFolder) -> dict[str, Any]:
         "seconds": last["seconds"],
         "loss": last["loss"],
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {get_cpu_capability()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in LIBRARIES},
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
