@@ -1,6 +1,6 @@
 """Run a grid of pre-training runs, evaluate each, and append every result to a file as its run ends.
 
-    python tools/study_curriculum.py tools/studies/cifar10.yaml data.root=... [--jobs 2] [--only ARM ...]
+    python tools/study_curriculum.py tools/studies/cifar10.yaml data.root=... [--jobs 2] [--only NAME ...]
         [--original CLONE]
     python tools/study_report.py tools/studies/cifar10.yaml
 
@@ -218,14 +218,21 @@ def main() -> None:
     parser.add_argument("study", type=Path, help="a study file")
     parser.add_argument("overrides", nargs="*", help="settings for every run, for instance data.root=...")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="ARM", help="only these arms")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="only these arms, or runs as --list has them"
+    )
     parser.add_argument("--original", type=Path, metavar="CLONE", help="a clone of facebookresearch/mae")
     parser.add_argument("--list", action="store_true", help="say what is done and what is not, and stop")
     options = parser.parse_intermixed_args()
 
     study = load_study(options.study, options.overrides)
+    names = {name for entry in study.entries for name in (entry.arm, entry.key)}
+    if unknown := set(options.only or ()) - names:
+        parser.error(f"--only: the study has no {', '.join(sorted(unknown))}")
     done = {row["key"] for row in recorded(study.results)}
-    chosen = [entry for entry in study.entries if not options.only or entry.arm in options.only]
+    chosen = [
+        entry for entry in study.entries if not options.only or {entry.arm, entry.key} & set(options.only)
+    ]
     for entry in chosen if options.list else ():
         print(f"{'done' if entry.key in done else 'open'}  {entry.key}")
     if options.list:
