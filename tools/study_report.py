@@ -1,8 +1,9 @@
 """Table and figure of a study's results, as far as they are recorded.
 
-    python tools/study_report.py tools/studies/cifar10.yaml
+    python tools/study_report.py tools/studies/cifar10.yaml [--into README.md]
 
-Writes the tables as Markdown beside the study file and the figure to tools/figures/. A mean is over seeds,
+Writes the tables as Markdown beside the study file, and between the lines `<!-- study NAME -->` and
+`<!-- end of study NAME -->` of another file, and the figure to tools/figures/. A mean is over seeds,
 with the standard deviation where there are several; differences from the baseline arm, in brackets, are
 paired by seed, at equal share of the budget. A second table says which arm first reached what the original's
 code did, and in which part of its time. In the figure, thin lines join the runs of one seed.
@@ -21,6 +22,8 @@ from matplotlib.figure import Figure
 from study_file import Study, load_study, recorded
 
 COLOURS = ("#1f5fa8", "#c8501e", "#3a8f4d", "#8a4fa3", "#777777", "#b0892b")
+MARKERS = "X^vs*DPp<>hd"
+"""Of arms with a single budget."""
 INK = "#222222"
 
 
@@ -29,15 +32,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, help="a study file")
     parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="Markdown that shows the tables, too")
     options = parser.parse_args()
     study = load_study(options.study)
     rows = recorded(study.results)
     table = options.study.with_suffix(".md")
     table.write_text(markdown(study, rows), encoding="utf-8")
     print(table)
+    if options.into is not None:
+        text = options.into.read_text(encoding="utf-8")
+        shown_in = with_tables(text, options.study.stem, markdown(study, rows))
+        options.into.write_text(shown_in, encoding="utf-8")
+        print(options.into)
     figure = options.figures / f"study_{options.study.stem}.png"
     draw(study, rows).savefig(figure, dpi=150)
     print(figure)
+
+
+def with_tables(text: str, name: str, tables: str) -> str:
+    """A Markdown text with a study's tables between their two marks.
+
+    Raises:
+        ValueError: if there are no such marks.
+    """
+    start, end = f"<!-- study {name} -->\n", f"<!-- end of study {name} -->"
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"there is no {start.strip()} with an {end}")
+    return f"{before}{start}\n{tables}\n{end}{after}"
 
 
 def grouped(study: Study, rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -55,8 +78,7 @@ def markdown(study: Study, rows: Sequence[dict[str, Any]]) -> str:
     names = study.numbers
     groups = grouped(study, rows)
     lines = [
-        f"| arm | budget | seeds | images seen | FLOPs (1e15) | training (min) | CPU (min) | "
-        f"{' | '.join(names)} |",
+        f"| arm | budget | seeds | images seen | TFLOP | training (min) | CPU (min) | {' | '.join(names)} |",
         f"|---|---|---|---|---|---|---|{'---|' * len(names)}",
     ]
     for (arm, share), group in groups.items():
@@ -64,7 +86,7 @@ def markdown(study: Study, rows: Sequence[dict[str, Any]]) -> str:
         values = [measured(group, baseline, name) for name in names]
         lines.append(
             f"| {arm} | {share} | {len(group)} | {group[0]['images_seen']:,} | "
-            f"{group[0]['flops'] / 1e15:.3g} | {shown([row['seconds'] / 60 for row in group], 1)} | "
+            f"{group[0]['flops'] / 1e12:,.3g} | {shown([row['seconds'] / 60 for row in group], 1)} | "
             f"{shown([row['cpu_seconds'] / 60 for row in group], 1)} | {' | '.join(values)} |"
         )
     reached = reaching(study, groups)
@@ -124,7 +146,7 @@ def draw(study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
     panels = figure.subplots(len(study.numbers), 2, squeeze=False)
     costs: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
         ("minutes of training", lambda row: row["seconds"] / 60),
-        ("counted operations (1e15)", lambda row: row["flops"] / 1e15),
+        ("counted operations (TFLOP)", lambda row: row["flops"] / 1e12),
     )
     arms: dict[str, list[list[dict[str, Any]]]] = {}
     for (arm, _), group in grouped(study, rows).items():
@@ -134,14 +156,18 @@ def draw(study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
             for number, (arm, groups) in enumerate(arms.items()):
                 with_name = [[row for row in group if name in row["numbers"]] for group in groups]
                 with_name = sorted(filter(None, with_name), key=lambda group: cost(group[0]))
-                draw_arm(panel, arm, with_name, name, cost, COLOURS[min(number, len(COLOURS) - 1)])
+                look = (COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)])
+                draw_arm(panel, arm, with_name, name, cost, look)
             panel.set_xlabel(label, color=INK, fontsize=8)
             panel.set_ylabel(f"{name} (%)", color=INK, fontsize=8)
             panel.tick_params(labelsize=7)
             panel.spines[["top", "right"]].set_visible(False)
             panel.grid(alpha=0.25, lw=0.5)
     if arms:
-        panels[0][0].legend(frameon=False, fontsize=7)
+        handles = dict(zip(*panels[0][0].get_legend_handles_labels()[::-1], strict=True))
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=7
+        )
     return figure
 
 
@@ -151,16 +177,19 @@ def draw_arm(
     groups: Sequence[Sequence[dict[str, Any]]],
     name: str,
     cost: Callable[[dict[str, Any]], float],
-    colour: str,
+    look: tuple[str, str],
 ) -> None:
-    """A line with bars of one standard deviation over an arm's budgets, or a cross for a single budget."""
+    """A line with bars of one standard deviation over an arm's budgets, or a marker for a single budget.
+
+    Args:
+        look: the colour, and the marker for a single budget.
+    """
+    colour, marker = look
     places = [statistics.mean(map(cost, group)) for group in groups]
     values = [[row["numbers"][name] for row in group] for group in groups]
     means = [statistics.mean(group) for group in values]
     if len(groups) < 2:
-        panel.plot(places, means, color=colour, marker="x", ls="", ms=5)
-        for place, mean in zip(places, means, strict=True):
-            panel.annotate(arm, (place, mean), xytext=(4, 2), textcoords="offset points", fontsize=6)
+        panel.plot(places, means, color=colour, marker=marker, ls="", ms=6, label=arm)
         return
     spreads = [statistics.stdev(group) if len(group) > 1 else 0.0 for group in values]
     panel.errorbar(places, means, spreads, color=colour, marker="o", ms=4, lw=1.5, capsize=3, label=arm)

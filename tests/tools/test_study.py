@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from study_curriculum import run_study
 from study_file import Study, load_study, recorded
-from study_report import draw, markdown
+from study_report import draw, markdown, with_tables
 from tiny_runs import TINY, TINY_CLASSIFIER
 
 from etpp_ssl.recipe_file import load_any_recipe
@@ -71,7 +71,7 @@ def test_a_result_that_was_cut_short_is_not_recorded(tmp_path: Path) -> None:
 
 def result(key: str, arm: str, share: str, seed: int, knn: float) -> dict[str, object]:
     return {
-        "key": key, "arm": arm, "share": share, "seed": seed, "images_seen": 1000, "flops": 2e15,
+        "key": key, "arm": arm, "share": share, "seed": seed, "images_seen": 1000, "flops": 2e12,
         "seconds": 90.0, "cpu_seconds": 120.0, "numbers": {"knn": knn},
     }  # fmt: skip
 
@@ -166,3 +166,15 @@ evaluate:
     assert row["steps"] * 10 == row["images_seen"]
     assert row["cpu_seconds"] > row["seconds"] > 0
     assert row["flops"] > 0
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_what_the_readme_shows_is_what_the_results_say(file: Path) -> None:
+    readme = (file.parents[2] / "README.md").read_text()
+    found = load_study(file)
+    tables = markdown(found, recorded(found.results))
+    if found.results.is_file():
+        assert file.with_suffix(".md").read_text() == tables
+        assert with_tables(readme, file.stem, tables) == readme
+    with pytest.raises(ValueError, match="no <!-- study absent -->"):
+        with_tables(readme, "absent", tables)
