@@ -10,14 +10,14 @@ iteration, AdamW with no decay on vectors, `loss.item()` at every step. On the C
 are those of the recipe, whose curriculum must be constant.
 
 Writes metrics.jsonl (the keys of a run's) and weights.pth (the original's layout) into the recipe's output
-folder. Stopped by SIGTERM or SIGINT, it goes on from its last step, with other draws for the augmentation.
+folder. Stopped by SIGTERM or Ctrl-C, it goes on from its last step, and killed, from its state of up to two
+minutes before; with other draws for the augmentation. Exit codes of a stop are those of `etpp`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -26,11 +26,14 @@ from typing import Any
 
 import torch
 from original_mae import is_clone, original_model
+from study_file import recorded
 from timm.optim import param_groups_weight_decay
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 
+from etpp_ssl.atomic import append_line, replaced_file, write_text
 from etpp_ssl.data.folder import FolderConfig
+from etpp_ssl.engine.signals import Interrupted, StopRequest
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.recipe_file import load_recipe
 
@@ -49,13 +52,23 @@ def main() -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     if recipe.curriculum.name != "constant" or recipe.target.name != "pixels":
         parser.error("the original has no curriculum and no other target: curriculum=constant target=pixels")
+    if recipe.model.decoder.name != "mae":
+        parser.error("the original has no other decoder: model.decoder=mae")
     if recipe.precision == "fp16" or not isinstance(recipe.data, FolderConfig):
         parser.error("this takes precision=fp32 or bf16, and data.name=folder")
-    train(recipe, options.clone)
+    try:
+        train(recipe, options.clone)
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        sys.exit(interrupted.exit_code)
 
 
 def train(recipe: Recipe, clone: Path) -> None:
-    """Train to the end of the budget, from the state in the output folder if there is one."""
+    """Train to the end of the budget, from the state in the output folder if there is one.
+
+    Raises:
+        Interrupted: after SIGTERM or SIGINT, once the step is finished and the state is written.
+    """
     folder = Path(recipe.output)
     if (folder / "weights.pth").is_file():
         return
@@ -68,40 +81,38 @@ def train(recipe: Recipe, clone: Path) -> None:
     groups = param_groups_weight_decay(model, recipe.optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=schedule.peak, betas=recipe.optim.betas)
     step, before = _resume(folder, model, optimizer)
-    stops: list[int] = []
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda number, _: stops.append(number))
 
     start = saved = time.perf_counter()
-    for samples in batches(images, recipe, step, num_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = schedule(step / num_steps)
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
-            loss, _, _ = model(samples, mask_ratio=recipe.model.final_mask_ratio)
-        value = loss.item()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        now = time.perf_counter()
-        if step % recipe.log_every_steps == 0 or step == num_steps:
-            seen = step * recipe.batch_size
-            row = {
-                "step": step,
-                "loss": value,
-                "images_seen": seen,
-                "equivalent_epochs": seen / len(images),
-                "seconds": before + now - start,
-            }
-            with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"step {step}/{num_steps} loss {value:.4f} {row['seconds']:.0f} s", flush=True)
-        if stops or now - saved > SAVE_SECONDS:
-            _save(folder, model, optimizer, step, before + now - start)
-            saved = now
-        if stops:
-            sys.exit(128 + stops[0])
-    torch.save({"model": model.state_dict()}, folder / "weights.pth")
+    with StopRequest() as request:
+        for samples in batches(images, recipe, step, num_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = schedule(step / num_steps)
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+                loss, _, _ = model(samples, mask_ratio=recipe.model.final_mask_ratio)
+            value = loss.item()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            now = time.perf_counter()
+            if step % recipe.log_every_steps == 0 or step == num_steps:
+                seen = step * recipe.batch_size
+                row = {
+                    "step": step,
+                    "loss": value,
+                    "images_seen": seen,
+                    "equivalent_epochs": seen / len(images),
+                    "seconds": before + now - start,
+                }
+                append_line(folder / "metrics.jsonl", json.dumps(row))
+                print(f"step {step}/{num_steps} loss {value:.4f} {row['seconds']:.0f} s", flush=True)
+            if request.signum or now - saved > SAVE_SECONDS:
+                _save(folder, model, optimizer, step, before + now - start)
+                saved = now
+            if request.signum:
+                raise Interrupted(request.signum, step)
+    with replaced_file(folder / "weights.pth") as file:
+        torch.save({"model": model.state_dict()}, file)
     (folder / "state.pt").unlink(missing_ok=True)
 
 
@@ -145,8 +156,8 @@ def _save(
         "seconds": seconds,
         "rng": torch.get_rng_state(),
     }
-    torch.save(state, folder / "state.part")
-    (folder / "state.part").replace(folder / "state.pt")
+    with replaced_file(folder / "state.pt") as file:
+        torch.save(state, file)
 
 
 def _resume(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
@@ -157,6 +168,9 @@ def _resume(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimiz
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
+    # What was logged after it is done again.
+    kept = [row for row in recorded(folder / "metrics.jsonl") if row["step"] <= state["step"]]
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
     return state["step"], state["seconds"]
 
 

@@ -27,15 +27,17 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from study_file import Entry, Evaluation, Study, load_study, recorded
+from study_file import Entry, Study, load_study, recorded
 from torch.backends.cpu import get_cpu_capability
 
+from etpp_ssl.atomic import append_line
 from etpp_ssl.engine.plan import plan_run
 from etpp_ssl.engine.state import LIBRARIES
 from etpp_ssl.recipe_file import load_recipe
@@ -75,28 +77,29 @@ class Runner:
             command = ["-m", "etpp_ssl", "pretrain", self.study.recipe, *overrides]
         cpu_seconds = self._python(command, cores, log, times)
         numbers: dict[str, float] = {}
-        for evaluation in self.study.evaluations:
-            if evaluation.name in entry.evaluations:
-                numbers.update(self._evaluate(evaluation, entry, folder, cores, log))
+        for name in entry.evaluations:
+            numbers.update(self._evaluate(name, entry, folder, cores, log))
         cost = {"cpu_seconds": cpu_seconds, "cores": len(cores)}
         row = {**describe(self.study.recipe, entry, folder), **cost, "numbers": numbers}
-        with self._lock, self.study.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with self._lock:
+            append_line(self.study.results, json.dumps(row))
         return row
 
     def _evaluate(
-        self, evaluation: Evaluation, entry: Entry, folder: RunFolder, cores: list[int], log: Path
+        self, name: str, entry: Entry, folder: RunFolder, cores: list[int], log: Path
     ) -> dict[str, float]:
+        evaluation = self.study.evaluations[name]
         wanted = set(evaluation.numbers.values())
         if evaluation.finetune is not None:
-            tuned = RunFolder(folder.path.with_name(f"{entry.key}-{evaluation.name}"))
+            tuned = RunFolder(folder.path.with_name(f"{entry.key}-{name}"))
             settings = [*self.study.finetune_common, *evaluation.overrides, f"seed={entry.seed}"]
             places = [f"init={weights(entry, folder)}", f"output={tuned.path}"]
             command = ["-m", "etpp_ssl", "finetune", evaluation.finetune, *settings, *places]
             self._python(command, cores, log)
             rows = tuned.metrics()
         else:
-            # Named by what it is, so that an interrupted study does not repeat it.
+            assert evaluation.probe is not None
+            # A probe that was finished before an interruption is not repeated.
             probes = folder.path / "report" / "probes.jsonl"
             if not any(wanted <= row.keys() for row in recorded(probes)):
                 source = [str(folder.path)]
@@ -106,7 +109,7 @@ class Runner:
                 self._python(["-m", "etpp_ssl", "probe", *source, *evaluation.probe], cores, log)
             rows = recorded(probes)
         found = [row for row in rows if wanted <= row.keys()][-1]
-        return {name: float(found[key]) for name, key in evaluation.numbers.items()}
+        return {column: float(found[key]) for column, key in evaluation.numbers.items()}
 
     def _python(self, arguments: list[str], cores: list[int], log: Path, times: Path | None = None) -> float:
         """Run a program to its end; returns the CPU time of all its runs that are noted in `times`."""
@@ -124,13 +127,15 @@ class Runner:
             if hasattr(os, "sched_setaffinity"):
                 os.sched_setaffinity(job.pid, cores)
             self._running.add(job)
+            if self.stopping.is_set():
+                # It was not among those that `stop` has told.
+                os.kill(job.pid, signal.SIGTERM)
             # Not `wait`: only this tells the time of this child and of the data workers that it waited for.
             _, status, usage = os.wait4(job.pid, 0)
             code = job.returncode = os.waitstatus_to_exitcode(status)
             self._running.discard(job)
         if times is not None:
-            with times.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"cpu_seconds": usage.ru_utime + usage.ru_stime}) + "\n")
+            append_line(times, json.dumps({"cpu_seconds": usage.ru_utime + usage.ru_stime}))
         if self.stopping.is_set():
             raise Stopped
         if code:
@@ -142,7 +147,9 @@ class Runner:
         """End what runs, with checkpoints."""
         self.stopping.set()
         for job in tuple(self._running):
-            job.send_signal(signal.SIGTERM)
+            # Not `terminate`, which would ask for the end that `wait4` is waiting for.
+            with suppress(ProcessLookupError):
+                os.kill(job.pid, signal.SIGTERM)
 
 
 def weights(entry: Entry, folder: RunFolder) -> Path:

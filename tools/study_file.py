@@ -1,48 +1,74 @@
-"""A study file: which runs, of which arms, with which seeds, evaluated how; and the results so far.
-
-recipe: recipes/NAME.yaml
-baseline: ARM                 the arm that others are compared with
-budget_epochs: 4              the full budget, in equivalent epochs
-common: [key=value]           overrides of all runs
-finetune_common: [key=value]  overrides of all fine-tunings
-arms:
-  ARM:
-    overrides: [key=value]
-    seeds: {"1": [0, 1], "1/1.5": [0]}   for each share of the full budget
-    evaluate: [NAME]                     of the evaluations below; all if left out
-    original: true                       trained by original_pretrain.py; false if left out
-evaluate:
-  NAME: {numbers: {COLUMN: key of the result}, probe: [overrides of etpp probe]}
-  NAME: {numbers: {COLUMN: key of the result}, finetune: RECIPE, overrides: [key=value]}
-"""
+"""A study file: which runs, of which arms, with which seeds, evaluated how; and the results so far."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import Field, model_validator
 
-KEYS = {"recipe", "common", "finetune_common", "budget_epochs", "arms", "evaluate", "baseline"}
+from etpp_ssl.config import Config
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Numbers of a trained encoder.
+class Evaluation(Config):
+    """Numbers of a trained encoder, by a probe or by fine-tuning."""
 
-    `probe` are overrides of `etpp probe`; or `finetune` is a recipe, trained from the run's weights with
-    `overrides`. `numbers` are names for the table, and the keys of the results behind them.
-    """
-
-    name: str
-    numbers: dict[str, str]
-    probe: tuple[str, ...] = ()
+    numbers: dict[str, str] = Field(min_length=1)
+    """Columns of the table, and the keys of the results behind them."""
+    probe: tuple[str, ...] | None = None
+    """Overrides of `etpp probe`."""
     finetune: str | None = None
+    """A recipe, trained from the run's weights."""
     overrides: tuple[str, ...] = ()
+    """Of the fine-tuning."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Evaluation:
+        if (self.probe is None) == (self.finetune is None):
+            raise ValueError("an evaluation has either probe or finetune")
+        return self
+
+
+class Arm(Config):
+    """Runs that differ in budget and seed only."""
+
+    overrides: tuple[str, ...]
+    seeds: dict[str, tuple[int, ...]]
+    """For each share of the full budget, written as `1` or `1/1.5`."""
+    evaluate: tuple[str, ...] | None = None
+    """Names of evaluations; None for all."""
+    original: bool = False
+    """Trained by `original_pretrain.py`."""
+
+
+class StudyFile(Config):
+    """What the YAML file holds."""
+
+    recipe: str
+    baseline: str
+    """The arm that others are compared with."""
+    budget_epochs: float = Field(gt=0)
+    """The full budget, in equivalent epochs."""
+    common: tuple[str, ...]
+    """Overrides of all runs."""
+    finetune_common: tuple[str, ...]
+    """Overrides of all fine-tunings."""
+    arms: dict[str, Arm]
+    evaluate: dict[str, Evaluation]
+
+    @model_validator(mode="after")
+    def _names(self) -> StudyFile:
+        if self.baseline not in self.arms:
+            raise ValueError(f"baseline {self.baseline!r} is no arm")
+        for name, arm in self.arms.items():
+            if unknown := set(arm.evaluate or ()) - self.evaluate.keys():
+                raise ValueError(f"arm {name!r} has unknown evaluations: {sorted(unknown)}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -51,12 +77,11 @@ class Entry:
 
     arm: str
     share: str
-    """Of the full budget, as the study file has it: `1`, `1/1.5`."""
+    """Of the full budget, as the study file has it."""
     seed: int
     overrides: tuple[str, ...]
     evaluations: tuple[str, ...]
-    original: bool = False
-    """Whether the original's code trains it."""
+    original: bool
 
     @property
     def key(self) -> str:
@@ -66,74 +91,58 @@ class Entry:
 
 @dataclass(frozen=True)
 class Study:
-    """A study file."""
+    """A study file, laid out in runs."""
 
     recipe: str
     finetune_common: tuple[str, ...]
     entries: tuple[Entry, ...]
-    evaluations: tuple[Evaluation, ...]
+    """First seeds of all arms first."""
+    evaluations: dict[str, Evaluation]
     results: Path
     baseline: str
-    """The arm that others are compared with."""
-    output: Path = field(default=Path("runs"))
+    output: Path
+    """Where the run folders are."""
 
     @property
     def numbers(self) -> list[str]:
         """Names of all numbers, in the order of the study file."""
-        return [name for evaluation in self.evaluations for name in evaluation.numbers]
+        return [name for evaluation in self.evaluations.values() for name in evaluation.numbers]
 
 
 def load_study(file: Path, overrides: Sequence[str] = ()) -> Study:
     """Read a study file.
 
     Args:
-        file: YAML; see above.
+        file: YAML; see `StudyFile`.
         overrides: settings for every run and every fine-tuning.
 
     Raises:
-        ValueError: for an unknown key or a missing one.
+        ValueError: for an unknown key, a missing one, or a wrong value.
     """
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if values.keys() ^ KEYS:
-        raise ValueError(f"{file}: these keys are unknown or missing: {sorted(values.keys() ^ KEYS)}")
-    budget = Fraction(str(values["budget_epochs"]))
+    read = StudyFile.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
     ranked = []
-    for arm, settings in values["arms"].items():
-        evaluations = tuple(settings.get("evaluate", values["evaluate"]))
-        if unknown := set(evaluations) - values["evaluate"].keys():
-            raise ValueError(f"{file}: arm {arm} has unknown evaluations: {sorted(unknown)}")
-        for share, seeds in settings["seeds"].items():
-            numerator, _, denominator = str(share).partition("/")
-            epochs = float(budget * Fraction(numerator) / Fraction(denominator or "1"))
+    for name, arm in read.arms.items():
+        evaluations = tuple(read.evaluate) if arm.evaluate is None else arm.evaluate
+        for share, seeds in arm.seeds.items():
+            numerator, _, denominator = share.partition("/")
+            epochs = read.budget_epochs * float(Fraction(numerator) / Fraction(denominator or "1"))
             for rank, seed in enumerate(seeds):
-                own = (*values["common"], *settings["overrides"], *overrides)
-                own = (*own, f"budget_epochs={epochs:.6g}", f"seed={seed}")
-                original = settings.get("original", False)
-                ranked.append((rank, Entry(arm, str(share), seed, own, evaluations, original)))
-    entries = [entry for _, entry in sorted(ranked, key=lambda pair: pair[0])]
-    evaluations = tuple(
-        Evaluation(
-            name,
-            how["numbers"],
-            tuple(how.get("probe", ())),
-            how.get("finetune"),
-            tuple(how.get("overrides", ())),
-        )
-        for name, how in values["evaluate"].items()
-    )
+                budget = (f"budget_epochs={epochs:.6g}", f"seed={seed}")
+                own = (*read.common, *arm.overrides, *overrides, *budget)
+                ranked.append((rank, Entry(name, share, seed, own, evaluations, arm.original)))
     return Study(
-        recipe=values["recipe"],
-        finetune_common=(*values["finetune_common"], *overrides),
-        entries=tuple(entries),
-        evaluations=evaluations,
+        recipe=read.recipe,
+        finetune_common=(*read.finetune_common, *overrides),
+        entries=tuple(entry for _, entry in sorted(ranked, key=lambda pair: pair[0])),
+        evaluations=read.evaluate,
         results=file.with_suffix(".jsonl"),
-        baseline=values["baseline"],
+        baseline=read.baseline,
         output=Path("runs") / f"study_{file.stem}",
     )
 
 
 def recorded(results: Path) -> list[dict[str, Any]]:
-    """All results so far; a last line that was cut short is left out."""
+    """All rows of a file so far; a last line that was cut short is left out."""
     rows = []
     for line in results.read_text(encoding="utf-8").splitlines() if results.is_file() else ():
         try:

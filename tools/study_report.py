@@ -3,10 +3,11 @@
     python tools/study_report.py tools/studies/cifar10.yaml [--into README.md]
 
 Writes the tables as Markdown beside the study file, and between the lines `<!-- study NAME -->` and
-`<!-- end of study NAME -->` of another file, and the figure to tools/figures/. A mean is over seeds,
-with the standard deviation where there are several; differences from the baseline arm, in brackets, are
-paired by seed, at equal share of the budget. A second table says which arm first reached what the original's
-code did, and in which part of its time. In the figure, thin lines join the runs of one seed.
+`<!-- end of study NAME -->` of another file, and the figure to tools/figures/. A mean is over seeds, with the
+standard deviation where there are several; differences from the baseline arm, in brackets, are paired by
+seed, at equal share of the budget. A second table says which of the budgets that were run is the cheapest one
+to reach what the original's code did, on average, and how many times less its training takes. In the figure,
+thin lines join the runs of one seed.
 """
 
 from __future__ import annotations
@@ -109,29 +110,32 @@ def reaching(study: Study, groups: dict[tuple[str, str], list[dict[str, Any]]]) 
     lines = []
     for (arm, share), group in groups.items():
         for name in study.numbers if arm in originals else ():
-            goal, minutes = average(group, name), average(group, None)
+            goal = average(group, name)
             if goal is None:
                 continue
-            good = [
-                (average(other, None), f"{found} at {part}", value)
-                for (found, part), other in groups.items()
-                if found not in originals and (value := average(other, name)) is not None and value >= goal
-            ]
-            cells = ["no arm", "", "", ""]
+            good = []
+            for (other, part), runs in groups.items():
+                value = average(runs, name)
+                if other not in originals and value is not None and value >= goal:
+                    good.append((minutes(runs), f"{other} at {part}", value))
+            cells = "no arm | | |"
             if good:
                 least, which, value = min(good)
-                cells = [which, f"{value:.2f}", f"{least:.1f}", f"{minutes / least:.2f}"]
-            lines.append(f"| {arm} at {share} | {name} {goal:.2f} | {minutes:.1f} | {' | '.join(cells)} |")
-    head = "| original | reached | training (min) | by | with | training (min) | times less |"
+                cells = f"{which} | {value:.2f} | {least:.1f} | {minutes(group) / least:.2f}"
+            lines.append(f"| {arm} at {share} | {name} {goal:.2f} | {minutes(group):.1f} | {cells} |")
+    head = "| original | its mean | training (min) | reached by | with | training (min) | times less |"
     return [head, "|---|---|---|---|---|---|---|", *lines] if lines else []
 
 
-def average(group: Sequence[dict[str, Any]], name: str | None) -> Any:
-    """The mean of a number, or None without it; of the minutes of training where `name` is None."""
-    if name is None:
-        return statistics.mean(row["seconds"] / 60 for row in group)
+def average(group: Sequence[dict[str, Any]], name: str) -> float | None:
+    """The mean of a number over the runs that have it; None if none has."""
     values = [row["numbers"][name] for row in group if name in row["numbers"]]
     return statistics.mean(values) if values else None
+
+
+def minutes(group: Sequence[dict[str, Any]]) -> float:
+    """The mean wall time of training."""
+    return statistics.mean(row["seconds"] / 60 for row in group)
 
 
 def shown(values: Sequence[float], digits: int = 2, sign: str = "") -> str:

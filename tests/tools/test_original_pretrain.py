@@ -14,6 +14,7 @@ import torch
 from original_mae import import_original, original_model
 from PIL import Image
 
+from etpp_ssl.engine.signals import Interrupted
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.recipe_file import load_recipe
 
@@ -112,19 +113,48 @@ def test_a_stopped_run_goes_on_from_its_step(
             os.kill(os.getpid(), signal.SIGTERM)
         return forward(self, images, mask_ratio)
 
-    before = [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)]
+    before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(model, "forward", stopping)
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            original_pretrain.train(recipe, clone)
-        monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(Interrupted, match="SIGTERM after step 3") as stopped:
         original_pretrain.train(recipe, clone)
-    finally:
-        for signum, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
-            signal.signal(signum, handler)
-    assert stopped.value.code == 128 + signal.SIGTERM
+    assert stopped.value.exit_code == 75
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [row["step"] for row in rows(recipe)] == [1, 2, 3]
+    monkeypatch.setattr(model, "forward", forward)
+    original_pretrain.train(recipe, clone)
     assert [row["step"] for row in rows(recipe)] == list(range(1, recipe.build_curriculum(13).num_steps + 1))
     assert [row["seconds"] for row in rows(recipe)] == sorted(row["seconds"] for row in rows(recipe))
+
+
+def test_a_killed_run_forgets_what_it_logged_after_its_state(
+    clone: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = import_original(clone).MaskedAutoencoderViT
+    forward = model.forward
+
+    def dying(self: Any, images: torch.Tensor, mask_ratio: float) -> Any:
+        if len(self.seen) == 4:
+            raise KeyboardInterrupt
+        return forward(self, images, mask_ratio)
+
+    saved: list[int] = []
+    save = original_pretrain._save
+
+    def once(folder: Path, model: Any, optimizer: Any, step: int, seconds: float) -> None:
+        if not saved:
+            save(folder, model, optimizer, step, seconds)
+        saved.append(step)
+
+    monkeypatch.setattr(original_pretrain, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(original_pretrain, "_save", once)
+    monkeypatch.setattr(model, "forward", dying)
+    with pytest.raises(KeyboardInterrupt):
+        original_pretrain.train(recipe, clone)
+    assert [row["step"] for row in rows(recipe)] == [1, 2, 3, 4]
+    monkeypatch.setattr(model, "forward", forward)
+    original_pretrain.train(recipe, clone)
+    assert saved[0] == 1
+    assert [row["step"] for row in rows(recipe)] == list(range(1, recipe.build_curriculum(13).num_steps + 1))
 
 
 def test_what_the_original_cannot_do_is_refused(
@@ -133,6 +163,7 @@ def test_what_the_original_cannot_do_is_refused(
     for overrides, reason in (
         ([], "curriculum=constant"),
         (["curriculum=constant", "target=hog"], "target=pixels"),
+        (["curriculum=constant", "model.decoder=cross"], "model.decoder=mae"),
         (["curriculum=constant"], "data.name=folder"),
     ):
         monkeypatch.setattr("sys.argv", ["tool", str(clone), "recipes/quickstart.yaml", *overrides])

@@ -55,11 +55,20 @@ def test_every_arm_share_and_seed_is_one_run_under_its_own_key(study: Study) -> 
     )
 
 
-def test_an_unknown_key_is_named(tmp_path: Path) -> None:
+def test_a_mistake_in_a_study_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
-    file.write_text(TEXT.replace("baseline:", "base:"))
-    with pytest.raises(ValueError, match=r"\['base', 'baseline'\]"):
-        load_study(file)
+    for right, wrong, told in (
+        ("baseline: constant", "base: constant", r"baseline\n[\s\S]*base\n"),
+        ("baseline: constant", "baseline: absent", "'absent' is no arm"),
+        ("overrides: [],", "overrides: [], orignal: true,", "arms.other.orignal\n"),
+        ("overrides: [],", "overrides: [], evaluate: [linear],", r"'other' has unknown .*\['linear'\]"),
+        ("probe: [probe=knn]", "", "either probe or finetune"),
+        ("budget_epochs: 4", "budget_epochs: 0", "greater than 0"),
+    ):
+        assert right in TEXT
+        file.write_text(TEXT.replace(right, wrong))
+        with pytest.raises(ValueError, match=told):
+            load_study(file)
 
 
 def test_a_result_that_was_cut_short_is_not_recorded(tmp_path: Path) -> None:
@@ -109,7 +118,7 @@ def test_the_cheapest_run_that_is_as_good_as_the_original_is_named_with_its_time
     line = "| theirs at 1 | knn 40.00 | 4.0 | constant at 1/1.5 | 40.00 | 1.0 | 4.00 |"
     assert markdown(study, [*rows, goal]).splitlines()[-1] == line
     unreached = {**goal, "numbers": {"knn": 50.0}}
-    assert markdown(study, [*rows, unreached]).splitlines()[-1].endswith("| no arm |  |  |  |")
+    assert markdown(study, [*rows, unreached]).splitlines()[-1].endswith("| no arm | | | |")
     assert len(draw(study, [*rows, goal]).axes) == 2
 
 
@@ -120,9 +129,9 @@ def test_the_runs_of_every_study_are_recipes(file: Path) -> None:
     assert len({entry.key for entry in found.entries}) == len(found.entries)
     for entry in found.entries:
         load_any_recipe(found.recipe, entry.overrides)
-    for evaluation in found.evaluations:
+    for evaluation in found.evaluations.values():
         if evaluation.finetune is None:
-            load_any_recipe(found.recipe, evaluation.probe)
+            load_any_recipe(found.recipe, evaluation.probe or ())
         else:
             load_any_recipe(evaluation.finetune, [*found.finetune_common, *evaluation.overrides])
     for line in found.results.read_text().splitlines() if found.results.is_file() else ():
