@@ -50,8 +50,10 @@ def main() -> None:
     if not is_clone(options.clone):
         parser.error(f"{options.clone} holds no models_mae.py")
     recipe = load_recipe(options.recipe, options.overrides)
-    if recipe.curriculum.name != "constant" or recipe.target.name != "pixels":
-        parser.error("the original has no curriculum and no other target: curriculum=constant target=pixels")
+    if recipe.curriculum.name != "constant":
+        parser.error("the original has no curriculum: curriculum=constant")
+    if recipe.target.name != "pixels" or not recipe.target.norm_pix:
+        parser.error("this compares normalised pixels: target=pixels")
     if recipe.model.decoder.name != "mae":
         parser.error("the original has no other decoder: model.decoder=mae")
     if recipe.precision == "fp16" or not isinstance(recipe.data, FolderConfig):

@@ -163,6 +163,7 @@ def test_what_the_original_cannot_do_is_refused(
     for overrides, reason in (
         ([], "curriculum=constant"),
         (["curriculum=constant", "target=hog"], "target=pixels"),
+        (["curriculum=constant", "target.norm_pix=false"], "normalised pixels"),
         (["curriculum=constant", "model.decoder=cross"], "model.decoder=mae"),
         (["curriculum=constant"], "data.name=folder"),
     ):
