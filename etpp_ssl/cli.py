@@ -20,6 +20,10 @@ from etpp_ssl.config import UserError
 # them), spinning threads can slow a step twentyfold. libgomp reads this when torch is loaded, which is
 # why the commands import torch, and everything that needs it, only when they run.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if is_one_of_several():
+    # A process that waits at the store of another one when that ends gets twenty lines of torch's stack
+    # beside our sentence, as a warning; torch's errors stay. Read when torch is loaded, too.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 app = typer.Typer(
     name="etpp",

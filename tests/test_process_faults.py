@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import LONG, Rank, Server
+from ranks import LONG, Rank, Server, free_port
 
 from etpp_ssl.config import UserError
 from etpp_ssl.engine.accelerator import alone_by_mistake
@@ -273,6 +273,48 @@ elastic_launch(
 """What torchrun runs, without the time that it takes to start."""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+WAITING = """
+import os, sys
+import etpp_ssl.cli
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), 2, False, wait_for_workers=False)
+store.set("waiting", "")
+try:
+    store.get("never")
+except dist.DistError as error:
+    print("lost:", error)
+"""
+HOST = """
+import os, sys
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), 2, True, wait_for_workers=False)
+store.wait(["waiting"])
+os._exit(9)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"WORLD_SIZE": "2"}, False),
+        ({"WORLD_SIZE": "2", "TORCH_CPP_LOG_LEVEL": "WARNING"}, True),
+    ],
+)
+def test_torch_prints_no_stack_when_the_store_is_lost_in_a_wait_unless_asked_to(
+    environment: dict[str, str], told: bool
+) -> None:
+    port = str(free_port())
+    clean = {name: value for name, value in ENVIRONMENT.items() if name != "TORCH_CPP_LOG_LEVEL"}
+    with subprocess.Popen([sys.executable, "-c", HOST, port], env=clean) as host:
+        waited = subprocess.run(
+            [sys.executable, "-c", WAITING, port],
+            env={**clean, **environment}, capture_output=True, text=True, timeout=LONG, check=True,
+        )  # fmt: skip
+    assert host.returncode == 9
+    assert waited.stdout.startswith("lost: ")
+    assert ("frame #" in waited.stderr) == told
+
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] "
 
