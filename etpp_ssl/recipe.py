@@ -101,7 +101,7 @@ class RunRecipe(Config, ABC):
     in_chans: int = Field(default=3, ge=1, le=1024)
     init: str | None = None
     """Weights to start from: a run folder, an export's folder, or a .pth or safetensors file of MAE's,
-    timm's or DeiT's layout; a resumed run reads its own checkpoint instead."""
+    timm's, DeiT's or Hugging Face's layout; a resumed run reads its own checkpoint instead."""
     deterministic: bool = False
     """Bitwise repeatable on CUDA too, at some cost in speed; the CPU always is."""
     budget_epochs: float | None = Field(default=None, gt=0, le=1e6)

@@ -6,7 +6,10 @@
     checkpoints/step-XXXXXXXX/   model.safetensors, optimizer.safetensors, state.json; with a moving
                                  average of the weights also ema.safetensors; for a moment called
                                  .old-step-XXXXXXXX, while another of the same step takes its place
-    export/, report/             written later
+    status.json                  whether it runs, and what it said last
+    dumps/                       what repeats a step that was not finite
+    .lock                        held by the process that trains
+    export/, report/, embeddings/  written later
 
 `state.json` is written last and lists the sizes of the other files, so a checkpoint that was cut short
 is recognised whatever cut it.

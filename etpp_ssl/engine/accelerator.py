@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from etpp_ssl.config import UserError
 from etpp_ssl.engine.fsdp import fsdp_plugin, refuse_deepspeed
@@ -38,6 +38,8 @@ def open_accelerator(recipe: RunRecipe) -> Accelerator:
         log_with=None if tracker == "none" else tracker,
         project_dir=recipe.output,
         fsdp_plugin=plugin,
+        # Else accelerate divides losses by what the environment says; ours are shares of the batch.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.peer_timeout_minutes))],
     )
     if plugin is not None and not accelerator.is_fsdp2:

@@ -1,8 +1,8 @@
 """Training of classifiers, from a pre-trained encoder or from scratch, under any curriculum: the loop.
 
 The twin of `pretrain.py`: the same stages, order, crop and checkpoints, with labels. Fine-tuning is a run
-with `init` and usually `curriculum: constant`; supervised EfficientTrain++ is one without `init` and with
-its curriculum, whose RandAugment grows with the bandwidth.
+with `init` and usually `curriculum: constant`; supervised EfficientTrain++ is one without `init`, with
+its curriculum and a RandAugment that grows over compute.
 
 Every draw is a function of the seed and the sample's number, so a run is the same for any number of
 workers, and resumes to the bit. Two things follow the micro-batch, by their nature: which images are

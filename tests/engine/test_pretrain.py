@@ -123,6 +123,15 @@ def test_accumulated_micro_batches_give_the_whole_batchs_step(
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-5)
 
 
+def test_accelerates_own_accumulation_plays_no_part(
+    whole: Path, tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    run = pretrain(tiny_recipe(f"output={tmp_path / 'other'}", "probe=knn", "probe.every_steps=7"))
+    assert run.accelerator.gradient_accumulation_steps == 1
+    assert_same(whole, tmp_path / "other")
+
+
 def test_the_learning_rate_is_one_curve_over_compute(whole: Path) -> None:
     recipe = RunFolder(whole).recipe()
     curriculum = recipe.build_curriculum(64)
