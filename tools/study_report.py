@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from study_file import Study, load_study, recorded
 
-COLOURS = ("#1f5fa8", "#c8501e", "#3a8f4d", "#8a4fa3", "#777777", "#b0892b")
+COLOURS = ("#1f5fa8", "#c8501e", "#3a8f4d", "#8a4fa3", "#777777", "#b0892b", "#d6478f", "#2aa6a6", "#6b4423")
 MARKERS = "X^vs*DPp<>hd"
 """Of arms with a single budget."""
 INK = "#222222"
@@ -152,6 +152,7 @@ def draw(study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
         ("minutes of training", lambda row: row["seconds"] / 60),
         ("counted operations (TFLOP)", lambda row: row["flops"] / 1e12),
     )
+    originals = {entry.arm for entry in study.entries if entry.original}
     arms: dict[str, list[list[dict[str, Any]]]] = {}
     for (arm, _), group in grouped(study, rows).items():
         arms.setdefault(arm, []).append(group)
@@ -160,7 +161,8 @@ def draw(study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
             for number, (arm, groups) in enumerate(arms.items()):
                 with_name = [[row for row in group if name in row["numbers"]] for group in groups]
                 with_name = sorted(filter(None, with_name), key=lambda group: cost(group[0]))
-                look = (COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)])
+                colour = INK if arm in originals else COLOURS[number % len(COLOURS)]
+                look = (colour, MARKERS[number % len(MARKERS)])
                 draw_arm(panel, arm, with_name, name, cost, look)
             panel.set_xlabel(label, color=INK, fontsize=8)
             panel.set_ylabel(f"{name} (%)", color=INK, fontsize=8)
