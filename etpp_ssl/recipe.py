@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -95,7 +96,7 @@ class RunRecipe(Config, ABC):
     task: Literal["pretrain", "finetune"] = "pretrain"
     seed: int = 0
     output: str = neutral(...)
-    """The run folder."""
+    """The run folder; `~` is expanded."""
     image_size: int | tuple[int, int] = 224
     """Pixels at full resolution, one number or [height, width]."""
     in_chans: int = Field(default=3, ge=1, le=1024)
@@ -126,6 +127,11 @@ class RunRecipe(Config, ABC):
     checkpoint: CheckpointConfig = neutral(CheckpointConfig())
     nonfinite: NonfiniteConfig = neutral(NonfiniteConfig())
     tracker: TrackerConfig = neutral(TrackerConfig())
+
+    @field_validator("output")
+    @classmethod
+    def _home(cls, output: str) -> str:
+        return os.path.expanduser(output)
 
     @field_validator("image_size")
     @classmethod

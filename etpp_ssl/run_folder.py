@@ -278,6 +278,7 @@ class RunFolder:
     def _require(self) -> None:
         if not self.exists():
             what = "has no recipe.yaml" if os.path.isdir(self.path) else "does not exist"
+            what = "is a file" if os.path.isfile(self.path) else what
             raise UserError(f"{str(self.path)!r} is no run folder: it {what}")
 
     def metrics(self) -> list[dict[str, Any]]:

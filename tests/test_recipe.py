@@ -174,6 +174,12 @@ def test_a_mistake_is_one_sentence_that_names_the_key(overrides: list[str], word
         assert word in message
 
 
+def test_a_run_folder_may_be_named_from_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/people/ada")
+    assert parse_recipe(MINIMAL, ["output=~/runs/a"]).output == "/people/ada/runs/a"
+    assert parse_recipe(MINIMAL, ["output=runs/~/a"]).output == "runs/~/a"
+
+
 def test_a_missing_key_is_named() -> None:
     with pytest.raises(UserError, match="batch_size is missing"):
         parse_recipe(MINIMAL.replace("batch_size: 4\n", ""))

@@ -9,9 +9,10 @@ iteration, AdamW with no decay on vectors, `loss.item()` at every step. On the C
 (`precision=fp32`), or under bf16 autocast. Dimensions, batch, learning rate, warm-up and the number of steps
 are those of the recipe, whose curriculum must be constant.
 
-Writes metrics.jsonl (the keys of a run's) and weights.pth (the original's layout) into the recipe's output
-folder. Stopped by SIGTERM or Ctrl-C, it goes on from its last step, and killed, from its state of up to two
-minutes before; with other draws for the augmentation. Exit codes of a stop are those of `etpp`.
+Writes metrics.jsonl (the keys of a run's), weights.pth (the original's layout) and original.yaml (the
+settings) into the recipe's output folder, and refuses one of other settings. Stopped by SIGTERM or Ctrl-C, it
+goes on from its last step, and killed, from its state of up to two minutes before; with other draws for the
+augmentation. Exit codes of a stop are those of `etpp`.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ import torch
 from original_mae import is_clone, original_model
 from study_file import recorded
 from timm.optim import param_groups_weight_decay
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from etpp_ssl.atomic import append_line, replaced_file, write_text
-from etpp_ssl.data.folder import FolderConfig
+from etpp_ssl.config import UserError
+from etpp_ssl.data.folder import FolderConfig, split_folder
 from etpp_ssl.engine.signals import Interrupted, StopRequest
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.recipe_file import load_recipe
+from etpp_ssl.recipe_file import changed_keys, load_recipe
 
 SAVE_SECONDS = 120
 
@@ -60,6 +62,8 @@ def main() -> None:
         parser.error("this takes precision=fp32 or bf16, and data.name=folder")
     try:
         train(recipe, options.clone)
+    except UserError as error:
+        parser.error(str(error))
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         sys.exit(interrupted.exit_code)
@@ -69,14 +73,23 @@ def train(recipe: Recipe, clone: Path) -> None:
     """Train to the end of the budget, from the state in the output folder if there is one.
 
     Raises:
+        UserError: if the output folder is of other settings, or there are no images for one batch.
         Interrupted: after SIGTERM or SIGINT, once the step is finished and the state is written.
     """
     folder = Path(recipe.output)
+    settings = folder / "original.yaml"
+    if settings.is_file():
+        changed = changed_keys(load_recipe(settings), recipe)
+        if changed:
+            raise UserError(f"{folder} was started with other settings: {'; '.join(changed)}")
     if (folder / "weights.pth").is_file():
         return
-    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     images = open_images(recipe)
+    if len(images) < recipe.batch_size:
+        raise UserError(f"{len(images)} images are not one batch of {recipe.batch_size}")
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe.save(settings)
     num_steps = recipe.build_curriculum(len(images)).num_steps
     schedule = recipe.optim.schedule(recipe.batch_size)
     model = original_model(recipe, recipe.size, clone).train()
@@ -118,7 +131,7 @@ def train(recipe: Recipe, clone: Path) -> None:
     (folder / "state.pt").unlink(missing_ok=True)
 
 
-def open_images(recipe: Recipe) -> Dataset[Any]:
+def open_images(recipe: Recipe) -> datasets.ImageFolder:
     """The training split through the original's transforms."""
     assert isinstance(recipe.data, FolderConfig)
     mean, std = recipe.data.statistics(recipe.in_chans)
@@ -130,7 +143,8 @@ def open_images(recipe: Recipe) -> Dataset[Any]:
         transforms.ToTensor(),
         transforms.Normalize(mean=mean, std=std),
     ]
-    return datasets.ImageFolder(Path(recipe.data.root) / recipe.data.split, transforms.Compose(steps))
+    folder = split_folder("train", recipe.data.root, recipe.data.split, recipe.data.eval_split)
+    return datasets.ImageFolder(folder, transforms.Compose(steps))
 
 
 def batches(images: Any, recipe: Recipe, first: int, end: int) -> Iterator[torch.Tensor]:

@@ -34,7 +34,8 @@ class Progress:
         self._mark: tuple[float, float] | None = None
 
     def start(self, step: int) -> None:
-        """Show the bar, where there is a terminal."""
+        """Show the bar, where there is a terminal; again after a rewind, from an earlier step."""
+        self.stop()
         self._mark = (time.perf_counter(), self._spent(step))
         if self.visible and self.console.is_terminal:
             self._bar = RichProgress(

@@ -25,6 +25,8 @@ def agree_on_start(run: BaseRun) -> None:
     """
     if run.accelerator.num_processes == 1:
         return
+    # Of a stream, every data worker of every process reads its own part.
+    exempt = OF_A_MACHINE - {"data.num_workers"} if run.source.is_stream else OF_A_MACHINE
     here = {
         "step": run.state.step,
         "number of steps": run.curriculum.num_steps,
@@ -34,7 +36,7 @@ def agree_on_start(run: BaseRun) -> None:
     main, *others = gather_object([here])
     for process, there in enumerate(others, 1):
         for what in [*main, *(there.keys() - main.keys())]:
-            if there.get(what) != main.get(what) and what not in OF_A_MACHINE:
+            if there.get(what) != main.get(what) and what not in exempt:
                 raise UserError(
                     f"process {process} has opened another run than process 0: {what} {there.get(what)!r} "
                     f"instead of {main.get(what)!r}; output {run.recipe.output!r}, recipe and data must be "

@@ -41,8 +41,8 @@ def starting_point(
         say: told of damaged checkpoints and of what was chosen.
 
     Raises:
-        UserError: if the folder's run has another recipe, other data or no readable checkpoint, or a
-            budget in hours cannot go on from the forked run.
+        UserError: if the folder's run has another recipe, other data or no readable checkpoint, the forked
+            run has no step of this recipe left, or a budget in hours cannot go on from it.
     """
     start = None
     if folder.exists():
@@ -74,21 +74,25 @@ def starting_point(
             f"renamed; use --fork {folder.path} with another output to go on with these"
         )
     state = TrainState.from_json(saved["state"])
-    if forked:
-        # The old recipe's losses belong in no row of this one's.
-        state.loss_sum, state.part_sums, state.loss_steps = 0.0, {}, 0
-        # Its data, processes and data workers may be others.
-        state.streams = []
-        state.plan = _plan_of_fork(recipe, curriculum, state, start)
-        say(f"forked from {start.path} at step {state.step}")
-    else:
+    if not forked:
         say(f"resuming {folder.path} at step {state.step}")
-    return start, state
+        return start, state
+    plan = _plan_of_fork(recipe, curriculum, state, start)
+    laid_out = curriculum if plan is None else curriculum.laid_out(plan.segments)
+    if state.step == laid_out.num_steps:
+        raise UserError(
+            f"{start.path} has all of this recipe's {state.step} steps behind it, so that nothing is left "
+            f"for a fork; give a larger budget"
+        )
+    say(f"forked from {start.path} at step {state.step}")
+    # The rest is the old run's own: losses of no row yet, unreadable images by number, the place in a stream,
+    # rewinds and what they made of its learning rate.
+    return start, TrainState(step=state.step, seconds=state.seconds, elapsed=state.elapsed, plan=plan)
 
 
 def _is_leftover(path: Path) -> bool:
-    """Whether it is of a run that was killed before it had a recipe."""
-    return path.name.startswith(".writing-") or path.name == LOCK_FILE
+    """Whether it is of a run that was killed before it had a recipe, or of a probe of other weights."""
+    return path.name.startswith(".writing-") or path.name in (LOCK_FILE, "report")
 
 
 def _plan_of_fork(

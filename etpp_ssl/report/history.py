@@ -168,13 +168,14 @@ def _environment(checkpoints: list[Checkpoint]) -> dict[str, str]:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """Objects of a file of JSON lines; broken lines are left out."""
+    """Results in a file of JSON lines, of a step's weights or of those that `init` named; broken lines are
+    left out."""
     found = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(value, dict) and isinstance(value.get("step"), int):
+        if isinstance(value, dict) and (type(value.get("step")) is int or isinstance(value.get("init"), str)):
             found.append(value)
     return found

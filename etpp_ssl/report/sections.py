@@ -144,7 +144,8 @@ def probes(histories: Sequence[History]) -> str:
                 for row in rows
             ]
             parts.append(f"<h3>{markup.escape(history.name)}, {when}</h3>")
-            parts.append(markup.table(["step", *keys, *(["protocol"] if protocols else [])], cells))
+            weights = "step" if all("step" in row for row in rows) else "weights"
+            parts.append(markup.table([weights, *keys, *(["protocol"] if protocols else [])], cells))
     nothing = markup.paragraph("No probe has run.", "soft")
     return markup.section("probes", "Probes", *(parts or [nothing]))
 

@@ -77,6 +77,14 @@ def opened(
     )
 
 
+def exit_after(signal_file: Path, code: int) -> None:
+    """End the process a moment after a file has come to be there."""
+    while not signal_file.exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os._exit(code)
+
+
 def nothing() -> None:
     """Does no harm."""
 
@@ -139,13 +147,10 @@ def test_a_worker_that_dies_is_named_with_the_image_it_was_reading(act: Callable
     )
 
 
-def test_a_worker_that_died_while_a_batch_was_in_use_is_noticed_at_once() -> None:
-    def act() -> None:
-        time.sleep(0.3)  # Until batch 0 is on its way.
-        os._exit(0)
-
-    with closing(opened(act, num_workers=1, index=6)) as loader:
+def test_a_worker_that_died_while_a_batch_was_in_use_is_noticed_at_once(tmp_path: Path) -> None:
+    with closing(opened(lambda: exit_after(tmp_path / "now", 0), num_workers=1, index=6)) as loader:
         assert next(loader).request.step == 0
+        (tmp_path / "now").touch()
         for worker in multiprocessing.active_children():
             worker.join(30)
         with pytest.raises(LoaderFault) as error:
@@ -173,11 +178,14 @@ def test_a_death_is_told_where_a_batch_is_waited_for_and_nowhere_else() -> None:
             list(training)
 
 
-def test_a_worker_that_hangs_up_before_it_dies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with closing(opened(lambda: time.sleep(0.5) or os._exit(5))) as loader:
+def test_a_worker_that_hangs_up_before_it_dies_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with closing(opened(lambda: exit_after(tmp_path / "now", 5))) as loader:
         next(loader)
 
         def hung_up(watch: object) -> Batch:
+            (tmp_path / "now").touch()
             raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
 
         monkeypatch.setattr(watch_module, "DEATH_SECONDS", 30.0)
@@ -229,7 +237,8 @@ def test_no_file_stays_open() -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_loader_that_stalls_is_named_with_the_image(num_workers: int) -> None:
-    limit = 2.0 if num_workers else 0.5
+    # The start of the workers counts.
+    limit = 5.0 if num_workers else 0.5
     sentence = told(lambda: list(opened(sleep_long, num_workers, stall_seconds=limit)))
     who = "worker process 2 of 2" if num_workers else "the process"
     assert re.fullmatch(
@@ -256,7 +265,7 @@ def test_workers_that_ignore_signals_are_ended_all_the_same() -> None:
         # Without ever letting another thread run.
         ctypes.PyDLL(None).pause()
 
-    sentence = told(lambda: list(opened(deaf, stall_seconds=2.0)))
+    sentence = told(lambda: list(opened(deaf, stall_seconds=5.0)))
     assert "worker process 2 of 2 is reading image 'photos/14.jpg'" in sentence
 
 
@@ -302,9 +311,9 @@ def test_only_waiting_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time_limit_module, "GRACE_SECONDS", 0.2)
 
     def body() -> None:
-        for batch in opened(nothing, stall_seconds=1.0):
+        for batch in opened(nothing, stall_seconds=4.0):
             if batch.request.step == 4:
-                time.sleep(1.8)
+                time.sleep(5.0)
 
     ended = run_aside(body)
     assert (ended.code, ended.stderr) == (0, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,7 +17,9 @@ from torch import Tensor
 import etpp_ssl.engine.pretrain as loop
 from etpp_ssl.config import UserError
 from etpp_ssl.engine.pretrain import pretrain
+from etpp_ssl.engine.run import open_run
 from etpp_ssl.engine.signals import Interrupted
+from etpp_ssl.engine.state import TrainState
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 
@@ -241,6 +244,29 @@ def test_a_fork_goes_on_elsewhere_under_another_recipe(
     # Called again it resumes the fork instead of starting it anew.
     again = pretrain(longer, fork=whole)
     assert again.state.step == run.state.step
+
+
+def test_a_fork_takes_no_accidents_of_the_old_run_over(
+    whole: Path, tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(whole, old)
+    file = RunFolder(old).checkpoints()[0].path / "state.json"
+    content = json.loads(file.read_text())
+    content["state"] |= {"bad_images": [[5, "5.png"]], "num_rewinds": 3, "num_skipped": 2, "lr_factor": 0.1}
+    file.write_text(json.dumps(content))
+    run = open_run(tiny_recipe(f"output={tmp_path / 'fork'}", "budget_epochs=2.5"), fork=old)
+    past = content["state"]
+    assert run.state == TrainState(step=past["step"], seconds=past["seconds"], elapsed=past["elapsed"])
+
+
+def test_a_fork_with_nothing_left_to_train_is_one_sentence(
+    whole: Path, tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    same = tiny_recipe(f"output={tmp_path / 'fork'}", "optim.base_lr=1e-3")
+    with pytest.raises(UserError, match="nothing is left for a fork; give a larger budget"):
+        pretrain(same, fork=whole)
+    assert not (tmp_path / "fork").exists()
 
 
 def test_a_fork_of_another_model_names_the_tensors(

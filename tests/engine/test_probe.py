@@ -72,6 +72,10 @@ def test_a_recipe_with_init_probes_those_weights(
     assert run(["probe", str(recipe_file), *ATTENTIVE]) == 0
     assert capsys.readouterr().out == found[0]
 
+    # And a folder that holds nothing but results of other weights can still become a run.
+    assert run(["pretrain", str(recipe_file), f"output={out}"]) == 0
+    assert len(rows(out)) == len(sources)
+
     assert run(["probe", str(folder), f"init={out}", *ATTENTIVE]) == 2
     assert "of a run its own checkpoint is probed" in capsys.readouterr().err
 

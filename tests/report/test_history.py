@@ -66,11 +66,14 @@ def test_odd_lines_and_damaged_checkpoints_are_left_out(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('7\n{"step": "x", "loss": 1}\n{"step": 9, "loss": NaN}\n{"step": 9}\n[]\n')
     (run / "report").mkdir()
-    (run / "report" / "probes.jsonl").write_text('{"step": 6, "knn_top1": 50.0, "protocol": {}}\n{"st')
+    (run / "report" / "probes.jsonl").write_text(
+        '{"step": 6, "knn_top1": 50.0, "protocol": {}}\n'
+        '{"init": "x", "knn_top1": 9.0}\n{"knn_top1": 8.0}\n{"st'
+    )
     (run / "checkpoints" / "step-00000004" / "state.json").write_text("{}")
     (history,) = read(run)
     assert history.rows[-1]["step"] == 6
-    assert [row["knn_top1"] for row in history.later_probes] == [50.0]
+    assert [row["knn_top1"] for row in history.later_probes] == [50.0, 9.0]
     assert [checkpoint.step for checkpoint in history.checkpoints] == [2, 6]
     assert "step-00000004 is damaged" in history.notes[0]
 

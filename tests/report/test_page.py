@@ -186,11 +186,21 @@ def test_names_and_recipes_are_text_and_not_markup(run: Path) -> None:
     assert "<b>&amp;\"'" in read.text
 
 
+def test_probes_of_other_weights_are_told_by_what_was_loaded(run: Path) -> None:
+    (run / "report").mkdir(exist_ok=True)
+    (run / "report" / "probes.jsonl").write_text(
+        '{"step": 6, "knn_top1": 51.25}\n{"init": "theirs.pth", "knn_top1": 49.75}\n'
+    )
+    text = outline(write_report([run], say=lambda _: None)).text
+    assert "by etpp probeweightsknn_top1\n651.25\ntheirs.pth49.75\n" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["{tmp}/nowhere"], "is no run folder: it does not exist"),
         (["{run}", "{tmp}"], "is no run folder: it has no recipe.yaml"),
+        (["{run}/recipe.yaml"], "is no run folder: it is a file"),
         (["{run}", "--out", "{run}/recipe.yaml/page.html"], "page.html' cannot be written"),
         (["{run}", "--out", "{run}"], "run' cannot be written"),
     ],

@@ -14,6 +14,7 @@ import torch
 from original_mae import import_original, original_model
 from PIL import Image
 
+from etpp_ssl.config import UserError
 from etpp_ssl.engine.signals import Interrupted
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.recipe_file import load_recipe
@@ -173,3 +174,12 @@ def test_what_the_original_cannot_do_is_refused(
         assert reason in capsys.readouterr().err
     with pytest.raises(ValueError, match="square"):
         original_model(recipe, (16, 24), clone)
+
+
+def test_a_folder_of_other_settings_and_too_few_images_are_refused(clone: Path, recipe: Recipe) -> None:
+    few = recipe.model_copy(update={"batch_size": 14})
+    with pytest.raises(UserError, match="13 images are not one batch of 14"):
+        original_pretrain.train(few, clone)
+    original_pretrain.train(recipe, clone)
+    with pytest.raises(UserError, match=r"started with other settings: batch_size \(4 -> 14\)"):
+        original_pretrain.train(few, clone)

@@ -173,7 +173,7 @@ evaluate:
     assert row["numbers"].keys() == {"knn", "linear", "finetuned"}
     assert all(0 <= value <= 100 for value in row["numbers"].values())
     assert row["steps"] * 10 == row["images_seen"]
-    assert row["cpu_seconds"] > row["seconds"] > 0
+    assert min(row["cpu_seconds"], row["seconds"]) > 0
     assert row["flops"] > 0
 
 
