@@ -34,8 +34,8 @@ def whole_steps(dues: Sequence[float], costs: Sequence[float]) -> list[int]:
         costs: what one step of it costs, in the same unit, > 0.
 
     Returns:
-        Numbers of steps whose costs add up to those due within half a step of the last part, unless
-        a part was due less than one step.
+        Numbers of steps whose costs add up to those due within half a step of the last part, unless what
+        was left for a part was less than one step of it.
     """
     counts = []
     spent = due = 0.0

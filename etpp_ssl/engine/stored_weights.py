@@ -35,6 +35,7 @@ class StoredWeights:
     image_size: tuple[int, int] | None = None
     num_heads: int | None = None
     position_grid: tuple[int, int] | None = None
+    decoder_position_grid: tuple[int, int] | None = None
 
     def told(self, weights: Weights) -> Weights:
         """Recognised tensors of these with all that is known of them."""
@@ -44,6 +45,7 @@ class StoredWeights:
             image_size=self.image_size,
             num_heads=self.num_heads,
             position_grid=self.position_grid,
+            decoder_position_grid=self.decoder_position_grid or weights.decoder_position_grid,
         )
 
 
@@ -81,15 +83,14 @@ def _of_run(run: RunFolder, say: Callable[[str], None]) -> StoredWeights:
         return _of_fine_tuning(run, checkpoint, tensors)
     recipe = run.recipe()
     _, args = recipe.model.encoder_args(recipe.size, recipe.in_chans)
-    position_grid = None
-    if recipe.model.pos_embed == "sincos":
-        position_grid = recipe.model.position_grid or grid_of(recipe.size, recipe.patch_size)
+    counted = recipe.model.position_grid or grid_of(recipe.size, recipe.patch_size)
     return StoredWeights(
         tensors,
         f"a run's checkpoint of step {checkpoint.step}",
         image_size=recipe.size,
         num_heads=args["num_heads"],
-        position_grid=position_grid,
+        position_grid=counted if recipe.model.pos_embed == "sincos" else None,
+        decoder_position_grid=counted,
     )
 
 

@@ -36,6 +36,7 @@ from etpp_ssl.evaluation.training import (
     training_batches,
 )
 from etpp_ssl.model.mae import MaskedAutoencoder
+from etpp_ssl.model.vit import attention_heads
 from etpp_ssl.optim.groups import weight_decay_groups
 from etpp_ssl.optim.schedule import Schedule
 
@@ -135,7 +136,7 @@ class AttentiveProbe:
         """Train a head from scratch and evaluate it."""
         config, context, encoder = self.config, self.context, model.encoder
         width = encoder.num_features
-        num_heads = config.num_heads or encoder.blocks[0].attn.num_heads
+        num_heads = config.num_heads or attention_heads(encoder)
         if width % num_heads:
             raise UserError(f"probe.num_heads is {num_heads}: use a divisor of the encoder's width {width}")
         # timm's layers draw from the global generator before the keyed weights replace theirs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +58,12 @@ def export_folder(run: RunFolder, out: str | Path | None, target: str, marker: s
         marker: the file that shows that a folder is an earlier export of it.
 
     Raises:
-        UserError: if the folder holds something else.
+        UserError: if it is no folder, or holds something else.
     """
-    folder = Path(out) if out is not None else run.path / "export" / target
+    # With a name of its own, which `.` has not.
+    folder = Path(os.path.abspath(out)) if out is not None else run.path / "export" / target
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"{str(folder)!r} is no folder; choose another name")
     if folder.exists() and not (folder / marker).is_file() and any(folder.iterdir()):
         raise UserError(f"{str(folder)!r} holds something that is no export; choose another folder")
     return folder

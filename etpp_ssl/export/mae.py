@@ -13,10 +13,16 @@ from etpp_ssl.config import UserError, show_size
 from etpp_ssl.export.card import model_card
 from etpp_ssl.export.classifier import refuse_classifier
 from etpp_ssl.export.folder import CARD_FILE, TrainedModel, contiguous, export_folder
-from etpp_ssl.export.plain import is_square, reason_without_decoder, require_plain_encoder
+from etpp_ssl.export.plain import (
+    is_square,
+    pixels_predicted,
+    reason_without_decoder,
+    require_plain_encoder,
+)
 from etpp_ssl.model.decoder import MAEDecoder
 from etpp_ssl.model.interop import official_names
 from etpp_ssl.model.mae import MaskedAutoencoder
+from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 
 CHECKPOINT_FILE = "model.pth"
@@ -69,7 +75,7 @@ def export(
             f"the format mae is for square images and patches, not for image_size {show_size(recipe.size)} "
             f"with patches of {show_size(model.patch_size)} px; use --to timm"
         )
-    reason = reason_without_decoder(model, recipe.in_chans)
+    reason = reason_without_decoder(model, recipe)
     if reason is None and _mlp_width(model) != 4 * model.encoder.embed_dim:
         reason = "the original has one model.mlp_ratio for encoder and decoder, and its decoder's is 4"
     if reason is not None:
@@ -80,7 +86,7 @@ def export(
         license_name,
         library="pytorch",
         contents="It holds encoder and decoder." if reason is None else "It holds the encoder alone.",
-        load=LOAD.format(original=_original(model, recipe.in_chans), strict=reason is None),
+        load=LOAD.format(original=_original(model, recipe), strict=reason is None),
     )
     with replaced(folder) as aside:
         tensors = contiguous(official_names(model, decoder=reason is None))
@@ -93,25 +99,28 @@ def _mlp_width(model: MaskedAutoencoder) -> int:
     return int(model.encoder.blocks[0].mlp.fc1.out_features)
 
 
-def _original(model: MaskedAutoencoder, in_chans: int) -> str:
+def _original(model: MaskedAutoencoder, recipe: Recipe) -> str:
     """The call that builds the original's model of this architecture."""
     encoder, decoder = model.encoder, model.decoder
     sizes = {
         "img_size": encoder.patch_embed.img_size[0],
         "patch_size": model.patch_size[0],
-        "in_chans": in_chans,
+        "in_chans": recipe.in_chans,
         "embed_dim": encoder.embed_dim,
         "depth": len(encoder.blocks),
         "num_heads": encoder.blocks[0].attn.num_heads,
         "mlp_ratio": _mlp_width(model) / encoder.embed_dim,
     }
-    if reason_without_decoder(model, in_chans) is None:
+    pixels = pixels_predicted(recipe)
+    if reason_without_decoder(model, recipe) is None:
         assert isinstance(decoder, MAEDecoder)
+        assert pixels is not None
         block: Any = decoder.blocks[0]
         sizes |= {
             "decoder_embed_dim": decoder.embed.out_features,
             "decoder_depth": len(decoder.blocks),
             "decoder_num_heads": block.attn.num_heads,
+            "norm_pix_loss": pixels.norm_pix,
         }
     arguments = "".join(f"    {key}={value},\n" for key, value in sizes.items())
     norm = "    norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),\n"

@@ -9,6 +9,9 @@ from torch import nn
 from etpp_ssl.config import UserError, listed, show_size
 from etpp_ssl.model.decoder import MAEDecoder
 from etpp_ssl.model.mae import MaskedAutoencoder
+from etpp_ssl.objective.combined import CombinedConfig
+from etpp_ssl.objective.pixels import PixelsConfig
+from etpp_ssl.recipe import Recipe
 
 LAYER_NORM_EPS = 1e-6
 _OF_A_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
@@ -48,19 +51,28 @@ def is_square(model: MaskedAutoencoder) -> bool:
     return bool(grid[0] == grid[1] and patch[0] == patch[1])
 
 
-def reason_without_decoder(model: MaskedAutoencoder, in_chans: int) -> str | None:
+def pixels_predicted(recipe: Recipe) -> PixelsConfig | None:
+    """The target if it is pixels, maybe as the only part of a sum, otherwise None."""
+    target = recipe.target
+    if isinstance(target, CombinedConfig) and len(target.parts) == 1:
+        (part,) = target.parts
+        return part if isinstance(part, PixelsConfig) else None
+    return target if isinstance(target, PixelsConfig) else None
+
+
+def reason_without_decoder(model: MaskedAutoencoder, recipe: Recipe) -> str | None:
     """Why the decoder has no place beside the encoder, or None if it has one.
 
     Args:
         model: the model.
-        in_chans: C.
+        recipe: the run's, whose target is what the decoder predicts.
     """
     if type(model.decoder) is not MAEDecoder:
         return f"a {type(model.decoder).__name__} is not MAE's"
-    pixels = math.prod(model.patch_size) * in_chans
-    values = model.decoder.head.out_features
-    if values != pixels:
-        return f"it predicts {values} values per patch, not the {pixels} pixels"
+    if pixels_predicted(recipe) is None:
+        pixels = math.prod(model.patch_size) * recipe.in_chans
+        values = model.decoder.head.out_features
+        return f"it predicts {values} values per patch (target {recipe.target.name}), not the {pixels} pixels"
     if not is_square(model):
         grid: tuple[int, int] = tuple(model.encoder.patch_embed.grid_size)
         return (

@@ -13,12 +13,16 @@ from etpp_ssl.config import show_size
 from etpp_ssl.export.card import model_card
 from etpp_ssl.export.classifier import refuse_classifier
 from etpp_ssl.export.folder import CARD_FILE, TrainedModel, contiguous, export_folder
-from etpp_ssl.export.plain import LAYER_NORM_EPS, reason_without_decoder, require_plain_encoder
+from etpp_ssl.export.plain import (
+    LAYER_NORM_EPS,
+    pixels_predicted,
+    reason_without_decoder,
+    require_plain_encoder,
+)
 from etpp_ssl.model.decoder import MAEDecoder
 from etpp_ssl.model.huggingface import to_huggingface
 from etpp_ssl.model.interop import official_names
 from etpp_ssl.model.mae import MaskedAutoencoder
-from etpp_ssl.objective.pixels import PixelsConfig
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import MODEL_FILE, RunFolder
 
@@ -66,7 +70,7 @@ def export(
     folder = export_folder(trained.run, out, "transformers", MARKER)
     model, recipe = trained.model, trained.recipe
     require_plain_encoder(model, "transformers")
-    reason = reason_without_decoder(model, recipe.in_chans)
+    reason = reason_without_decoder(model, recipe)
     if reason is not None:
         say(f"the decoder stays behind, and the folder is one of ViTModel: {reason}")
     whole = reason is None
@@ -103,8 +107,9 @@ def encoder_config(recipe: Recipe, model: MaskedAutoencoder) -> dict[str, Any]:
 
 def mae_config(recipe: Recipe, model: MaskedAutoencoder) -> dict[str, Any]:
     """The `config.json` of a `ViTMAEForPreTraining`."""
-    decoder = model.decoder
+    decoder, pixels = model.decoder, pixels_predicted(recipe)
     assert isinstance(decoder, MAEDecoder)
+    assert pixels is not None
     block: Any = decoder.blocks[0]
     return {
         **encoder_config(recipe, model),
@@ -115,7 +120,7 @@ def mae_config(recipe: Recipe, model: MaskedAutoencoder) -> dict[str, Any]:
         "decoder_num_attention_heads": block.attn.num_heads,
         "decoder_intermediate_size": block.mlp.fc1.out_features,
         "mask_ratio": recipe.model.final_mask_ratio,
-        "norm_pix_loss": isinstance(recipe.target, PixelsConfig) and recipe.target.norm_pix,
+        "norm_pix_loss": pixels.norm_pix,
     }
 
 

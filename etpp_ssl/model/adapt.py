@@ -19,7 +19,7 @@ from etpp_ssl.model.adapt_tensors import (
 )
 from etpp_ssl.model.interop import Weights
 from etpp_ssl.model.mae import MaskedAutoencoder
-from etpp_ssl.model.pos_embed import sincos_grid
+from etpp_ssl.model.pos_embed import sincos_table
 from etpp_ssl.model.state_dict import load_weights
 from etpp_ssl.model.vit import attention_heads, num_prefix_positions
 
@@ -65,6 +65,11 @@ def adapt_weights(
     projection = adapt_input(tensors[PROJECTION], expected[PROJECTION].shape[1], source, notes)
     tensors[PROJECTION] = adapt_patch(projection, model.patch_size, notes)
     tensors[POSITIONS] = _positions(weights, model, source, notes)
+    known = weights.decoder_position_grid
+    kept = any(tensors[name] is weights.tensors.get(name) for name in tensors if name.startswith("decoder."))
+    # Of fixed positions the encoder's note says it.
+    if kept and known is not None and known != model.position_grid and not model.fixed_positions:
+        notes.append(_counts("decoder's", model, known))
     return load_weights(expected, tensors, source), notes
 
 
@@ -82,24 +87,28 @@ def _positions(weights: Weights, model: MaskedAutoencoder, source: str, notes: l
     positions = weights.tensors[POSITIONS]
     prefix = num_prefix_positions(encoder)
     old = weights.grid_of(weights.tensors[PROJECTION])
-    table = weights.position_grid or sincos_grid(positions, prefix, old)
+    table = sincos_table(positions, prefix, old)
+    counted = weights.position_grid or (table.position_grid if table else None)
     if not model.fixed_positions:
         grid: tuple[int, int] = tuple(encoder.patch_embed.grid_size)
-        return adapt_positions(
-            positions, grid, prefix, source, notes, old_grid=old or table, position_grid=table
-        )
-    if table is None:
+        old = old or (table.grid if table else None)
+        return adapt_positions(positions, grid, prefix, source, notes, old_grid=old, position_grid=counted)
+    if counted is None:
         raise UserError(
             f"{source} has learned positions, which model.pos_embed=sincos would throw away; "
             f"use model.pos_embed=learned"
         )
-    if table != model.position_grid:
-        notes.append(
-            f"the sin-cos positions count {show_grid(model.position_grid)} patches, not {show_grid(table)}; "
-            f"model.position_grid={list(table)} keeps the places that the weights know"
-        )
+    if counted != model.position_grid:
+        notes.append(_counts("sin-cos", model, counted))
     own: Tensor = encoder.pos_embed.detach()
     return own
+
+
+def _counts(whose: str, model: MaskedAutoencoder, old: tuple[int, int]) -> str:
+    return (
+        f"the {whose} positions count {show_grid(model.position_grid)} patches, not {show_grid(old)}; "
+        f"model.position_grid={list(old)} keeps the places that the weights know"
+    )
 
 
 def _decoder(tensors: dict[str, Tensor], expected: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from etpp_ssl.model.adapt_tensors import (
     is_resizable,
 )
 from etpp_ssl.model.interop import Weights
-from etpp_ssl.model.pos_embed import sincos_grid
+from etpp_ssl.model.pos_embed import sincos_table
 from etpp_ssl.model.state_dict import load_weights
 from etpp_ssl.model.vit import attention_heads
 
@@ -137,15 +137,15 @@ def _position_conversion(
     what: str = "positions",
 ) -> _Conversion:
     def convert(positions: Tensor, notes: list[str]) -> Tensor:
-        table = weights.position_grid or sincos_grid(positions, prefix, old)
+        table = sincos_table(positions, prefix, old)
         return adapt_positions(
             positions,
             grid,
             prefix,
             source,
             notes,
-            old_grid=old or table,
-            position_grid=table,
+            old_grid=old or (table.grid if table else None),
+            position_grid=weights.position_grid or (table.position_grid if table else None),
             name=what,
         )
 

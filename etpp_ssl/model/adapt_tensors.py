@@ -128,7 +128,7 @@ def adapt_positions(
         UserError: if `positions` are not those of `old_grid`, or are learned and nothing tells their grid.
     """
     num_patches = positions.shape[1] - num_prefix
-    old = old_grid or position_grid or _square(num_patches, grid, source)
+    old = old_grid or _square(num_patches, grid, source)
     if num_patches < 1 or old[0] * old[1] != num_patches:
         raise UserError(f"{source} has {num_patches} positions, but its config says {show_grid(old)} patches")
     positions = positions.float()

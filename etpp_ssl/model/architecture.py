@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from etpp_ssl.config import UserError, listed, show_size
-from etpp_ssl.model.pos_embed import sincos_grid
+from etpp_ssl.model.pos_embed import sincos_table
 
 HEADS_OF_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 """Published ViTs, ViT-H among them, whose heads are 80 wide."""
@@ -29,8 +29,9 @@ class Shape:
     patch_size: tuple[int, int]
     in_chans: int
     grid: tuple[int, int]
-    fixed_positions: bool
-    """Whether they are the sin-cos table of that grid."""
+    position_grid: tuple[int, int] | None
+    """Patches per axis in whose units its positions are the sin-cos table of that grid; None of learned
+    ones."""
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -67,9 +68,9 @@ def shape_of(
     prefix = int(class_token) + registers
     pos_embed = tensors["encoder.pos_embed"]
     known = None if image_size is None else (image_size[0] // p, image_size[1] // q)
-    table = sincos_grid(pos_embed, prefix, known)
+    table = sincos_table(pos_embed, prefix, known)
     side = math.isqrt(pos_embed.shape[1] - prefix)
-    grid = known or table or (side, side)
+    grid = known or (table.grid if table else (side, side))
     if grid[0] * grid[1] != pos_embed.shape[1] - prefix:
         what = "are no square grid" if image_size is None else f"are not those of {show_size(image_size)} px"
         raise UserError(
@@ -84,7 +85,7 @@ def shape_of(
         "class_token": class_token,
         "reg_tokens": registers,
     }
-    return Shape(dims, (p, q), in_chans, grid, table is not None)
+    return Shape(dims, (p, q), in_chans, grid, table.position_grid if table else None)
 
 
 def num_heads_of(width: int, source: str) -> int:

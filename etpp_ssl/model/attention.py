@@ -148,7 +148,8 @@ class _Unfused(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, num_heads: int) -> Tensor:
         packed = rearrange(qkv, "b n (three h d) -> three (b h) n d", three=3, h=num_heads)
         q, k, v = packed
-        weights = _scaled_product(q, k.transpose(1, 2)).softmax(dim=-1)
+        # CUDA's autocast would return float32, which the backward pass cannot multiply with the rest.
+        weights = _scaled_product(q, k.transpose(1, 2)).softmax(dim=-1, dtype=q.dtype)
         ctx.save_for_backward(packed, weights)
         ctx.num_heads = num_heads
         mixed: Tensor = rearrange(weights @ v, "(b h) n d -> b n (h d)", h=num_heads)

@@ -24,7 +24,7 @@ from etpp_ssl.model.architecture import Shape, shape_of
 from etpp_ssl.model.decoder import MAEDecoderConfig
 from etpp_ssl.model.huggingface import EMBEDDING, from_huggingface
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
-from etpp_ssl.model.pos_embed import sincos_pos_embed
+from etpp_ssl.model.pos_embed import sincos_pos_embed, sincos_table
 from etpp_ssl.model.state_dict import FINE_TUNED, load_weights, require_finite, without_prefix
 from etpp_ssl.model.vit import build_encoder
 from etpp_ssl.model.weights_file import read_state_dict, state_dict_in
@@ -63,6 +63,8 @@ class Weights:
     """Of the encoder, likewise."""
     position_grid: tuple[int, int] | None = None
     """Patches per axis in whose units the positions are a sin-cos table, likewise."""
+    decoder_position_grid: tuple[int, int] | None = None
+    """The same of the decoder's fixed positions, where that is known."""
 
     @property
     def has_decoder(self) -> bool:
@@ -81,7 +83,8 @@ def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") 
 
     Known are MAE's (encoder alone, with decoder, fine-tuned or linear classifier), timm's plain
     VisionTransformers, DeiT's, which are named alike, Hugging Face's ViTMAE and ViT, and ours. Classifier
-    heads and poolers are dropped, and so is MAE's `decoder_pos_embed`, which ours computes.
+    heads and poolers are dropped, and so is MAE's `decoder_pos_embed`, which ours computes; its units are
+    noted.
 
     Args:
         state_dict: tensors by name.
@@ -111,13 +114,21 @@ def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") 
     heads = sorted(name for name in names if name.partition(".")[0] in _HEADS)
     if heads:
         notes.append(f"what stands behind the encoder is dropped ({listed(heads)})")
+    table = None
+    if "decoder_pos_embed" in names:
+        registers = state_dict["reg_token"].shape[1] if "reg_token" in names else 0
+        table = sincos_table(state_dict["decoder_pos_embed"], int("cls_token" in names) + registers)
+        if table is None:
+            notes.append("its decoder's positions are no sin-cos table, and give way to one")
     for name, value in state_dict.items():
         if name in heads or name == "decoder_pos_embed":
             continue
         first, dot, rest = name.partition(".")
         tensors[f"{_DECODER_NAMES.get(first, f'encoder.{first}')}{dot}{rest}"] = value
     layout = "an MAE with decoder" if "decoder_embed.weight" in names else "an encoder without decoder"
-    return Weights(tensors, layout, tuple(notes))
+    return Weights(
+        tensors, layout, tuple(notes), decoder_position_grid=table.position_grid if table else None
+    )
 
 
 def read_weights(path: str | Path) -> Weights:
@@ -167,7 +178,7 @@ def load_official_mae(
     if strange:
         raise UserError(f"{where} is of another architecture: no place for {listed(strange)}")
     shape = shape_of(tensors, where, image_size, num_heads)
-    if image_size is None and not shape.fixed_positions:
+    if image_size is None and shape.position_grid is None:
         lines.append(f"its learned positions are taken for a square's: {show_size(shape.image_size)} px")
     if not weights.has_decoder:
         lines.append("there is no decoder in it: MAE's own is initialised anew")
@@ -176,7 +187,8 @@ def load_official_mae(
         name="vit",
         **shape.dims,
         patch_size=shape.patch_size,
-        pos_embed="sincos" if shape.fixed_positions else "learned",
+        pos_embed="learned" if shape.position_grid is None else "sincos",
+        position_grid=shape.position_grid or weights.decoder_position_grid,
         mask_ratio=mask_ratio,
         decoder=decoder,
     )
@@ -247,14 +259,22 @@ def _build(config: ModelConfig, shape: Shape, num_values: int, *, fc_norm: bool)
         return config.build(image_size=shape.image_size, in_chans=shape.in_chans, num_values=num_values)
     architecture, args = config.encoder_args(shape.image_size, shape.in_chans)
     args = {**args, "global_pool": "avg", "fc_norm": True}
-    encoder = build_encoder(architecture, args, pos_embed=config.pos_embed)
+    encoder = build_encoder(
+        architecture, args, pos_embed=config.pos_embed, position_grid=config.position_grid
+    )
     assert isinstance(encoder.norm, nn.Identity)
     decoder = config.decoder.build(
         encoder_dim=encoder.embed_dim,
         encoder_depth=len(encoder.blocks),
         num_prefix=encoder.num_prefix_tokens,
-        base_grid=shape.grid,
+        base_grid=config.position_grid or shape.grid,
         num_values=num_values,
     )
     fixed = config.pos_embed == "sincos"
-    return MaskedAutoencoder(encoder, decoder, mask_ratio=config.final_mask_ratio, fixed_positions=fixed)
+    return MaskedAutoencoder(
+        encoder,
+        decoder,
+        mask_ratio=config.final_mask_ratio,
+        fixed_positions=fixed,
+        position_grid=config.position_grid,
+    )

@@ -174,7 +174,7 @@ class MaskedAutoencoder(nn.Module):
         self.mask_ratio = mask_ratio
         self.fixed_positions = fixed_positions
         self.position_grid: tuple[int, int] = position_grid or tuple(encoder.patch_embed.grid_size)
-        self._tables: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
+        self._tables: dict[tuple[tuple[int, int], torch.device, torch.dtype], Tensor] = {}
         self.run = BlockRunner()
         if decoder.reads_blocks:
             encoder.norm.requires_grad_(False)
@@ -233,7 +233,7 @@ class MaskedAutoencoder(nn.Module):
     def _fixed_table(self, grid: tuple[int, int]) -> Tensor | None:
         if grid == tuple(self.encoder.patch_embed.grid_size):
             return None
-        key = (grid, self.encoder.pos_embed.device)
+        key = (grid, self.encoder.pos_embed.device, self.encoder.pos_embed.dtype)
         if key not in self._tables:
             self._tables[key] = fixed_positions_at(self.encoder, grid, self.position_grid)
         return self._tables[key]

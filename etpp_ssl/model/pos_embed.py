@@ -10,6 +10,9 @@ Legend: N patches, P prefix tokens, D width.
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
@@ -56,12 +59,22 @@ def sincos_pos_embed(grid: tuple[int, int], base_grid: tuple[int, int], dim: int
     return both.flatten(0, 1).float()
 
 
-def sincos_grid(
-    pos_embed: Tensor, num_prefix: int, grid: tuple[int, int] | None = None
-) -> tuple[int, int] | None:
-    """The grid whose sin-cos table this is, with zeros for prefix tokens, or None for learned positions.
+class SincosTable(NamedTuple):
+    """What a table of sin-cos positions says of itself."""
 
-    A table tells its grid, so that 4 x 9 patches are not taken for 6 x 6.
+    grid: tuple[int, int]
+    """(h, w) patches."""
+    position_grid: tuple[int, int]
+    """(H, W) patches in whose units it counts."""
+
+
+def sincos_table(
+    pos_embed: Tensor, num_prefix: int, grid: tuple[int, int] | None = None
+) -> SincosTable | None:
+    """The grids whose sin-cos table this is, with zeros for prefix tokens, or None for learned positions.
+
+    A table tells its grid, so that 4 x 9 patches are not taken for 6 x 6, and its units: those of another
+    grid are found from the slowest of its waves, if these are at least two.
 
     Args:
         pos_embed: (1, P + N, D).
@@ -78,9 +91,20 @@ def sincos_grid(
         candidate = (rows, num_patches // rows)
         if num_patches % rows or (grid is not None and candidate != grid):
             continue
-        if torch.allclose(table, sincos_pos_embed(candidate, candidate, width), 0, tolerance):
-            return candidate
+        other = _units(table, rows, 1), _units(table, candidate[1], 0)
+        for units in (candidate, other) if min(other) > 0 else (candidate,):
+            if torch.allclose(table, sincos_pos_embed(candidate, units, width), 0, tolerance):
+                return SincosTable(candidate, units)
     return None
+
+
+def _units(table: Tensor, num_patches: int, axis: int) -> int:
+    """The base G of one axis of g patches, if this is a table: its last row is that of the last patch."""
+    half = table.shape[1] // 2
+    sines, cosines = table[-1, axis * half :][:half].double().view(2, -1)
+    slowest = 10000.0 ** -(1 - 1 / len(sines))
+    last = float(torch.atan2(sines[-1], cosines[-1])) / slowest
+    return round((last + 0.5) / (1 - 0.5 / num_patches)) if math.isfinite(last) else 0
 
 
 class SincosTables:

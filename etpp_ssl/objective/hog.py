@@ -91,7 +91,8 @@ def hog_features(images: Tensor, cell: int | tuple[int, int], bins: int = 9) -> 
     """Histograms of oriented gradients of whole images, without gradient.
 
     Args:
-        images: floating point (B, C, H, W), at least 2 x 2 pixels, any units: a factor changes nothing.
+        images: floating point (B, C, H, W), at least 2 x 2 pixels, below 1e18 in magnitude; in what
+            units does not matter: a factor changes nothing.
         cell: pixels per cell, one number or (height, width); it divides the image.
         bins: K, at least 2; bin k holds the angles atan2(gx, gy) from k pi / K to (k + 1) pi / K,
             modulo pi.

@@ -5,12 +5,13 @@ Legend: B batch, C channels, M masked patches, V = p q C values per patch.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from etpp_ssl.config import Config
+from etpp_ssl.config import Config, UserError
 from etpp_ssl.model.patches import gather_patches, patchify
 from etpp_ssl.objective.base import Objective
 
@@ -23,7 +24,16 @@ class PixelsConfig(Config):
     """Subtract each target patch's mean and divide by its standard deviation (`norm_pix_loss`)."""
 
     def build(self, *, patch_size: tuple[int, int], in_chans: int) -> PixelObjective:
-        """The objective for patches of (p, q) pixels and C channels."""
+        """The objective for patches of (p, q) pixels and C channels.
+
+        Raises:
+            UserError: if a patch of one value is to be divided by its standard deviation.
+        """
+        if self.norm_pix and math.prod(patch_size) * in_chans == 1:
+            raise UserError(
+                "norm_pix of the pixels target divides by a patch's standard deviation, but a patch of one "
+                "pixel and channel has none; use norm_pix: false, or larger patches"
+            )
         return PixelObjective(patch_size, in_chans, norm_pix=self.norm_pix)
 
 

@@ -78,15 +78,20 @@ def test_a_run_goes_on_at_another_resolution(tiny_recipe: Callable[..., Recipe],
     assert said[0].endswith(f"is a run's checkpoint of step {whole.state.step}")
 
 
-def test_every_export_is_a_start(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    square = ("image_size=24", "curriculum=constant", "model.pos_embed=learned")
+@pytest.mark.parametrize(
+    "positions", ["model.pos_embed=learned", "model.pos_embed=sincos", "model.position_grid=[14, 3]"]
+)
+def test_every_export_is_a_start(positions: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    square = ("image_size=24", "curriculum=constant", positions)
     whole = pretrain(tiny_recipe(*square, "budget_epochs=0.3"))
     trained = whole.folder.checkpoints()[0].model()
     run = whole.folder.path
     exports = ((timm.export(run), "encoder."), (mae.export(run), ""), (transformers.export(run), ""))
     for folder, prefix in exports:
         model = tiny_recipe(*square).build_model()
-        load_init(model, str(folder), lambda line: None)
+        said: list[str] = []
+        load_init(model, str(folder), said.append)
+        assert not any("positions" in line for line in said)
         same = {name for name, value in model.state_dict().items() if torch.equal(value, trained[name])}
         assert {name for name in trained if name.startswith(prefix)} <= same
     with pytest.raises(UserError, match=r"has 2 heads, but model\.num_heads is 4"):
@@ -95,6 +100,20 @@ def test_every_export_is_a_start(tiny_recipe: Callable[..., Recipe], tmp_path: P
             str(timm.export(whole.folder.path)),
             lambda line: None,
         )
+
+
+def test_units_of_positions_that_are_given_up_are_named(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    square = ("image_size=24", "curriculum=constant")
+    run = pretrain(tiny_recipe(*square, "budget_epochs=0.3", "model.position_grid=[14, 3]")).folder.path
+    for source in (run, mae.export(run)):
+        for positions, whose in (("sincos", "sin-cos"), ("learned", "decoder's")):
+            said: list[str] = []
+            model = tiny_recipe(*square, f"model.pos_embed={positions}").build_model()
+            load_init(model, str(source), said.append)
+            (line,) = (line for line in said if "positions count" in line)
+            assert line.startswith(f"the {whose} positions count 6x6 patches, not 14x3; ")
 
 
 class Payload:

@@ -98,6 +98,12 @@ def test_images_of_another_process_are_not_taken(tiny_recipe: Callable[..., Reci
     assert cache.take([0, 1])[0].shape == (0, 24, 16)
 
 
+def test_an_encoder_of_parallel_blocks_has_heads_too(tiny_recipe: Callable[..., Recipe]) -> None:
+    probe, model = build(tiny_recipe(*SHORT, "model.name=vit_small_patch16_18x2_224"))
+    assert not hasattr(model.encoder.blocks[0], "attn")
+    assert 0 <= probe.run(model)["attentive_top1"] <= 100
+
+
 def test_mistakes_get_a_sentence(tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     probe, model = build(tiny_recipe(*SHORT, "probe.num_heads=3"))
     with pytest.raises(UserError, match="num_heads is 3: use a divisor of the encoder's width 16"):

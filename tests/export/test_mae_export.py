@@ -13,6 +13,7 @@ from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
 from etpp_ssl.engine.pretrain import pretrain
 from etpp_ssl.export.mae import export
+from etpp_ssl.export.transformers import mae_config
 from etpp_ssl.model.interop import load_official_mae
 from etpp_ssl.recipe import Recipe
 
@@ -87,6 +88,49 @@ def test_a_decoder_without_a_place_stays_behind_with_a_word(tiny_recipe: Callabl
     trained = run.bare_model.encoder.state_dict()
     assert read(folder).keys() == trained.keys()
     assert "strict=False" in (folder / "README.md").read_text()
+
+
+def test_what_is_predicted_is_told_by_the_target_and_not_by_its_size(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    # As many values as the patch has: 1 cell x 3 channels x 16 bins.
+    run = pretrain(tiny_recipe(*SQUARE, "target={name: hog, cell: 4, bins: 16}"))
+    said: list[str] = []
+    folder = export(run.folder.path, say=said.append)
+    assert said == [
+        "the decoder stays behind: it predicts 48 values per patch (target hog), not the 48 pixels"
+    ]
+    assert not any(name.startswith("decoder") for name in read(folder))
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_a_sum_of_pixels_alone_is_pixels(norm_pix: bool, tiny_recipe: Callable[..., Recipe]) -> None:
+    part = f"target={{name: combined, parts: [{{name: pixels, norm_pix: {norm_pix}}}]}}".lower()
+    run = pretrain(tiny_recipe(*SQUARE, part))
+    card = (export(run.folder.path) / "README.md").read_text()
+    assert f"norm_pix_loss={norm_pix}" in card
+    assert mae_config(run.recipe, run.bare_model)["norm_pix_loss"] is norm_pix
+
+
+@pytest.mark.parametrize(
+    ("place", "words"), [("file", "is no folder"), ("full", "holds something that is no")]
+)
+def test_a_place_that_is_taken_is_refused_and_an_empty_one_used(
+    place: str,
+    words: str,
+    tiny_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").touch()
+    for name in ("full", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "a.txt").touch()
+    run = pretrain(tiny_recipe(*SQUARE, f"output={tmp_path / 'run'}"))
+    with pytest.raises(UserError, match=words):
+        export(run.folder.path, tmp_path / place)
+    monkeypatch.chdir(tmp_path / "empty")
+    assert "pos_embed" in read(export(run.folder.path, "."))
 
 
 def test_the_command_and_its_card(

@@ -25,7 +25,7 @@ from etpp_ssl.model.grid_masking import GridMaskingConfig
 from etpp_ssl.model.masker import Masker
 from etpp_ssl.model.masking import UniformMaskingConfig, num_visible
 from etpp_ssl.model.patches import gather_patches, patchify, unpatchify
-from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_grid, sincos_pos_embed
+from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_pos_embed, sincos_table
 from etpp_ssl.objective.hog import hog_features
 
 bounded = settings(deadline=None, max_examples=40, derandomize=True)
@@ -122,13 +122,26 @@ def test_learned_positions_keep_prefixes_constants_and_mirror_images(
     torch.testing.assert_close(other, mirrored(found, grid), rtol=1e-4, atol=1e-5)
 
 
-@given(st.tuples(st.integers(2, 9), st.integers(2, 9)), st.integers(0, 2), st.sampled_from([8, 12, 24]))
+@given(
+    st.tuples(st.integers(2, 9), st.integers(2, 9)),
+    st.none() | st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.integers(0, 2),
+    st.sampled_from([8, 12, 24, 768]),
+    st.sampled_from([torch.float32, torch.float16]),
+)
 @bounded
-def test_a_table_tells_its_grid(grid: tuple[int, int], prefix: int, width: int) -> None:
-    table = torch.cat([torch.zeros(prefix, width), sincos_pos_embed(grid, grid, width)])[None]
-    assert sincos_grid(table, prefix) == grid
+def test_a_table_tells_its_grid_and_its_units(
+    grid: tuple[int, int],
+    other: tuple[int, int] | None,
+    prefix: int,
+    width: int,
+    dtype: torch.dtype,
+) -> None:
+    units = other or grid
+    table = torch.cat([torch.zeros(prefix, width), sincos_pos_embed(grid, units, width)])[None].to(dtype)
+    assert sincos_table(table, prefix) == (grid, units)
     table[0, -1, 0] += 0.5
-    assert sincos_grid(table, prefix) is None
+    assert sincos_table(table, prefix) is None
 
 
 @given(

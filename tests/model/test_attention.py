@@ -79,6 +79,21 @@ def test_half_precision_stays_close_to_float32() -> None:
     torch.testing.assert_close(half.float(), unfused_attention(qkv, 4), rtol=0, atol=2e-2)
 
 
+def test_an_autocast_that_promotes_softmax_does_not_break_the_backward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = torch.Tensor.softmax
+
+    def as_on_cuda(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return real(x, dim, dtype=dtype or torch.float32)
+
+    monkeypatch.setattr(torch.Tensor, "softmax", as_on_cuda)
+    qkv = random_qkv((2, 7, 2, 4)).bfloat16().requires_grad_()
+    unfused_attention(qkv, 2).sum().backward()
+    assert qkv.grad is not None
+    assert qkv.grad.dtype == torch.bfloat16
+
+
 def test_large_scores_do_not_overflow() -> None:
     qkv = 1e4 * random_qkv((1, 5, 2, 4))
     assert torch.isfinite(unfused_attention(qkv, 2)).all()

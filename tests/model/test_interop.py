@@ -127,7 +127,7 @@ def test_the_published_architectures_are_read_off_their_shapes(
     dims = {"embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": 4, "class_token": True}
     assert shape.dims == {**dims, "reg_tokens": 0}
     assert (shape.image_size, shape.patch_size, shape.in_chans) == ((224, 224), (patch, patch), 3)
-    assert shape.fixed_positions
+    assert shape.position_grid == (grid, grid)
 
 
 def test_heads_follow_the_rule_unless_they_are_given() -> None:
@@ -193,6 +193,18 @@ def test_positions_of_another_scene_are_written_as_they_count() -> None:
     for name, width in (("pos_embed", 16), ("decoder_pos_embed", 8)):
         assert torch.equal(official[name][0, 1:], sincos_pos_embed((4, 6), (2, 3), width))
         assert not official[name][0, 0].any()
+    again = load_official_mae(official, num_heads=2, decoder_num_heads=2, say=lambda _: None)
+    assert again.position_grid == (2, 3)
+    images, ids = torch.rand(2, 3, 16, 24), torch.tensor([[1, 7, 22], [0, 9, 13]])
+    assert torch.equal(again(images, ids).values_BMV, model(images, ids).values_BMV)
+
+
+def test_decoder_positions_that_no_table_has_are_named() -> None:
+    state = published_mae()
+    state["decoder_pos_embed"] = state["decoder_pos_embed"] + torch.linspace(0, 1, 8).repeat(4)
+    lines: list[str] = []
+    load_official_mae(state, num_heads=2, decoder_num_heads=2, say=lines.append)
+    assert "its decoder's positions are no sin-cos table, and give way to one" in lines
 
 
 def write_namespace(state: StateDict, file: Path) -> None:

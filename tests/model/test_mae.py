@@ -236,6 +236,13 @@ def test_a_model_of_half_precision_parameters_runs() -> None:
         assert model(images.bfloat16(), ids_keep).values_BMV.dtype == torch.bfloat16
 
 
+def test_a_model_may_change_its_precision_after_its_first_use() -> None:
+    model = make_model()
+    images, ids_keep = batch((12, 16))
+    model(images, ids_keep)
+    assert model.bfloat16()(images.bfloat16(), ids_keep).values_BMV.dtype == torch.bfloat16
+
+
 def test_a_first_use_in_inference_mode_does_not_spoil_training() -> None:
     model = make_model()
     for size in (SIZE, (12, 16)):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from etpp_ssl.config import UserError
 from etpp_ssl.model.masking import random_masking, removed_ids
 from etpp_ssl.objective.pixels import PixelsConfig
 
@@ -113,3 +114,11 @@ def test_images_of_any_precision_give_a_float32_target(dtype: torch.dtype) -> No
     assert target.dtype == torch.float32
     expected = plain_target(images, ids_removed, (4, 4), True)
     torch.testing.assert_close(target.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_one_value_has_no_deviation_to_divide_by() -> None:
+    with pytest.raises(UserError, match="a patch of one pixel and channel has none; use norm_pix: false"):
+        PixelsConfig().build(patch_size=(1, 1), in_chans=1)
+    images, ids = masked_batch((3, 5), (1, 1), 1)
+    target = PixelsConfig(norm_pix=False).build(patch_size=(1, 1), in_chans=1).target(images, ids)
+    assert torch.equal(target[:, :, 0], images.flatten(1).gather(1, ids))
