@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from study_file import Study, load_study, recorded
 COLOURS = ("#1f5fa8", "#c8501e", "#3a8f4d", "#8a4fa3", "#777777", "#b0892b", "#d6478f", "#2aa6a6", "#6b4423")
 MARKERS = "X^vs*DPp<>hd"
 """Of arms with a single budget."""
+LINES = ("-", "--", ":")
+"""Of arms with several, once all colours are taken."""
 INK = "#222222"
 
 
@@ -156,14 +159,13 @@ def draw(study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
     arms: dict[str, list[list[dict[str, Any]]]] = {}
     for (arm, _), group in grouped(study, rows).items():
         arms.setdefault(arm, []).append(group)
+    looks = looks_of(arms, originals)
     for line, name in zip(panels, study.numbers, strict=True):
         for panel, (label, cost) in zip(line, costs, strict=True):
-            for number, (arm, groups) in enumerate(arms.items()):
+            for arm, groups in arms.items():
                 with_name = [[row for row in group if name in row["numbers"]] for group in groups]
                 with_name = sorted(filter(None, with_name), key=lambda group: cost(group[0]))
-                colour = INK if arm in originals else COLOURS[number % len(COLOURS)]
-                look = (colour, MARKERS[number % len(MARKERS)])
-                draw_arm(panel, arm, with_name, name, cost, look)
+                draw_arm(panel, arm, with_name, name, cost, looks[arm])
             panel.set_xlabel(label, color=INK, fontsize=8)
             panel.set_ylabel(f"{name} (%)", color=INK, fontsize=8)
             panel.tick_params(labelsize=7)
@@ -177,33 +179,54 @@ def draw(study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+@dataclass(frozen=True)
+class Look:
+    """How an arm is drawn."""
+
+    colour: str
+    marker: str
+    line: str
+
+
+def looks_of(arms: dict[str, list[list[dict[str, Any]]]], originals: set[str]) -> dict[str, Look]:
+    """A look for each arm: no two lines are alike, and no two markers.
+
+    Args:
+        arms: the runs of each arm, by budget.
+        originals: arms of the original's code, which are in ink.
+    """
+    looks = {}
+    for several in (True, False):
+        of_a_kind = [arm for arm, groups in arms.items() if (len(groups) > 1) == several]
+        for number, arm in enumerate(of_a_kind):
+            colour = INK if arm in originals else COLOURS[number % len(COLOURS)]
+            line = LINES[number // len(COLOURS) % len(LINES)]
+            looks[arm] = Look(colour, MARKERS[number % len(MARKERS)], line)
+    return looks
+
+
 def draw_arm(
     panel: Axes,
     arm: str,
     groups: Sequence[Sequence[dict[str, Any]]],
     name: str,
     cost: Callable[[dict[str, Any]], float],
-    look: tuple[str, str],
+    look: Look,
 ) -> None:
-    """A line with bars of one standard deviation over an arm's budgets, or a marker for a single budget.
-
-    Args:
-        look: the colour, and the marker for a single budget.
-    """
-    colour, marker = look
+    """A line with bars of one standard deviation over an arm's budgets, or a marker for a single budget."""
     places = [statistics.mean(map(cost, group)) for group in groups]
     values = [[row["numbers"][name] for row in group] for group in groups]
     means = [statistics.mean(group) for group in values]
     if len(groups) < 2:
-        panel.plot(places, means, color=colour, marker=marker, ls="", ms=6, label=arm)
+        panel.plot(places, means, color=look.colour, marker=look.marker, ls="", ms=6, label=arm)
         return
     spreads = [statistics.stdev(group) if len(group) > 1 else 0.0 for group in values]
-    panel.errorbar(places, means, spreads, color=colour, marker="o", ms=4, lw=1.5, capsize=3, label=arm)
+    bars = {"color": look.colour, "ls": look.line, "marker": "o", "ms": 4, "lw": 1.5, "capsize": 3}
+    panel.errorbar(places, means, spreads, label=arm, **bars)
     for seed in sorted({row["seed"] for group in groups for row in group}):
         own = [row for group in groups for row in group if row["seed"] == seed]
-        panel.plot(
-            list(map(cost, own)), [row["numbers"][name] for row in own], color=colour, lw=0.5, alpha=0.4
-        )
+        heights = [row["numbers"][name] for row in own]
+        panel.plot(list(map(cost, own)), heights, color=look.colour, lw=0.5, alpha=0.4)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from study_curriculum import run_study
 from study_file import Study, load_study, recorded
-from study_report import draw, markdown, with_tables
+from study_report import draw, looks_of, markdown, with_tables
 from tiny_runs import TINY, TINY_CLASSIFIER
 
 from etpp_ssl.recipe_file import load_any_recipe
@@ -187,3 +187,13 @@ def test_what_the_readme_shows_is_what_the_results_say(file: Path) -> None:
         assert with_tables(readme, file.stem, tables) == readme
     with pytest.raises(ValueError, match="no <!-- study absent -->"):
         with_tables(readme, "absent", tables)
+
+
+def test_no_two_arms_look_alike() -> None:
+    runs: list[dict[str, object]] = [result("k", "a", "1", 0, 1.0)]
+    arms = {f"line{number}": [runs, runs] for number in range(20)}
+    arms |= {f"marker{number}": [runs] for number in range(12)}
+    looks = looks_of(arms, {"marker3", "marker4"})
+    assert looks.keys() == arms.keys()
+    assert len({(looks[arm].colour, looks[arm].line) for arm in arms if arm.startswith("line")}) == 20
+    assert len({looks[arm].marker for arm in arms if arm.startswith("marker")}) == 12
