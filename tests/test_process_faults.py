@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,15 @@ def test_sigterm_before_the_run_has_started_ends_it_at_once(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises, also where a shell has started these tests in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_counts_once_when_a_launcher_passes_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
     with StopRequest() as request:
         os.kill(os.getpid(), signal.SIGINT)
