@@ -7,7 +7,8 @@
 A study file (see `study_file.py`) names a recipe, settings that all runs share, arms with their settings, the
 shares of the budget and the seeds of each, and how to evaluate. Stop it at any time: the same command goes
 on, run folders resume by themselves, and a run whose result is recorded is not run again, its folder there or
-not. First seeds of all arms come first, so that a study that is stopped early has something to compare.
+not, unless the study file has come to ask for a number that the result lacks. First seeds of all arms come
+first, so that a study that is stopped early has something to compare.
 
 With `--jobs 2` two runs go side by side, each on its own half of the cores: their wall times are comparable
 with each other, not with those of another number of jobs. The CPU time, start and data workers included, is
@@ -236,7 +237,7 @@ def main() -> None:
     names = {name for entry in study.entries for name in (entry.arm, entry.key)}
     if unknown := set(options.only or ()) - names:
         parser.error(f"--only: the study has no {', '.join(sorted(unknown))}")
-    done = {row["key"] for row in recorded(study.results)}
+    done = study.done(recorded(study.results))
     chosen = [
         entry for entry in study.entries if not options.only or {entry.arm, entry.key} & set(options.only)
     ]

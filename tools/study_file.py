@@ -108,6 +108,15 @@ class Study:
         """Names of all numbers, in the order of the study file."""
         return [name for evaluation in self.evaluations.values() for name in evaluation.numbers]
 
+    def done(self, rows: Sequence[dict[str, Any]]) -> set[str]:
+        """Keys of the entries whose newest result has all numbers that the study file asks for."""
+        newest = {row["key"]: row["numbers"].keys() for row in rows}
+        wanted = {
+            entry.key: {column for name in entry.evaluations for column in self.evaluations[name].numbers}
+            for entry in self.entries
+        }
+        return {key for key, columns in wanted.items() if key in newest and columns <= newest[key]}
+
 
 def load_study(file: Path, overrides: Sequence[str] = ()) -> Study:
     """Read a study file.

@@ -13,6 +13,7 @@ thin lines join the runs of one seed.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -213,16 +214,15 @@ def draw_arm(
     cost: Callable[[dict[str, Any]], float],
     look: Look,
 ) -> None:
-    """A line with bars of one standard deviation over an arm's budgets, or a marker for a single budget."""
+    """A line over an arm's budgets, or a marker for a single one, with bars of one standard deviation."""
     places = [statistics.mean(map(cost, group)) for group in groups]
     values = [[row["numbers"][name] for row in group] for group in groups]
     means = [statistics.mean(group) for group in values]
-    if len(groups) < 2:
-        panel.plot(places, means, color=look.colour, marker=look.marker, ls="", ms=6, label=arm)
-        return
-    spreads = [statistics.stdev(group) if len(group) > 1 else 0.0 for group in values]
-    bars = {"color": look.colour, "ls": look.line, "marker": "o", "ms": 4, "lw": 1.5, "capsize": 3}
-    panel.errorbar(places, means, spreads, label=arm, **bars)
+    # No bar of length zero where there is nothing to spread.
+    spreads = [statistics.stdev(group) if len(group) > 1 else math.nan for group in values]
+    alone = len(groups) < 2
+    shape = {"marker": look.marker, "ls": "", "ms": 6} if alone else {"marker": "o", "ls": look.line, "ms": 4}
+    panel.errorbar(places, means, spreads, color=look.colour, lw=1.5, capsize=3, label=arm, **shape)
     for seed in sorted({row["seed"] for group in groups for row in group}):
         own = [row for group in groups for row in group if row["seed"] == seed]
         heights = [row["numbers"][name] for row in own]

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from study_curriculum import run_study
 from study_file import Study, load_study, recorded
@@ -78,6 +79,16 @@ def test_a_result_that_was_cut_short_is_not_recorded(tmp_path: Path) -> None:
     assert [row["key"] for row in recorded(file)] == ["a"]
 
 
+def test_a_run_is_done_when_its_newest_result_has_every_number_that_is_asked_for(study: Study) -> None:
+    entries = [entry.key for entry in study.entries]
+    assert study.done([]) == set()
+    rows = [result(key, "", "1", 0, 40.0) for key in [*entries[:2], "of an arm that is gone"]]
+    assert study.done(rows) == set(entries[:2])
+    lacks = {**rows[0], "numbers": {"linear": 1.0}}
+    assert study.done([*rows, lacks]) == {entries[1]}
+    assert study.done([lacks, *rows]) == set(entries[:2])
+
+
 def result(key: str, arm: str, share: str, seed: int, knn: float) -> dict[str, object]:
     return {
         "key": key, "arm": arm, "share": share, "seed": seed, "images_seen": 1000, "flops": 2e12,
@@ -101,7 +112,13 @@ def test_differences_are_paired_by_seed_and_the_last_result_of_a_seed_counts(stu
         "| constant | 1/1.5 | 1 | 1,000 | 2 | 1.5 | 2.0 | 30.00 |",
         "| other | 1 | 2 | 1,000 | 2 | 1.5 ± 0.0 | 2.0 ± 0.0 | 62.75 ± 24.40 (+1.50) |",
     ]
-    assert len(draw(study, rows).axes) == 2
+    figure = draw(study, rows)
+    assert len(figure.axes) == 2
+    for panel in figure.axes:
+        # Deviations of `constant` at both its budgets, then of `other` at its only one.
+        bars = [segment for bar in panel.containers for segment in bar.lines[2][0].get_segments()]
+        spreads = [float(np.ptp(bar[:, 1])) / 2 for bar in bars if len(bar)]
+        assert spreads == pytest.approx([2.83, 24.40], abs=0.01)
 
 
 def test_the_cheapest_run_that_is_as_good_as_the_original_is_named_with_its_time(tmp_path: Path) -> None:
