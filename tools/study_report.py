@@ -3,11 +3,12 @@
     python tools/study_report.py tools/studies/cifar10.yaml [--into README.md]
 
 Writes the tables as Markdown beside the study file, and between the lines `<!-- study NAME -->` and
-`<!-- end of study NAME -->` of another file, and the figure to tools/figures/. A mean is over seeds, with the
-standard deviation where there are several; differences from the baseline arm, in brackets, are paired by
-seed, at equal share of the budget. A second table says which of the budgets that were run is the cheapest one
-to reach what the original's code did, on average, and how many times less its training takes. In the figure,
-thin lines join the runs of one seed.
+`<!-- end of study NAME -->` of another file, and the figure to tools/figures/. What was run with several
+seeds comes first, what was run with one is folded. A mean is over seeds, with the standard deviation where
+there are several; differences from the baseline arm, in brackets, are paired by seed, at equal share of the
+budget. A last table says which of the budgets that were run, with as many seeds, is the cheapest one to reach
+what the original's code did, on average, and how many times less its training takes. In the figure, thin
+lines join the runs of one seed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ LINES = ("-", "--", ":")
 """Of arms with several, once all colours are taken."""
 INK = "#222222"
 
+Groups = dict[tuple[str, str], list[dict[str, Any]]]
+"""Results by (arm, share of the budget)."""
+
 
 def main() -> None:
     """Parse, read, write, and say what was written."""
@@ -41,9 +45,9 @@ def main() -> None:
     options = parser.parse_args()
     study = load_study(options.study)
     rows = recorded(study.results)
-    table = options.study.with_suffix(".md")
-    table.write_text(markdown(study, rows), encoding="utf-8")
-    print(table)
+    tables = options.study.with_suffix(".md")
+    tables.write_text(markdown(study, rows), encoding="utf-8")
+    print(tables)
     if options.into is not None:
         text = options.into.read_text(encoding="utf-8")
         shown_in = with_tables(text, options.study.stem, markdown(study, rows))
@@ -68,10 +72,10 @@ def with_tables(text: str, name: str, tables: str) -> str:
     return f"{before}{start}\n{tables}\n{end}{after}"
 
 
-def grouped(study: Study, rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+def grouped(study: Study, rows: Sequence[dict[str, Any]]) -> Groups:
     """Rows by (arm, share), in the order of the study file; the last one of each seed."""
     newest = {row["key"]: row for row in rows}
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    groups: Groups = {}
     for entry in study.entries:
         if entry.key in newest:
             groups.setdefault((entry.arm, entry.share), []).append(newest[entry.key])
@@ -79,14 +83,26 @@ def grouped(study: Study, rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str
 
 
 def markdown(study: Study, rows: Sequence[dict[str, Any]]) -> str:
-    """The results as a Markdown table, with differences from the baseline paired by seed."""
-    names = study.numbers
+    """The results as Markdown tables: runs of several seeds, of one seed, and what reaches the original's."""
     groups = grouped(study, rows)
+    several = {key: group for key, group in groups.items() if len(group) > 1}
+    single = {key: group for key, group in groups.items() if len(group) == 1}
+    tables = [table(study, groups, chosen) for chosen in (several, single) if chosen]
+    if len(tables) > 1:
+        summary = f"<summary>What was run with one seed (rows: {len(single)})</summary>"
+        tables[1] = "\n".join(["<details>", summary, "", tables[1], "", "</details>"])
+    reached = reaching(study, groups)
+    return "\n\n".join([*tables, *(["\n".join(reached)] if reached else [])]) + "\n"
+
+
+def table(study: Study, groups: Groups, chosen: Groups) -> str:
+    """Some of the results as a Markdown table, with differences from the baseline paired by seed."""
+    names = study.numbers
     lines = [
         f"| arm | budget | seeds | images seen | TFLOP | training (min) | CPU (min) | {' | '.join(names)} |",
         f"|---|---|---|---|---|---|---|{'---|' * len(names)}",
     ]
-    for (arm, share), group in groups.items():
+    for (arm, share), group in chosen.items():
         baseline = groups.get((study.baseline, share), []) if arm != study.baseline else []
         values = [measured(group, baseline, name) for name in names]
         lines.append(
@@ -94,8 +110,7 @@ def markdown(study: Study, rows: Sequence[dict[str, Any]]) -> str:
             f"{group[0]['flops'] / 1e12:,.3g} | {shown([row['seconds'] / 60 for row in group], 1)} | "
             f"{shown([row['cpu_seconds'] / 60 for row in group], 1)} | {' | '.join(values)} |"
         )
-    reached = reaching(study, groups)
-    return "\n".join([*lines, *(["", *reached] if reached else [])]) + "\n"
+    return "\n".join(lines)
 
 
 def measured(group: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], name: str) -> str:
@@ -108,8 +123,11 @@ def measured(group: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]
     return shown(list(values.values())) + (f" ({shown(pairs, sign='+')})" if pairs else "")
 
 
-def reaching(study: Study, groups: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
-    """A table of the cheapest runs that are, on average, at least as good as the original's code."""
+def reaching(study: Study, groups: Groups) -> list[str]:
+    """A table of the cheapest runs that are, on average, at least as good as the original's code.
+
+    What has fewer seeds than the original is left out: of many single runs, one is lucky.
+    """
     originals = {entry.arm for entry in study.entries if entry.original}
     lines = []
     for (arm, share), group in groups.items():
@@ -120,7 +138,9 @@ def reaching(study: Study, groups: dict[tuple[str, str], list[dict[str, Any]]]) 
             good = []
             for (other, part), runs in groups.items():
                 value = average(runs, name)
-                if other not in originals and value is not None and value >= goal:
+                if other in originals or value is None or len(runs) < len(group):
+                    continue
+                if value >= goal:
                     good.append((minutes(runs), f"{other} at {part}", value))
             cells = "no arm | | |"
             if good:

@@ -109,9 +109,17 @@ def test_differences_are_paired_by_seed_and_the_last_result_of_a_seed_counts(stu
     assert lines[0].endswith("| training (min) | CPU (min) | knn |")
     assert lines[2:] == [
         "| constant | 1 | 2 | 1,000 | 2 | 1.5 ± 0.0 | 2.0 ± 0.0 | 42.00 ± 2.83 |",
-        "| constant | 1/1.5 | 1 | 1,000 | 2 | 1.5 | 2.0 | 30.00 |",
         "| other | 1 | 2 | 1,000 | 2 | 1.5 ± 0.0 | 2.0 ± 0.0 | 62.75 ± 24.40 (+1.50) |",
+        "",
+        "<details>",
+        "<summary>What was run with one seed (rows: 1)</summary>",
+        "",
+        *lines[:2],
+        "| constant | 1/1.5 | 1 | 1,000 | 2 | 1.5 | 2.0 | 30.00 |",
+        "",
+        "</details>",
     ]
+    assert "details" not in markdown(study, rows[-1:])
     figure = draw(study, rows)
     assert len(figure.axes) == 2
     for panel in figure.axes:
@@ -121,9 +129,9 @@ def test_differences_are_paired_by_seed_and_the_last_result_of_a_seed_counts(stu
         assert spreads == pytest.approx([2.83, 24.40], abs=0.01)
 
 
-def test_the_cheapest_run_that_is_as_good_as_the_original_is_named_with_its_time(tmp_path: Path) -> None:
+def test_the_cheapest_runs_as_good_as_the_original_and_as_many_are_named(tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
-    original = '  theirs: {overrides: [], original: true, seeds: {"1": [0]}}\nevaluate:'
+    original = '  theirs: {overrides: [], original: true, seeds: {"1": [0, 1]}}\nevaluate:'
     file.write_text(TEXT.replace("evaluate:", original))
     study = load_study(file)
     rows = [
@@ -134,6 +142,8 @@ def test_the_cheapest_run_that_is_as_good_as_the_original_is_named_with_its_time
     goal = {**result("theirs-1-seed0", "theirs", "1", 0, 40.0), "seconds": 240.0}
     line = "| theirs at 1 | knn 40.00 | 4.0 | constant at 1/1.5 | 40.00 | 1.0 | 4.00 |"
     assert markdown(study, [*rows, goal]).splitlines()[-1] == line
+    again = {**goal, "key": "theirs-1-seed1", "seed": 1}
+    assert markdown(study, [*rows, goal, again]).splitlines()[-1].endswith("| no arm | | | |")
     unreached = {**goal, "numbers": {"knn": 50.0}}
     assert markdown(study, [*rows, unreached]).splitlines()[-1].endswith("| no arm | | | |")
     assert len(draw(study, [*rows, goal]).axes) == 2
