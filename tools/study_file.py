@@ -40,10 +40,22 @@ class Arm(Config):
     overrides: tuple[str, ...]
     seeds: dict[str, tuple[int, ...]]
     """For each share of the full budget, written as `1` or `1/1.5`."""
-    evaluate: tuple[str, ...] | None = None
-    """Names of evaluations; None for all."""
+    evaluate: tuple[str, ...] | dict[str, tuple[str, ...]] | None = None
+    """Names of evaluations, for all shares or for each; None for all evaluations."""
     original: bool = False
     """Trained by `original_pretrain.py`."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> Arm:
+        if isinstance(self.evaluate, dict) and self.evaluate.keys() != self.seeds.keys():
+            raise ValueError(
+                f"evaluate has the shares {sorted(self.evaluate)}, but seeds has {sorted(self.seeds)}"
+            )
+        return self
+
+    def evaluations(self, share: str) -> tuple[str, ...] | None:
+        """Names of the evaluations of its runs of one share; None for all."""
+        return self.evaluate[share] if isinstance(self.evaluate, dict) else self.evaluate
 
 
 class StudyFile(Config):
@@ -66,7 +78,8 @@ class StudyFile(Config):
         if self.baseline not in self.arms:
             raise ValueError(f"baseline {self.baseline!r} is no arm")
         for name, arm in self.arms.items():
-            if unknown := set(arm.evaluate or ()) - self.evaluate.keys():
+            named = {other for share in arm.seeds for other in arm.evaluations(share) or ()}
+            if unknown := named - self.evaluate.keys():
                 raise ValueError(f"arm {name!r} has unknown evaluations: {sorted(unknown)}")
         return self
 
@@ -131,8 +144,9 @@ def load_study(file: Path, overrides: Sequence[str] = ()) -> Study:
     read = StudyFile.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
     ranked = []
     for name, arm in read.arms.items():
-        evaluations = tuple(read.evaluate) if arm.evaluate is None else arm.evaluate
         for share, seeds in arm.seeds.items():
+            named = arm.evaluations(share)
+            evaluations = tuple(read.evaluate) if named is None else named
             numerator, _, denominator = share.partition("/")
             epochs = read.budget_epochs * float(Fraction(numerator) / Fraction(denominator or "1"))
             for rank, seed in enumerate(seeds):

@@ -56,6 +56,18 @@ def test_every_arm_share_and_seed_is_one_run_under_its_own_key(study: Study) -> 
     )
 
 
+def test_evaluations_are_all_or_those_of_the_arm_or_of_its_share(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.yaml"
+    text = TEXT + "  linear: {numbers: {linear: linear_cached_top1}, probe: [probe=linear_cached]}\n"
+    text = text.replace('"1/1.5": [0]}}', '"1/1.5": [0]}, evaluate: {"1": [knn, linear], "1/1.5": [linear]}}')
+    file.write_text(text)
+    found = {entry.key: entry.evaluations for entry in load_study(file).entries}
+    assert found["constant-1-seed1"] == found["other-1-seed2"] == ("knn", "linear")
+    assert found["constant-1over1.5-seed0"] == ("linear",)
+    file.write_text(text.replace("overrides: [],", "overrides: [], evaluate: [knn],"))
+    assert {entry.evaluations for entry in load_study(file).entries if entry.arm == "other"} == {("knn",)}
+
+
 def test_a_mistake_in_a_study_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
     for right, wrong, told in (
@@ -63,6 +75,8 @@ def test_a_mistake_in_a_study_file_is_named(tmp_path: Path) -> None:
         ("baseline: constant", "baseline: absent", "'absent' is no arm"),
         ("overrides: [],", "overrides: [], orignal: true,", "arms.other.orignal\n"),
         ("overrides: [],", "overrides: [], evaluate: [linear],", r"'other' has unknown .*\['linear'\]"),
+        ("overrides: [],", 'overrides: [], evaluate: {"1/2": [knn]},', r"\['1/2'\], but seeds has"),
+        ("overrides: [],", 'overrides: [], evaluate: {"1": [linear]},', r"'other' has unknown .*'linear'"),
         ("probe: [probe=knn]", "", "either probe or finetune"),
         ("budget_epochs: 4", "budget_epochs: 0", "greater than 0"),
     ):
