@@ -42,6 +42,8 @@ class Arm(Config):
     """For each share of the full budget, written as `1` or `1/1.5`."""
     evaluate: tuple[str, ...] | dict[str, tuple[str, ...]] | None = None
     """Names of evaluations, for all shares or for each; None for all evaluations."""
+    control: str | None = None
+    """The arm that its differences are from; None for the study's baseline."""
     original: bool = False
     """Trained by `original_pretrain.py`."""
 
@@ -63,7 +65,7 @@ class StudyFile(Config):
 
     recipe: str
     baseline: str
-    """The arm that others are compared with."""
+    """The arm that others are compared with, unless they name a control of their own."""
     budget_epochs: float = Field(gt=0)
     """The full budget, in equivalent epochs."""
     common: tuple[str, ...]
@@ -78,6 +80,8 @@ class StudyFile(Config):
         if self.baseline not in self.arms:
             raise ValueError(f"baseline {self.baseline!r} is no arm")
         for name, arm in self.arms.items():
+            if arm.control is not None and arm.control not in self.arms:
+                raise ValueError(f"control {arm.control!r} of arm {name!r} is no arm")
             named = {other for share in arm.seeds for other in arm.evaluations(share) or ()}
             if unknown := named - self.evaluate.keys():
                 raise ValueError(f"arm {name!r} has unknown evaluations: {sorted(unknown)}")
@@ -112,7 +116,8 @@ class Study:
     """First seeds of all arms first."""
     evaluations: dict[str, Evaluation]
     results: Path
-    baseline: str
+    controls: dict[str, str]
+    """Of each arm, the arm that its differences are from."""
     output: Path
     """Where the run folders are."""
 
@@ -159,7 +164,7 @@ def load_study(file: Path, overrides: Sequence[str] = ()) -> Study:
         entries=tuple(entry for _, entry in sorted(ranked, key=lambda pair: pair[0])),
         evaluations=read.evaluate,
         results=file.with_suffix(".jsonl"),
-        baseline=read.baseline,
+        controls={name: arm.control or read.baseline for name, arm in read.arms.items()},
         output=Path("runs") / f"study_{file.stem}",
     )
 

@@ -5,10 +5,10 @@
 Writes the tables as Markdown beside the study file, and between the lines `<!-- study NAME -->` and
 `<!-- end of study NAME -->` of another file, and the figure to tools/figures/. What was run with several
 seeds comes first, what was run with one is folded. A mean is over seeds, with the standard deviation where
-there are several; differences from the baseline arm, in brackets, are paired by seed, at equal share of the
+there are several; differences from an arm's control, in brackets, are paired by seed, at equal share of the
 budget. A last table says which of the budgets that were run, with as many seeds, is the cheapest one to reach
-what the original's code did, on average, and how many times less its training takes. In the figure, thin
-lines join the runs of one seed.
+what the original's code did, on average, and how many times less its training takes, by the runs of days on
+which both were trained. In the figure, thin lines join the runs of one seed.
 """
 
 from __future__ import annotations
@@ -96,15 +96,16 @@ def markdown(study: Study, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def table(study: Study, groups: Groups, chosen: Groups) -> str:
-    """Some of the results as a Markdown table, with differences from the baseline paired by seed."""
+    """Some of the results as a Markdown table, with differences from each arm's control paired by seed."""
     names = study.numbers
     lines = [
         f"| arm | budget | seeds | images seen | TFLOP | training (min) | CPU (min) | {' | '.join(names)} |",
         f"|---|---|---|---|---|---|---|{'---|' * len(names)}",
     ]
     for (arm, share), group in chosen.items():
-        baseline = groups.get((study.baseline, share), []) if arm != study.baseline else []
-        values = [measured(group, baseline, name) for name in names]
+        control = study.controls[arm]
+        theirs = groups.get((control, share), []) if arm != control else []
+        values = [measured(group, theirs, name) for name in names]
         lines.append(
             f"| {arm} | {share} | {len(group)} | {group[0]['images_seen']:,} | "
             f"{group[0]['flops'] / 1e12:,.3g} | {shown([row['seconds'] / 60 for row in group], 1)} | "
@@ -113,10 +114,10 @@ def table(study: Study, groups: Groups, chosen: Groups) -> str:
     return "\n".join(lines)
 
 
-def measured(group: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], name: str) -> str:
-    """A number of some runs, and the difference from the baseline over the seeds that both have."""
+def measured(group: Sequence[dict[str, Any]], control: Sequence[dict[str, Any]], name: str) -> str:
+    """A number of some runs, and the difference from the control over the seeds that both have."""
     values = {row["seed"]: row["numbers"][name] for row in group if name in row["numbers"]}
-    theirs = {row["seed"]: row["numbers"][name] for row in baseline if name in row["numbers"]}
+    theirs = {row["seed"]: row["numbers"][name] for row in control if name in row["numbers"]}
     if not values:
         return ""
     pairs = [value - theirs[seed] for seed, value in values.items() if seed in theirs]
@@ -126,7 +127,8 @@ def measured(group: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]
 def reaching(study: Study, groups: Groups) -> list[str]:
     """A table of the cheapest runs that are, on average, at least as good as the original's code.
 
-    What has fewer seeds than the original is left out: of many single runs, one is lucky.
+    What has fewer seeds than the original is left out: of many single runs, one is lucky. So is what was
+    never trained on a day on which the original was: times of two days may be of two machines.
     """
     originals = {entry.arm for entry in study.entries if entry.original}
     lines = []
@@ -137,29 +139,37 @@ def reaching(study: Study, groups: Groups) -> list[str]:
                 continue
             good = []
             for (other, part), runs in groups.items():
-                value = average(runs, name)
-                if other in originals or value is None or len(runs) < len(group):
+                value, times = average(runs, name), minutes_of_common_days(group, runs)
+                if other in originals or value is None or times is None or len(runs) < len(group):
                     continue
                 if value >= goal:
-                    good.append((minutes(runs), f"{other} at {part}", value))
-            cells = "no arm | | |"
+                    good.append((times[0] / times[1], f"{other} at {part}", value, times))
+            cells = "no arm | | | | |"
             if good:
-                least, which, value = min(good)
-                cells = f"{which} | {value:.2f} | {least:.1f} | {minutes(group) / least:.2f}"
-            lines.append(f"| {arm} at {share} | {name} {goal:.2f} | {minutes(group):.1f} | {cells} |")
-    head = "| original | its mean | training (min) | reached by | with | training (min) | times less |"
+                ratio, which, value, times = max(good)
+                cells = f"{which} | {value:.2f} | {times[0]:.1f} | {times[1]:.1f} | {ratio:.2f} |"
+            lines.append(f"| {arm} at {share} | {name} {goal:.2f} | {cells}")
+    head = "| original | its mean | reached by | with | original (min) | ours (min) | times less |"
     return [head, "|---|---|---|---|---|---|---|", *lines] if lines else []
+
+
+def minutes_of_common_days(
+    some: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]
+) -> tuple[float, float] | None:
+    """Mean minutes of training of two kinds of runs, over those of days that both have; None without."""
+    days = {row["date"] for row in some} & {row["date"] for row in others}
+    if not days:
+        return None
+    first, second = (
+        statistics.mean(row["seconds"] / 60 for row in rows if row["date"] in days) for rows in (some, others)
+    )
+    return first, second
 
 
 def average(group: Sequence[dict[str, Any]], name: str) -> float | None:
     """The mean of a number over the runs that have it; None if none has."""
     values = [row["numbers"][name] for row in group if name in row["numbers"]]
     return statistics.mean(values) if values else None
-
-
-def minutes(group: Sequence[dict[str, Any]]) -> float:
-    """The mean wall time of training."""
-    return statistics.mean(row["seconds"] / 60 for row in group)
 
 
 def shown(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
@@ -207,6 +217,7 @@ class Look:
     colour: str
     marker: str
     line: str
+    """Empty for an arm of a single budget."""
 
 
 def looks_of(arms: dict[str, list[list[dict[str, Any]]]], originals: set[str]) -> dict[str, Look]:
@@ -221,8 +232,10 @@ def looks_of(arms: dict[str, list[list[dict[str, Any]]]], originals: set[str]) -
         of_a_kind = [arm for arm, groups in arms.items() if (len(groups) > 1) == several]
         for number, arm in enumerate(of_a_kind):
             colour = INK if arm in originals else COLOURS[number % len(COLOURS)]
-            line = LINES[number // len(COLOURS) % len(LINES)]
-            looks[arm] = Look(colour, MARKERS[number % len(MARKERS)], line)
+            if several:
+                looks[arm] = Look(colour, "o", LINES[number // len(COLOURS) % len(LINES)])
+            else:
+                looks[arm] = Look(colour, MARKERS[number % len(MARKERS)], "")
     return looks
 
 
@@ -234,14 +247,13 @@ def draw_arm(
     cost: Callable[[dict[str, Any]], float],
     look: Look,
 ) -> None:
-    """A line over an arm's budgets, or a marker for a single one, with bars of one standard deviation."""
+    """An arm's means over its budgets, with bars of one standard deviation."""
     places = [statistics.mean(map(cost, group)) for group in groups]
     values = [[row["numbers"][name] for row in group] for group in groups]
     means = [statistics.mean(group) for group in values]
     # No bar of length zero where there is nothing to spread.
     spreads = [statistics.stdev(group) if len(group) > 1 else math.nan for group in values]
-    alone = len(groups) < 2
-    shape = {"marker": look.marker, "ls": "", "ms": 6} if alone else {"marker": "o", "ls": look.line, "ms": 4}
+    shape = {"marker": look.marker, "ls": look.line, "ms": 4 if look.line else 6}
     panel.errorbar(places, means, spreads, color=look.colour, lw=1.5, capsize=3, label=arm, **shape)
     for seed in sorted({row["seed"] for group in groups for row in group}):
         own = [row for group in groups for row in group if row["seed"] == seed]

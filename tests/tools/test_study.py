@@ -74,6 +74,7 @@ def test_a_mistake_in_a_study_file_is_named(tmp_path: Path) -> None:
         ("baseline: constant", "base: constant", r"baseline\n[\s\S]*base\n"),
         ("baseline: constant", "baseline: absent", "'absent' is no arm"),
         ("overrides: [],", "overrides: [], orignal: true,", "arms.other.orignal\n"),
+        ("overrides: [],", "overrides: [], control: absent,", "control 'absent' of arm 'other' is no arm"),
         ("overrides: [],", "overrides: [], evaluate: [linear],", r"'other' has unknown .*\['linear'\]"),
         ("overrides: [],", 'overrides: [], evaluate: {"1/2": [knn]},', r"\['1/2'\], but seeds has"),
         ("overrides: [],", 'overrides: [], evaluate: {"1": [linear]},', r"'other' has unknown .*'linear'"),
@@ -106,7 +107,7 @@ def test_a_run_is_done_when_its_newest_result_has_every_number_that_is_asked_for
 def result(key: str, arm: str, share: str, seed: int, knn: float) -> dict[str, object]:
     return {
         "key": key, "arm": arm, "share": share, "seed": seed, "images_seen": 1000, "flops": 2e12,
-        "seconds": 90.0, "cpu_seconds": 120.0, "numbers": {"knn": knn},
+        "seconds": 90.0, "cpu_seconds": 120.0, "date": "2026-01-01", "numbers": {"knn": knn},
     }  # fmt: skip
 
 
@@ -143,6 +144,16 @@ def test_differences_are_paired_by_seed_and_the_last_result_of_a_seed_counts(stu
         assert spreads == pytest.approx([2.83, 24.40], abs=0.01)
 
 
+def test_an_arm_may_have_a_control_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.yaml"
+    text = TEXT.replace("overrides: [],", "overrides: [], control: third,")
+    file.write_text(text.replace("evaluate:", '  third: {overrides: [], seeds: {"1": [0]}}\nevaluate:'))
+    arms = {"constant": 40.0, "other": 45.0, "third": 44.0}
+    rows = [result(f"{arm}-1-seed0", arm, "1", 0, knn) for arm, knn in arms.items()]
+    shown = [line.split(" | ")[-1] for line in markdown(load_study(file), rows).splitlines()[2:]]
+    assert shown == ["40.00 |", "45.00 (+1.00) |", "44.00 (+4.00) |"]
+
+
 def test_the_cheapest_runs_as_good_as_the_original_and_as_many_are_named(tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
     original = '  theirs: {overrides: [], original: true, seeds: {"1": [0, 1]}}\nevaluate:'
@@ -154,19 +165,30 @@ def test_the_cheapest_runs_as_good_as_the_original_and_as_many_are_named(tmp_pat
         {**result("other-1-seed0", "other", "1", 0, 39.9), "seconds": 30.0},
     ]
     goal = {**result("theirs-1-seed0", "theirs", "1", 0, 40.0), "seconds": 240.0}
-    line = "| theirs at 1 | knn 40.00 | 4.0 | constant at 1/1.5 | 40.00 | 1.0 | 4.00 |"
-    assert markdown(study, [*rows, goal]).splitlines()[-1] == line
-    again = {**goal, "key": "theirs-1-seed1", "seed": 1}
-    assert markdown(study, [*rows, goal, again]).splitlines()[-1].endswith("| no arm | | | |")
-    unreached = {**goal, "numbers": {"knn": 50.0}}
-    assert markdown(study, [*rows, unreached]).splitlines()[-1].endswith("| no arm | | | |")
+
+    def last_line(*others: dict[str, object]) -> str:
+        return markdown(study, [*rows, *others]).splitlines()[-1]
+
+    assert last_line(goal) == "| theirs at 1 | knn 40.00 | constant at 1/1.5 | 40.00 | 4.0 | 1.0 | 4.00 |"
+    # On another day everything took thrice as long.
+    slow = {**result("constant-1-seed1", "constant", "1", 1, 41.0), "seconds": 270.0, "date": "2026-01-02"}
+    again = {**goal, "key": "theirs-1-seed1", "seed": 1, "seconds": 720.0, "date": "2026-01-02"}
+    line = "| theirs at 1 | knn 40.00 | constant at 1 | 41.00 | 8.0 | 3.0 | 2.67 |"
+    assert last_line(slow, goal, again) == line
+    for theirs in (
+        [{**goal, "numbers": {"knn": 50.0}}],
+        [{**goal, "date": "2026-01-02"}],
+        # Of two seeds, with nothing of two seeds on our side.
+        [goal, again],
+    ):
+        assert last_line(*theirs).endswith("| no arm | | | | |")
     assert len(draw(study, [*rows, goal]).axes) == 2
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
 def test_the_runs_of_every_study_are_recipes(file: Path) -> None:
     found = load_study(file)
-    assert found.baseline in {entry.arm for entry in found.entries}
+    assert set(found.controls.values()) <= {entry.arm for entry in found.entries}
     assert len({entry.key for entry in found.entries}) == len(found.entries)
     for entry in found.entries:
         load_any_recipe(found.recipe, entry.overrides)
