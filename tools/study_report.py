@@ -134,14 +134,17 @@ def reaching(study: Study, groups: Groups) -> list[str]:
     lines = []
     for (arm, share), group in groups.items():
         for name in study.numbers if arm in originals else ():
-            goal = average(group, name)
-            if goal is None:
+            theirs = having(group, name)
+            if not theirs:
                 continue
+            goal = average(theirs, name)
             good = []
             for (other, part), runs in groups.items():
-                value, times = average(runs, name), minutes_of_common_days(group, runs)
-                if other in originals or value is None or times is None or len(runs) < len(group):
+                ours = having(runs, name)
+                times = minutes_of_common_days(theirs, ours)
+                if other in originals or times is None or len(ours) < len(theirs):
                     continue
+                value = average(ours, name)
                 if value >= goal:
                     good.append((times[0] / times[1], f"{other} at {part}", value, times))
             cells = "no arm | | | | |"
@@ -156,20 +159,30 @@ def reaching(study: Study, groups: Groups) -> list[str]:
 def minutes_of_common_days(
     some: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]
 ) -> tuple[float, float] | None:
-    """Mean minutes of training of two kinds of runs, over those of days that both have; None without."""
+    """Mean minutes of training of two kinds of runs over the days that both have; None without such days.
+
+    A day weighs the same in both, however many of its runs are of either kind.
+    """
     days = {row["date"] for row in some} & {row["date"] for row in others}
     if not days:
         return None
     first, second = (
-        statistics.mean(row["seconds"] / 60 for row in rows if row["date"] in days) for rows in (some, others)
+        statistics.mean(
+            statistics.mean(row["seconds"] / 60 for row in rows if row["date"] == day) for day in days
+        )
+        for rows in (some, others)
     )
     return first, second
 
 
-def average(group: Sequence[dict[str, Any]], name: str) -> float | None:
-    """The mean of a number over the runs that have it; None if none has."""
-    values = [row["numbers"][name] for row in group if name in row["numbers"]]
-    return statistics.mean(values) if values else None
+def having(group: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The runs that have a number."""
+    return [row for row in group if name in row["numbers"]]
+
+
+def average(group: Sequence[dict[str, Any]], name: str) -> float:
+    """The mean of a number over runs that have it."""
+    return statistics.mean(row["numbers"][name] for row in group)
 
 
 def shown(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
@@ -194,7 +207,7 @@ def draw(study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
     for line, name in zip(panels, study.numbers, strict=True):
         for panel, (label, cost) in zip(line, costs, strict=True):
             for arm, groups in arms.items():
-                with_name = [[row for row in group if name in row["numbers"]] for group in groups]
+                with_name = [having(group, name) for group in groups]
                 with_name = sorted(filter(None, with_name), key=lambda group: cost(group[0]))
                 draw_arm(panel, arm, with_name, name, cost, looks[arm])
             panel.set_xlabel(label, color=INK, fontsize=8)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from study_curriculum import run_study
 from study_file import Study, load_study, recorded
-from study_report import draw, looks_of, markdown, with_tables
+from study_report import draw, looks_of, markdown, minutes_of_common_days, with_tables
 from tiny_runs import TINY, TINY_CLASSIFIER
 
 from etpp_ssl.recipe_file import load_any_recipe
@@ -175,9 +175,13 @@ def test_the_cheapest_runs_as_good_as_the_original_and_as_many_are_named(tmp_pat
     again = {**goal, "key": "theirs-1-seed1", "seed": 1, "seconds": 720.0, "date": "2026-01-02"}
     line = "| theirs at 1 | knn 40.00 | constant at 1 | 41.00 | 8.0 | 3.0 | 2.67 |"
     assert last_line(slow, goal, again) == line
+    # Days weigh the same on both sides: one more run of the slow day changes nothing.
+    third = {**again, "key": "theirs-1-seed2", "seed": 2, "numbers": {"knn": 40.0}}
+    assert minutes_of_common_days([goal, again, third], [rows[0], slow]) == (8.0, 3.0)
     for theirs in (
         [{**goal, "numbers": {"knn": 50.0}}],
         [{**goal, "date": "2026-01-02"}],
+        [{**goal, "numbers": {"other": 40.0}}, {**again, "numbers": {"knn": 99.0}}],
         # Of two seeds, with nothing of two seeds on our side.
         [goal, again],
     ):
