@@ -74,8 +74,8 @@ def pretrain(
     fork: Fork = None,
 ) -> None:
     """Train, or go on from the run folder's newest checkpoint."""
-    from etpp_ssl.engine.pretrain import pretrain as run_pretraining
     from etpp_ssl.recipe_file import load_recipe
+    from etpp_ssl.train.pretrain import pretrain as run_pretraining
 
     with stops():
         run_pretraining(load_recipe(recipe, overrides or ()), fork)
@@ -88,8 +88,8 @@ def finetune(
     fork: Fork = None,
 ) -> None:
     """Train a classifier, from `init` or from scratch, or go on from the run folder's newest checkpoint."""
-    from etpp_ssl.engine.finetune import finetune as run_finetuning
     from etpp_ssl.recipe_file import load_finetune_recipe
+    from etpp_ssl.train.finetune import finetune as run_finetuning
 
     with stops():
         run_finetuning(load_finetune_recipe(recipe, overrides or ()), fork)
@@ -98,12 +98,12 @@ def finetune(
 @app.command()
 def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Print stages, learning rate, memory and cost, without training."""
-    from etpp_ssl.engine.classifier_plan import plan_classifier, print_classifier_plan
-    from etpp_ssl.engine.plan import plan_run
-    from etpp_ssl.engine.plan_table import print_plan
     from etpp_ssl.recipe import FinetuneRecipe
     from etpp_ssl.recipe_file import load_any_recipe
     from etpp_ssl.run_folder import RunFolder
+    from etpp_ssl.train.classifier_plan import plan_classifier, print_classifier_plan
+    from etpp_ssl.train.plan import plan_run
+    from etpp_ssl.train.plan_table import print_plan
 
     folder = RunFolder(recipe) if os.path.isdir(recipe) else None
     # A pipe has no width; the table needs its own.
@@ -118,7 +118,7 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 @app.command()
 def evaluate(run: RunArgument, overrides: Overrides = None) -> None:
     """Evaluate a run's classifier: accuracy, calibration, recall of each class, confusion matrix."""
-    from etpp_ssl.engine.evaluate import evaluate_run
+    from etpp_ssl.commands.evaluate import evaluate_run
     from etpp_ssl.recipe_file import load_finetune_recipe
     from etpp_ssl.report.confusion import write_evaluation
     from etpp_ssl.run_folder import RunFolder
@@ -136,8 +136,8 @@ def evaluate(run: RunArgument, overrides: Overrides = None) -> None:
 @app.command()
 def probe(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Evaluate an encoder as it stands: a run's, or with a recipe the weights of init=FILE-or-RUN."""
-    from etpp_ssl.engine.probe import probe_run
-    from etpp_ssl.engine.signals import Interrupted
+    from etpp_ssl.commands.probe import probe_run
+    from etpp_ssl.dist.signals import Interrupted
     from etpp_ssl.recipe_file import load_recipe
 
     chosen = load_recipe(recipe, overrides or ())
@@ -167,7 +167,7 @@ def embed(
     batch_size: Annotated[int, typer.Option(min=1, help="Images that are loaded together.")] = 256,
 ) -> None:
     """Write features, labels and file names of a data set, from a run or from a recipe with init=WEIGHTS."""
-    from etpp_ssl.engine.embed import embed as write_features
+    from etpp_ssl.commands.embed import embed as write_features
     from etpp_ssl.recipe_file import load_recipe
     from etpp_ssl.run_folder import RunFolder
 
@@ -327,8 +327,8 @@ def replay_nan(
 
     Overrides (precision=fp32, model.attention=unfused, ...) try what might help.
     """
-    from etpp_ssl.engine.replay_nan import replay_nan as repeat
-    from etpp_ssl.engine.replay_report import print_replay, write_replay
+    from etpp_ssl.debug.report import print_replay, write_replay
+    from etpp_ssl.debug.reproduce import replay_nan as repeat
 
     replayed = repeat(dump, overrides or ())
     print_replay(replayed, Console(width=None if sys.stdout.isatty() else 140, highlight=False))

@@ -31,7 +31,7 @@ def is_one_of_several() -> bool:
 @contextmanager
 def stops() -> Iterator[None]:
     """A run inside that was told to stop, and has said so, ends the process with its exit code."""
-    from etpp_ssl.engine.signals import Interrupted
+    from etpp_ssl.dist.signals import Interrupted
 
     try:
         yield
@@ -43,7 +43,7 @@ def tell(error: UserError) -> None:
     """Print an error, of several processes with the number of this one, unless another one tells the same."""
     rank = ""
     if is_one_of_several():
-        from etpp_ssl.engine.peers import told_already
+        from etpp_ssl.dist.peers import told_already
 
         if told_already(error):
             return

@@ -10,31 +10,31 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from etpp_ssl.atomic import write_text
 from etpp_ssl.config import Config, UserError, as_pair, legal_size, neutral
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.curriculum.constant import ConstantConfig
 from etpp_ssl.curriculum.efficienttrain import EfficientTrainConfig
 from etpp_ssl.data.augmentation import AugmentConfig
-from etpp_ssl.data.huggingface import HuggingFaceConfig
-from etpp_ssl.data.indexed import AnyIndexedData
-from etpp_ssl.data.mix import MixConfig
-from etpp_ssl.data.webdataset import WebDatasetConfig
+from etpp_ssl.data.sources.indexed import AnyIndexedData
+from etpp_ssl.data.streams.huggingface import HuggingFaceConfig
+from etpp_ssl.data.streams.mix import MixConfig
+from etpp_ssl.data.streams.webdataset import WebDatasetConfig
 from etpp_ssl.evaluation.attentive import AttentiveConfig
 from etpp_ssl.evaluation.classification import EvaluateConfig
 from etpp_ssl.evaluation.knn import KnnConfig
 from etpp_ssl.evaluation.linear import LinearConfig
 from etpp_ssl.evaluation.linear_cached import LinearCachedConfig
 from etpp_ssl.evaluation.reconstruction import ReconstructionConfig
+from etpp_ssl.files import write_text
 from etpp_ssl.model.classifier import Classifier, ClassifierConfig
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
-from etpp_ssl.model.masker import Masker
-from etpp_ssl.objective.base import Objective
-from etpp_ssl.objective.combined import CombinedConfig
-from etpp_ssl.objective.hog import HogConfig
-from etpp_ssl.objective.pixels import PixelsConfig
+from etpp_ssl.model.masking import Masker
 from etpp_ssl.optim.classifier import ClassifierOptimConfig
 from etpp_ssl.optim.schedule import OptimConfig
+from etpp_ssl.targets.base import Objective
+from etpp_ssl.targets.combined import CombinedConfig
+from etpp_ssl.targets.hog import HogConfig
+from etpp_ssl.targets.pixels import PixelsConfig
 
 # One line here makes a new component known to recipes.
 AnyStream = WebDatasetConfig | HuggingFaceConfig | MixConfig

@@ -31,11 +31,11 @@ from torch import Tensor
 
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.hours import TimePlan
-from etpp_ssl.model.state_dict import load_weights as load_weights
+from etpp_ssl.files import read_text
+from etpp_ssl.messages import shown
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.recipe_file import load_any_recipe, load_recipe
-from etpp_ssl.regular_file import read_text
-from etpp_ssl.sentences import shown
+from etpp_ssl.weights.reading import load_weights as load_weights
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -106,7 +106,7 @@ def check_state(state: dict[str, Any], step: int) -> None:
 
 
 class _TrainState(BaseModel):
-    """`engine.state.TrainState` as JSON, as far as a damaged one would show; it may hold more."""
+    """`train.state.TrainState` as JSON, as far as a damaged one would show; it may hold more."""
 
     step: int = Field(ge=0)
     loss_sum: float

@@ -17,8 +17,8 @@ from ranks import Server
 from tiny_runs import TINY, TINY_CLASSIFIER
 
 if TYPE_CHECKING:
-    from etpp_ssl.engine.base_run import BaseRun
     from etpp_ssl.recipe import FinetuneRecipe, Recipe
+    from etpp_ssl.train.base_run import BaseRun
 
 
 @pytest.fixture(scope="session")
@@ -52,8 +52,8 @@ def _fresh_accelerate() -> Iterator[None]:
 @pytest.fixture
 def crash_after() -> Callable[[int], AbstractContextManager[None]]:
     """Call it with a step: a run inside ends right after that optimizer step, as a crash would end it."""
-    from etpp_ssl.engine import finetune, pretrain
-    from etpp_ssl.engine.records import log_due
+    from etpp_ssl.train import finetune, pretrain
+    from etpp_ssl.train.records import log_due
 
     class Crash(Exception):
         pass

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from etpp_ssl.data.images import Bands, ImageSource, Picture
+from etpp_ssl.data.sources.base import Bands, ImageSource, Picture
 
 
 @dataclass

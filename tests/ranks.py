@@ -181,11 +181,6 @@ def _tell(pid: int, code: int | None) -> None:
 
 def _serve() -> None:
     """Fork a child for each line of stdin; write its id, and later its id and exit code."""
-    import etpp_ssl.engine.evaluate
-    import etpp_ssl.engine.finetune
-    import etpp_ssl.engine.pretrain
-    import etpp_ssl.engine.probe
-    import etpp_ssl.recipe_file  # noqa: F401
 
     # Objects that no child's garbage collector touches stay shared.
     gc.freeze()

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from etpp_ssl.data.huggingface import HuggingFaceConfig
-from etpp_ssl.data.mix import HuggingFacePart, MixConfig, WebDatasetPart
-from etpp_ssl.data.stream import StreamConfig
-from etpp_ssl.data.webdataset import WebDatasetConfig
+from etpp_ssl.data.streams.base import StreamConfig
+from etpp_ssl.data.streams.huggingface import HuggingFaceConfig
+from etpp_ssl.data.streams.mix import HuggingFacePart, MixConfig, WebDatasetPart
+from etpp_ssl.data.streams.webdataset import WebDatasetConfig
 
 SHARD_SIZES = (5, 3, 6, 4, 5, 7, 1)
 """Seven shards, of 31 images in all."""

@@ -119,7 +119,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import etpp_ssl.engine.start as opening
+    import etpp_ssl.train.start as opening
 
     usage = type(opening.shutil.disk_usage(tmp_path))(1000, 990, 10)
     monkeypatch.setattr(opening.shutil, "disk_usage", lambda path: usage)

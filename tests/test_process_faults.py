@@ -22,20 +22,20 @@ import torch.distributed as dist
 from ranks import LONG, Rank, Server, free_port
 
 from etpp_ssl.config import UserError
-from etpp_ssl.engine.accelerator import alone_by_mistake
-from etpp_ssl.engine.peers import PeerLost, lost_peer
-from etpp_ssl.engine.signals import SAME_REQUEST_SECONDS, StopRequest
+from etpp_ssl.dist.accelerator import alone_by_mistake
+from etpp_ssl.dist.peers import PeerLost, lost_peer
+from etpp_ssl.dist.signals import SAME_REQUEST_SECONDS, StopRequest
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 
 PATIENCE = 30.0
 """Seconds in which the others must have ended."""
 PLACES = {
-    "opening": "etpp_ssl.engine.run.open_training_images",
-    "first step": "etpp_ssl.engine.pretrain.log_row",
-    "middle": "etpp_ssl.engine.pretrain.log_row",
+    "opening": "etpp_ssl.train.run.open_training_images",
+    "first step": "etpp_ssl.train.pretrain.log_row",
+    "middle": "etpp_ssl.train.pretrain.log_row",
     "evaluation": "etpp_ssl.evaluation.knn.knn_sweep",
-    "checkpoint": "etpp_ssl.engine.checkpoint.save_file",
+    "checkpoint": "etpp_ssl.train.checkpoint.save_file",
 }
 FAULTS = {
     "mistake": "raise UserError('mine is the fault')",

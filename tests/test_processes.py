@@ -21,7 +21,7 @@ EVALUATED = ["data.num_eval_images=3", "data.num_classes=2"]
 """Fewer images to evaluate than processes."""
 STOP_HALFWAY = """
 import os, signal
-from etpp_ssl.engine import pretrain
+from etpp_ssl.train import pretrain
 
 log_row = pretrain.log_row
 
@@ -37,7 +37,7 @@ PROBES = """
 import json, os
 from tiny_runs import TINY
 from contracts.test_probes import CASES, MILD, build
-from etpp_ssl.engine.peers import leave
+from etpp_ssl.dist.peers import leave
 from etpp_ssl.recipe_file import parse_recipe
 
 found, data = [], ["data.num_images=15", "data.num_eval_images=3", "data.num_classes=3"]
@@ -173,7 +173,7 @@ def test_all_agree_on_a_budget_in_hours(
 
 def test_an_unreadable_image_that_another_process_has_met_is_named(ranks: Server, folder: Path) -> None:
     damage = """
-from etpp_ssl.data.images import UnreadableImage
+from etpp_ssl.data.sources.base import UnreadableImage
 from etpp_ssl.data import synthetic
 whole = synthetic.SyntheticSource.open
 def open_damaged(self, index):

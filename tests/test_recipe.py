@@ -9,11 +9,10 @@ import pytest
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.constant import ConstantConfig
 from etpp_ssl.curriculum.efficienttrain import EfficientTrainConfig
-from etpp_ssl.data.folder import FolderConfig
-from etpp_ssl.model.block_masking import BlockMaskingConfig
-from etpp_ssl.model.cross_decoder import CrossDecoderConfig
-from etpp_ssl.model.decoder import MAEDecoderConfig
-from etpp_ssl.model.masker import MaskRatioRamp
+from etpp_ssl.data.sources.folder import FolderConfig
+from etpp_ssl.model.decoders import CrossDecoderConfig, MAEDecoderConfig
+from etpp_ssl.model.mask_patterns import BlockMaskingConfig
+from etpp_ssl.model.masking import MaskRatioRamp
 from etpp_ssl.recipe_file import changed_keys, load_recipe, parse_recipe
 
 MINIMAL = "output: runs/x\nbudget_epochs: 2\nbatch_size: 4\ndata: {name: synthetic}\n"

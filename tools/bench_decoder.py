@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from etpp_ssl.model.mae import ModelConfig
-from etpp_ssl.objective.pixels import PixelsConfig
+from etpp_ssl.targets.pixels import PixelsConfig
 
 DECODERS = {
     "mae": {"name": "mae"},

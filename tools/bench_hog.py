@@ -25,8 +25,8 @@ from torch import Tensor
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.masking import num_visible, random_masking, removed_ids
 from etpp_ssl.model.patches import gather_patches, grid_of, patchify
-from etpp_ssl.objective.hog import HogConfig, hog_features
-from etpp_ssl.objective.pixels import PixelsConfig
+from etpp_ssl.targets.hog import HogConfig, hog_features
+from etpp_ssl.targets.pixels import PixelsConfig
 
 GOAL = 5.0
 """Wanted share of a step, in percent, at most."""

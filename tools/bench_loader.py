@@ -33,12 +33,12 @@ from torchvision import transforms
 from torchvision.datasets.folder import default_loader
 
 from etpp_ssl.curriculum.frequency import low_frequency_crop
-from etpp_ssl.data.augment import TrainView
-from etpp_ssl.data.folder import FileSource, image_files
-from etpp_ssl.data.images import Decoder, Picture, Region
+from etpp_ssl.data.formats.picture import WholePicture
 from etpp_ssl.data.loader import BatchBuilder
-from etpp_ssl.data.picture import WholePicture
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
+from etpp_ssl.data.sources.base import Decoder, Picture, Region
+from etpp_ssl.data.sources.folder import FileSource, image_files
+from etpp_ssl.data.views import TrainView
 
 SIZE = (224, 224)
 GOALS = {96: 1.75, 160: 1.4, 224: 1.15}

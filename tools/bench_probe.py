@@ -24,9 +24,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from etpp_ssl.data.augment import EvalView, Normalise
-from etpp_ssl.data.images import Bands, Picture
-from etpp_ssl.data.picture import WholePicture
+from etpp_ssl.data.formats.picture import WholePicture
+from etpp_ssl.data.sources.base import Bands, Picture
+from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.evaluation.features import extract_features, pooled_features
 from etpp_ssl.evaluation.heads import train_heads
 from etpp_ssl.evaluation.knn import knn_sweep, knn_vote

@@ -25,15 +25,15 @@ from PIL.Image import Image
 from etpp_ssl.curriculum.base import Curriculum, ReplaySpec
 from etpp_ssl.curriculum.constant import Constant
 from etpp_ssl.curriculum.frequency import low_frequency_crop
-from etpp_ssl.data.augment import Normalise, TrainView
 from etpp_ssl.data.loader import Batch, BatchBuilder
 from etpp_ssl.data.replay import Replay
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
-from etpp_ssl.data.synthetic import SyntheticConfig, SyntheticSource
-from etpp_ssl.engine.feed import Feed
+from etpp_ssl.data.sources.synthetic import SyntheticConfig, SyntheticSource
+from etpp_ssl.data.views import Normalise, TrainView
 from etpp_ssl.model.masking import random_masking
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.recipe_file import parse_recipe
+from etpp_ssl.train.feed import Feed
 
 RECIPE = """
 output: unused
@@ -89,7 +89,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
 
     def step(self, batches: Iterator[Batch]) -> None:
-        """One step, as in `engine/pretrain.py`."""
+        """One step, as in `train/pretrain.py`."""
         for batch in batches:
             images = low_frequency_crop(self.normalise(batch.images), batch.request.bandwidth)
             values, ids_removed = self.model(images, random_masking(batch.positions, 64, 16, seed=0))

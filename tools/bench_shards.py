@@ -21,10 +21,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.folder import FileSource, FolderConfig
-from etpp_ssl.data.images import UnreadableImage
 from etpp_ssl.data.sampler import KeyedOrder
-from etpp_ssl.data.shards import ShardsConfig, ShardSource
+from etpp_ssl.data.sources.base import UnreadableImage
+from etpp_ssl.data.sources.folder import FileSource, FolderConfig
+from etpp_ssl.data.sources.shards import ShardsConfig, ShardSource
 
 Read = Callable[[FileSource, int], object]
 DISK_COUNTER = Path("/proc/self/io")

@@ -3,7 +3,7 @@
     python tools/bench_step.py RECIPE [key=value ...] [--batch 16] [--stages 0,2] [--precision fp32,bf16]
         [--modes eager,compiled] [--attention auto,fused,unfused] [--repeats 6] [--against CLONE]
 
-The step is the one of `engine/pretrain.py`: crop, mask, forward, loss, backward, AdamW; images are random
+The step is the one of `train/pretrain.py`: crop, mask, forward, loss, backward, AdamW; images are random
 and on the device already. All variants of a stage take turns in one process; ratios are pairwise within a
 turn, of the variant to the first one that is listed (with `--against`, to the original). A share of the
 machine's own rate is of 2048^3 matrix products, measured before each stage in the same precision.
@@ -33,12 +33,12 @@ from torch import Tensor
 
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.curriculum.frequency import low_frequency_crop
-from etpp_ssl.engine.plan import cost_at
 from etpp_ssl.model.attention import AttentionName, use_attention
-from etpp_ssl.model.blocks import BlockRunner
+from etpp_ssl.model.encoders import BlockRunner
 from etpp_ssl.model.patches import grid_of
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.recipe_file import load_recipe
+from etpp_ssl.train.plan import cost_at
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PARTS = ("prepare", "forward", "target and loss", "backward", "optimizer")
@@ -157,7 +157,7 @@ def our_step(
     attention: AttentionName,
     runner: BlockRunner,
 ) -> Callable[[], list[float]]:
-    """The step of `engine/pretrain.py` on one process, timed part by part."""
+    """The step of `train/pretrain.py` on one process, timed part by part."""
     torch.manual_seed(0)
     model, objective = recipe.build_model().to(device), recipe.build_objective()
     use_attention(model, attention)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from etpp_ssl.config import show_size
-from etpp_ssl.engine.classifier_plan import plan_classifier
 from etpp_ssl.recipe_file import load_finetune_recipe
+from etpp_ssl.train.classifier_plan import plan_classifier
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("in1k_*_etpp200.yaml"))
 

@@ -17,12 +17,12 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from etpp_ssl.config import show_size
-from etpp_ssl.data.augment import Normalise
-from etpp_ssl.data.splits import open_split
-from etpp_ssl.engine.accelerator import open_accelerator
-from etpp_ssl.engine.run import build_probe
+from etpp_ssl.data.sources.splits import open_split
+from etpp_ssl.data.views import Normalise
+from etpp_ssl.dist.accelerator import open_accelerator
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.train.run import build_probe
 
 
 def untrained_knn(recipe: Recipe) -> float:

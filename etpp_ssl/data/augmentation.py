@@ -5,21 +5,39 @@ resize to the bandwidth, all in a data worker; normalisation, the low-frequency 
 mixing, on the device.
 
 Legend: C channels, H, W pixels.
+
+Random erasing (Zhong et al., AAAI 2020): a box of each chosen image becomes noise, on the device.
+
+timm's "pixel" mode: normal noise for every pixel and channel of the normalised image, one box. The draws
+are keyed by the images' numbers, so they are the same however a batch is split, and none waits for the
+device.
+
+Legend: B batch, C channels, H, W pixels, A attempts at a box.
+
+Mixup (Zhang et al., ICLR 2018) and CutMix (Yun et al., ICCV 2019) of a micro-batch, on the device.
+
+timm's batch mode: one weight, or one box, for the whole micro-batch, and image b's partner is image
+B - 1 - b. So what follows the micro-batch here is the partner, the weight and the box; with another
+`micro_batch_size` or number of processes they differ.
+
+Legend: B batch, C channels, H, W pixels, K classes.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from etpp_ssl.config import Config
-from etpp_ssl.data.augment import TrainView
-from etpp_ssl.data.erasing import RandomErasing
-from etpp_ssl.data.images import Picture
-from etpp_ssl.data.mixup import Mixup
 from etpp_ssl.data.rand_augment import RandAugment, rand_augment_sections
+from etpp_ssl.data.sources.base import Picture
+from etpp_ssl.data.views import TrainView
+from etpp_ssl.randomness import keyed_numpy, keyed_words
 
 
 @dataclass(frozen=True)
@@ -101,3 +119,157 @@ class AugmentConfig(Config):
     def build_mixup(self, num_classes: int, seed: int) -> Mixup:
         """Mixup, CutMix and label smoothing."""
         return Mixup(self.mixup, self.cutmix, self.smoothing, num_classes, seed)
+
+
+ATTEMPTS = 10
+"""Boxes that are tried before an image is left alone."""
+
+
+@dataclass(frozen=True)
+class RandomErasing:
+    """Erases a box in a share of the images, a function of (seed, position) and of the size alone."""
+
+    probability: float
+    """Share of the images, in [0, 1]."""
+    seed: int
+    min_area: float = 0.02
+    max_area: float = 1 / 3
+    """Range of the box's share of the area; uniform."""
+    min_aspect: float = 0.3
+    """Height over width of the box is log-uniform between this and its inverse."""
+
+    def __call__(self, images: Tensor, positions_B: Tensor) -> Tensor:
+        """A copy with boxes of noise.
+
+        Args:
+            images: normalised, float (B, C, H, W), at the size that the network sees.
+            positions_B: int64 (B,) on the same device, the images' numbers in the run.
+        """
+        if self.probability == 0:
+            return images
+        noise = keyed_normal(self.seed, "erasing noise", positions_B, images[0].numel())
+        inside = self.boxes(positions_B, images.shape[2], images.shape[3])[:, None]
+        return torch.where(inside, noise.view(images.shape).to(images.dtype), images)
+
+    def boxes(self, positions_B: Tensor, height: int, width: int) -> Tensor:
+        """Which pixels are erased, bool (B, H, W).
+
+        Of the boxes that are drawn, the first that is smaller than the image on both axes counts.
+        """
+        words = keyed_words(self.seed, "erasing", positions_B, 1 + 4 * ATTEMPTS)
+        chosen = unit_interval(words[:, :1]) < self.probability
+        area, aspect, top, left = words[:, 1:].unflatten(1, (4, ATTEMPTS)).unbind(1)
+        share = self.min_area + unit_interval(area) * (self.max_area - self.min_area)
+        log_aspect = math.log(self.min_aspect) * (1 - 2 * unit_interval(aspect))
+        heights = (share * (height * width) * log_aspect.exp()).sqrt().round().long()
+        widths = (share * (height * width) / log_aspect.exp()).sqrt().round().long()
+        fits = (heights < height) & (widths < width)
+        first = fits.int().argmax(1, keepdim=True)
+        chosen = chosen & fits.gather(1, first)
+        h, w = heights.gather(1, first), widths.gather(1, first)
+        y = top.gather(1, first).remainder((height - h + 1).clamp(min=1))
+        x = left.gather(1, first).remainder((width - w + 1).clamp(min=1))
+        rows = torch.arange(height, device=words.device)
+        columns = torch.arange(width, device=words.device)
+        in_rows = (rows >= y) & (rows < y + h) & chosen
+        in_columns = (columns >= x) & (columns < x + w)
+        inside: Tensor = in_rows[:, :, None] & in_columns[:, None, :]
+        return inside
+
+
+def keyed_normal(seed: int, purpose: str, positions_B: Tensor, num_draws: int) -> Tensor:
+    """Standard normal numbers, float32 (B, num_draws), by Box and Muller; see `keyed_words`.
+
+    Two numbers come from the halves of one word, so their size is at most sqrt(2 ln 2^25), about 5.9.
+    """
+    words = keyed_words(seed, purpose, positions_B, -(-num_draws // 2))
+    # 24 bits are what float32 holds; the half keeps the logarithm finite.
+    radius = (((words >> 40 & 0xFFFFFF).float() + 0.5) / 2**24).log_().mul_(-2).sqrt_()
+    angle = (words & 0xFFFFFF).float().mul_(2 * math.pi / 2**24)
+    return torch.cat([radius * angle.cos(), radius.mul_(angle.sin())], 1)[:, :num_draws]
+
+
+def unit_interval(words: Tensor) -> Tensor:
+    """The upper 24 bits of 64-bit words as float32 in [0, 1), exact on any device."""
+    values: Tensor = (words >> 40 & 0xFFFFFF).float() / 2**24
+    return values
+
+
+class Mix(NamedTuple):
+    """What is done to a micro-batch."""
+
+    weight: float
+    """Of an image's own label; the partner's is 1 - weight."""
+    box: tuple[int, int, int, int] | None
+    """(top, bottom, left, right) that comes from the partner, or None where all pixels are averaged."""
+
+
+@dataclass(frozen=True)
+class Mixup:
+    """Mixes images and labels; a function of (seed, the micro-batch's first position) and of its images."""
+
+    mixup: float
+    """Weights are drawn from Beta(mixup, mixup); 0 switches mixup off."""
+    cutmix: float
+    """Shares of the area that stays are drawn from Beta(cutmix, cutmix); 0 switches CutMix off. With both,
+    each micro-batch takes one or the other with probability 1/2."""
+    smoothing: float
+    """Probability that is spread over all classes, in [0, 1)."""
+    num_classes: int
+    """K."""
+    seed: int
+
+    def __call__(self, images: Tensor, labels_B: Tensor, first_position: int) -> tuple[Tensor, Tensor]:
+        """The mixed images and the probabilities to learn.
+
+        Args:
+            images: float (B, C, H, W); B may be odd, the middle image is then its own partner.
+            labels_B: int64 (B,), in [0, K), on the same device.
+            first_position: number, in the run, of the micro-batch's first image (`Batch.first_position`).
+
+        Returns:
+            images, the same or a copy; float32 (B, K), rows that add up to 1.
+        """
+        targets_BK = smoothed(labels_B, self.num_classes, self.smoothing)
+        mix = self.draw(first_position, images.shape[2], images.shape[3])
+        if mix.weight == 1:
+            return images, targets_BK
+        targets_BK = targets_BK * mix.weight + targets_BK.flip(0) * (1 - mix.weight)
+        partners = images.flip(0)
+        if mix.box is None:
+            return images.mul(mix.weight).add_(partners.mul_(1 - mix.weight)), targets_BK
+        top, bottom, left, right = mix.box
+        mixed = images.clone()
+        mixed[:, :, top:bottom, left:right] = partners[:, :, top:bottom, left:right]
+        return mixed, targets_BK
+
+    def draw(self, first_position: int, height: int, width: int) -> Mix:
+        """What is done to the micro-batch of images of (height, width) that starts at a position."""
+        if not self.mixup and not self.cutmix:
+            return Mix(1.0, None)
+        draw = keyed_numpy(self.seed, "mixup", first_position)
+        cut = self.cutmix > 0 and (self.mixup == 0 or draw.random() < 0.5)
+        alpha = self.cutmix if cut else self.mixup
+        weight = float(draw.beta(alpha, alpha))
+        if not cut:
+            return Mix(weight, None)
+        return cut_box(weight, int(draw.integers(height)), int(draw.integers(width)), height, width)
+
+
+def cut_box(weight: float, y: int, x: int, height: int, width: int) -> Mix:
+    """A box around pixel (y, x) of the image's aspect ratio and 1 - `weight` of its area.
+
+    What reaches beyond the image is cut off, and the weight becomes the share of the area that stays.
+    """
+    side = (1 - weight) ** 0.5
+    h, w = int(height * side), int(width * side)
+    top, bottom = max(y - h // 2, 0), min(y + (h + 1) // 2, height)
+    left, right = max(x - w // 2, 0), min(x + (w + 1) // 2, width)
+    return Mix(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
+
+
+def smoothed(labels_B: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """One-hot labels with `smoothing` spread evenly over all classes, float32 (B, K)."""
+    rest = smoothing / num_classes
+    targets_BK = torch.full((len(labels_B), num_classes), rest, device=labels_B.device)
+    return targets_BK.scatter_(1, labels_B[:, None], 1 - smoothing + rest)

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from etpp_ssl.config import RunFault, UserError
-from etpp_ssl.data.augment import View
-from etpp_ssl.data.images import ImageSource, UnreadableImage
 from etpp_ssl.data.loader_faults import LoaderFault, named_errors, safe_name
 from etpp_ssl.data.reading import Reading, note_reading
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
-from etpp_ssl.data.splits import check_label
+from etpp_ssl.data.sources.base import ImageSource, UnreadableImage
+from etpp_ssl.data.sources.splits import check_label
+from etpp_ssl.data.views import View
 from etpp_ssl.data.watch import Watch
 
 MAX_ATTEMPTS = 100

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from etpp_ssl.config import RunFault, UserError, listed
-from etpp_ssl.data.images import UnreadableImage
 from etpp_ssl.data.reading import Reading
 from etpp_ssl.data.sampler import BatchRequest
+from etpp_ssl.data.sources.base import UnreadableImage
 
 GO_ON = "the same command goes on from its last checkpoint, if it writes any"
 SHARED_MEMORY = "/dev/shm"

@@ -20,8 +20,8 @@ from timm.data.auto_augment import posterize, rand_augment_transform
 from torch import Tensor
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.augment import to_bands, to_tensor
-from etpp_ssl.data.images import Interpolation
+from etpp_ssl.data.sources.base import Interpolation
+from etpp_ssl.data.views import to_bands, to_tensor
 from etpp_ssl.randomness import derive_key
 
 RAMP_STAGES = 10

@@ -9,13 +9,13 @@ from typing import NamedTuple, Protocol
 from torch.utils.data import Dataset
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.augment import View
-from etpp_ssl.data.images import DataConfig, ImageSource
 from etpp_ssl.data.loader import Batch, BatchBuilder
 from etpp_ssl.data.sampler import BatchRequest, ByPosition, KeyedOrder, RequestSampler
-from etpp_ssl.data.splits import check_labels, open_split
-from etpp_ssl.data.stream import Stream, StreamConfig
-from etpp_ssl.data.stream_loader import StreamBuilder, StreamPlace, StreamRequests
+from etpp_ssl.data.sources.base import DataConfig, ImageSource
+from etpp_ssl.data.sources.splits import check_labels, open_split
+from etpp_ssl.data.streams.base import Stream, StreamConfig
+from etpp_ssl.data.streams.loader import StreamBuilder, StreamPlace, StreamRequests
+from etpp_ssl.data.views import View
 
 Sampling = Callable[[KeyedOrder | ByPosition], RequestSampler]
 """From an order to one process's requests in that order."""
@@ -113,7 +113,7 @@ class IndexedImages:
         return self.source.name(index)
 
     def check_labels(self, num_classes: int) -> None:
-        """See `etpp_ssl.data.splits.check_labels`."""
+        """See `etpp_ssl.data.sources.splits.check_labels`."""
         check_labels(self.source, num_classes)
 
     def check_lanes(self, num_lanes: int) -> None:

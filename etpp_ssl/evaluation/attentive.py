@@ -5,6 +5,10 @@ patch tokens; a learned query finds it there (as in V-JEPA, Bardes et al. 2024, 
 2025, whose attentive probes differ in detail). The settings are fixed, no images are used to choose any.
 
 Legend: B batch, N tokens, D width, n images.
+
+One learned query that attends to an image's patch tokens: the head of the attentive probe.
+
+Legend: B batch, N tokens, D width, H heads, d = D / H.
 """
 
 from __future__ import annotations
@@ -15,15 +19,16 @@ from itertools import groupby
 from typing import Literal, NamedTuple
 
 import torch
+from einops import rearrange
 from pydantic import Field, model_validator
+from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from etpp_ssl.config import Config, UserError, neutral
-from etpp_ssl.data.probe_view import ProbeView
 from etpp_ssl.data.sampler import KeyedOrder
-from etpp_ssl.evaluation.attention_pool import SharedQueryPool
+from etpp_ssl.data.views import ProbeView
 from etpp_ssl.evaluation.base import ProbeContext
 from etpp_ssl.evaluation.features import evaluating, gather_rows
 from etpp_ssl.evaluation.token_cache import TokenCache, patch_tokens
@@ -35,10 +40,11 @@ from etpp_ssl.evaluation.training import (
     open_labelled,
     training_batches,
 )
+from etpp_ssl.model.encoders import attention_heads
 from etpp_ssl.model.mae import MaskedAutoencoder
-from etpp_ssl.model.vit import attention_heads
 from etpp_ssl.optim.groups import weight_decay_groups
 from etpp_ssl.optim.schedule import Schedule
+from etpp_ssl.randomness import keyed_torch
 
 
 class AttentiveConfig(Config):
@@ -213,3 +219,40 @@ class AttentiveProbe:
         if not len(answers):
             raise UserError("probe=attentive: none of the evaluation images can be read")
         return {"attentive_top1": 100.0 * answers.double().mean().item()}
+
+
+class SharedQueryPool(AttentionPoolLatent):
+    """timm's `AttentionPoolLatent` without output projection and MLP, computed in another order.
+
+    The query is the same for all images, so the key projection can be applied to it instead of to the
+    tokens, and the value projection to the pooled tokens instead of to each: D * D operations per token
+    become H * D. The key's bias adds the same to all scores of a head, which the softmax removes.
+
+    Args:
+        width: D.
+        num_heads: H, a divisor of D.
+        seed: of the query and the projections, each uniform or normal with variance 1 / D.
+    """
+
+    def __init__(self, width: int, num_heads: int, seed: int) -> None:
+        super().__init__(width, out_features=0, num_heads=num_heads)
+        generator = keyed_torch(seed, "attentive-pool")
+        for parameter in self.parameters():
+            if parameter.ndim == 1:
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=width**-0.5, generator=generator)
+
+    def forward(self, tokens_BND: Tensor) -> Tensor:
+        """(B, N, D) to (B, D)."""
+        key, value = self.kv.weight.chunk(2)
+        query_Hd = rearrange(self.q(self.latent), "1 1 (H d) -> H d", H=self.num_heads)
+        key_HdD = rearrange(key, "(H d) D -> H d D", H=self.num_heads)
+        query_HD = (query_Hd[:, None] @ key_HdD)[:, 0] * self.scale
+        scores_BHN = query_HD @ tokens_BND.mT
+        pooled_BHD = scores_BHN.softmax(dim=-1) @ tokens_BND
+        value_HDd = rearrange(value, "(H d) D -> H D d", H=self.num_heads)
+        values_HBd = rearrange(pooled_BHD, "B H D -> H B D") @ value_HDd
+        bias = self.kv.bias.chunk(2)[1]
+        pooled: Tensor = rearrange(values_HBd, "H B d -> B (H d)") + bias
+        return pooled

@@ -10,11 +10,11 @@ from typing import Protocol
 
 from accelerate import Accelerator
 
-from etpp_ssl.data.augment import EvalView, Normalise
-from etpp_ssl.data.images import ImageSource
+from etpp_ssl.data.sources.base import ImageSource
+from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.model.mae import MaskedAutoencoder
-from etpp_ssl.model.masker import Masker
-from etpp_ssl.objective.base import Objective
+from etpp_ssl.model.masking import Masker
+from etpp_ssl.targets.base import Objective
 
 
 class ProbeStopped(Exception):

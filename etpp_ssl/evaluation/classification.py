@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from etpp_ssl.config import Config, UserError, neutral
-from etpp_ssl.data.augment import EvalView, Normalise
-from etpp_ssl.data.images import ImageSource
-from etpp_ssl.data.splits import check_label
+from etpp_ssl.data.sources.base import ImageSource
+from etpp_ssl.data.sources.splits import check_label
+from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.evaluation.features import evaluating, evaluation_batches, gather_rows, readable_rows
 
 TOP_K = 5

@@ -15,10 +15,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.augment import EvalView, Normalise
-from etpp_ssl.data.images import ImageSource
 from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches, evaluation_requests
 from etpp_ssl.data.sampler import KeyedOrder, process_part
+from etpp_ssl.data.sources.base import ImageSource
+from etpp_ssl.data.views import EvalView, Normalise
 
 Pool = Literal["token", "avg"]
 Precision = Literal["fp32", "bf16"]

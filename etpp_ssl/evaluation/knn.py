@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from etpp_ssl.evaluation.base import ProbeContext
 from etpp_ssl.evaluation.features import Features
-from etpp_ssl.evaluation.labelled import LabelledConfig, LabelledImages
-from etpp_ssl.evaluation.selection import split_holdout
+from etpp_ssl.evaluation.labelled import LabelledConfig, LabelledImages, split_holdout
 from etpp_ssl.model.mae import MaskedAutoencoder
 
 TEMPERATURE = 0.07

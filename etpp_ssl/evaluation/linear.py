@@ -27,16 +27,17 @@ from torch.nn import functional as F
 
 from etpp_ssl.config import Config, UserError, is_neutral, neutral
 from etpp_ssl.data.loader import Batch
-from etpp_ssl.data.probe_view import ProbeView
+from etpp_ssl.data.views import ProbeView
 from etpp_ssl.evaluation.base import ProbeContext, ProbeStopped
 from etpp_ssl.evaluation.features import Pool, evaluating, gather_rows, pooled_features
-from etpp_ssl.evaluation.state import ProbeState, state_key
 from etpp_ssl.evaluation.training import (
     EpochSteps,
+    ProbeState,
     epoch_steps,
     evaluated,
     frozen,
     open_labelled,
+    state_key,
     training_batches,
 )
 from etpp_ssl.model.mae import MaskedAutoencoder

@@ -21,8 +21,7 @@ from etpp_ssl.evaluation.base import ProbeContext
 from etpp_ssl.evaluation.features import Features
 from etpp_ssl.evaluation.heads import Heads, Standardise, accuracies, train_heads
 from etpp_ssl.evaluation.knn import TEMPERATURE, knn_accuracies
-from etpp_ssl.evaluation.labelled import LabelledConfig, LabelledImages
-from etpp_ssl.evaluation.selection import split_holdout
+from etpp_ssl.evaluation.labelled import LabelledConfig, LabelledImages, split_holdout
 from etpp_ssl.model.mae import MaskedAutoencoder
 
 

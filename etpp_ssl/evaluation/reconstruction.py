@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from pydantic import Field
 
 from etpp_ssl.config import Config, neutral
-from etpp_ssl.data.splits import keyed_indices
+from etpp_ssl.data.sources.splits import keyed_indices
 from etpp_ssl.evaluation.base import ProbeContext
 from etpp_ssl.evaluation.features import evaluating, evaluation_batches, readable_rows
 from etpp_ssl.model.mae import MaskedAutoencoder

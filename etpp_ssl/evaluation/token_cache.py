@@ -12,8 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.images import ImageSource
 from etpp_ssl.data.sampler import process_part
+from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.evaluation.base import ProbeContext
 from etpp_ssl.evaluation.features import gather_rows
 from etpp_ssl.evaluation.training import evaluated

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from etpp_ssl.atomic import replaced, write_json
 from etpp_ssl.config import UserError
-from etpp_ssl.export.classifier_card import classifier_card
+from etpp_ssl.export.card import classifier_card
 from etpp_ssl.export.folder import CARD_FILE, contiguous, export_folder
+from etpp_ssl.files import replaced, write_json
 from etpp_ssl.model.classifier import Classifier
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.run_folder import MODEL_FILE, Checkpoint, RunFolder, load_weights

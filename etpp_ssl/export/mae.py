@@ -8,22 +8,25 @@ from typing import Any
 
 import torch
 
-from etpp_ssl.atomic import replaced
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.export.card import model_card
 from etpp_ssl.export.classifier import refuse_classifier
-from etpp_ssl.export.folder import CARD_FILE, TrainedModel, contiguous, export_folder
-from etpp_ssl.export.plain import (
+from etpp_ssl.export.folder import (
+    CARD_FILE,
+    TrainedModel,
+    contiguous,
+    export_folder,
     is_square,
     pixels_predicted,
     reason_without_decoder,
     require_plain_encoder,
 )
-from etpp_ssl.model.decoder import MAEDecoder
-from etpp_ssl.model.interop import official_names
+from etpp_ssl.files import replaced
+from etpp_ssl.model.decoders import MAEDecoder
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.weights.layouts import official_names
 
 CHECKPOINT_FILE = "model.pth"
 LOAD = """With models_mae.py of https://github.com/facebookresearch/mae:

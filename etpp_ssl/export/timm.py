@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from safetensors.torch import save_file
 
-from etpp_ssl.atomic import replaced, write_json
 from etpp_ssl.config import UserError
 from etpp_ssl.export.card import final_norm, model_card
 from etpp_ssl.export.classifier import export_classifier, refuse_classifier
 from etpp_ssl.export.folder import CARD_FILE, TrainedModel, contiguous, export_folder
+from etpp_ssl.files import replaced, write_json
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import MODEL_FILE, RunFolder
 

@@ -8,23 +8,26 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from etpp_ssl.atomic import replaced, write_json
 from etpp_ssl.config import show_size
 from etpp_ssl.export.card import model_card
 from etpp_ssl.export.classifier import refuse_classifier
-from etpp_ssl.export.folder import CARD_FILE, TrainedModel, contiguous, export_folder
-from etpp_ssl.export.plain import (
+from etpp_ssl.export.folder import (
+    CARD_FILE,
     LAYER_NORM_EPS,
+    TrainedModel,
+    contiguous,
+    export_folder,
     pixels_predicted,
     reason_without_decoder,
     require_plain_encoder,
 )
-from etpp_ssl.model.decoder import MAEDecoder
-from etpp_ssl.model.huggingface import to_huggingface
-from etpp_ssl.model.interop import official_names
+from etpp_ssl.files import replaced, write_json
+from etpp_ssl.model.decoders import MAEDecoder
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import MODEL_FILE, RunFolder
+from etpp_ssl.weights.huggingface import to_huggingface
+from etpp_ssl.weights.layouts import official_names
 
 MARKER = "config.json"
 BICUBIC = 3

@@ -13,14 +13,14 @@ from timm.layers import trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-import etpp_ssl.model.cswin
-import etpp_ssl.model.pvt  # noqa: F401  These two register what timm lacks.
+import etpp_ssl.model.zoo.cswin
+import etpp_ssl.model.zoo.pvt  # noqa: F401  These two register what timm lacks.
 from etpp_ssl.config import MAX_SIDE, Config, UserError, as_pair, legal_size, neutral, show_size
+from etpp_ssl.messages import shown
 from etpp_ssl.model.attention import AttentionName, use_attention
 from etpp_ssl.model.drop_path import key_drop_path
+from etpp_ssl.model.encoders import EXPLICIT_NAME, encoder_args
 from etpp_ssl.model.timm_net import accepted_arguments, build_net, check_sizes, is_vit, stride
-from etpp_ssl.model.vit import EXPLICIT_NAME, encoder_args
-from etpp_ssl.sentences import shown
 
 OWN_KEYS = {
     "img_size": "image_size",

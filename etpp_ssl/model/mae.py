@@ -15,15 +15,17 @@ from torch import Tensor, nn
 
 from etpp_ssl.config import Config, as_pair, legal_size, neutral
 from etpp_ssl.model.attention import AttentionName, use_attention
-from etpp_ssl.model.block_masking import BlockMaskingConfig
-from etpp_ssl.model.blocks import BlockRunner
-from etpp_ssl.model.cross_decoder import CrossDecoder, CrossDecoderConfig
-from etpp_ssl.model.decoder import MAEDecoder, MAEDecoderConfig
-from etpp_ssl.model.grid_masking import GridMaskingConfig
-from etpp_ssl.model.masker import Masker, MaskRatioRamp
-from etpp_ssl.model.masking import UniformMaskingConfig, num_visible, removed_ids
+from etpp_ssl.model.decoders import CrossDecoder, CrossDecoderConfig, MAEDecoder, MAEDecoderConfig
+from etpp_ssl.model.encoders import (
+    BlockRunner,
+    build_encoder,
+    encode_visible,
+    encoder_args,
+    fixed_positions_at,
+)
+from etpp_ssl.model.mask_patterns import BlockMaskingConfig, GridMaskingConfig
+from etpp_ssl.model.masking import Masker, MaskRatioRamp, UniformMaskingConfig, num_visible, removed_ids
 from etpp_ssl.model.patches import grid_of
-from etpp_ssl.model.vit import build_encoder, encode_visible, encoder_args, fixed_positions_at
 
 # One line here makes a new decoder or mask pattern known to recipes.
 AnyDecoder = MAEDecoderConfig | CrossDecoderConfig
@@ -99,7 +101,7 @@ class ModelConfig(Config):
         return Masker(self.masking, self.mask_ratio, self.decoder.predict_ratio, patch_size, seed)
 
     def encoder_args(self, image_size: tuple[int, int], in_chans: int) -> tuple[str, dict[str, Any]]:
-        """timm's name and arguments of the encoder; see `etpp_ssl.model.vit.encoder_args`."""
+        """timm's name and arguments of the encoder; see `etpp_ssl.model.encoders.encoder_args`."""
         dims = ("embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "reg_tokens")
         return encoder_args(
             name=self.name,

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from etpp_ssl.config import UserError, as_pair, show_size
+from etpp_ssl.messages import shown
 from etpp_ssl.model.drop_path import key_drop_path
-from etpp_ssl.model.swin import make_resizable
-from etpp_ssl.sentences import shown
+from etpp_ssl.model.zoo.swin import make_resizable
 
 DYNAMIC_SIZE = "dynamic_img_size"
 """timm's argument of networks that resample their position embedding in the forward pass."""

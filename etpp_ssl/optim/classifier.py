@@ -10,7 +10,7 @@ from timm.optim import Lamb
 from torch import nn
 
 from etpp_ssl.config import Config
-from etpp_ssl.optim.layer_decay import parameter_groups
+from etpp_ssl.optim.groups import parameter_groups
 from etpp_ssl.optim.schedule import Schedule
 
 _READ_BY = {"betas": ("adamw", "lamb"), "eps": ("adamw", "lamb"), "momentum": ("sgd",)}
@@ -38,7 +38,7 @@ class ClassifierOptimConfig(Config):
     """Of `sgd`."""
     layer_decay: float | None = Field(default=None, gt=0, le=1)
     """Factor on the learning rate per layer away from the head; None trains all layers alike. See
-    `etpp_ssl.optim.layer_decay` for the models it knows and what counts as a layer."""
+    `etpp_ssl.optim.groups` for the models it knows and what counts as a layer."""
     clip_grad: float | None = Field(default=None, gt=0)
     """Largest gradient norm; None does not clip, with `lamb` neither (timm's clips at 1 by itself)."""
     ema: float | None = Field(default=None, gt=0, lt=1)

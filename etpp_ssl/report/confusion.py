@@ -23,8 +23,8 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from etpp_ssl.atomic import replaced, write_json
 from etpp_ssl.config import UserError
+from etpp_ssl.files import replaced, write_json
 from etpp_ssl.report.figures import FAINT, FONT_SIZE, INK
 from etpp_ssl.run_folder import EVALUATION_FILE, RunFolder
 

@@ -12,7 +12,7 @@ from typing import Any
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.curriculum.cost import area_share
-from etpp_ssl.data.splits import open_split
+from etpp_ssl.data.sources.splits import open_split
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 

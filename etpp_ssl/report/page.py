@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 
-from etpp_ssl.atomic import replaced_file
+from etpp_ssl.files import replaced_file
 from etpp_ssl.report import markup, sections
 from etpp_ssl.report.gallery import reconstructions
 from etpp_ssl.report.history import History, read_histories

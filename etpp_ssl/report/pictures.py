@@ -16,14 +16,14 @@ from torch import Tensor
 
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.frequency import low_frequency_crop
-from etpp_ssl.data.augment import EvalView, Normalise, to_bands, to_tensor
-from etpp_ssl.data.decode import most_bytes
-from etpp_ssl.data.folder import image_files, printable
-from etpp_ssl.data.images import ImageSource, UnreadableImage
-from etpp_ssl.data.picture import open_picture
-from etpp_ssl.data.splits import keyed_indices, open_split
+from etpp_ssl.data.formats.decode import most_bytes
+from etpp_ssl.data.formats.picture import open_picture
+from etpp_ssl.data.sources.base import ImageSource, UnreadableImage
+from etpp_ssl.data.sources.folder import image_files, printable
+from etpp_ssl.data.sources.splits import keyed_indices, open_split
+from etpp_ssl.data.views import EvalView, Normalise, to_bands, to_tensor
+from etpp_ssl.files import read_regular
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.regular_file import read_regular
 
 
 @dataclass(frozen=True)

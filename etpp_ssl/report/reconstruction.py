@@ -14,7 +14,7 @@ from torch import Tensor
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.patches import gather_patches, grid_of, patchify, unpatchify
-from etpp_ssl.objective.base import Objective
+from etpp_ssl.targets.base import Objective
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import numpy as np
 from einops import rearrange, reduce
 from torch import Tensor
 
-from etpp_ssl.objective.pixels import PixelsConfig
 from etpp_ssl.report.channels import ChannelView, as_levels
 from etpp_ssl.report.glyphs import orientation_glyphs
 from etpp_ssl.report.reconstruction import Reconstruction
 from etpp_ssl.report.unnormalise import neighbour_statistics, patch_statistics, unnormalise
+from etpp_ssl.targets.pixels import PixelsConfig
 
 GLYPH_PIXELS = 16
 """Side of a histogram cell in a picture."""

@@ -28,7 +28,7 @@ class PatchStatistics(NamedTuple):
 def patch_statistics(patches: Tensor) -> PatchStatistics:
     """Mean and sqrt(var + 1e-6) over the last axis, the variance unbiased.
 
-    These are the numbers that `etpp_ssl.objective.pixels.normalise_patches` uses.
+    These are the numbers that `etpp_ssl.targets.pixels.normalise_patches` uses.
 
     Args:
         patches: float (B, M, V), V >= 2.

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from etpp_ssl.atomic import replaced_file
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.curriculum.cost import area_share
+from etpp_ssl.files import replaced_file
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.report.channels import ChannelView
 from etpp_ssl.report.grid import enlargement, grid_figure, save_grid

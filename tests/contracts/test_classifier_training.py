@@ -15,10 +15,10 @@ import torch
 from classifier_families import FAMILIES
 from safetensors.torch import load_file
 
-from etpp_ssl.engine.finetune import finetune
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.recipe_file import parse_finetune_recipe
 from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.train.finetune import finetune
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("in1k_*_etpp200.yaml"))
 

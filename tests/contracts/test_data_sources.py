@@ -24,19 +24,19 @@ from PIL import Image
 
 import etpp_ssl.data
 from etpp_ssl.config import UserError
-from etpp_ssl.data.augment import TrainView, to_tensor
-from etpp_ssl.data.file_list import FileListConfig
-from etpp_ssl.data.folder import FolderConfig
-from etpp_ssl.data.images import DataConfig, ImageSource, UnreadableImage
-from etpp_ssl.data.indexed import AnyIndexedData
 from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches
 from etpp_ssl.data.prepare import PrepareConfig, prepare
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
-from etpp_ssl.data.shards import ShardsConfig
-from etpp_ssl.data.splits import Subset, open_split
-from etpp_ssl.data.stream import StreamConfig
-from etpp_ssl.data.synthetic import SyntheticConfig
-from etpp_ssl.data.timm_dataset import TimmConfig
+from etpp_ssl.data.sources.base import DataConfig, ImageSource, UnreadableImage
+from etpp_ssl.data.sources.file_list import FileListConfig
+from etpp_ssl.data.sources.folder import FolderConfig
+from etpp_ssl.data.sources.indexed import AnyIndexedData
+from etpp_ssl.data.sources.shards import ShardsConfig
+from etpp_ssl.data.sources.splits import Subset, open_split
+from etpp_ssl.data.sources.synthetic import SyntheticConfig
+from etpp_ssl.data.sources.timm_dataset import TimmConfig
+from etpp_ssl.data.streams.base import StreamConfig
+from etpp_ssl.data.views import TrainView, to_tensor
 
 NUM_IMAGES = 11
 SIZE = (16, 24)

@@ -17,15 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import etpp_ssl.model
-from etpp_ssl.engine.decoder_cost import decoder_flops, other_decoders
-from etpp_ssl.engine.pretrain import pretrain
 from etpp_ssl.export.timm import export
+from etpp_ssl.messages import members_at
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
-from etpp_ssl.model.masker import MaskCounts
-from etpp_ssl.model.masking import random_masking, removed_ids
+from etpp_ssl.model.masking import MaskCounts, random_masking, removed_ids
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.sentences import members_at
+from etpp_ssl.train.decoder_cost import decoder_flops, other_decoders
+from etpp_ssl.train.pretrain import pretrain
 
 PATCH = (4, 3)
 GRIDS = [(4, 6), (2, 3), (3, 5), (6, 4), (7, 8)]

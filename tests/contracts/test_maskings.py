@@ -12,10 +12,9 @@ from pydantic import BaseModel
 
 import etpp_ssl.model
 from etpp_ssl.curriculum.efficienttrain import EfficientTrain
+from etpp_ssl.messages import members_at
 from etpp_ssl.model.mae import ModelConfig
-from etpp_ssl.model.masker import Masker
-from etpp_ssl.model.masking import num_visible
-from etpp_ssl.sentences import members_at
+from etpp_ssl.model.masking import Masker, num_visible
 
 PATCH = (16, 8)
 BANDWIDTHS = [

@@ -7,12 +7,12 @@ import inspect
 import pkgutil
 from typing import Any, Literal, get_args, get_origin
 
+import etpp_ssl.objective
 import pytest
 import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-import etpp_ssl.objective
 from etpp_ssl.curriculum.efficienttrain import EfficientTrain
 from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.model.masking import random_masking, removed_ids

@@ -20,14 +20,14 @@ from stream_sources import EXAMPLES, NUM_IMAGES
 
 import etpp_ssl.data
 from etpp_ssl.config import RunFault, UserError
-from etpp_ssl.data.augment import TrainView
 from etpp_ssl.data.loader import Batch, batch_loader, batches
-from etpp_ssl.data.mix import MixedStream
 from etpp_ssl.data.sampler import RequestSampler
-from etpp_ssl.data.stream import Stream, StreamConfig
-from etpp_ssl.data.stream_loader import StreamPlace
+from etpp_ssl.data.streams.base import Stream, StreamConfig
+from etpp_ssl.data.streams.loader import StreamPlace
+from etpp_ssl.data.streams.mix import MixedStream
+from etpp_ssl.data.streams.webdataset import WebDatasetConfig
 from etpp_ssl.data.training import Reader, open_training
-from etpp_ssl.data.webdataset import WebDatasetConfig
+from etpp_ssl.data.views import TrainView
 from etpp_ssl.recipe import AnyStream
 
 SIZE = (16, 24)

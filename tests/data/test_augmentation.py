@@ -11,14 +11,14 @@ from PIL import Image
 from pydantic import ValidationError
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.augment import TrainView
 from etpp_ssl.data.augmentation import AugmentConfig
+from etpp_ssl.data.formats.picture import WholePicture
 from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches
-from etpp_ssl.data.picture import WholePicture
 from etpp_ssl.data.resize import KERNELS
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
-from etpp_ssl.data.synthetic import SyntheticConfig
-from etpp_ssl.sentences import validation_sentence
+from etpp_ssl.data.sources.synthetic import SyntheticConfig
+from etpp_ssl.data.views import TrainView
+from etpp_ssl.messages import validation_sentence
 
 # More workers than cores are wanted here.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -11,7 +11,7 @@ import torch
 from timm.data.random_erasing import RandomErasing as TimmErasing
 from torch import Tensor
 
-from etpp_ssl.data.erasing import ATTEMPTS, RandomErasing, keyed_normal
+from etpp_ssl.data.augmentation import ATTEMPTS, RandomErasing, keyed_normal
 from etpp_ssl.randomness import keyed_words
 
 SEED = 7

@@ -16,8 +16,6 @@ import torch
 from PIL import Image
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.augment import EvalView, TrainView
-from etpp_ssl.data.folder import FileSource, FolderConfig
 from etpp_ssl.data.loader import (
     MAX_ATTEMPTS,
     BadImage,
@@ -28,7 +26,9 @@ from etpp_ssl.data.loader import (
     evaluation_requests,
 )
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, RequestSampler
-from etpp_ssl.data.synthetic import SyntheticConfig
+from etpp_ssl.data.sources.folder import FileSource, FolderConfig
+from etpp_ssl.data.sources.synthetic import SyntheticConfig
+from etpp_ssl.data.views import EvalView, TrainView
 
 # More workers than cores are wanted here.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -381,10 +381,10 @@ def test_workers_are_gone_once_the_batches_are_closed_or_have_failed(tmp_path: P
 
 def test_a_process_that_fails_with_batches_under_way_ends() -> None:
     program = """
-from etpp_ssl.data.augment import EvalView
+from etpp_ssl.data.views import EvalView
 from etpp_ssl.data.loader import BatchBuilder, batch_loader, batches, evaluation_requests
 from etpp_ssl.data.sampler import KeyedOrder
-from etpp_ssl.data.synthetic import SyntheticConfig
+from etpp_ssl.data.sources.synthetic import SyntheticConfig
 
 source = SyntheticConfig(num_images=50).open("train", in_chans=3, image_size=(8, 8), seed=0)
 builder = BatchBuilder(source, EvalView((8, 8), 1.0), KeyedOrder(50, 0))

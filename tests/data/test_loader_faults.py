@@ -23,14 +23,14 @@ from loader_scenes import Trapped, run_aside
 import etpp_ssl.data.time_limit as time_limit_module
 import etpp_ssl.data.watch as watch_module
 from etpp_ssl.config import RunFault, UserError
-from etpp_ssl.data.augment import EvalView
-from etpp_ssl.data.decode import one_line_reasons
+from etpp_ssl.data.formats.decode import one_line_reasons
 from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches, evaluation_requests
 from etpp_ssl.data.loader_faults import LoaderFault, Scene, handover_failed, worker_died
 from etpp_ssl.data.reading import NAME_BYTES, Reading, ReadingBoard
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
-from etpp_ssl.data.synthetic import SyntheticConfig
+from etpp_ssl.data.sources.synthetic import SyntheticConfig
 from etpp_ssl.data.time_limit import Expired, TimeLimit
+from etpp_ssl.data.views import EvalView
 
 # More workers than cores are wanted here.
 pytestmark = [

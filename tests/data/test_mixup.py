@@ -12,7 +12,7 @@ import torch
 from timm.data import mixup as timm_mixup
 from torch import Tensor
 
-from etpp_ssl.data.mixup import Mixup, cut_box, smoothed
+from etpp_ssl.data.augmentation import Mixup, cut_box, smoothed
 from etpp_ssl.randomness import keyed_numpy
 
 SEED = 11

@@ -22,15 +22,15 @@ from PIL import Image
 from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
 from etpp_ssl.data import prepare as prepare_module
-from etpp_ssl.data.augment import TrainView
-from etpp_ssl.data.decode import decode
-from etpp_ssl.data.folder import FileSource, FolderConfig
-from etpp_ssl.data.images import DataConfig, UnreadableImage
+from etpp_ssl.data.formats.decode import decode
 from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches
 from etpp_ssl.data.prepare import PrepareConfig, Prepared, from_options, prepare
 from etpp_ssl.data.recode import RecodeConfig
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
-from etpp_ssl.data.shards import ShardsConfig
+from etpp_ssl.data.sources.base import DataConfig, UnreadableImage
+from etpp_ssl.data.sources.folder import FileSource, FolderConfig
+from etpp_ssl.data.sources.shards import ShardsConfig
+from etpp_ssl.data.views import TrainView
 from etpp_ssl.recipe import Recipe
 
 ODD_NAMES: list[str | bytes] = [
@@ -165,7 +165,7 @@ class _Plan:
 
 
 def test_a_run_ends_with_the_same_weights(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    from etpp_ssl.engine.pretrain import pretrain
+    from etpp_ssl.train.pretrain import pretrain
 
     write_images(tmp_path / "files", plain_names(24), (26, 18))
     convert(tmp_path / "files", tmp_path / "shards")

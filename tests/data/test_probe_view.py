@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from etpp_ssl.data.picture import WholePicture
-from etpp_ssl.data.probe_view import ProbeView, single_draw_crop_box
+from etpp_ssl.data.formats.picture import WholePicture
+from etpp_ssl.data.views import ProbeView, single_draw_crop_box
 
 SIZES = [(31, 17), (17, 31), (200, 20), (1, 1), (3, 90)]
 

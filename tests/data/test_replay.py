@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etpp_ssl.curriculum.base import Curriculum, Portion, ReplaySpec
-from etpp_ssl.data.augment import TrainView
 from etpp_ssl.data.augmentation import AugmentConfig
 from etpp_ssl.data.loader import BadImage, Batch, BatchBuilder, batch_loader, batches
 from etpp_ssl.data.replay import Replay, Ring, buffer_bytes, draw_places, sub_batch_size
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, RequestSampler
-from etpp_ssl.data.synthetic import SyntheticConfig
+from etpp_ssl.data.sources.synthetic import SyntheticConfig
+from etpp_ssl.data.views import TrainView
 from etpp_ssl.randomness import keyed_torch
 
 SIZE = (8, 12)

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.augment import EvalView, Normalise
-from etpp_ssl.data.folder import FolderConfig
-from etpp_ssl.data.images import ImageSource
-from etpp_ssl.data.synthetic import SyntheticConfig
+from etpp_ssl.data.sources.base import ImageSource
+from etpp_ssl.data.sources.folder import FolderConfig
+from etpp_ssl.data.sources.synthetic import SyntheticConfig
+from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.evaluation.classification import (
     ClassificationResult,
     ClassifierEvaluation,

@@ -12,11 +12,11 @@ SCRIPT = """
 import json
 import timm, torch
 from accelerate import Accelerator
-from etpp_ssl.data.augment import EvalView, Normalise
-from etpp_ssl.data.images import UnreadableImage
-from etpp_ssl.data.splits import Subset
-from etpp_ssl.data.synthetic import SyntheticConfig
-from etpp_ssl.engine.peers import leave
+from etpp_ssl.data.views import EvalView, Normalise
+from etpp_ssl.data.sources.base import UnreadableImage
+from etpp_ssl.data.sources.splits import Subset
+from etpp_ssl.data.sources.synthetic import SyntheticConfig
+from etpp_ssl.dist.peers import leave
 from etpp_ssl.evaluation.classification import ClassifierEvaluation, EvaluateConfig
 
 class Damaged(Subset):

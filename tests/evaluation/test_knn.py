@@ -14,12 +14,12 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.augment import EvalView, Normalise
-from etpp_ssl.engine.run import build_probe
+from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.evaluation.features import extract_features, gather_rows, pooled_features
 from etpp_ssl.evaluation.knn import KnnProbe, knn_sweep, knn_vote
-from etpp_ssl.evaluation.selection import stratified_holdout
+from etpp_ssl.evaluation.labelled import stratified_holdout
 from etpp_ssl.recipe import Recipe
+from etpp_ssl.train.run import build_probe
 
 
 def plain_vote(train: Tensor, labels: Tensor, test: Tensor, k: int, temperature: float) -> list[int]:

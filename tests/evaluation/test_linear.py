@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.probe_view import ProbeView
 from etpp_ssl.data.sampler import KeyedOrder
+from etpp_ssl.data.views import ProbeView
 from etpp_ssl.evaluation.base import ProbeStopped
 from etpp_ssl.evaluation.linear import LinearConfig, LinearHead, LinearProbe
 from etpp_ssl.evaluation.training import EpochSteps

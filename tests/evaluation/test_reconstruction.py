@@ -8,11 +8,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from etpp_ssl.data.augment import EvalView, Normalise
-from etpp_ssl.data.splits import keyed_indices
-from etpp_ssl.engine.run import build_probe
+from etpp_ssl.data.sources.splits import keyed_indices
+from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.model.masking import num_visible, random_masking
 from etpp_ssl.recipe import Recipe
+from etpp_ssl.train.run import build_probe
 
 
 def test_it_is_the_plain_loss_over_the_drawn_images(tiny_recipe: Callable[..., Recipe]) -> None:

@@ -16,12 +16,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from etpp_ssl.config import UserError
-from etpp_ssl.engine.checkpoint import save_checkpoint
 from etpp_ssl.export import mae, transformers
 from etpp_ssl.export.timm import export
 from etpp_ssl.model.classifier import Classifier
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.train.checkpoint import save_checkpoint
 
 ELSEWHERE = """
 import json, sys

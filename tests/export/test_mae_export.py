@@ -11,11 +11,11 @@ from published_layouts import plain_mae, published_mae, sincos_with_cls
 
 from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
-from etpp_ssl.engine.pretrain import pretrain
 from etpp_ssl.export.mae import export
 from etpp_ssl.export.transformers import mae_config
-from etpp_ssl.model.interop import load_official_mae
 from etpp_ssl.recipe import Recipe
+from etpp_ssl.train.pretrain import pretrain
+from etpp_ssl.weights.layouts import load_official_mae
 
 SQUARE = ("image_size=24", "curriculum=constant", "budget_epochs=0.3")
 

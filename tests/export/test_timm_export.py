@@ -14,12 +14,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from etpp_ssl.config import UserError
-from etpp_ssl.engine.pretrain import pretrain
 from etpp_ssl.evaluation.features import pooled_features
 from etpp_ssl.export.card import final_norm
 from etpp_ssl.export.timm import export
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.train.pretrain import pretrain
 
 ELSEWHERE = """
 import sys

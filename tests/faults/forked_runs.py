@@ -100,8 +100,8 @@ class ForkedRuns:
 
 def serve() -> None:
     """Fork a process per order on stdin, and say on stdout how it ended."""
-    import etpp_ssl.engine.finetune
-    import etpp_ssl.engine.pretrain  # noqa: F401
+    import etpp_ssl.train.finetune
+    import etpp_ssl.train.pretrain  # noqa: F401
 
     # What the imports have made is never collected, so that the processes go on sharing its memory.
     gc.collect()
@@ -165,10 +165,10 @@ def _meet(file: Path, rank: int, count: int) -> None:
 
 
 def _run(order: dict[str, Any]) -> None:
-    from etpp_ssl.engine.finetune import finetune
-    from etpp_ssl.engine.pretrain import pretrain
     from etpp_ssl.recipe import Recipe
     from etpp_ssl.recipe_file import load_any_recipe
+    from etpp_ssl.train.finetune import finetune
+    from etpp_ssl.train.pretrain import pretrain
 
     if order.get("clock"):
         _turn_the_clock()
@@ -191,9 +191,9 @@ def _turn_the_clock() -> None:
     """Measured speeds, and the plans made of them, are the same for every process then."""
     from torch import Tensor
 
-    import etpp_ssl.engine.budget as budget
-    import etpp_ssl.engine.metrics as metrics
-    import etpp_ssl.engine.pretrain as loop
+    import etpp_ssl.train.metrics as metrics
+    import etpp_ssl.train.pretrain as loop
+    import etpp_ssl.train.time_budget as budget
 
     now = 0.0
 
@@ -212,7 +212,7 @@ def _turn_the_clock() -> None:
 
 
 def _fill_the_disk(refused: Sequence[int]) -> None:
-    import etpp_ssl.engine.checkpoint as checkpoint
+    import etpp_ssl.train.checkpoint as checkpoint
 
     real = checkpoint.take_place
 

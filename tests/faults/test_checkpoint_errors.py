@@ -12,10 +12,10 @@ import pytest
 import torch
 from disks import SmallDisk, no_file_beyond
 
-import etpp_ssl.engine.checkpoint as checkpoint_module
+import etpp_ssl.train.checkpoint as checkpoint_module
 from etpp_ssl.config import RunFault
-from etpp_ssl.engine.checkpoint import save_checkpoint
 from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.train.checkpoint import save_checkpoint
 
 FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json")
 

@@ -15,17 +15,17 @@ import torch
 from disks import SmallDisk, no_file_beyond
 from forked_runs import ForkedRuns
 
-import etpp_ssl.engine.checkpoint as checkpoint_module
-import etpp_ssl.engine.metrics as metrics_module
-import etpp_ssl.engine.start as start_module
+import etpp_ssl.train.checkpoint as checkpoint_module
+import etpp_ssl.train.metrics as metrics_module
+import etpp_ssl.train.start as start_module
 from etpp_ssl.cli import main
 from etpp_ssl.config import RunFault, UserError
-from etpp_ssl.engine.metrics import MetricsFile
-from etpp_ssl.engine.pretrain import pretrain
-from etpp_ssl.engine.records import save
-from etpp_ssl.engine.run import open_run, prepare_run
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.train.metrics import MetricsFile
+from etpp_ssl.train.pretrain import pretrain
+from etpp_ssl.train.records import save
+from etpp_ssl.train.run import open_run, prepare_run
 
 TIMINGS = {"seconds", "images_per_second", "data_wait_share"}
 

@@ -18,21 +18,21 @@ from disks import SmallDisk
 from PIL import Image
 from torch import Tensor
 
-import etpp_ssl.engine.probe as probe_module
+import etpp_ssl.commands.probe as probe_module
 import etpp_ssl.report.page as page_module
+from etpp_ssl.commands.embed import Embeddings, make_room, write_embeddings
+from etpp_ssl.commands.probe import probe_run
 from etpp_ssl.config import UserError
 from etpp_ssl.data.prepare import PrepareConfig, prepare
-from etpp_ssl.engine.checkpoint import save_checkpoint
-from etpp_ssl.engine.probe import probe_run
-from etpp_ssl.evaluation.embeddings import Embeddings, make_room, write_embeddings
 from etpp_ssl.evaluation.features import Features
-from etpp_ssl.evaluation.state import ProbeState
+from etpp_ssl.evaluation.training import ProbeState
 from etpp_ssl.export import mae, timm, transformers
 from etpp_ssl.recipe import FinetuneRecipe, Recipe, RunRecipe
 from etpp_ssl.recipe_file import load_recipe
 from etpp_ssl.report.confusion import write_evaluation
 from etpp_ssl.report.viewer import write_grids
 from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.train.checkpoint import save_checkpoint
 
 SQUARE = ["image_size=16", "curriculum=constant"]
 

@@ -18,11 +18,11 @@ import pytest
 from hostile_images import BOMBS, ODD, encoded, noise, npy
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.augment import EvalView, TrainView
-from etpp_ssl.data.file_list import FileListConfig
-from etpp_ssl.data.folder import FolderConfig
-from etpp_ssl.data.images import ImageSource, UnreadableImage
-from etpp_ssl.data.shards import ShardsConfig
+from etpp_ssl.data.sources.base import ImageSource, UnreadableImage
+from etpp_ssl.data.sources.file_list import FileListConfig
+from etpp_ssl.data.sources.folder import FolderConfig
+from etpp_ssl.data.sources.shards import ShardsConfig
+from etpp_ssl.data.views import EvalView, TrainView
 from etpp_ssl.recipe_file import parse_any_recipe
 
 SECONDS = float(os.environ.get("ETPP_FUZZ_SECONDS", 5))

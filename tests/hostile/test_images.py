@@ -15,13 +15,13 @@ from hostile_images import BOMBS, ODD, animated, encoded, jpeg_of, noise
 from PIL import Image
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.augment import EvalView, TrainView
-from etpp_ssl.data.decode import MAX_SCANS, decode, from_picture
-from etpp_ssl.data.folder import FolderConfig
-from etpp_ssl.data.images import Decoder, UnreadableImage
-from etpp_ssl.data.picture import open_picture
+from etpp_ssl.data.formats.decode import MAX_SCANS, decode, from_picture
+from etpp_ssl.data.formats.picture import open_picture
 from etpp_ssl.data.prepare import PrepareConfig, prepare
 from etpp_ssl.data.recode import RecodeConfig
+from etpp_ssl.data.sources.base import Decoder, UnreadableImage
+from etpp_ssl.data.sources.folder import FolderConfig
+from etpp_ssl.data.views import EvalView, TrainView
 from etpp_ssl.report.pictures import pictures_of_files
 
 SIZE = (24, 32)
@@ -96,8 +96,8 @@ def test_no_bomb_takes_memory_where_python_does_not_see_it(tmp_path: Path) -> No
     script = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from etpp_ssl.data.images import UnreadableImage\n"
-        "from etpp_ssl.data.picture import open_picture\n"
+        "from etpp_ssl.data.sources.base import UnreadableImage\n"
+        "from etpp_ssl.data.formats.picture import open_picture\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "files = [file.read_bytes() for file in Path(sys.argv[1]).iterdir()]\n"
         "refused = 0\n"

@@ -18,15 +18,13 @@ from PIL import Image
 
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.efficienttrain import EfficientTrain
-from etpp_ssl.data.augment import EvalView, covering_size, random_crop_box
-from etpp_ssl.data.picture import WholePicture, open_picture
-from etpp_ssl.model.block_masking import BlockMaskingConfig
-from etpp_ssl.model.grid_masking import GridMaskingConfig
-from etpp_ssl.model.masker import Masker
-from etpp_ssl.model.masking import UniformMaskingConfig, num_visible
+from etpp_ssl.data.formats.picture import WholePicture, open_picture
+from etpp_ssl.data.views import EvalView, covering_size, random_crop_box
+from etpp_ssl.model.mask_patterns import BlockMaskingConfig, GridMaskingConfig
+from etpp_ssl.model.masking import Masker, UniformMaskingConfig, num_visible
 from etpp_ssl.model.patches import gather_patches, patchify, unpatchify
 from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_pos_embed, sincos_table
-from etpp_ssl.objective.hog import hog_features
+from etpp_ssl.targets.hog import hog_features
 
 bounded = settings(deadline=None, max_examples=40, derandomize=True)
 grids = st.tuples(st.integers(1, 13), st.integers(1, 13))

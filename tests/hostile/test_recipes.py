@@ -12,8 +12,7 @@ import pytest
 from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.recipe_file import load_any_recipe, parse_any_recipe, parse_recipe
-from etpp_ssl.recipe_text import MAX_BYTES, load_yaml, quoted
+from etpp_ssl.recipe_file import MAX_BYTES, load_any_recipe, load_yaml, parse_any_recipe, parse_recipe, quoted
 
 MINIMAL = "output: runs/x\nbudget_epochs: 2\nbatch_size: 4\ndata: {name: synthetic}\n"
 

@@ -21,7 +21,7 @@ from etpp_ssl.model.attention import (
     unfused_attention,
     use_attention,
 )
-from etpp_ssl.model.decoder import MAEDecoderConfig
+from etpp_ssl.model.decoders import MAEDecoderConfig
 from etpp_ssl.model.mae import ModelConfig
 
 SHAPES = [(1, 1, 1, 1), (2, 5, 3, 4), (3, 10, 2, 7), (2, 37, 4, 8)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from etpp_ssl.model.block_masking import BlockMaskingConfig, block_masking, rectangles_needed, side_range
+from etpp_ssl.model.mask_patterns import BlockMaskingConfig, block_masking, rectangles_needed, side_range
 from etpp_ssl.randomness import derive_key
 
 MASK64 = (1 << 64) - 1

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from etpp_ssl.model.attention import use_attention
-from etpp_ssl.model.blocks import BlockRunner, call_block
+from etpp_ssl.model.encoders import BlockRunner, call_block
 
 
 def outcome(block: nn.Module, tokens: Tensor, run: BlockRunner | None) -> tuple[Tensor, list[Tensor]]:
@@ -37,7 +37,7 @@ def test_blocks_of_a_kind_share_one_graph_per_shape(monkeypatch: pytest.MonkeyPa
         return graph.forward
 
     compiled = torch.compile(call_block, dynamic=False, backend=backend)
-    monkeypatch.setattr("etpp_ssl.model.blocks._compiled", lambda: compiled)
+    monkeypatch.setattr("etpp_ssl.model.encoders._compiled", lambda: compiled)
     run = BlockRunner(compiled=True)
     torch.manual_seed(0)
     blocks = [Block(12, 3, qkv_bias=True) for _ in range(3)]

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from etpp_ssl.config import UserError
 from etpp_ssl.model.classifier import Classifier, ClassifierConfig
+from etpp_ssl.model.encoders import EXPLICIT_ARCHITECTURE
 from etpp_ssl.model.pos_embed import resampled_pos_embed
-from etpp_ssl.model.vit import EXPLICIT_ARCHITECTURE
 
 SIZE = (32, 48)
 VIT: dict[str, Any] = {"name": "vit", "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from etpp_ssl.config import UserError
-from etpp_ssl.model.cross_decoder import CrossBlock, CrossDecoder, CrossDecoderConfig
+from etpp_ssl.model.decoders import CrossBlock, CrossDecoder, CrossDecoderConfig
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.masking import random_masking, removed_ids
 from etpp_ssl.model.pos_embed import sincos_pos_embed

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from etpp_ssl.config import UserError
-from etpp_ssl.model.decoder import MAEDecoder, MAEDecoderConfig
+from etpp_ssl.model.decoders import MAEDecoder, MAEDecoderConfig
 from etpp_ssl.model.masking import random_masking, removed_ids
 
 ENCODER_DIM, WIDTH, VALUES = 10, 16, 12

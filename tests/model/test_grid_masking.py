@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from etpp_ssl.model.grid_masking import grid_masking, lattice_strides
+from etpp_ssl.model.mask_patterns import grid_masking, lattice_strides
 
 
 @pytest.mark.parametrize("grid", [(6, 6), (10, 10), (14, 14), (4, 6), (8, 2)])

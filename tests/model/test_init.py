@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError
-from etpp_ssl.model import vit
+from etpp_ssl.model import encoders as vit
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 
 

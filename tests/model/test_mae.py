@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from etpp_ssl.config import UserError
-from etpp_ssl.model.decoder import MAEDecoderConfig
+from etpp_ssl.model.decoders import MAEDecoderConfig
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig, Prediction
 from etpp_ssl.model.masking import random_masking
-from etpp_ssl.objective.pixels import PixelObjective
+from etpp_ssl.targets.pixels import PixelObjective
 
 SIZE, PATCH = (20, 28), (4, 4)
 BASE = (5, 7)

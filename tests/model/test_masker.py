@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from etpp_ssl.config import UserError
 from etpp_ssl.model.mae import ModelConfig
-from etpp_ssl.model.masker import Masker, MaskRatioRamp
 from etpp_ssl.model.masking import (
+    Masker,
+    MaskRatioRamp,
     UniformMaskingConfig,
     num_predicted,
     num_visible,

@@ -10,8 +10,8 @@ import torch
 from timm.optim import Lars as TimmLars
 from torch import Tensor, nn
 
-from etpp_ssl.engine.checkpoint import load_optimizer_tensors, optimizer_tensors
 from etpp_ssl.optim.lars import Lars
+from etpp_ssl.train.checkpoint import load_optimizer_tensors, optimizer_tensors
 
 
 def small_net() -> nn.Module:

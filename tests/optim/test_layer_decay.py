@@ -13,11 +13,11 @@ from timm.models.metaformer import Attention, MetaFormer, SepConv
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-import etpp_ssl.model.cswin
-import etpp_ssl.model.pvt  # noqa: F401  These register what timm lacks.
+import etpp_ssl.model.zoo.cswin
+import etpp_ssl.model.zoo.pvt  # noqa: F401  These register what timm lacks.
 from etpp_ssl.config import UserError
 from etpp_ssl.optim.classifier import ClassifierOptimConfig, set_learning_rate
-from etpp_ssl.optim.layer_decay import layer_ids, parameter_groups
+from etpp_ssl.optim.groups import layer_ids, parameter_groups
 
 DECAY = 0.7
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from etpp_ssl.data.augment import Normalise
+from etpp_ssl.data.views import Normalise
 from etpp_ssl.report.channels import BLANK, ChannelView
 
 

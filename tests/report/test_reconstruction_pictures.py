@@ -13,9 +13,8 @@ import torch
 from einops import rearrange
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.splits import keyed_indices, open_split
+from etpp_ssl.data.sources.splits import keyed_indices, open_split
 from etpp_ssl.model.patches import gather_patches, patchify
-from etpp_ssl.objective.pixels import PixelsConfig, normalise_patches
 from etpp_ssl.report.channels import BLANK, ChannelView
 from etpp_ssl.report.glyphs import orientation_glyphs
 from etpp_ssl.report.reconstruction import Reconstruction, check_bandwidth, parse_bandwidth, place
@@ -28,6 +27,7 @@ from etpp_ssl.report.targets import (
 from etpp_ssl.report.unnormalise import neighbour_statistics, unnormalise
 from etpp_ssl.report.viewer import Viewer
 from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.targets.pixels import PixelsConfig, normalise_patches
 
 VIEW = ChannelView((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 PATCH = (4, 3)
@@ -131,7 +131,7 @@ def test_histograms_are_drawn_cell_by_cell_in_the_removed_patches() -> None:
 
 
 def test_hog_is_drawn_as_the_features_of_the_image() -> None:
-    hog = pytest.importorskip("etpp_ssl.objective.hog")
+    hog = pytest.importorskip("etpp_ssl.targets.hog")
     shown, target = example(), hog.HogConfig(cell=(2, 3))
     objective = target.build(patch_size=PATCH, in_chans=3)
     wanted = objective.target(shown.images, shown.ids_removed)
@@ -145,7 +145,7 @@ def test_hog_is_drawn_as_the_features_of_the_image() -> None:
 
 
 def test_a_combined_target_is_drawn_part_by_part() -> None:
-    combined = pytest.importorskip("etpp_ssl.objective.combined")
+    combined = pytest.importorskip("etpp_ssl.targets.combined")
     target, shown = combined.CombinedConfig(), example()
     objective = target.build(patch_size=PATCH, in_chans=3)
     wanted = objective.target(shown.images, shown.ids_removed)

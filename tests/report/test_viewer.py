@@ -14,7 +14,7 @@ from PIL import Image
 
 from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
-from etpp_ssl.data.augment import to_bands
+from etpp_ssl.data.views import to_bands
 from etpp_ssl.report.grid import DPI, enlargement, grid_figure
 from etpp_ssl.report.pictures import Crops, Picture, pictures_of_run
 from etpp_ssl.report.targets import Panel

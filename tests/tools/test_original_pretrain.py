@@ -15,7 +15,7 @@ from original_mae import import_original, original_model
 from PIL import Image
 
 from etpp_ssl.config import UserError
-from etpp_ssl.engine.signals import Interrupted
+from etpp_ssl.dist.signals import Interrupted
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.recipe_file import load_recipe
 

@@ -1,0 +1,182 @@
+"""Pictures that are decoded when their pixels are asked for: JPEGs, at a resolution that suffices.
+
+The JPEG decoder computes 1/2, 1/4 or 1/8 of the resolution from the lower frequencies of each block of
+8 x 8, which is cheaper than all of them and aliases less than dropping pixels.
+
+Legend: C channels, H, W pixels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+import numpy as np
+from PIL import Image
+
+from etpp_ssl.config import UserError
+from etpp_ssl.data.formats.decode import decode, from_picture, one_line_reasons, open_image, orientation
+from etpp_ssl.data.resize import starts_or_ends_on_pixels
+from etpp_ssl.data.sources.base import MAX_PIXELS, Bands, Decoder, Picture, Region
+
+REDUCTIONS = (8, 4, 2)
+"""What a JPEG can be reduced by at decoding. There are n/8 too, slower than no reduction above 1/2."""
+
+_AGAINST = {2: (1, 0), 3: (1, 1), 4: (0, 1), 6: (1, 0), 7: (1, 1), 8: (0, 1)}
+"""Upright axes (x, y) that run against those of the file, by EXIF orientation."""
+
+Box = tuple[float, float, float, float]
+
+
+def open_picture(data: bytes, in_chans: int, max_pixels: int = MAX_PIXELS) -> Picture:
+    """An image file's bytes as a picture; see `decode` for what is read and how.
+
+    Only plain gray and colour JPEGs wait for their decoding; everything else is decoded here. Whatever
+    claims more than `max_pixels` is refused here, whoever would decode it.
+
+    Raises:
+        UnreadableImage: for anything that cannot be read so, with the reason.
+    """
+    if in_chans in (1, 3) and data.startswith(b"\xff\xd8"):
+        with one_line_reasons():
+            image = open_image(data, max_pixels)
+            if image.format == "JPEG" and image.mode in ("L", "RGB"):
+                return JpegPicture(data, image, in_chans, max_pixels)
+    return WholePicture(decode(data, in_chans, max_pixels))
+
+
+class WholePicture:
+    """A picture that is decoded already.
+
+    Args:
+        bands: its pixels.
+    """
+
+    def __init__(self, bands: Bands) -> None:
+        self._bands = bands
+        self.size = bands[0].size
+
+    def bands(self) -> Bands:
+        """See `Picture.bands`."""
+        return self._bands
+
+    def region(
+        self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
+    ) -> Region:
+        """Always full resolution; see `Picture.region`."""
+        part = (0, 0, box[2] - box[0], box[3] - box[1])
+        return Region(_pixels(tuple(band.crop(box) for band in self._bands)), part)
+
+
+class JpegPicture:
+    """A JPEG of mode L or RGB whose header has been read.
+
+    Args:
+        data: the file.
+        image: Pillow's picture of it, not yet loaded.
+        in_chans: 1 or 3.
+        max_pixels: which its header has been checked against.
+    """
+
+    def __init__(self, data: bytes, image: Image.Image, in_chans: int, max_pixels: int) -> None:
+        self._data = data
+        self._in_chans = in_chans
+        self._max_pixels = max_pixels
+        # Pillow decodes a picture once, at one resolution: this one serves the first region.
+        self._unused: Image.Image | None = image
+        self._mode = image.mode
+        self._file_size = image.size
+        self._orientation = orientation(image)
+        self.size = image.size[::-1] if self._orientation >= 5 else image.size
+
+    def bands(self) -> Bands:
+        """See `Picture.bands`."""
+        image, self._unused = self._unused, None
+        # Reading the header a second time is a sixth of the work for a JPEG of 32 x 32.
+        if image is None:
+            return decode(self._data, self._in_chans, self._max_pixels)
+        return from_picture(image, self._in_chans, self._max_pixels)
+
+    def region(
+        self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
+    ) -> Region:
+        """At the lowest resolution that serves; see `Picture.region`."""
+        factor, reduced_box = self._reduced(box, at_least)
+        left, top, right, bottom = reduced_box
+        outer = (math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
+        inner = (left - outer[0], top - outer[1], right - outer[0], bottom - outer[1])
+        if decoder == "simplejpeg" and self._orientation == 1:
+            pixels = self._by_simplejpeg(factor)
+            if pixels is not None:
+                return Region(pixels[outer[1] : outer[3], outer[0] : outer[2]], inner)
+        with one_line_reasons():
+            image, self._unused = self._unused or open_image(self._data, self._max_pixels), None
+            if factor > 1:
+                image.draft(None, (image.width // factor, image.height // factor))
+            (picture,) = from_picture(image, self._in_chans, self._max_pixels)
+            return Region(_pixels((picture.crop(outer),)), inner)
+
+    def _reduced(self, box: tuple[int, int, int, int], at_least: tuple[int, int]) -> tuple[int, Box]:
+        """The reduction, and the box at it.
+
+        A box that falls between pixels costs a slow resize. That eats up what half the resolution
+        saves, so 2 is taken only for boxes that it can be resized out of fast.
+        """
+        possible = [
+            factor
+            for factor in REDUCTIONS
+            if box[2] - box[0] >= factor * at_least[0] and box[3] - box[1] >= factor * at_least[1]
+        ]
+        boxes = [(factor, self._box_at(factor, box)) for factor in possible]
+        fast = [(factor, found) for factor, found in boxes if starts_or_ends_on_pixels(found)]
+        slow = [(factor, found) for factor, found in boxes if factor > 2]
+        return (*fast, *slow, (1, box))[0]
+
+    def _box_at(self, factor: int, box: tuple[int, int, int, int]) -> Box:
+        # The reduced size is rounded up. In the file the surplus lies right and below, so on an axis
+        # that runs against the file's it lies before the picture.
+        surplus_x, surplus_y = (
+            against * (-size % factor)
+            for against, size in zip(_AGAINST.get(self._orientation, (0, 0)), self.size, strict=True)
+        )
+        left, top, right, bottom = box
+        return (
+            (left + surplus_x) / factor,
+            (top + surplus_y) / factor,
+            (right + surplus_x) / factor,
+            (bottom + surplus_y) / factor,
+        )
+
+    def _by_simplejpeg(self, factor: int) -> np.ndarray | None:
+        """The file's pixels, or None for what Pillow does otherwise or is more patient with."""
+        if self._mode != ("L" if self._in_chans == 1 else "RGB"):
+            return None
+        import simplejpeg
+
+        width, height = (-(-side // factor) for side in self._file_size)
+        try:
+            pixels: np.ndarray = simplejpeg.decode_jpeg(
+                self._data,
+                colorspace="GRAY" if self._in_chans == 1 else "RGB",
+                min_height=height if factor > 1 else 0,
+                min_width=width if factor > 1 else 0,
+                min_factor=factor,
+            )
+        except ValueError:
+            return None
+        return pixels if pixels.shape == (height, width, self._in_chans) else None
+
+
+def require_decoder(decoder: Decoder) -> None:
+    """Check that a decoder is installed.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if decoder == "simplejpeg" and importlib.util.find_spec("simplejpeg") is None:
+        raise UserError("data.decoder simplejpeg is not installed: pip install 'etpp-ssl[fast]'")
+
+
+def _pixels(bands: Bands) -> np.ndarray:
+    """uint8 (H, W, C), writable, as torch wants it."""
+    return np.concatenate([np.atleast_3d(np.asarray(band)) for band in bands], axis=2)

@@ -1,0 +1,1 @@
+"""Which files: data sets that are addressed by index."""

@@ -1,0 +1,201 @@
+"""The training and the evaluation part of a data set, keyed draws from it, and what its labels must be."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from etpp_ssl.config import UserError
+from etpp_ssl.data.sources.base import Bands, DataConfig, ImageSource, Picture
+from etpp_ssl.randomness import keyed_torch
+
+NO_LABELS = "class sub-folders, or class names in a list, would be labels"
+
+
+class Subset:
+    """Some images of a source, under new numbers.
+
+    Args:
+        source: where they come from.
+        indices: their numbers there.
+        told_apart: whether the fingerprint says which images these are, not only how many.
+    """
+
+    def __init__(self, source: ImageSource, indices: list[int], *, told_apart: bool = False) -> None:
+        self.source = source
+        self.indices = indices
+        self.told_apart = told_apart
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, index: int) -> Bands:
+        """See `ImageSource.load`."""
+        return self.source.load(self.indices[index])
+
+    def open(self, index: int) -> Picture:
+        """See `ImageSource.open`."""
+        return self.source.open(self.indices[index])
+
+    def label(self, index: int) -> int:
+        """See `ImageSource.label`."""
+        return self.source.label(self.indices[index])
+
+    def all_labels(self) -> list[int] | None:
+        """See `ImageSource.all_labels`."""
+        labels = self.source.all_labels()
+        return None if labels is None else [labels[index] for index in self.indices]
+
+    def name(self, index: int) -> str:
+        """See `ImageSource.name`."""
+        return self.source.name(self.indices[index])
+
+    def fingerprint(self) -> str:
+        """That of the whole source, with the number of images taken, and a hash of which if told apart."""
+        found = f"{self.source.fingerprint()}/{len(self)}"
+        if self.told_apart:
+            numbers = ",".join(map(str, self.indices)).encode()
+            found += f":{hashlib.blake2b(numbers, digest_size=6).hexdigest()}"
+        return found
+
+
+def open_split(
+    config: DataConfig, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int
+) -> ImageSource:
+    """Open the "train" or the "eval" part of a recipe's data.
+
+    With `data.holdout`, a keyed draw of that many training images is the evaluation part, and
+    training never sees them. Of the others, `data.label_share` or `data.labels_per_class` takes some of
+    each class.
+
+    Raises:
+        UserError: if the data is not there or has no images, the holdout leaves nothing to train on, or
+            the labels do not serve a draw per class.
+    """
+    source = _open_whole(config, split, in_chans=in_chans, image_size=image_size, seed=seed)
+    if split != "train" or (config.label_share is None and config.labels_per_class is None):
+        return source
+    indices = label_subset(source, share=config.label_share, per_class=config.labels_per_class, seed=seed)
+    return Subset(source, indices, told_apart=True)
+
+
+def _open_whole(
+    config: DataConfig, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int
+) -> ImageSource:
+    opened = "train" if config.holdout else split
+    source = config.open(opened, in_chans=in_chans, image_size=image_size, seed=seed)
+    if len(source) == 0:
+        part = "training" if opened == "train" else "evaluation"
+        raise UserError(f"data: the {part} split has no images")
+    if not config.holdout:
+        return source
+    if config.holdout >= len(source):
+        raise UserError(
+            f"data.holdout {config.holdout} leaves nothing to train on: there are {len(source)} images"
+        )
+    held_out = keyed_indices(len(source), config.holdout, seed, "holdout")
+    if split == "eval":
+        return Subset(source, held_out)
+    taken = set(held_out)
+    return Subset(source, [i for i in range(len(source)) if i not in taken])
+
+
+def label_subset(source: ImageSource, *, share: float | None, per_class: int | None, seed: int) -> list[int]:
+    """A keyed draw of images from each class, a function of the seed and of the source's order.
+
+    A class's images are ranked by a draw keyed by (seed, class) and the first of them taken, so the images
+    of a smaller draw are among those of a larger one. Where labels are known only on reading, every image
+    is read once.
+
+    Args:
+        source: labelled images; their order is the same on every machine.
+        share: of each class, in (0, 1], rounded to whole images (ties to even), at least one; or None.
+        per_class: images of each class instead.
+        seed: the run's seed.
+
+    Returns:
+        Numbers of the images, ascending.
+
+    Raises:
+        UserError: if there are no labels, or a class has fewer than `per_class` images.
+    """
+    key = "labels_per_class" if share is None else "label_share"
+    if source.classes is None:
+        raise UserError(f"data.{key} needs labels, and the data has none ({NO_LABELS})")
+    members: dict[int, list[int]] = {}
+    labels = source.all_labels()
+    for index in range(len(source)):
+        label = source.label(index) if labels is None else labels[index]
+        if label < 0:
+            raise UserError(f"data.{key} needs labels, and image {source.name(index)!r} has none")
+        members.setdefault(label, []).append(index)
+    taken: list[int] = []
+    for label, indices in members.items():
+        if share is not None:
+            count = max(1, round(share * len(indices)))
+        else:
+            assert per_class is not None
+            count = per_class
+        if count > len(indices):
+            raise UserError(
+                f"data.labels_per_class is {count}, but class {source.classes[label]!r} has "
+                f"{len(indices)} images"
+            )
+        taken += [indices[i] for i in keyed_indices(len(indices), count, seed, "labels", label)]
+    return sorted(taken)
+
+
+def check_same_classes(train: list[str] | None, evaluation: list[str] | None) -> None:
+    """Check that training and evaluation images have the same classes in the same order.
+
+    Args:
+        train, evaluation: class names, None without labels.
+
+    Raises:
+        UserError: naming at most five classes that differ.
+    """
+    ours, theirs = train or [], evaluation or []
+    if ours == theirs:
+        return
+    odd = sorted(set(ours) ^ set(theirs))
+    if not odd:
+        raise UserError("training and evaluation images have the same classes in a different order")
+    more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+    raise UserError(
+        f"training and evaluation images have different classes: {', '.join(odd[:5])}{more} "
+        f"{'are' if len(odd) > 1 else 'is'} in one of them only"
+    )
+
+
+def check_labels(source: ImageSource, num_classes: int) -> None:
+    """Check that every image has a label that a classifier of `num_classes` can learn.
+
+    Labels that are known only on reading are left to `check_label`, which `BatchBuilder` calls.
+
+    Raises:
+        UserError: naming the first image whose label is wrong.
+    """
+    if source.classes is None:
+        raise UserError(f"training on labels needs some, and the data has none ({NO_LABELS})")
+    for index, label in enumerate(source.all_labels() or ()):
+        check_label(source, index, label, num_classes)
+
+
+def check_label(source: ImageSource, index: int, label: int, num_classes: int) -> None:
+    """Check one image's label; see `check_labels`."""
+    if not 0 <= label < num_classes:
+        raise UserError(label_sentence(source.name(index), label, num_classes))
+
+
+def label_sentence(name: str, label: int, num_classes: int) -> str:
+    """What is wrong with an image's label, for a user."""
+    what = f"has label {label}" if label >= 0 else "has no label"
+    return f"image {name!r} {what}, but model.num_classes is {num_classes}: labels are 0 to {num_classes - 1}"
+
+
+def keyed_indices(num_images: int, count: int, seed: int, purpose: str, *position: int) -> list[int]:
+    """A keyed uniform draw of `count` out of `num_images` numbers without repeats, ascending."""
+    order = torch.randperm(num_images, generator=keyed_torch(seed, purpose, *position))
+    return sorted(order[:count].tolist())

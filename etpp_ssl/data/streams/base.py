@@ -1,0 +1,147 @@
+"""Data that is read in sequence instead of by index: what a stream offers, and the settings of every stream.
+
+A *lane* is what one data worker of one process reads, so there are processes * max(1, data.num_workers)
+lanes. A stream cannot be addressed by index, and the order of a run's images depends on the number of lanes
+and on the size of the micro-batches, which lanes serve in turn. What is promised is therefore less than for
+indexed data: for a fixed number of processes and data workers the order is a function of the seed, and a
+resumed run goes on exactly where it was.
+
+timm's own readers of streams (`wds/...`, `hfids/...`) cannot serve that: their shuffle buffers draw from a
+generator with a state that nobody can store, and they know no place to go on from.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import abstractmethod
+from typing import Annotated, Any, NamedTuple, Protocol
+
+from pydantic import Field, model_validator
+
+from etpp_ssl.config import UserError, neutral
+from etpp_ssl.data.sources.base import DataConfig, ImageSource
+from etpp_ssl.data.sources.indexed import AnyIndexedData
+from etpp_ssl.data.sources.splits import open_split
+
+Cursor = dict[str, Any]
+"""Where a lane stands, in a form that survives JSON."""
+
+
+class Item(NamedTuple):
+    """What lies at one place of a stream: an image, or what should have been one."""
+
+    name: str
+    """`shard :: key`."""
+    data: bytes = b""
+    """The image file."""
+    label: int = -1
+    """Class index, or -1."""
+    fault: str = ""
+    """Why there is no image, in a few words."""
+
+
+class Lane(Protocol):
+    """One worker's endless sequence of items."""
+
+    def take(self) -> Item:
+        """The next item.
+
+        Raises:
+            RunFault: if a shard cannot be read.
+        """
+
+    def cursor(self) -> Cursor:
+        """Where the next item lies; `Stream.lane` goes on from there."""
+
+
+class Stream(Protocol):
+    """A data set that is read in sequence; small to pickle, safe to use from data workers."""
+
+    classes: list[str] | None
+    """Class names, in the order of the labels, where the data tells them."""
+    has_labels: bool
+    """Whether labels are read."""
+
+    def fingerprint(self) -> str:
+        """A short hash of what the data set consists of; a resumed run must find the same."""
+
+    def check_lanes(self, num_lanes: int) -> None:
+        """Check that every lane has something to read in every epoch.
+
+        Raises:
+            UserError: if there are fewer shards than lanes.
+        """
+
+    def lane(self, lane: int, num_lanes: int, cursor: Cursor | None) -> Lane:
+        """A lane, from where a cursor of the same lane points, or from its beginning.
+
+        Item number n of a lane is a function of (seed, lane, num_lanes, n) and of what the shards hold.
+        """
+
+
+class StreamConfig(DataConfig):
+    """Settings that every stream shares."""
+
+    num_images: int | None = Field(default=None, ge=1)
+    """Images in an epoch, which the number of steps follows from. A stream does not tell it, so it has to be
+    given; if it is not quite right, the run trains as many images as it says."""
+    classes: tuple[str, ...] | None = None
+    """Class names in the order of the labels, where the data does not tell them. A classifier can do without,
+    given `model.num_classes`: its evaluation images' classes then have to be in the order of the labels, and
+    lend it their names."""
+    eval: Annotated[AnyIndexedData, Field(discriminator="name")] | None = neutral(None)
+    """Data that is read by index, for evaluation: its "eval" part, and its "train" part for probes that
+    need labelled training images. Its settings of loading and of views have no effect."""
+    num_workers: int = neutral(4, ge=0)
+    """Data worker processes per training process. The order of the images depends on it, so that a resumed
+    run needs the same number (0 and 1 are the same)."""
+
+    @model_validator(mode="after")
+    def _for_streams(self) -> StreamConfig:
+        if self.num_images is None:
+            raise ValueError(
+                "num_images is missing: the number of steps follows from the images of an epoch, which a "
+                "stream does not tell"
+            )
+        for key, default in (("holdout", 0), ("label_share", None), ("labels_per_class", None)):
+            value = getattr(self, key)
+            if value != default:
+                raise ValueError(
+                    f"{key} is {value:g}, but a stream's images cannot be chosen by index; evaluation images "
+                    f"come from data.eval"
+                )
+        return self
+
+    @abstractmethod
+    def open_stream(self, seed: int) -> Stream:
+        """Open the training images.
+
+        Raises:
+            UserError: if they are not there, or the library that reads them is not installed.
+        """
+
+    def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> ImageSource:
+        """Open the "train" or the "eval" part of `eval`; see `DataConfig.open`."""
+        if self.eval is None:
+            part = "evaluation images" if split == "eval" else "images by index"
+            raise UserError(
+                f"data.eval is missing: a stream has no {part}; data.eval={{name: folder, root: FOLDER}} "
+                f"takes them from a folder"
+            )
+        return open_split(self.eval, split, in_chans=in_chans, image_size=image_size, seed=seed)
+
+
+def require_library(name: str, library: str) -> None:
+    """Check that the library behind a stream is installed.
+
+    Args:
+        name: of the data source.
+        library: its module.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if importlib.util.find_spec(library) is None:
+        raise UserError(
+            f"data.name {name} needs {library}, which is not installed: pip install 'etpp-ssl[stream]'"
+        )

@@ -1,0 +1,258 @@
+"""Lanes over shards: which shards a lane reads, in which order, and how it shuffles what is in them.
+
+The shards of epoch e are in a keyed order, and each lane takes every so-many-th of them, so that every shard
+is read by one lane. Their items are read in sequence and shuffled in blocks of `shuffle_buffer`: an item can
+change places with those of its block, and with no others. So what is near in a shard stays near: where a
+shard holds images of one kind (one class, one video), shuffle them before writing the shards.
+
+A lane goes on to the next epoch when its shards are read. Where the number of shards is no multiple of the
+number of lanes, those with one shard less go on earlier; which ones that are changes with every epoch.
+
+A block goes out while the next one comes in, item by item: a lane never holds more than `shuffle_buffer`
+encoded images and one more, and waits for a whole block to be read only at its beginning and after the last
+block of an epoch, which is as short as it comes. A cursor is the place in the shards where the current block
+starts, and how much of the block is used; to go on from it, that block is read once more, behind whatever
+lies before it in the same shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from pydantic import Field
+
+from etpp_ssl.config import Config, RunFault, UserError, neutral
+from etpp_ssl.data.streams.base import Cursor, Item
+from etpp_ssl.randomness import keyed_torch
+
+RETRY_SECONDS = 1.0
+"""Pause before a shard is opened again; twice as long each further time."""
+
+
+class ShardReader(Protocol):
+    """Reads the shards of one format; small to pickle."""
+
+    classes: list[str] | None
+    """See `Stream.classes`."""
+    has_labels: bool
+    """See `Stream.has_labels`."""
+    names: Sequence[str]
+    """The shards: their URLs, where they have some."""
+
+    def read(self, shard: int, offset: int) -> Iterator[Item]:
+        """The items of a shard from number `offset` on.
+
+        Raises:
+            Exception: whatever the library behind it raises; reading is then tried again.
+        """
+
+
+class ShardSettings(Config, ABC):
+    """Settings of every stream that consists of shards."""
+
+    shuffle_buffer: int = Field(default=1000, ge=1)
+    """Images that are shuffled together. Every data worker keeps so many of them, encoded, in memory."""
+    retries: int = neutral(3, ge=0)
+    """Times that a shard which cannot be read is opened again before the run stops."""
+
+    @abstractmethod
+    def open_reader(self) -> ShardReader:
+        """Find the shards.
+
+        Raises:
+            UserError: if they are not there, or the library that reads them is not installed.
+        """
+
+    def open_stream(self, seed: int) -> ShardStream:
+        """See `StreamConfig.open_stream`."""
+        return ShardStream(self.open_reader(), buffer=self.shuffle_buffer, retries=self.retries, seed=seed)
+
+
+class ShardStream:
+    """A stream that consists of shards; see `etpp_ssl.data.streams.base.Stream`.
+
+    Args:
+        reader: reads the shards.
+        buffer: images that are shuffled together.
+        retries: see `ShardSettings`.
+        seed: of the order.
+    """
+
+    def __init__(self, reader: ShardReader, *, buffer: int, retries: int, seed: int) -> None:
+        self.reader = reader
+        self.buffer = buffer
+        self.retries = retries
+        self.seed = seed
+        self.classes = reader.classes
+        self.has_labels = reader.has_labels
+
+    def fingerprint(self) -> str:
+        """Hash of the shards' file names in their order; they may lie elsewhere."""
+        names = "\n".join(name.rsplit("/", 1)[-1] for name in self.reader.names)
+        return hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+
+    def check_lanes(self, num_lanes: int) -> None:
+        """See `Stream.check_lanes`."""
+        found = len(self.reader.names)
+        if found < num_lanes:
+            raise UserError(
+                f"data has {found} shard{'s' * (found != 1)} ({self.reader.names[0]!r} ...), fewer than the "
+                f"{num_lanes} data workers of all processes, each of which reads its own; give more shards, "
+                f"or a smaller data.num_workers"
+            )
+
+    def lane(self, lane: int, num_lanes: int, cursor: Cursor | None) -> ShardLane:
+        """See `Stream.lane`."""
+        return ShardLane(self, lane, num_lanes, cursor)
+
+    def shards_of(self, lane: int, num_lanes: int, epoch: int) -> list[int]:
+        """The shards that a lane reads in an epoch, in order."""
+        order = torch.randperm(
+            len(self.reader.names), generator=keyed_torch(self.seed, "shards", epoch)
+        ).tolist()
+        # A lane that has one shard more than others should not be the same one in every epoch.
+        own: list[int] = order[(lane + epoch) % num_lanes :: num_lanes]
+        return own
+
+
+class _Found(NamedTuple):
+    """An item and where it lies."""
+
+    epoch: int
+    place: int
+    """Number of its shard among those that the lane reads in the epoch."""
+    offset: int
+    """Number of the item in the shard."""
+    item: Item
+
+
+class ShardLane:
+    """One lane of a `ShardStream`; see `Lane` and the head of this file.
+
+    Args:
+        stream: the whole.
+        lane, num_lanes: which part of it.
+        cursor: where to go on; None is the beginning.
+    """
+
+    def __init__(self, stream: ShardStream, lane: int, num_lanes: int, cursor: Cursor | None) -> None:
+        self.stream = stream
+        self.lane = lane
+        self.num_lanes = num_lanes
+        cursor = cursor or {"epoch": 0, "place": 0, "offset": 0, "block": 0, "used": 0}
+        self._found = self._read(cursor["epoch"], cursor["place"], cursor["offset"])
+        self._ahead = next(self._found)
+        self._next: list[_Found] = []
+        self._block: list[Item] = []
+        self._start = cursor
+        self._number = cursor["block"] - 1
+        self._used = 0
+        self._turn_block()
+        for _ in range(cursor["used"]):
+            self.take()
+
+    def take(self) -> Item:
+        """See `Lane.take`."""
+        if not self._block:
+            self._turn_block()
+        item = self._block.pop()
+        self._used += 1
+        self._read_ahead()
+        return item
+
+    def cursor(self) -> Cursor:
+        """See `Lane.cursor`."""
+        return {**self._start, "used": self._used}
+
+    @property
+    def num_held(self) -> int:
+        """Items in memory."""
+        return len(self._block) + len(self._next) + 1
+
+    def _turn_block(self) -> None:
+        """Go on to the next block, read to its end and shuffled."""
+        while self._read_ahead():
+            pass
+        first = self._next[0]
+        self._number += 1
+        self._start = {
+            "epoch": first.epoch,
+            "place": first.place,
+            "offset": first.offset,
+            "block": self._number,
+        }
+        generator = keyed_torch(self.stream.seed, "block", self.lane, self._number)
+        order = torch.randperm(len(self._next), generator=generator).tolist()
+        self._block = [self._next[place].item for place in order]
+        self._next = []
+        self._used = 0
+
+    def _read_ahead(self) -> bool:
+        """Take one more item into the next block; false if the block is complete."""
+        full = len(self._next) == self.stream.buffer
+        if full or (self._next and self._next[0].epoch != self._ahead.epoch):
+            return False
+        self._next.append(self._ahead)
+        self._ahead = next(self._found)
+        return True
+
+    def _read(self, epoch: int, place: int, offset: int) -> Iterator[_Found]:
+        """Everything from a place on, epoch after epoch."""
+        while True:
+            shards = self.stream.shards_of(self.lane, self.num_lanes, epoch)
+            empty = (place, offset) == (0, 0)
+            while place < len(shards):
+                for item in self._read_shard(shards[place], offset):
+                    yield _Found(epoch, place, offset, item)
+                    offset += 1
+                    empty = False
+                place, offset = place + 1, 0
+            if empty:
+                names = self.stream.reader.names
+                raise RunFault(f"there is no image in the {len(shards)} shards like {names[shards[0]]!r}")
+            epoch, place = epoch + 1, 0
+
+    def _read_shard(self, shard: int, offset: int) -> Iterator[Item]:
+        reader = self.stream.reader
+        return read_patiently(
+            lambda start: reader.read(shard, start),
+            offset,
+            retries=self.stream.retries,
+            name=reader.names[shard],
+        )
+
+
+def read_patiently(
+    read: Callable[[int], Iterator[Item]], offset: int, *, retries: int, name: str
+) -> Iterator[Item]:
+    """Items of a shard, which is opened again where reading fails.
+
+    Args:
+        read: from the number of the first item to the items.
+        offset: that number.
+        retries: failures in a row that are allowed.
+        name: of the shard.
+
+    Raises:
+        RunFault: after one failure more than that.
+    """
+    failures = 0
+    while True:
+        try:
+            for item in read(offset):
+                yield item
+                offset, failures = offset + 1, 0
+            return
+        except Exception as error:
+            # Libraries of storage and of formats raise whatever they like. Most of it passes by itself.
+            failures += 1
+            if failures > retries:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                tries = f"{failures} tr{'ies' if failures > 1 else 'y'}"
+                raise RunFault(f"shard {name!r} cannot be read after {tries} ({reason})") from error
+        time.sleep(RETRY_SECONDS * 2 ** (failures - 1))

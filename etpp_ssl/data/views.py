@@ -1,0 +1,278 @@
+"""Keyed views of an image for training, and the fixed view for evaluation.
+
+Legend: B batch, C channels, H, W pixels.
+
+The augmented view of MAE's linear probe.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from etpp_ssl.data.formats.picture import require_decoder
+from etpp_ssl.data.resize import KERNELS, resize
+from etpp_ssl.data.sources.base import Bands, Decoder, Interpolation, Picture, Region
+from etpp_ssl.randomness import keyed_random
+
+OVERSAMPLING = Fraction(7, 4)
+"""Intermediate size over bandwidth. A bicubic resize weakens what lies near half of its output's sampling
+rate, so the intermediate has to be larger than the bandwidth by some margin. Measured at bandwidth 96
+against the crop from 224 pixels: 30 dB at 4/3, 36 dB at 5/3, 43 dB at 2 (tools/EXPERIMENTS.md)."""
+SMALLEST_INTERMEDIATE = 96
+"""Pixels per axis; below, the resize is no longer what takes the time."""
+
+LARGEST_RESIZED = 64
+"""Pixels of a resized picture per pixel of its centre crop, beyond which only the crop is resized."""
+
+
+class View(Protocol):
+    """Turns an image into what a batch holds."""
+
+    def __call__(self, image: Picture, position: int, bandwidth: tuple[int, int], progress: float) -> Tensor:
+        """One sample's view, uint8 (C, H, W).
+
+        Args:
+            image: the picture.
+            position: the sample's number in the run.
+            bandwidth: (height, width) shown by the step.
+            progress: share of the run's compute spent before the step, in [0, 1); 1 in evaluation.
+
+        Raises:
+            UnreadableImage: if the image cannot be decoded.
+        """
+
+
+@dataclass(frozen=True)
+class TrainView:
+    """Random resized crop and mirror, a function of (seed, position) alone.
+
+    With `decode` full, the crop is resized to the image size by Pillow. With `reduced` it is resized to
+    the stage's intermediate size, from a JPEG that need not be decoded at full resolution.
+
+    With `lanczos`, the result is then resized to the bandwidth by Lanczos, which is the published code's
+    approximation of the low-frequency crop; otherwise it comes out as it is and the device crops.
+
+    Raises:
+        UserError: for a decoder that is not installed.
+    """
+
+    image_size: tuple[int, int]
+    crop_scale: tuple[float, float]
+    flip: bool
+    lanczos: bool
+    seed: int
+    decode: Literal["full", "reduced"] = "full"
+    interpolation: Interpolation = "bicubic"
+    decoder: Decoder = "pillow"
+
+    def __post_init__(self) -> None:
+        require_decoder(self.decoder)
+
+    def __call__(
+        self, image: Picture, position: int, bandwidth: tuple[int, int], progress: float = 1.0
+    ) -> Tensor:
+        return self.shown(self.cropped(image, position, bandwidth), bandwidth)
+
+    def cropped(self, image: Picture, position: int, bandwidth: tuple[int, int]) -> Tensor:
+        """The first half: cropped, resized and mirrored, uint8 (C, H, W)."""
+        draw = keyed_random(self.seed, "crop", position)
+        box = random_crop_box(image.size, self.crop_scale, draw)
+        mirror = self.flip and draw.random() < 0.5
+        view = self._reduced(image, box, bandwidth) if self.decode == "reduced" else self._full(image, box)
+        return view.flip(2) if mirror else view
+
+    def shown(self, view: Tensor, bandwidth: tuple[int, int]) -> Tensor:
+        """The second half: with `lanczos` at the bandwidth, otherwise as it is."""
+        if self.lanczos and bandwidth != self.image_size:
+            return self._by_lanczos(view, bandwidth[::-1])
+        return view
+
+    def _full(self, image: Picture, box: tuple[int, int, int, int]) -> Tensor:
+        size, kernel = self.image_size[::-1], KERNELS[self.interpolation]
+        return to_tensor(tuple(band.crop(box).resize(size, kernel) for band in image.bands()))
+
+    def _reduced(self, image: Picture, box: tuple[int, int, int, int], bandwidth: tuple[int, int]) -> Tensor:
+        size = intermediate_size(bandwidth, self.image_size)[::-1]
+        return resize(image.region(box, size, self.decoder), size, self.interpolation)
+
+    def _by_lanczos(self, view: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.decode == "reduced":
+            whole = (0, 0, view.shape[2], view.shape[1])
+            return resize(Region(view.permute(1, 2, 0).numpy(), whole), size, "lanczos")
+        return to_tensor(tuple(band.resize(size, KERNELS["lanczos"]) for band in to_bands(view)))
+
+
+@dataclass(frozen=True)
+class EvalView:
+    """Resize to cover image_size / crop_pct (bicubic), then the centre crop, as timm evaluates."""
+
+    image_size: tuple[int, int]
+    crop_pct: float
+
+    def __call__(
+        self, image: Picture, position: int, bandwidth: tuple[int, int], progress: float = 1.0
+    ) -> Tensor:
+        height, width = self.image_size
+        covered = (math.floor(width / self.crop_pct), math.floor(height / self.crop_pct))
+        size = covering_size(image.size, covered)
+        left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+        box = (left, top, left + width, top + height)
+        bands, kernel = image.bands(), Image.Resampling.BICUBIC
+        if size[0] * size[1] > LARGEST_RESIZED * width * height:
+            # A strip of 30,000 x 1 pixels would fill the memory: resize no more than what is shown.
+            x, y = image.size[0] / size[0], image.size[1] / size[1]
+            part = (left * x, top * y, (left + width) * x, (top + height) * y)
+            return to_tensor(tuple(band.resize((width, height), kernel, box=part) for band in bands))
+        return to_tensor(tuple(band.resize(size, kernel).crop(box) for band in bands))
+
+
+def intermediate_size(bandwidth: tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int]:
+    """The size that a view with `decode: reduced` has at a bandwidth.
+
+    Args:
+        bandwidth: (height, width).
+        image_size: (height, width) at full bandwidth.
+
+    Returns:
+        (height, width): on each axis `OVERSAMPLING` times the bandwidth, rounded up, at least
+        `SMALLEST_INTERMEDIATE`, at most the image size; the image size where that is less than an
+        eighth more.
+    """
+    height, width = (
+        max(math.ceil(OVERSAMPLING * bandwidth[axis]), SMALLEST_INTERMEDIATE) for axis in range(2)
+    )
+    return (
+        height if 9 * height < 8 * image_size[0] else image_size[0],
+        width if 9 * width < 8 * image_size[1] else image_size[1],
+    )
+
+
+def covering_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """The smallest size of the same aspect ratio that covers a target, up to the last pixel as in timm.
+
+    Args:
+        size: (width, height) of the picture.
+        target: (width, height) to cover.
+    """
+    width, height = size
+    if target[0] == target[1]:
+        # timm leaves square targets to torchvision, which truncates where timm rounds.
+        short = min(size)
+        return int(target[0] * width / short), int(target[1] * height / short)
+    ratio = min(width / target[0], height / target[1])
+    return round(width / ratio), round(height / ratio)
+
+
+def random_crop_box(
+    size: tuple[int, int], scale: tuple[float, float], draw: random.Random
+) -> tuple[int, int, int, int]:
+    """The box of a random resized crop, with torchvision's distribution.
+
+    Args:
+        size: (width, height) of the picture.
+        scale: range of the crop's share of the area.
+        draw: the generator.
+
+    Returns:
+        (left, top, right, bottom). Ten tries for an aspect ratio in [3/4, 4/3], log-uniform; then
+        the largest centre crop within that range.
+    """
+    width, height = size
+    low, high = math.log(3 / 4), math.log(4 / 3)
+    for _ in range(10):
+        area = width * height * draw.uniform(*scale)
+        ratio = math.exp(draw.uniform(low, high))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = draw.randint(0, height - h), draw.randint(0, width - w)
+            return left, top, left + w, top + h
+    w = min(width, max(1, round(height * 4 / 3)))
+    h = min(height, max(1, round(width * 4 / 3)))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def to_tensor(image: Bands) -> Tensor:
+    """uint8 (C, H, W) of the bands."""
+    arrays = [np.asarray(band) for band in image]
+    stacked = np.concatenate([a[:, :, None] if a.ndim == 2 else a for a in arrays], axis=2)
+    return torch.from_numpy(stacked).permute(2, 0, 1)
+
+
+def to_bands(image: Tensor) -> Bands:
+    """The reverse of `to_tensor`."""
+    if image.shape[0] == 3:
+        return (Image.fromarray(image.permute(1, 2, 0).numpy()),)
+    return tuple(Image.fromarray(band.numpy()) for band in image)
+
+
+class Normalise:
+    """uint8 to float32 with the data set's statistics, on the images' device."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
+        scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32)
+        shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
+        self._scale = scale.view(1, -1, 1, 1).to(device)
+        self._shift = shift.view(1, -1, 1, 1).to(device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(x / 255 - mean) / std: uint8 (B, C, H, W) to float32."""
+        return torch.addcmul(self._shift, images.float(), self._scale)
+
+
+@dataclass(frozen=True)
+class ProbeView:
+    """Random resized crop (one draw, bicubic, at full resolution) and mirror, by (seed, position) alone."""
+
+    image_size: tuple[int, int]
+    crop_scale: tuple[float, float]
+    flip: bool
+    seed: int
+
+    def __call__(
+        self, image: Picture, position: int, bandwidth: tuple[int, int], progress: float = 1.0
+    ) -> Tensor:
+        """uint8 (C, H, W) of `image_size`, whatever the bandwidth; see `View`."""
+        draw = keyed_random(self.seed, "probe-crop", position)
+        box = single_draw_crop_box(image.size, self.crop_scale, draw)
+        mirror = self.flip and draw.random() < 0.5
+        size = self.image_size[::-1]
+        view = to_tensor(
+            tuple(band.crop(box).resize(size, Image.Resampling.BICUBIC) for band in image.bands())
+        )
+        return view.flip(2) if mirror else view
+
+
+def single_draw_crop_box(
+    size: tuple[int, int], scale: tuple[float, float], draw: random.Random
+) -> tuple[int, int, int, int]:
+    """The box of a random resized crop that is drawn once and cut to the picture.
+
+    torchvision draws again where a box does not fit (`random_crop_box`), which makes large boxes of
+    extreme shape rarer. BYOL's and MAE's linear probe take the first one and cut each side to the
+    picture's, so that the aspect ratio may leave [3/4, 4/3].
+
+    Args:
+        size: (width, height) of the picture.
+        scale: range of the crop's share of the area, before it is cut.
+        draw: the generator.
+
+    Returns:
+        (left, top, right, bottom), at least one pixel each way.
+    """
+    width, height = size
+    area = width * height * draw.uniform(*scale)
+    ratio = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+    w = min(width, max(1, round(math.sqrt(area * ratio))))
+    h = min(height, max(1, round(math.sqrt(area / ratio))))
+    top, left = draw.randint(0, height - h), draw.randint(0, width - w)
+    return left, top, left + w, top + h

@@ -1,0 +1,1 @@
+"""Dumps of steps that were not finite, and their reproduction."""

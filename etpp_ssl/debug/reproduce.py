@@ -1,0 +1,299 @@
+"""A step that was not finite, once more: does it happen here, where first, and because of what.
+
+One process repeats forward and backward of all processes' micro-batches as the loops do them; a test holds
+the two together. The optimizer does not step, so keys of `optim` play no part.
+
+Legend: B batch, M predicted patches, V values per patch, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import get_total_norm
+
+from etpp_ssl.config import UserError
+from etpp_ssl.debug.dumped_step import DumpedBatch, DumpedStep, read_dump
+from etpp_ssl.debug.replay_task import ClassifierTask, Inputs, PretrainingTask, Task
+from etpp_ssl.debug.tracing import Origin, bad_gradients, plain_blocks, trace
+from etpp_ssl.dist.accelerator import open_accelerator
+from etpp_ssl.recipe import Recipe, TrackerConfig
+from etpp_ssl.train.kernels import kernels_in_use
+from etpp_ssl.train.state import environment, environment_changes
+from etpp_ssl.weights.reading import load_weights
+
+MOST_NORMS = 5
+"""Largest gradients that are reported."""
+MOST_SEARCHED = 8
+"""Bad micro-batches whose samples are run one by one: where more are bad, no sample is to blame."""
+
+
+@dataclass(frozen=True)
+class BadMicroBatch:
+    """A micro-batch whose loss or own gradients are not finite."""
+
+    rank: int
+    number: int
+    """Among those of its process, from 0."""
+    num_samples: int
+    loss: float
+    """Its mean loss."""
+    bad_gradients: int
+    """Parameters whose gradient it makes not finite."""
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that is not finite by itself."""
+
+    rank: int
+    micro_batch: int
+    number: int
+    """In the run."""
+    index: int
+    """In the data set."""
+    name: str
+    what: Literal["input", "loss", "gradient"]
+    """What shows it, the first of these."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What came of a dump's step."""
+
+    path: str
+    step: int
+    """Counted from 0."""
+    overrides: tuple[str, ...]
+    precision: str
+    device: str
+    reproduced: bool
+    losses: dict[str, float]
+    """The step's loss and, with a combined target, its parts."""
+    process_losses: tuple[float, ...]
+    """Each process's part of the loss."""
+    gradient_norm: float
+    """Over all parameters; NaN where float16's loss scaling leaves it to the scaler."""
+    bad_weights: tuple[str, ...]
+    """Parameters that are not finite before the step."""
+    micro_batches: tuple[BadMicroBatch, ...]
+    samples: tuple[BadSample, ...]
+    samples_apart: bool
+    """Whether samples can be judged one by one: not with batch norms, nor with weights that are lost."""
+    origin: Origin | None
+    """Where the first bad micro-batch stops being finite."""
+    bad_gradients: tuple[str, ...]
+    """Parameters, in the order of the backward pass."""
+    largest_gradients: dict[str, float]
+    """Norms of the largest finite ones."""
+    finite_in_fp32: bool | None
+    """None where the step was float32 already, or is finite."""
+    changes: tuple[str, ...]
+    """How this environment differs from the run's."""
+
+
+@dataclass
+class _Pass:
+    """Forward and backward of all micro-batches."""
+
+    process_losses: list[dict[str, float]]
+    bad: list[tuple[DumpedBatch, BadMicroBatch]]
+    bad_gradients: list[str]
+    norm: float
+    finite: bool
+
+
+class _Reasons(NamedTuple):
+    """What is known of bad micro-batches; see `Replayed`."""
+
+    bad_weights: tuple[str, ...]
+    samples_apart: bool
+    samples: tuple[BadSample, ...]
+    origin: Origin | None
+
+
+def replay_nan(path: Path, overrides: Sequence[str] = ()) -> Replayed:
+    """Repeat the step of a dump, in this process alone.
+
+    Args:
+        path: the dump's folder.
+        overrides: of its recipe: what might help. The micro-batches and their bandwidth are the dump's.
+
+    Raises:
+        UserError: if it is no dump, or does not fit the overridden recipe or this device.
+    """
+    step = read_dump(path, overrides)
+    accelerator = open_accelerator(step.recipe.model_copy(update={"tracker": TrackerConfig()}))
+    if accelerator.num_processes > 1:
+        raise UserError("replay-nan repeats all processes' parts in one: start it without a launcher")
+    task = _task(step, accelerator.device)
+    tensors = load_weights(task.model.state_dict(), step.weights, f"dump {path}")
+    task.model.load_state_dict(tensors)
+    model = accelerator.prepare(task.model).train()
+    scaler = accelerator.scaler
+    if scaler is not None and step.record.scaler is not None:
+        scaler.load_state_dict(step.record.scaler)
+    found = _run(step, task, model, accelerator.backward, scaled=scaler is not None)
+    largest = _largest_gradients(task.model) if scaler is None else {}
+    with plain_blocks(task.model):
+        reasons = _search(task, model, [dumped for dumped, _ in found.bad])
+    finite_in_fp32 = None
+    if not found.finite and accelerator.mixed_precision != "no":
+        plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        finite_in_fp32 = _run(step, task, plain, torch.Tensor.backward, scaled=False).finite
+    return Replayed(
+        path=str(path),
+        step=step.record.step,
+        overrides=tuple(overrides),
+        precision=step.recipe.precision,
+        device=accelerator.device.type,
+        reproduced=not found.finite,
+        losses={
+            name: sum(losses[name] for losses in found.process_losses) for name in found.process_losses[0]
+        },
+        process_losses=tuple(losses["loss"] for losses in found.process_losses),
+        gradient_norm=found.norm,
+        bad_weights=reasons.bad_weights,
+        micro_batches=tuple(bad for _, bad in found.bad),
+        samples=reasons.samples,
+        samples_apart=reasons.samples_apart,
+        origin=reasons.origin,
+        bad_gradients=tuple(found.bad_gradients),
+        largest_gradients=largest,
+        finite_in_fp32=finite_in_fp32,
+        changes=_changes(step, accelerator),
+    )
+
+
+def _task(step: DumpedStep, device: torch.device) -> Task:
+    if isinstance(step.recipe, Recipe):
+        return PretrainingTask(step.recipe, device)
+    assert step.record.num_classes is not None
+    return ClassifierTask(step.recipe, step.record.num_classes, device)
+
+
+def _inputs(task: Task, dumped: DumpedBatch, device: torch.device) -> Inputs:
+    return task.inputs(dumped.batch.to(device))
+
+
+def _run(
+    step: DumpedStep,
+    task: Task,
+    model: nn.Module,
+    backward: Callable[[Tensor], None],
+    *,
+    scaled: bool,
+) -> _Pass:
+    """What the loops compute up to the verdict, with all processes' gradients brought together."""
+    device = next(model.parameters()).device
+    num_processes = step.record.num_processes
+    found = _Pass([], [], [], float("nan"), finite=True)
+    together: dict[nn.Parameter, Tensor] = {}
+    for micro_batches in step.processes:
+        model.zero_grad()
+        losses_of_process: dict[str, Tensor] = {}
+        for dumped in micro_batches:
+            weight = dumped.batch.request.weight
+            inputs = _inputs(task, dumped, device)
+            losses = task.losses(task.forward(model, inputs), inputs)
+            with bad_gradients(task.model) as bad_names:
+                backward(losses["loss"] * weight * num_processes)
+            for name, loss in losses.items():
+                losses_of_process[name] = losses_of_process.get(name, 0.0) + loss.detach() * weight
+            names = [] if scaled else bad_names()
+            found.bad_gradients += [name for name in names if name not in found.bad_gradients]
+            loss_value = float(losses["loss"].detach())
+            if names or not math.isfinite(loss_value):
+                bad = BadMicroBatch(dumped.rank, dumped.number, len(dumped.names), loss_value, len(names))
+                found.bad.append((dumped, bad))
+        found.process_losses.append({name: float(loss) for name, loss in losses_of_process.items()})
+        found.finite &= bool(losses_of_process["loss"].isfinite())
+        _add_gradients(model, together, num_processes)
+    for parameter, gradient in together.items():
+        parameter.grad = gradient
+    if not scaled:
+        norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        found.norm = float(norm)
+        found.finite &= bool(norm.isfinite())
+    return found
+
+
+def _add_gradients(model: nn.Module, together: dict[nn.Parameter, Tensor], num_processes: int) -> None:
+    """Average over the processes as DDP does it: divide, then add."""
+    if num_processes == 1:
+        return
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            own = parameter.grad / num_processes
+            together[parameter] = together[parameter] + own if parameter in together else own
+
+
+def _search(task: Task, model: nn.Module, bad: list[DumpedBatch]) -> _Reasons:
+    """Look for what is at fault: weights, samples, a module."""
+    # Statistics of batch norms are those after the forward pass: this very step may have spoilt them.
+    bad_weights = [name for name, p in task.model.named_parameters() if not bool(p.isfinite().all())]
+    samples_apart = not bad_weights and not any(isinstance(m, _BatchNorm) for m in task.model.modules())
+    samples: list[BadSample] = []
+    for dumped in bad[:MOST_SEARCHED]:
+        samples += _bad_samples(task, model, dumped, apart=samples_apart)
+    origin = None
+    if bad:
+        origin = trace(task, model, _inputs(task, bad[0], next(model.parameters()).device))
+    return _Reasons(tuple(bad_weights), samples_apart, tuple(samples), origin)
+
+
+def _bad_samples(task: Task, model: nn.Module, dumped: DumpedBatch, *, apart: bool) -> list[BadSample]:
+    """The samples of a bad micro-batch that are not finite by themselves."""
+    device = next(model.parameters()).device
+    inputs = _inputs(task, dumped, device)
+    ones = [{key: value[i : i + 1] for key, value in inputs.items()} for i in range(len(dumped.names))]
+
+    def loss(one: Inputs) -> Tensor:
+        return task.losses(task.forward(model, one), one)["loss"]
+
+    def has_bad_gradient(one: Inputs) -> bool:
+        with bad_gradients(task.model) as bad_names:
+            loss(one).backward()
+        return bool(bad_names())
+
+    finite_inputs = inputs["images"].flatten(1).isfinite().all(dim=1).tolist()
+    found: list[tuple[int, Literal["input", "loss", "gradient"]]]
+    found = [(i, "input") for i, finite in enumerate(finite_inputs) if not finite]
+    if not found and apart:
+        with torch.no_grad():
+            losses = torch.stack([loss(one) for one in ones])
+        found = [(i, "loss") for i, finite in enumerate(losses.isfinite().tolist()) if not finite]
+    if not found and apart:
+        found = [(i, "gradient") for i, one in enumerate(ones) if has_bad_gradient(one)]
+    request = dumped.batch.request
+    return [
+        BadSample(dumped.rank, dumped.number, request.positions[i], request.indices[i], dumped.names[i], what)
+        for i, what in found
+    ]
+
+
+def _largest_gradients(model: nn.Module) -> dict[str, float]:
+    norms = {name: _norm(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    finite = [(norm, name) for name, norm in norms.items() if math.isfinite(norm)]
+    return {name: norm for norm, name in sorted(finite, reverse=True)[:MOST_NORMS]}
+
+
+def _norm(gradient: Tensor) -> float:
+    """A norm that is finite where the gradient is: its squares may not be."""
+    largest = gradient.abs().max()
+    return float(largest) * float((gradient / largest).norm()) if largest > 0 else float(largest)
+
+
+def _changes(step: DumpedStep, accelerator: Accelerator) -> tuple[str, ...]:
+    recipe = step.recipe
+    kernels = kernels_in_use(recipe) if isinstance(recipe, Recipe) else f"attention {recipe.model.attention}"
+    now = environment(step.record.num_processes, accelerator.device, kernels)
+    return tuple(environment_changes(step.record.environment, now))

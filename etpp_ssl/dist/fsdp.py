@@ -1,0 +1,172 @@
+"""accelerate's FSDP2, set up for a recipe: what is wrapped, in which precision, and what is refused.
+
+`accelerate launch` hands its configuration file on as environment variables. The units are the model's
+transformer blocks; all other parameters are the root unit's, which stays whole from the beginning of a
+forward pass to the end of its backward pass, because models read some of them outside any module's forward
+(tokens, position embeddings, the patch projection of visible patches).
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import convert_outputs_to_fp32
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from etpp_ssl.config import UserError
+from etpp_ssl.curriculum.base import Curriculum
+from etpp_ssl.data.sampler import micro_batch_of, process_part
+from etpp_ssl.dist.sharding import Copies
+from etpp_ssl.model.classifier import Classifier
+from etpp_ssl.model.mae import MaskedAutoencoder
+from etpp_ssl.recipe import Recipe, RunRecipe
+
+WRAP_POLICY = "TRANSFORMER_BASED_WRAP"
+_REFUSED = {
+    "FSDP_ACTIVATION_CHECKPOINTING": (
+        "fsdp_activation_checkpointing",
+        "model.grad_checkpointing=true in the recipe recomputes the same blocks",
+    ),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": (
+        "fsdp_cpu_ram_efficient_loading",
+        "every process builds the model from the recipe's seed",
+    ),
+    "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", "checkpoints are gathered from the GPUs"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (
+        "use_parallelism_config",
+        "each process takes a part of the batch of its own",
+    ),
+}
+
+
+def fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
+    """What the accelerate configuration says about FSDP, or None where it wants none.
+
+    In bf16 the model computes with rounded copies of float32 weights, and gradients are summed over
+    micro-batches and processes in float32; accelerate's own choice would be bf16 there, too.
+
+    Args:
+        precision: the recipe's.
+
+    Raises:
+        UserError: for a setting that does not go together with the runs of this package.
+    """
+    if not _set("ACCELERATE_USE_FSDP"):
+        return None
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(f"fsdp_version is {version} in the accelerate configuration; it must be 2")
+    for variable, (key, reason) in _REFUSED.items():
+        if _set(variable):
+            raise UserError(f"{key} is true in the accelerate configuration; it must be false: {reason}")
+    policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP").upper()
+    if policy != WRAP_POLICY:
+        raise UserError(
+            f"fsdp_auto_wrap_policy is {policy} in the accelerate configuration; it must be {WRAP_POLICY}"
+        )
+    if precision == "fp16":
+        raise UserError("precision fp16 does not go together with FSDP2; use bf16 or fp32")
+    halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=halved if precision == "bf16" else None)
+
+
+def refuse_deepspeed() -> None:
+    """See that the accelerate configuration does not ask for DeepSpeed.
+
+    Under it accelerate's `backward` takes the optimizer step, with every micro-batch and before a run has
+    judged the gradients, and the optimizer's state lies in buffers that no checkpoint of ours describes.
+
+    Raises:
+        UserError: if it does.
+    """
+    if _set("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "accelerate was launched with DeepSpeed, which takes its optimizer steps out of the run's hands; "
+            "use FSDP2 for the same division of memory (recipes/accelerate/fsdp2_8gpu.yaml)"
+        )
+
+
+def prepare(
+    accelerator: Accelerator,
+    recipe: RunRecipe,
+    curriculum: Curriculum,
+    model: MaskedAutoencoder | Classifier,
+    optimizer: torch.optim.Optimizer,
+) -> tuple[nn.Module, torch.optim.Optimizer, Copies | None]:
+    """Let accelerate prepare a run's model and optimizer, sharded or not.
+
+    Args:
+        accelerator, recipe, curriculum: of the run.
+        model: whole; sharded in place where the accelerate configuration says so.
+        optimizer: of the model.
+
+    Returns:
+        The model to train, its optimizer, and what makes whole copies of a sharded model.
+
+    Raises:
+        UserError: if the model or the batch cannot be trained in parts.
+    """
+    if not accelerator.is_fsdp2:
+        return *accelerator.prepare(model, optimizer), None
+    check_sharded(recipe, curriculum, accelerator.num_processes)
+    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = unit_names(
+        model, accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap
+    )
+    copies = Copies(model)
+    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+    # Under DDP accelerate does it itself.
+    prepared.forward = convert_outputs_to_fp32(prepared.forward)
+    return prepared, prepared_optimizer, copies
+
+
+def sharding_in_use(accelerator: Accelerator) -> str:
+    """What a checkpoint remembers of it beside the kernels, because the last bits depend on it."""
+    return ", FSDP2" if accelerator.is_fsdp2 else ""
+
+
+def unit_names(model: MaskedAutoencoder | Classifier, asked: list[str] | None = None) -> list[str]:
+    """Class names of the modules that become units of their own.
+
+    Args:
+        model: whose transformer blocks these are.
+        asked: names in the accelerate configuration, which need none.
+
+    Raises:
+        UserError: for a model without transformer blocks, or other names.
+    """
+    names = sorted({type(block).__name__ for block in model.transformer_blocks})
+    if not names:
+        raise UserError("FSDP2 serves Vision Transformers only; train this model with DDP (MULTI_GPU)")
+    if asked is not None and sorted(asked) != names:
+        raise UserError(
+            f"fsdp_transformer_layer_cls_to_wrap is {','.join(asked)} in the accelerate configuration; the "
+            f"blocks of this model are {','.join(names)}: leave the key out"
+        )
+    return names
+
+
+def check_sharded(recipe: RunRecipe, curriculum: Curriculum, num_processes: int) -> None:
+    """See that all processes have as many micro-batches: each one's forward pass needs all the others.
+
+    Raises:
+        UserError: if not, or for blocks that are compiled.
+    """
+    if isinstance(recipe, Recipe) and recipe.model.compiled:
+        raise UserError("model.compiled is true, which does not go together with FSDP2; leave it false")
+    for stage in curriculum.stages:
+        size = micro_batch_of(stage.batch_size, recipe.micro_batch_size, recipe.batch_size)
+        parts = [process_part(range(stage.batch_size), rank, num_processes) for rank in range(num_processes)]
+        counts = {-(-len(part) // size) for part in parts}
+        if len(counts) > 1:
+            raise UserError(
+                f"batch_size {stage.batch_size} (stage {stage.index + 1}) gives some of the {num_processes} "
+                f"processes {min(counts)} micro-batches and others {max(counts)}; under FSDP2 all need the "
+                f"same number; take a batch_size that is a multiple of {num_processes}"
+            )
+
+
+def _set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"

@@ -1,0 +1,191 @@
+"""The other processes of a run: when one ends or hangs, those that are left say so and end, too.
+
+A process that ends closes its connections, and whoever waits for it in a collective gets an error of the
+transport at once. Before it ends it leaves its last words in the store in which the processes have found
+each other, so that the others can say why, and so that what all of them say is said by one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch.distributed import distributed_c10d
+
+from etpp_ssl.config import RunFault, UserError
+from etpp_ssl.dist.signals import Interrupted
+
+SECONDS_FOR_WORDS = 1.0
+"""What a process waits for words of another one."""
+
+# gloo raises RuntimeErrors; the store and NCCL raise DistErrors, NCCL also for its own misconfiguration.
+_ENDED = re.compile(
+    "closed by peer|connection was closed|connection closed|reset by peer|broken pipe|socket closed|"
+    "connection refused|remote process exited|ncclRemoteError|communicator was aborted",
+    re.IGNORECASE,
+)
+_SILENT = re.compile(r"timed out|time ?out", re.IGNORECASE)
+
+
+Result = TypeVar("Result")
+
+
+class PeerLost(RunFault):
+    """Another process has ended or does not answer."""
+
+
+@contextmanager
+def with_peers() -> Iterator[None]:
+    """Inside, an error is told to the other processes, and their end becomes a `PeerLost`.
+
+    An error that the main process has told already is marked as known `everywhere`.
+    """
+    try:
+        yield
+    except Exception as error:
+        fault = lost_peer(error)
+        if fault is not None:
+            raise fault from error
+        leave_words(error)
+        raise
+
+
+def lost_peer(error: BaseException) -> PeerLost | None:
+    """The fault behind an error of a collective or of the store, or None where it is another one."""
+    text = str(error)
+    of_torch = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
+    if not of_torch:
+        return None
+    if _SILENT.search(text):
+        return PeerLost(
+            "another process did not answer within peer_timeout_minutes; it may hang, or have been stopped; "
+            "the same command goes on from the newest checkpoint"
+        )
+    if _ENDED.search(text):
+        return PeerLost(
+            f"another process ended ({_words_of_others()}); the same command goes on from the newest "
+            f"checkpoint"
+        )
+    return None
+
+
+def words_of(error: Exception) -> str:
+    """An error in one line: what it says to a user, and of another error its type, too."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+def leave_words(error: Exception) -> None:
+    """Leave the other processes word of an error that they may see as nothing but this one's end.
+
+    An error that the main process has told already is marked as known `everywhere`.
+    """
+    if not _met() or isinstance(error, PeerLost | Interrupted):
+        return
+    words = words_of(error)
+
+    def tell(store: Any) -> bool:
+        rank = dist.get_rank()
+        store.set(_key(rank), words)
+        if not isinstance(error, UserError):
+            return False
+        # Started without torchrun, the main process keeps the store: it waits until the others, where they
+        # say the same, have seen so. Not by `store.wait`: torch reports the end of its patience on stderr.
+        awaited = [_key(0)] if rank else [_heard(other) for other in range(1, dist.get_world_size())]
+        deadline = time.monotonic() + SECONDS_FOR_WORDS
+        while not store.check(awaited):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        if rank == 0:
+            return False
+        same = bool(store.get(_key(0)).decode() == words)
+        store.set(_heard(rank), "")
+        return same
+
+    if _from_store(tell):
+        assert isinstance(error, UserError)
+        error.everywhere = True
+
+
+def leave(accelerator: Accelerator) -> None:
+    """Part from the other processes, once all have come here with nothing left to do.
+
+    Of several processes none may end before the main one has written everything: torchrun takes an exit
+    code of 75 for a failure and ends the others, and a connection that closes may be in use. Not to be
+    called after an error: the others may be waiting in a collective.
+
+    Raises:
+        PeerLost: on the other processes, if one of them, perhaps the main one, ended too early.
+    """
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    try:
+        with with_peers():
+            accelerator.wait_for_everyone()
+    except PeerLost:
+        # What the main process had to write is written.
+        if not accelerator.is_main_process:
+            raise
+    accelerator.state.destroy_process_group()
+
+
+def told_already(error: UserError) -> bool:
+    """Whether another process says the same, so that this one need not."""
+    if error.everywhere:
+        return os.environ.get("RANK", "0") != "0"
+    # Until they have found each other, the processes of a machine read the same files.
+    return not isinstance(error, PeerLost) and not _met() and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def _words_of_others() -> str:
+    def ask(store: Any) -> str | None:
+        for rank in range(dist.get_world_size()):
+            if rank != dist.get_rank() and store.check([_key(rank)]):
+                return f"process {rank}: {store.get(_key(rank)).decode()}"
+        return None
+
+    # If the process that has ended kept the store, that goes a moment after its other connections.
+    time.sleep(0.3)
+    said = _from_store(ask) if _met() else None
+    return said or "without a word: it was killed, or its own output says why"
+
+
+def _from_store(ask: Callable[[Any], Result]) -> Result | None:
+    """What the store answers, or None: the process that keeps it may have ended, or hang."""
+    answers: list[Result] = []
+
+    def run() -> None:
+        try:
+            # Asked for a store that is gone, torch prints its own stack.
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            socket.create_connection(address, SECONDS_FOR_WORDS).close()
+            answers.append(ask(distributed_c10d._get_default_store()))
+        except (OSError, KeyError, RuntimeError, ValueError):
+            return
+
+    # torch's own time limit of a store does not end every wait for one whose process was stopped.
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(3 * SECONDS_FOR_WORDS)
+    return answers[0] if answers else None
+
+
+def _met() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _key(rank: int) -> str:
+    return f"etpp_ssl/last-words/{rank}"
+
+
+def _heard(rank: int) -> str:
+    return f"etpp_ssl/heard/{rank}"

@@ -1,1 +1,0 @@
-"""Runs: the pre-training loop, its state, its checkpoints and its log."""

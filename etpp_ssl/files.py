@@ -1,0 +1,255 @@
+"""Files and folders that are written whole or not at all, whatever stops the writer.
+
+Reading what others wrote: regular files only, and no more of them than can be meant.
+
+Opening a named pipe waits for someone to write to it, a device may never end, and a file can be larger
+than the memory: each of them is an error here, before a byte of it is read.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from etpp_ssl.config import UserError
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """An empty folder to write to, which takes the place of `folder` at the end.
+
+    A writer that fails or is killed leaves `folder` as it was, or, for the moment between two renames, beside
+    it as `.old-NAME`.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    aside, old = (folder.with_name(f".{prefix}-{folder.name}") for prefix in ("writing", "old"))
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        flush_folder(aside)
+        take_place(aside, folder, old)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        reason = disk_fault(error)
+        if reason is None:
+            raise
+        raise UserError(f"{str(folder)!r} cannot be written: {reason}") from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def replaced_file(file: Path) -> Iterator[Path]:
+    """The name of a file to write, which takes the place of `file` at the end, flushed.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    aside = file.with_name(f".writing-{file.name}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        flush(aside)
+        os.replace(aside, file)
+    except BaseException as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        reason = disk_fault(error)
+        if reason is None:
+            raise
+        raise UserError(f"{str(file)!r} cannot be written: {reason}") from error
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all.
+
+    Raises:
+        UserError: if it cannot be written; what was there before still is.
+    """
+    with replaced_file(file) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def append_line(file: Path, line: str) -> None:
+    """Append a line, whole or not at all; first cut off what a killed writer has left of one.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    with file.open("a+b", buffering=0) as opened:
+        end = _end_of_lines(opened)
+        opened.truncate(end)
+        left = line.encode() + b"\n"
+        try:
+            while left:
+                left = left[opened.write(left) :]
+        except OSError:
+            # Where this fails too, the next call does it.
+            with suppress(OSError):
+                opened.truncate(end)
+            raise
+
+
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """An indented JSON file, in a folder that `replaced` gave."""
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def take_place(new: Path, folder: Path, old: Path) -> None:
+    """Rename folder `new` to `folder`; what was there, if anything, is `old` then.
+
+    Raises:
+        OSError: if that fails; `folder` is what it was.
+    """
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    try:
+        os.replace(new, folder)
+    except OSError:
+        with suppress(OSError):
+            os.replace(old, folder)
+        raise
+
+
+def flush_folder(folder: Path) -> None:
+    """Bring the files of a folder, and their names, to the disk.
+
+    Raises:
+        OSError: if the disk does not take them.
+    """
+    for file in folder.iterdir():
+        flush(file)
+    flush(folder)
+
+
+def flush(path: Path) -> None:
+    """Bring a file's content, or a folder's names, to the disk.
+
+    Raises:
+        OSError: if the disk does not take it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """Why a disk did not take a file, or None for an error of another kind."""
+    text = str(error)
+    if isinstance(error, OSError):
+        return error.strerror or text
+    if isinstance(error, SafetensorError) and "os error" in text:
+        return text.removeprefix("Error while serializing: ").removeprefix("I/O error: ")
+    # torch.save's own writer says where it stood when a write fell short, and not why.
+    if isinstance(error, RuntimeError) and ("inline_container" in text or "PytorchStreamWriter" in text):
+        return "the disk did not take all of it"
+    return None
+
+
+def _end_of_lines(file: FileIO, block: int = 65536) -> int:
+    """Where the last whole line ends, in bytes."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - block)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOCTTY", "O_NONBLOCK"))
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_BLOCK = 1 << 16
+
+
+def read_regular(path: str | os.PathLike[str], at_most: int) -> bytes:
+    """The bytes of a file.
+
+    Args:
+        path: the file; links are followed.
+        at_most: bytes.
+
+    Raises:
+        OSError: with a `strerror` for people, if it cannot be read, is no regular file, or is larger.
+        ValueError: if the path holds a null byte.
+    """
+    descriptor = open_regular(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size > at_most:
+            raise OSError(errno.EFBIG, f"its {size:,} bytes are more than {at_most:,}")
+        return _all(descriptor, size, at_most)
+    finally:
+        os.close(descriptor)
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """A descriptor of a file, for reading.
+
+    Raises:
+        OSError: as `read_regular`.
+        ValueError: if the path holds a null byte.
+    """
+    descriptor = os.open(path, _FLAGS)
+    try:
+        require_regular(os.fstat(descriptor))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_text(path: Path, at_most: int, *, errors: str = "strict") -> str:
+    """The same as text in UTF-8, with or without a byte order mark.
+
+    Raises:
+        OSError: as `read_regular`.
+        ValueError: if it is no UTF-8, unless `errors` says what becomes of it.
+    """
+    return read_regular(path, at_most).decode("utf-8-sig", errors)
+
+
+def require_regular(status: os.stat_result) -> None:
+    """Check what `os.stat` or `os.fstat` found.
+
+    Raises:
+        OSError: if it is no regular file.
+    """
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a file")
+
+
+def _all(descriptor: int, size: int, at_most: int) -> bytes:
+    parts, found = [], 0
+    # One byte more than it has tells the end; files of /proc say that they have none.
+    while part := os.read(descriptor, max(size + 1 - found, _BLOCK)):
+        parts.append(part)
+        found += len(part)
+        if found > at_most:
+            raise OSError(errno.EFBIG, f"it grew beyond {at_most:,} bytes while it was read")
+    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -1,0 +1,310 @@
+"""MAE's decoder, asked for the masked patches only.
+
+The original puts mask tokens where patches were removed, restores the order and predicts every patch.
+Attention does not see the order and the loss does not see visible patches, so ours appends the mask
+tokens and runs the final norm and projection on them alone: the same numbers for less work.
+
+Legend: B batch, K visible, M predicted, P prefix tokens, D encoder width, E decoder width, V values.
+
+CrossMAE's decoder: mask tokens read the encoder's tokens and never each other.
+
+Each block is cross-attention and an MLP, without self-attention, so the prediction of a patch depends on
+nothing but the encoder's tokens and the patch's own position, and any subset of the masked patches can be
+predicted for a proportional cost (Fu et al., "Rethinking Patch Dependence for Masked Autoencoders",
+arXiv 2401.14391, section 3).
+
+Legend: B batch, M predicted, T = P + K encoder tokens (prefix tokens, then visible patches), L encoder
+blocks, F decoder blocks, A heads, D encoder width, E decoder width, V values.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from etpp_ssl.config import Config, UserError
+from etpp_ssl.model.attention import CrossAttention
+from etpp_ssl.model.encoders import BlockRunner, init_linear
+from etpp_ssl.model.pos_embed import SincosTables
+
+
+class MAEDecoderConfig(Config):
+    """A small ViT over all tokens (MAE, section 3; the defaults are its ImageNet setting)."""
+
+    name: Literal["mae"] = "mae"
+    embed_dim: int = Field(default=512, ge=4, le=1 << 14)
+    depth: int = Field(default=8, ge=1, le=1000)
+    num_heads: int = Field(default=16, ge=1)
+
+    @property
+    def predict_ratio(self) -> float | None:
+        """Every masked patch is predicted: the mask tokens attend to each other."""
+        return None
+
+    @property
+    def reads_blocks(self) -> bool:
+        """It reads the encoder's output after the final norm."""
+        return False
+
+    def build(
+        self,
+        *,
+        encoder_dim: int,
+        encoder_depth: int,
+        num_prefix: int,
+        base_grid: tuple[int, int],
+        num_values: int,
+    ) -> MAEDecoder:
+        """The decoder for an encoder of width D, P prefix tokens and V values per patch.
+
+        `encoder_depth` serves decoders that read every encoder block; this one does not.
+
+        Raises:
+            UserError: for a width that its heads or the sin-cos positions do not divide.
+        """
+        check_width(self.embed_dim, self.num_heads)
+        return MAEDecoder(self, encoder_dim, num_prefix, base_grid, num_values)
+
+
+class MAEDecoder(nn.Module):
+    """Predict the masked patches from the visible ones.
+
+    Args:
+        config: width, depth and heads.
+        encoder_dim: D.
+        num_prefix: P, prefix tokens in front of the encoder's output; they carry no position.
+        base_grid: patches per axis at full resolution.
+        num_values: V, numbers to predict per patch.
+    """
+
+    reads_blocks = False
+
+    def __init__(
+        self,
+        config: MAEDecoderConfig,
+        encoder_dim: int,
+        num_prefix: int,
+        base_grid: tuple[int, int],
+        num_values: int,
+    ) -> None:
+        super().__init__()
+        self.num_prefix = num_prefix
+        self.run = BlockRunner()
+        width = config.embed_dim
+        self.embed = nn.Linear(encoder_dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.blocks = nn.ModuleList(
+            Block(
+                dim=width,
+                num_heads=config.num_heads,
+                qkv_bias=True,
+                norm_layer=layer_norm,
+            )
+            for _ in range(config.depth)
+        )
+        self.norm = layer_norm(width)
+        self.head = nn.Linear(width, num_values)
+        self.apply(init_linear)
+        nn.init.normal_(self.mask_token, std=0.02)
+        self._positions = SincosTables(base_grid, width)
+
+    def forward(self, tokens: Tensor, ids_keep: Tensor, ids_predict: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Predict.
+
+        Mask tokens attend to each other, so MAE's predictions are those of all masked patches together;
+        asked for a subset, the others' mask tokens are not there.
+
+        Args:
+            tokens: (B, P + K, D) from the encoder, after its final norm.
+            ids_keep: int64 (B, K).
+            ids_predict: int64 (B, M).
+            grid: patches per axis now, at any bandwidth.
+
+        Returns:
+            (B, M, V), in the order of `ids_predict`.
+        """
+        num_masked = ids_predict.shape[1]
+        position_NE = self._positions.at(grid, tokens.device).to(self.mask_token.dtype)
+        tokens = self.embed(tokens)
+        visible = tokens[:, self.num_prefix :] + position_NE[ids_keep]
+        masked = self.mask_token + position_NE[ids_predict]
+        tokens = torch.cat([tokens[:, : self.num_prefix], visible, masked.to(visible.dtype)], dim=1)
+        for block in self.blocks:
+            tokens = self.run(block, tokens)
+        prediction: Tensor = self.head(self.norm(tokens[:, tokens.shape[1] - num_masked :]))
+        return prediction
+
+
+def check_width(embed_dim: int, num_heads: int) -> None:
+    """Raise a UserError for a decoder width that its heads or the sin-cos positions do not divide."""
+    if embed_dim % num_heads:
+        raise UserError(
+            f"model.decoder.num_heads {num_heads} does not divide model.decoder.embed_dim {embed_dim}"
+        )
+    if embed_dim % 4:
+        raise UserError(f"model.decoder.embed_dim {embed_dim} is no multiple of 4 (sin-cos positions)")
+
+
+def layer_norm(width: int, **kwargs: object) -> nn.LayerNorm:
+    """MAE's LayerNorm, eps 1e-6."""
+    return nn.LayerNorm(width, eps=1e-6, **kwargs)  # type: ignore[arg-type]
+
+
+MLP_RATIO = 4
+
+
+class CrossDecoderConfig(Config):
+    """Cross-attention from mask tokens to the encoder (CrossMAE; the defaults are its ImageNet setting)."""
+
+    name: Literal["cross"] = "cross"
+    embed_dim: int = Field(default=512, ge=4, le=1 << 14)
+    depth: int = Field(default=12, ge=1, le=1000)
+    num_heads: int = Field(default=16, ge=1)
+    reads: Literal["blocks", "output"] = "blocks"
+    """`blocks`: every decoder block reads its own learned weighted sum of the encoder's patch embedding
+    and block outputs, through its own LayerNorm; the encoder's final norm then has no part in training.
+    `output`: all read the encoder's output after its final norm, as MAE's decoder does."""
+    predict_ratio: float | None = Field(default=None, gt=0, lt=1)
+    """Share of ALL patches (not of the masked ones) that is predicted, a keyed random subset of the masked
+    ones; at most the mask ratio. None predicts every masked patch."""
+
+    @property
+    def reads_blocks(self) -> bool:
+        """Whether it reads the encoder's blocks instead of its output after the final norm."""
+        return self.reads == "blocks"
+
+    def build(
+        self,
+        *,
+        encoder_dim: int,
+        encoder_depth: int,
+        num_prefix: int,
+        base_grid: tuple[int, int],
+        num_values: int,
+    ) -> CrossDecoder:
+        """The decoder for an encoder of width D and L blocks, and V values per patch.
+
+        `num_prefix` serves decoders that tell prefix tokens from patches; this one attends to all alike.
+
+        Raises:
+            UserError: for a width that its heads or the sin-cos positions do not divide.
+        """
+        check_width(self.embed_dim, self.num_heads)
+        return CrossDecoder(self, encoder_dim, encoder_depth, base_grid, num_values)
+
+
+class CrossDecoder(nn.Module):
+    """Predict patches from the encoder's tokens, each patch on its own.
+
+    Keys and values get no position here: the encoder's tokens carry theirs.
+
+    Args:
+        config: width, depth, heads and what is read.
+        encoder_dim: D.
+        encoder_depth: L.
+        base_grid: patches per axis at full resolution.
+        num_values: V, numbers to predict per patch.
+    """
+
+    def __init__(
+        self,
+        config: CrossDecoderConfig,
+        encoder_dim: int,
+        encoder_depth: int,
+        base_grid: tuple[int, int],
+        num_values: int,
+    ) -> None:
+        super().__init__()
+        self.run = BlockRunner()
+        width = config.embed_dim
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mixture = BlockMixture(encoder_dim, encoder_depth, config.depth) if config.reads_blocks else None
+        self.blocks = nn.ModuleList(
+            CrossBlock(width, encoder_dim, config.num_heads) for _ in range(config.depth)
+        )
+        self.norm = layer_norm(width)
+        self.head = nn.Linear(width, num_values)
+        self.apply(init_linear)
+        nn.init.normal_(self.mask_token, std=0.02)
+        self._positions = SincosTables(base_grid, width)
+
+    @property
+    def reads_blocks(self) -> bool:
+        """Whether `forward` takes the encoder's block outputs instead of its final output."""
+        return self.mixture is not None
+
+    def forward(
+        self,
+        tokens: Tensor | list[Tensor],
+        ids_keep: Tensor,
+        ids_predict: Tensor,
+        grid: tuple[int, int],
+    ) -> Tensor:
+        """Predict.
+
+        Args:
+            tokens: (B, T, D), the encoder's output; for a decoder that reads its blocks the L + 1 tensors
+                (B, T, D) of `encode_visible(block_outputs=...)`.
+            ids_keep: int64 (B, K); the prediction does not depend on it beyond `tokens`.
+            ids_predict: int64 (B, M), any patches of the grid.
+            grid: patches per axis now, at any bandwidth.
+
+        Returns:
+            (B, M, V), in the order of `ids_predict`.
+        """
+        device = ids_predict.device
+        position_NE = self._positions.at(grid, device).to(self.mask_token.dtype)
+        if isinstance(tokens, Tensor):
+            assert self.mixture is None, "this decoder reads the encoder's blocks"
+            memories = [tokens] * len(self.blocks)
+        else:
+            assert self.mixture is not None, "this decoder reads the encoder's output"
+            memories = self.mixture(tokens)
+        queries = self.mask_token + position_NE[ids_predict]
+        for block, memory in zip(self.blocks, memories, strict=True):
+            queries = self.run(block, queries, memory)
+        prediction: Tensor = self.head(self.norm(queries))
+        return prediction
+
+
+class BlockMixture(nn.Module):
+    """What each decoder block reads: a learned weighted sum of all encoder blocks' outputs, normalised.
+
+    The weights start as normal(0, 1 / (L + 1)) in variance, as CrossMAE's, neither positive nor summing
+    to one.
+    """
+
+    def __init__(self, encoder_dim: int, encoder_depth: int, decoder_depth: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(decoder_depth, encoder_depth + 1))
+        nn.init.normal_(self.weight, std=(encoder_depth + 1) ** -0.5)
+        self.norms = nn.ModuleList(layer_norm(encoder_dim) for _ in range(decoder_depth))
+
+    def forward(self, outputs: list[Tensor]) -> list[Tensor]:
+        """From L + 1 tensors (B, T, D) to F of them, one per decoder block."""
+        # One product for all decoder blocks reads the encoder's outputs once instead of F times.
+        stacked = torch.stack(outputs).flatten(1)
+        mixed_FBTD = (self.weight @ stacked).unflatten(1, outputs[0].shape)
+        return [norm(mixed) for norm, mixed in zip(self.norms, mixed_FBTD, strict=True)]
+
+
+class CrossBlock(nn.Module):
+    """Pre-norm cross-attention and MLP."""
+
+    def __init__(self, width: int, encoder_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = layer_norm(width)
+        self.attn = CrossAttention(width, encoder_dim, num_heads)
+        self.norm2 = layer_norm(width)
+        self.mlp = Mlp(width, MLP_RATIO * width)
+
+    def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
+        """(B, M, E) and (B, T, D) to (B, M, E)."""
+        queries = queries + self.attn(self.norm1(queries), memory)
+        result: Tensor = queries + self.mlp(self.norm2(queries))
+        return result

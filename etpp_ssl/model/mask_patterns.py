@@ -1,0 +1,175 @@
+"""Block-wise masks: rectangles are removed one after the other until the count is reached.
+
+BEiT (Bao et al., ICLR 2022, algorithm 1) draws area and aspect and stops somewhere near its count. Here a
+rectangle's height and width are drawn independently, as shares of the grid, so that a mask covers the same
+shares of the scene at every bandwidth; it may hang over the border, or the corners would nearly always stay
+visible; and the last one is trimmed to the exact count. Everything is integer arithmetic: CPU and GPU agree
+to the bit.
+
+Legend: B batch, R rectangles, h, w grid, N = h w patches, K kept patches.
+
+Grid masks: the visible patches are a regular lattice at a keyed phase.
+
+MAE's grid-wise sampling (section 4.3) keeps one patch of every two by two. Other ratios take the lattice
+whose density is nearest; what it has too many is removed and what it lacks is added in keyed order, so
+that the count is exact at every bandwidth.
+
+Legend: B batch, h, w grid, N = h w patches, K kept patches.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from etpp_ssl.config import Config
+from etpp_ssl.model.masking import keyed_order
+from etpp_ssl.randomness import keyed_words
+
+_POSITIVE = (1 << 63) - 1
+_MAX_RECTANGLES = 512
+
+
+class BlockMaskingConfig(Config):
+    """Keyed rectangles are removed."""
+
+    name: Literal["block"] = "block"
+    min_side: float = Field(default=0.2, gt=0, le=1)
+    """Smallest height and width of a rectangle, as shares of the grid's."""
+    max_side: float = Field(default=0.5, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> BlockMaskingConfig:
+        if self.min_side > self.max_side:
+            raise ValueError(f"min_side {self.min_side:g} is larger than max_side {self.max_side:g}")
+        return self
+
+    def visible_ids(self, positions_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
+        """Ids of the visible patches of a grid of (h, w), int64 (B, K), ascending in each row."""
+        return block_masking(positions_B, grid, num_keep, seed, sides=(self.min_side, self.max_side))
+
+
+def block_masking(
+    positions_B: Tensor,
+    grid: tuple[int, int],
+    num_keep: int,
+    seed: int,
+    *,
+    sides: tuple[float, float] = (0.2, 0.5),
+) -> Tensor:
+    """Ids of the visible patches, a function of (seed, sample) and the grid alone.
+
+    Patches are removed in the order in which rectangles reach them, in keyed order within a rectangle,
+    until N - K are gone. Where all rectangles together do not reach so many, the rest is drawn uniformly.
+
+    Args:
+        positions_B: int64 (B,), the samples' numbers in the run; the result is on their device.
+        grid: (h, w) patches.
+        num_keep: K, 0 < K < N.
+        seed: the run's seed.
+        sides: smallest and largest side of a rectangle, as shares of the grid's.
+
+    Returns:
+        ids_keep, int64 (B, K), ascending in each row.
+    """
+    num_patches = grid[0] * grid[1]
+    num_rectangles = rectangles_needed(grid, num_keep, sides)
+    words = (keyed_words(seed, "mask-blocks", positions_B, 4 * num_rectangles) & _POSITIVE).unflatten(
+        1, (-1, 4)
+    )
+    rows_BRh = _interval(words[..., 0], words[..., 1], grid[0], sides)
+    columns_BRw = _interval(words[..., 2], words[..., 3], grid[1], sides)
+    covered_BRN = (rows_BRh[..., :, None] & columns_BRw[..., None, :]).flatten(2)
+    # Ranks fall from R to 1, so the largest is the first rectangle's; 0 where none covers the patch.
+    ranks_R = torch.arange(num_rectangles, 0, -1, dtype=torch.int16, device=positions_B.device)
+    first_BN = num_rectangles - (covered_BRN * ranks_R[:, None]).amax(dim=1).to(torch.int64)
+    order_BN = keyed_order(first_BN, keyed_words(seed, "mask", positions_B, num_patches))
+    return order_BN[:, num_patches - num_keep :].sort(dim=1).values
+
+
+def side_range(length: int, sides: tuple[float, float]) -> tuple[int, int]:
+    """Smallest and largest side of a rectangle, in patches, on an axis of `length` patches."""
+    smallest = max(1, round(length * sides[0]))
+    return smallest, max(smallest, round(length * sides[1]))
+
+
+def rectangles_needed(grid: tuple[int, int], num_keep: int, sides: tuple[float, float]) -> int:
+    """Rectangles to draw, so that they nearly always reach N - K patches together.
+
+    Each reaches a patch with the same chance a and R of them leave (1 - a)^R of the patches on average;
+    twice that R makes up for chance. A larger R never changes a mask that is complete without it.
+    """
+    chances = []
+    for length in grid:
+        smallest, largest = side_range(length, sides)
+        sizes = range(smallest, largest + 1)
+        chances.append(sum(size / (length + size - 1) for size in sizes) / len(sizes))
+    left = num_keep / (grid[0] * grid[1])
+    rest = max(0.1, 1 - chances[0] * chances[1])
+    return min(_MAX_RECTANGLES, 4 + math.ceil(2 * math.log(left) / math.log(rest)))
+
+
+def _interval(size_words: Tensor, start_words: Tensor, length: int, sides: tuple[float, float]) -> Tensor:
+    """Keyed intervals of one axis as bool (B, R, length)."""
+    smallest, largest = side_range(length, sides)
+    # Words of 63 bits: what the remainder prefers is beyond anything that can be seen.
+    size = smallest + size_words % (largest - smallest + 1)
+    start = start_words % (length + size - 1) - (size - 1)
+    places = torch.arange(length, device=size.device)
+    return (places >= start[..., None]) & (places < (start + size)[..., None])
+
+
+class GridMaskingConfig(Config):
+    """A regular lattice of patches stays."""
+
+    name: Literal["grid"] = "grid"
+
+    def visible_ids(self, positions_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
+        """Ids of the visible patches of a grid of (h, w), int64 (B, K), ascending in each row."""
+        return grid_masking(positions_B, grid, num_keep, seed)
+
+
+def grid_masking(positions_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
+    """Ids of the visible patches, a function of (seed, sample) and the grid alone.
+
+    Args:
+        positions_B: int64 (B,), the samples' numbers in the run; the result is on their device.
+        grid: (h, w) patches.
+        num_keep: K, 0 < K < N.
+        seed: the run's seed.
+
+    Returns:
+        ids_keep, int64 (B, K), ascending in each row.
+    """
+    num_patches = grid[0] * grid[1]
+    strides = lattice_strides(grid, num_keep)
+    phases_B2 = keyed_words(seed, "mask-phase", positions_B, 2) & _POSITIVE
+    rows, columns = (
+        torch.arange(length, device=positions_B.device) % stride == phases_B2[:, axis, None] % stride
+        for axis, (length, stride) in enumerate(zip(grid, strides, strict=True))
+    )
+    off_lattice_BN = ~(rows[:, :, None] & columns[:, None, :]).flatten(1)
+    words_BN = keyed_words(seed, "mask", positions_B, num_patches)
+    order_BN = keyed_order(off_lattice_BN.to(torch.int64), words_BN)
+    return order_BN[:, :num_keep].sort(dim=1).values
+
+
+def lattice_strides(grid: tuple[int, int], num_keep: int) -> tuple[int, int]:
+    """Patches from one lattice point to the next, per axis, differing by one at most.
+
+    Of all such pairs that fit the grid, the one whose cell is nearest, as a ratio, to N / K patches;
+    among equals the one with the longer stride along the longer axis.
+    """
+    wanted = grid[0] * grid[1] / num_keep
+    sides = range(1, math.isqrt(math.ceil(wanted)) + 2)
+    pairs = [(a, b) for a in sides for b in (a - 1, a, a + 1) if 1 <= b <= grid[1] and a <= grid[0]]
+
+    def distance(pair: tuple[int, int]) -> tuple[float, bool]:
+        against = (pair[0] - pair[1]) * (grid[0] - grid[1]) < 0
+        return abs(math.log(pair[0] * pair[1] / wanted)), against
+
+    return min(pairs, key=distance)

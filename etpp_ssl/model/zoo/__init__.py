@@ -1,0 +1,1 @@
+"""Networks that timm lacks, and pyramids that share their code."""

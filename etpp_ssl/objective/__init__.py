@@ -1,1 +1,0 @@
-"""Reconstruction targets and their losses."""

@@ -1,0 +1,1 @@
+"""What a masked autoencoder reconstructs, and the losses."""

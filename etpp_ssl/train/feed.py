@@ -1,0 +1,133 @@
+"""Batches on the device, with the time spent waiting for them and the images that were unreadable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.utils.data import Dataset
+
+from etpp_ssl.config import UserError
+from etpp_ssl.data.loader import Batch, batch_loader, batches
+from etpp_ssl.data.replay import Replay
+from etpp_ssl.data.sampler import BatchRequest
+from etpp_ssl.train.progress import Progress
+from etpp_ssl.train.state import TrainState
+
+
+class Feed:
+    """This process's micro-batches, step after step.
+
+    Args:
+        builder: builds batches.
+        requests: all micro-batches to load.
+        accelerator: knows the device.
+        num_workers, prefetch, stall_seconds: see `batch_loader`.
+        replay: turns the loaded micro-batches into those to train on; None trains on them as they are. A
+            buffer that has to be read again is read here, before the first step.
+        taken: told of each micro-batch that a step takes.
+    """
+
+    def __init__(
+        self,
+        builder: Dataset[Batch],
+        requests: Iterable[BatchRequest],
+        accelerator: Accelerator,
+        *,
+        num_workers: int,
+        prefetch: int,
+        stall_seconds: float | None = None,
+        replay: Replay | None = None,
+        taken: Callable[[Batch], None] = lambda batch: None,
+    ) -> None:
+        loader = batch_loader(
+            builder,
+            requests,
+            num_workers=num_workers,
+            prefetch=prefetch,
+            pin_memory=accelerator.device.type == "cuda",
+            stall_seconds=stall_seconds,
+        )
+        self._loaded = batches(loader)
+        self._batches: Iterator[Batch] = self._loaded
+        if replay is not None:
+            replay.refill(self._loaded)
+            self._batches = replay.batches(self._loaded)
+        self._device = accelerator.device
+        self._taken = taken
+        self.wait_seconds = 0.0
+        """Time that the current step has waited for data."""
+        self.kept: dict[int, list[Batch]] = {}
+        """Micro-batches of the step in work, as far as they have come, and of the one before it: on the host,
+        those that were trained on. Twice a step's images of this process stay in memory for it, pinned where
+        the batches go to a GPU; never in shared memory."""
+
+    def step(self) -> Iterator[Batch]:
+        """The micro-batches of the next step, on the device."""
+        self.wait_seconds = 0.0
+        last = False
+        while not last:
+            start = time.perf_counter()
+            batch = next(self._batches).own_memory()
+            self.wait_seconds += time.perf_counter() - start
+            last = batch.request.last
+            self._keep(batch)
+            self._taken(batch)
+            yield batch.to(self._device)
+
+    def _keep(self, batch: Batch) -> None:
+        self.kept.setdefault(batch.request.step, []).append(batch)
+        for step in sorted(self.kept)[:-2]:
+            del self.kept[step]
+
+    def close(self) -> None:
+        """End the data workers; what they have prepared is lost."""
+        self._loaded.close()
+
+
+class BadImages:
+    """Counts unreadable images, names each once, and ends the run when there are too many.
+
+    Args:
+        state: where they are remembered.
+        num_images: N.
+        max_share: of N.
+    """
+
+    def __init__(self, state: TrainState, num_images: int, max_share: float, progress: Progress) -> None:
+        self.known = state.bad_images
+        self.num_images = num_images
+        self.max_share = max_share
+        self.progress = progress
+
+    def note(self, batch: Batch) -> None:
+        """Take the bad images of a batch.
+
+        Raises:
+            UserError: if more than the allowed share of the data set is unreadable.
+        """
+        for image in batch.bad:
+            if image.index not in self.known:
+                self.known[image.index] = image.name
+                self.progress.say(f"unreadable image {image.name!r}: {image.reason}; replaced")
+                self._check(image.reason)
+
+    def share(self, accelerator: Accelerator) -> None:
+        """Bring together what the processes have met; every process must call it."""
+        if accelerator.num_processes > 1:
+            for process, known in enumerate(gather_object([dict(self.known)])):
+                for index in known.keys() - self.known.keys():
+                    self.known[index] = known[index]
+                    self.progress.say(
+                        f"unreadable image {known[index]!r}, met by process {process}; replaced"
+                    )
+            self._check("see the messages above")
+
+    def _check(self, reason: str) -> None:
+        if len(self.known) > self.max_share * self.num_images:
+            raise UserError(
+                f"{len(self.known)} of {self.num_images} images are unreadable, more than data.max_bad_share "
+                f"{self.max_share:g} allows; the last one is {list(self.known.values())[-1]!r} ({reason})"
+            )

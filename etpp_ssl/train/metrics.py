@@ -1,0 +1,199 @@
+"""`metrics.jsonl`: one object a line, cut back to the checkpoint's step on resume."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from etpp_ssl.config import RunFault
+from etpp_ssl.files import append_line, disk_fault, flush
+from etpp_ssl.run_folder import RunFolder, parse_row
+from etpp_ssl.train.state import TrainState
+
+
+class RowsFault(RunFault):
+    """The disk does not take the rows of metrics."""
+
+
+class MetricsFile:
+    """Appends rows and passes them on to accelerate's trackers; only the main process writes.
+
+    Rows that the disk does not take wait in memory and are written, in order, once it does: a full disk is
+    told of when it begins and when it ends. `flush` is where it ends a run.
+
+    Args:
+        folder: the run's.
+        accelerator: the run's.
+        say: told of a disk or a tracker that takes no rows.
+    """
+
+    def __init__(
+        self, folder: RunFolder, accelerator: Accelerator, say: Callable[[str], None] = print
+    ) -> None:
+        self.path = folder.metrics_file
+        self.accelerator = accelerator
+        self.say = say
+        self._waiting: list[dict[str, Any]] = []
+        self._most_waiting = 0
+        self._tracker_failed = False
+
+    def cut_back(self, step: int) -> None:
+        """Forget rows after `step`: the run goes on from there and writes them again.
+
+        Raises:
+            OSError: if the file cannot be shortened.
+        """
+        self._waiting = [row for row in self._waiting if row["step"] <= step]
+        if not self.path.exists():
+            return
+        with self.path.open("r+b") as file:
+            end = position = 0
+            for line in file:
+                position += len(line)
+                row = parse_row(line) if line.endswith(b"\n") else None
+                if row is not None and row["step"] <= step:
+                    end = position
+            # One call, which no kill cuts in two, and which a full disk allows.
+            file.truncate(end)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; `row["step"]` counts finished optimizer steps."""
+        if self.accelerator.is_main_process:
+            self._waiting.append(row)
+            self._write_waiting()
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+        try:
+            self.accelerator.log(numbers, step=row["step"])
+        except OSError as error:
+            if not self._tracker_failed:
+                self.say(
+                    f"warning: the tracker takes no rows from step {row['step']} on: {disk_fault(error)}"
+                )
+            self._tracker_failed = True
+
+    def flush(self) -> None:
+        """See to it that all rows are on the disk, on the main process.
+
+        Raises:
+            RowsFault: if they are not.
+        """
+        reason = self._write_waiting()
+        if reason is None and self.path.exists():
+            try:
+                flush(self.path)
+            except OSError as error:
+                reason = disk_fault(error)
+        if reason is not None:
+            raise RowsFault(f"rows could not be written to {str(self.path)!r}: {reason}")
+
+    def _write_waiting(self) -> str | None:
+        """Why rows still wait, or None."""
+        while self._waiting:
+            try:
+                append_line(self.path, json.dumps(self._waiting[0]))
+            except OSError as error:
+                reason = disk_fault(error)
+                if not self._most_waiting:
+                    self.say(
+                        f"warning: rows from step {self._waiting[0]['step']} on wait in memory: "
+                        f"{str(self.path)!r} cannot be written: {reason}"
+                    )
+                self._most_waiting = max(self._most_waiting, len(self._waiting))
+                return reason
+            del self._waiting[0]
+        if self._most_waiting:
+            self.say(f"rows are written again, those that waited ({self._most_waiting}) among them")
+            self._most_waiting = 0
+        return None
+
+
+class Meter:
+    """Loss and speed since the last row, without waiting for the device in between."""
+
+    def __init__(self, accelerator: Accelerator, state: TrainState) -> None:
+        self.accelerator = accelerator
+        self.state = state
+        # Over all processes, step after step, in the order that a resumed run goes on with.
+        self._sums = {
+            name: torch.tensor(value, dtype=torch.float32, device=accelerator.device)
+            for name, value in {"loss": state.loss_sum, **state.part_sums}.items()
+        }
+        self._num_summed = torch.tensor(float(state.loss_steps), device=accelerator.device)
+        self._step: dict[str, Tensor] = {}
+        self._since = self._noted = time.perf_counter()
+        self._images = 0
+        self._wait = 0.0
+
+    def add(self, losses: dict[str, Tensor], weight: float) -> None:
+        """Take one micro-batch's losses, `loss` among them; `weight` is its share of the global batch."""
+        for name, loss in losses.items():
+            self._step[name] = self._step.get(name, 0.0) + loss.detach() * weight
+
+    def step_loss(self) -> Tensor:
+        """This process's part of the step's loss so far, float32 ()."""
+        return self._step["loss"]
+
+    def take(self, finite: Tensor) -> Tensor:
+        """Add the step's losses, over all processes, to the sums; every process must call it.
+
+        Args:
+            finite: bool (), whether this process finds the step finite.
+
+        Returns:
+            float32 (), 1.0 for a step that some process does not find finite and that counts in no mean,
+            otherwise 0.0; the same on all processes.
+        """
+        own = torch.stack([*self._step.values(), (~finite).float()])
+        *losses, unfit = self.accelerator.reduce(own, reduction="sum")
+        bad: Tensor = (unfit > 0).float()
+        for name, loss in zip(self._step, losses, strict=True):
+            # A new run learns the names of its losses here.
+            self._sums[name] = self._sums.get(name, 0.0) + torch.where(bad > 0, 0.0, loss)
+        self._num_summed = self._num_summed + (1.0 - bad)
+        self._step = {}
+        return bad
+
+    def step_done(self, num_images: int, wait_seconds: float) -> None:
+        """Count a finished step: images of the global batch, seconds this process waited for data."""
+        self.state.step += 1
+        self._images += num_images
+        self._wait += wait_seconds
+
+    def pause(self, seconds: float) -> None:
+        """Leave time out of the speed, for instance that of a probe."""
+        self._since += seconds
+
+    def synchronise(self) -> None:
+        """Bring the loss sums and the time spent into the state."""
+        *values, num_summed = torch.stack([*self._sums.values(), self._num_summed]).tolist()
+        sums = dict(zip(self._sums, values, strict=True))
+        self.state.loss_steps = int(num_summed)
+        self.state.loss_sum = sums.pop("loss")
+        self.state.part_sums = sums
+        now = time.perf_counter()
+        self.state.elapsed += now - self._noted
+        self._noted = now
+
+    def row(self) -> dict[str, float]:
+        """Losses and speed since the last row, which start anew; no losses where no step was finite."""
+        self.synchronise()
+        state = self.state
+        sums = {"loss": state.loss_sum, **state.part_sums}
+        seconds = time.perf_counter() - self._since
+        values = {
+            **{name: value / state.loss_steps for name, value in sums.items() if state.loss_steps},
+            "images_per_second": self._images / seconds,
+            "data_wait_share": min(1.0, self._wait / seconds),
+        }
+        state.seconds += seconds
+        state.loss_sum, state.part_sums, state.loss_steps = 0.0, dict.fromkeys(state.part_sums, 0.0), 0
+        for total in (*self._sums.values(), self._num_summed):
+            total.zero_()
+        self._since, self._images, self._wait = time.perf_counter(), 0, 0.0
+        return values

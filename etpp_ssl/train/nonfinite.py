@@ -1,0 +1,223 @@
+"""A loss or a gradient that is not finite: found on all processes before the optimizer steps."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import get_total_norm
+
+from etpp_ssl.config import RunFault
+from etpp_ssl.debug.dump import write_dump
+from etpp_ssl.dist.same_start import agree_on_start
+from etpp_ssl.files import disk_fault
+from etpp_ssl.train.base_run import BaseRun
+from etpp_ssl.train.checkpoint import load_checkpoint
+from etpp_ssl.train.feed import Feed
+from etpp_ssl.train.metrics import Meter
+from etpp_ssl.train.run import restore
+from etpp_ssl.train.state import TrainState
+
+MOST_SKIPS_IN_A_ROW = 10
+"""More steps than this without a finite one: the weights themselves are lost."""
+
+
+class NonFinite(RunFault):
+    """A loss or a gradient that is not finite, raised on all processes.
+
+    Args:
+        message: what the user is told.
+        step: the optimizer step, counted from 0.
+        rewinds: whether the run is to go back to its newest checkpoint.
+    """
+
+    everywhere = True
+
+    def __init__(self, message: str, step: int, *, rewinds: bool) -> None:
+        super().__init__(message)
+        self.step = step
+        self.rewinds = rewinds
+
+
+class Guard:
+    """Judges every step's loss and gradients, and acts on the recipe's `nonfinite`.
+
+    The verdict is shared by all processes: what one finds, all act on. It is a number on the device. With a
+    fused AdamW on a GPU the host does not wait for it: the kernel leaves the update out by itself, and the
+    host reads the number one step later. Everywhere else the host reads it before the optimizer steps.
+    Under float16 a gradient that is not finite is the loss scaler's business, and only the loss is judged.
+
+    Args:
+        run: the run.
+        meter: has the step's losses.
+        feed: has the step's batches, for a dump.
+        clip_grad: largest norm of the gradients, or None.
+        late: whether to read the verdict one step later; None decides by device and optimizer.
+    """
+
+    def __init__(
+        self,
+        run: BaseRun,
+        meter: Meter,
+        feed: Feed,
+        *,
+        clip_grad: float | None,
+        late: bool | None = None,
+    ) -> None:
+        self.run = run
+        self.meter = meter
+        self.feed = feed
+        self.clip_grad = clip_grad
+        self.scaled = run.accelerator.scaler is not None
+        # accelerate wraps the optimizer whose kernel reads `found_inf`.
+        self._optimizer: Any = getattr(run.optimizer, "optimizer", run.optimizer)
+        fused = isinstance(self._optimizer, torch.optim.AdamW) and bool(self._optimizer.defaults.get("fused"))
+        on_device = run.accelerator.device.type == "cuda" and fused and not self.scaled
+        self.late = on_device if late is None else late
+        # A forward pass changes them, whatever the optimizer does then.
+        self._statistics = [
+            (buffer, buffer.clone())
+            for module in run.bare_model.modules()
+            if isinstance(module, _BatchNorm)
+            for buffer in module.buffers(recurse=False)
+        ]
+        self._pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+        self._in_a_row = 0
+
+    def passes(self) -> bool:
+        """Clip the gradients; whether the optimizer is to step.
+
+        Raises:
+            NonFinite: on all processes, if the run is to stop or to go back.
+        """
+        run, step = self.run, self.run.state.step
+        finite = self._finite()
+        # Before the new verdict reaches the optimizer: the weights are still those of the step before.
+        self.settle()
+        bad = self.meter.take(finite)
+        for buffer, before in self._statistics:
+            before.copy_(torch.where(bad > 0, before, buffer))
+            buffer.copy_(before)
+        if not self.late:
+            self._act(step, bool(bad))
+            return not bool(bad)
+        self._optimizer.found_inf = bad
+        if run.accelerator.device.type == "cuda":
+            on_host = torch.empty_like(bad, device="cpu", pin_memory=True).copy_(bad, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._pending = (step, on_host, arrived)
+        else:
+            self._pending = (step, bad, None)
+        return True
+
+    def settle(self) -> None:
+        """Act on a verdict that was not read yet.
+
+        Raises:
+            NonFinite: see `passes`.
+        """
+        if self._pending is None:
+            return
+        step, bad, arrived = self._pending
+        self._pending = None
+        if arrived is not None:
+            arrived.synchronize()
+        self._act(step, bool(bad))
+
+    def _finite(self) -> Tensor:
+        """bool (), whether this process finds loss and gradients finite, once the latter are clipped."""
+        run = self.run
+        finite = self.meter.step_loss().isfinite()
+        if self.clip_grad is not None:
+            norm = run.accelerator.clip_grad_norm_(run.model.parameters(), self.clip_grad)
+        else:
+            norm = get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
+        if not self.scaled:
+            finite = finite & _whole(norm).isfinite()
+        return finite
+
+    def _act(self, step: int, bad: bool) -> None:
+        if not bad:
+            self._in_a_row = 0
+            return
+        run, config = self.run, self.run.recipe.nonfinite
+        self._in_a_row += 1
+        samples = run.curriculum.stage_at(step).samples
+        what = (
+            f"loss or gradients of step {step + 1} (samples {samples.start} to {samples.stop - 1}) are not "
+            f"finite"
+        )
+        if self._in_a_row == 1:
+            folder = write_dump(run, step, self.feed.kept.get(step, []))
+            if folder is not None:
+                what += f"; etpp replay-nan {shlex.quote(str(folder))} shows where"
+        if config.policy == "skip" and self._in_a_row <= MOST_SKIPS_IN_A_ROW:
+            run.state.num_skipped += 1
+            run.progress.say(f"{what}; the step is left out")
+            return
+        if config.policy == "rewind" and run.state.num_rewinds < config.max_rewinds:
+            raise NonFinite(what, step, rewinds=True)
+        tried = {
+            "stop": "",
+            "skip": f"; so were the {MOST_SKIPS_IN_A_ROW} steps before",
+            "rewind": f"; so they were after {config.max_rewinds} rewinds",
+        }[config.policy]
+        raise NonFinite(
+            f"{what}{tried}; the newest checkpoint is from before: lower optim.base_lr, set "
+            f"optim.clip_grad=1.0, use precision=bf16 or fp32, or choose nonfinite.policy skip or rewind",
+            step,
+            rewinds=False,
+        )
+
+
+def rewind(run: BaseRun, fault: NonFinite) -> None:
+    """Bring a run back to its newest checkpoint, with a lower learning rate; every process must call it.
+
+    The factor is a part of the state, so a run that is killed and resumed later goes on with it. One that is
+    killed before its next checkpoint meets the same step again, and goes back again.
+
+    Args:
+        run: the run.
+        fault: why.
+
+    Raises:
+        UserError: if no checkpoint can be read, or the processes have read different ones.
+        RunFault: if the rows after it cannot be removed.
+    """
+    accelerator, config = run.accelerator, run.recipe.nonfinite
+    accelerator.wait_for_everyone()
+    checkpoint = run.folder.trained(run.progress.say)
+    saved = load_checkpoint(checkpoint, run.bare_model, run.optimizer)
+    if run.average is not None:
+        run.average.load_state_dict(checkpoint.average() or {}, f"moving average of {checkpoint.path}")
+    restore(accelerator, saved, run.kernels, run.progress)
+    run.optimizer.zero_grad()
+    state = TrainState.from_json(saved["state"])
+    state.num_rewinds = run.state.num_rewinds + 1
+    state.lr_factor = run.state.lr_factor * config.lr_factor
+    run.state = state
+    if state.plan is not None:
+        run.curriculum = run.progress.curriculum = run.curriculum.laid_out(state.plan.segments)
+    agree_on_start(run)
+    disk = ""
+    if accelerator.is_main_process:
+        try:
+            run.metrics.cut_back(state.step)
+        except OSError as error:
+            disk = disk_fault(error) or str(error)
+    disk = run.agreement.main_says(disk)
+    if disk:
+        raise RunFault(f"{fault}; and {str(run.folder.metrics_file)!r} cannot be cut back: {disk}")
+    run.progress.say(
+        f"{fault}; back to step {state.step} with {state.lr_factor:g} of the learning rate "
+        f"(rewind {state.num_rewinds} of {config.max_rewinds})"
+    )
+
+
+def _whole(norm: Tensor) -> Tensor:
+    """A norm over all shards, where parameters are sharded."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -1,0 +1,109 @@
+"""What every training loop writes: rows of metrics, and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from etpp_ssl.config import RunFault
+from etpp_ssl.curriculum.base import Stage
+from etpp_ssl.train.base_run import BaseRun
+from etpp_ssl.train.checkpoint import checkpoint_files, what_is_left, write_checkpoint
+from etpp_ssl.train.metrics import Meter, RowsFault
+from etpp_ssl.train.state import environment
+from etpp_ssl.train.status import write_status
+from etpp_ssl.train.streams import gather_streams
+
+
+def log_due(run: BaseRun) -> bool:
+    """Every so many steps, and at a segment's last one, so that no row mixes two bandwidths."""
+    done = run.state.step
+    return done % run.recipe.log_every_steps == 0 or run.curriculum.ends_segment(done)
+
+
+def log_row(run: BaseRun, stage: Stage, meter: Meter, lr: float) -> None:
+    """Write and show losses and speed since the last row; `stage` and `lr` are those of the last step."""
+    state, curriculum = run.state, run.curriculum
+    speed = meter.row()
+    if "loss" not in speed:
+        return  # Each step was told of when it was left out.
+    epochs = curriculum.equivalent_epochs_after(state.step)
+    row = {
+        "step": state.step,
+        "loss": speed.pop("loss"),
+        "lr": lr,
+        "stage": stage.index,
+        "bandwidth": list(stage.bandwidth),
+        "batch_size": stage.batch_size,
+        "equivalent_epochs": epochs,
+        "images_seen": stage.slots.stop,
+        "images_loaded": stage.samples.stop,
+        "bad_images": len(state.bad_images),
+        "skipped_steps": state.num_skipped,
+        "num_processes": run.accelerator.num_processes,
+        "seconds": state.seconds,
+        **speed,
+    }
+    run.metrics.write(row)
+    run.progress.row(row)
+
+
+def save(run: BaseRun, *, required: bool = False) -> bool:
+    """Write a checkpoint of the run as it stands; every process must call it.
+
+    Only the main process writes. Whether it could, all processes learn here, and all act alike.
+
+    Args:
+        run: the run.
+        required: whether the run cannot go on without it, whatever `checkpoint.on_error` says; so it is at
+            the run's end.
+
+    Returns:
+        Whether it is written.
+
+    Raises:
+        RunFault: on all processes, if it is not, and the run is not to go on without it.
+    """
+    is_main = run.accelerator.is_main_process
+    average = None if run.average is None else run.average.state_dict()
+    files = checkpoint_files(run.bare_model, run.optimizer, average, keep=is_main)
+    gather_streams(run.accelerator, run.state)
+    fault = ""
+    if is_main:
+        try:
+            # A resumed run writes no row of before its checkpoint again.
+            run.metrics.flush()
+            _write(run, files)
+        except RowsFault as error:
+            step, left = run.state.step, what_is_left(run.folder)
+            fault = f"checkpoint of step {step} could not be written, since {error}; {left}"
+        except RunFault as error:
+            fault = str(error)
+    fault = run.agreement.main_says(fault)
+    if not fault:
+        write_status(run, "running")
+        return True
+    if required or run.finished or run.recipe.checkpoint.on_error == "stop":
+        ending = RunFault(fault)
+        ending.everywhere = True
+        raise ending
+    run.progress.say(f"warning: {fault}; training goes on, and the next checkpoint tries again")
+    return False
+
+
+def _write(run: BaseRun, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+    accelerator, scaler = run.accelerator, run.accelerator.scaler
+    write_checkpoint(
+        run.folder,
+        run.state.step,
+        files,
+        {
+            "state": run.state.to_json(),
+            "environment": environment(accelerator.num_processes, accelerator.device, run.kernels),
+            "data": run.data_fingerprint,
+            "classes": run.classes,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        },
+        keep=run.recipe.checkpoint.keep,
+    )

@@ -1,0 +1,183 @@
+"""Where a run starts: new, resumed or forked."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from etpp_ssl.config import UserError, shown_bytes
+from etpp_ssl.curriculum.base import Curriculum
+from etpp_ssl.curriculum.hours import TimePlan, replan
+from etpp_ssl.data.training import TrainingImages
+from etpp_ssl.files import flush, write_text
+from etpp_ssl.recipe import RunRecipe
+from etpp_ssl.recipe_file import changed_keys
+from etpp_ssl.run_folder import Checkpoint, RunFolder, check_state
+from etpp_ssl.train.checkpoint import checkpoint_bytes, clear_leftovers
+from etpp_ssl.train.folder_lock import LOCK_FILE, FolderLock
+from etpp_ssl.train.metrics import MetricsFile
+from etpp_ssl.train.state import TrainState
+
+
+def starting_point(
+    recipe: RunRecipe,
+    folder: RunFolder,
+    source: TrainingImages,
+    curriculum: Curriculum,
+    fork: Path | None,
+    say: Callable[[str], None],
+) -> tuple[Checkpoint | None, TrainState]:
+    """The checkpoint to start from, or None, and the state to start with.
+
+    Args:
+        recipe: the run.
+        folder: its folder, which may hold an earlier part of it.
+        source: the training images.
+        curriculum: its stages.
+        fork: another run folder to start from where `folder` has no checkpoint.
+        say: told of damaged checkpoints and of what was chosen.
+
+    Raises:
+        UserError: if the folder's run has another recipe, other data or no readable checkpoint, the forked
+            run has no step of this recipe left, or a budget in hours cannot go on from it.
+    """
+    start = None
+    if folder.exists():
+        changed = changed_keys(folder.any_recipe(), recipe)
+        if changed:
+            raise UserError(
+                f"run {str(folder.path)!r} was started with other settings: {'; '.join(changed)}; go on "
+                f"with the old ones, or use --fork {folder.path} with another output"
+            )
+        start = folder.newest(say)
+    elif os.path.isdir(folder.path) and not all(_is_leftover(path) for path in folder.path.iterdir()):
+        raise UserError(
+            f"output {str(folder.path)!r} is a folder with other files in it and no run; choose another"
+        )
+    forked = start is None and fork is not None
+    if forked:
+        assert fork is not None
+        start = RunFolder(fork).trained(say)
+    if start is None:
+        return None, TrainState()
+    saved = start.state()
+    try:
+        check_state(saved, start.step)
+    except ValueError as error:
+        raise UserError(f"checkpoint {str(start.path)!r} cannot be gone on from: {error}") from error
+    if saved["data"] != source.fingerprint() and not forked:
+        raise UserError(
+            f"the data is not what run {str(folder.path)!r} was started with: files were added, removed or "
+            f"renamed; use --fork {folder.path} with another output to go on with these"
+        )
+    state = TrainState.from_json(saved["state"])
+    if not forked:
+        say(f"resuming {folder.path} at step {state.step}")
+        return start, state
+    plan = _plan_of_fork(recipe, curriculum, state, start)
+    laid_out = curriculum if plan is None else curriculum.laid_out(plan.segments)
+    if state.step == laid_out.num_steps:
+        raise UserError(
+            f"{start.path} has all of this recipe's {state.step} steps behind it, so that nothing is left "
+            f"for a fork; give a larger budget"
+        )
+    say(f"forked from {start.path} at step {state.step}")
+    # The rest is the old run's own: losses of no row yet, unreadable images by number, the place in a stream,
+    # rewinds and what they made of its learning rate.
+    return start, TrainState(step=state.step, seconds=state.seconds, elapsed=state.elapsed, plan=plan)
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether it is of a run that was killed before it had a recipe, or of a probe of other weights."""
+    return path.name.startswith(".writing-") or path.name in (LOCK_FILE, "report")
+
+
+def _plan_of_fork(
+    recipe: RunRecipe, curriculum: Curriculum, state: TrainState, start: Checkpoint
+) -> TimePlan | None:
+    """The forked run's plan in hours, with its future fitted to this recipe's budget."""
+    if recipe.budget_hours is None:
+        return None
+    plan = state.plan
+    if plan is None or plan.stages != curriculum.portions:
+        what = "no plan in hours" if plan is None else "a plan of other stages"
+        raise UserError(
+            f"budget_hours {recipe.budget_hours:g} cannot go on from {start.path}, which has {what}; "
+            f"give budget_epochs"
+        )
+    if plan.hours == recipe.budget_hours:
+        return plan
+    if state.step == curriculum.laid_out(plan.segments).num_steps:
+        raise UserError(
+            f"budget_hours {recipe.budget_hours:g} cannot prolong {start.path}, whose run of {plan.hours:g} "
+            f"hours is finished; give budget_epochs"
+        )
+    return replan(curriculum, plan, step=state.step, elapsed=state.elapsed, hours=recipe.budget_hours)
+
+
+def prepare_folder(
+    folder: RunFolder,
+    recipe: RunRecipe,
+    state: TrainState,
+    num_parameters: int,
+    metrics: MetricsFile,
+    lock: FolderLock,
+) -> None:
+    """Create a run's folder, or bring it back to a checkpoint's step; the main process only.
+
+    Args:
+        folder: the run's folder.
+        recipe: what to record there.
+        state: after its step, checkpoints and rows are of a past that did not happen.
+        num_parameters: of the model, to see whether its checkpoints fit the disk.
+        metrics: the folder's log.
+        lock: taken here.
+
+    Raises:
+        UserError: if the disk is too full, the folder cannot be written to, or another process trains in it.
+    """
+    try:
+        lock.acquire()
+        clear_leftovers(folder, state.step)
+        _check_room(folder, recipe, num_parameters)
+        # First, since it makes a folder a run.
+        recipe.save(folder.recipe_file)
+        lock.acquire()
+        folder.checkpoint_folder.mkdir(exist_ok=True)
+        metrics.cut_back(state.step)
+        write_plan(folder, state.plan)
+        flush(folder.path)
+    except OSError as error:
+        raise UserError(
+            f"output {str(folder.path)!r} cannot be written to: {error.strerror or error}"
+        ) from error
+
+
+def _check_room(folder: RunFolder, recipe: RunRecipe, num_parameters: int) -> None:
+    """Refuse a disk that has no room for the checkpoints to come, and one more while it is written."""
+    # Weights and two moments in float32, at least.
+    size = 12 * num_parameters
+    there = folder.checkpoints()
+    if there and there[0].fault() is None:
+        size = checkpoint_bytes(there[0])
+    count = max(1, recipe.checkpoint.keep + 1 - len(there))
+    path = folder.path.absolute()
+    disk = shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists()))
+    if disk.total and disk.free < count * size:
+        raise UserError(
+            f"output {str(folder.path)!r} has {shown_bytes(disk.free)} free, but {count} more checkpoints "
+            f"take {shown_bytes(count * size)}: make room, or lower checkpoint.keep"
+        )
+
+
+def write_plan(folder: RunFolder, plan: TimePlan | None) -> None:
+    """Put a plan in hours where people and `etpp plan` find it; the checkpoints have it, too.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    if plan is not None:
+        write_text(folder.plan_file, json.dumps(plan.to_json(), indent=1))

@@ -1,0 +1,168 @@
+"""A budget in hours: how fast each stage is, and how many steps it gets for that.
+
+`decide_steps` measures before the first step, `replan_steps` corrects at every end of a segment. The
+arithmetic is in `curriculum/hours.py`. All processes take the main one's clock, so that all have the same
+plan. A plan is recorded with every checkpoint: between two plans a run is a function of the step.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from etpp_ssl.config import UserError
+from etpp_ssl.curriculum.base import Stage
+from etpp_ssl.curriculum.frequency import low_frequency_crop
+from etpp_ssl.curriculum.hours import TimePlan, first_plan, replan, shortest_seconds
+from etpp_ssl.dist.sharding import own_parts
+from etpp_ssl.train.feed import Feed
+from etpp_ssl.train.run import Run
+from etpp_ssl.train.start import write_plan
+
+FEWEST_STEPS, MOST_STEPS = 3, 1000
+MOST_SECONDS = 10.0
+MOST_SHARE = 0.01
+"""Measuring a stage ends, between these steps, once it took `MOST_SECONDS` or this share of the budget."""
+
+
+def decide_steps(run: Run) -> None:
+    """Turn a new run's budget in hours into steps; every process must call it.
+
+    Does nothing for a run with a budget in epochs, or with a plan.
+
+    Raises:
+        UserError: if the budget is too short for one step of each segment.
+    """
+    hours = run.recipe.budget_hours
+    if hours is None or run.state.plan is not None:
+        return
+    run.progress.say(f"measuring the stages' speed, to fill {_shown(3600 * hours)}")
+    start = time.perf_counter()
+    pace, probe_seconds = _measure(run)
+    elapsed = _agreed(run, time.perf_counter() - start)
+    need = elapsed + probe_seconds + shortest_seconds(run.curriculum, pace)
+    if 3600 * hours < need:
+        raise UserError(
+            f"budget_hours {hours:g} is too short: measuring, one step of each segment and the last probe "
+            f"take {_shown(need)}, so give more than {need / 3600:.2g}"
+        )
+    run.state.elapsed = elapsed
+    _adopt(run, first_plan(run.curriculum, hours=hours, pace=pace, elapsed=elapsed, reserve=probe_seconds))
+
+
+def replan_due(run: Run) -> bool:
+    """Whether the steps to come are to be planned anew; the same on all processes."""
+    return run.state.plan is not None and not run.finished and run.curriculum.ends_segment(run.state.step)
+
+
+def replan_steps(run: Run) -> None:
+    """Fit the steps to come to the time that is left; every process must call it."""
+    state = run.state
+    assert state.plan is not None
+    state.elapsed = _agreed(run, state.elapsed)
+    _adopt(run, replan(run.curriculum, state.plan, step=state.step, elapsed=state.elapsed))
+    if run.accelerator.is_main_process:
+        try:
+            write_plan(run.folder, state.plan)
+        except UserError as error:
+            # The checkpoint that follows has the plan too, and says for all processes whether the disk fails.
+            run.progress.say(f"warning: {error}")
+
+
+def _adopt(run: Run, plan: TimePlan) -> None:
+    before = run.curriculum.num_steps if plan.step else None
+    run.state.plan = plan
+    run.curriculum = run.progress.curriculum = run.curriculum.laid_out(plan.segments)
+    run.progress.say(
+        f"step {plan.step}: {_shown(plan.elapsed)} of {_shown(3600 * plan.hours)} spent; planned are "
+        f"{run.curriculum.num_steps} steps{f' (before: {before})' if before is not None else ''}, "
+        f"{run.curriculum.equivalent_epochs:.4g} equivalent epochs"
+    )
+
+
+def _measure(run: Run) -> tuple[list[float], float]:
+    """Seconds per step of each stage, probes included, and seconds of one probe.
+
+    Trains with a learning rate of zero on real batches, and leaves no trace: weights, optimizer, loss
+    scale and random generators are as before, and the order of samples has no memory.
+    """
+    device, scaler = run.accelerator.device, run.accelerator.scaler
+    weights = {name: value.to("cpu", copy=True) for name, value in own_parts(run.bare_model).items()}
+    scale = scaler.state_dict() if scaler is not None else None
+    run.model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        pace = [_step_seconds(run, stage) for stage in run.curriculum.stages]
+        probe_seconds = _probe_seconds(run)
+    for name, value in own_parts(run.bare_model).items():
+        value.copy_(weights[name])
+    run.optimizer.state.clear()
+    if scaler is not None:
+        scaler.load_state_dict(scale)
+    every = getattr(run.recipe.probe, "every_steps", None)
+    return [seconds + (probe_seconds / every if every else 0.0) for seconds in pace], probe_seconds
+
+
+def _step_seconds(run: Run, stage: Stage) -> float:
+    assert run.recipe.budget_hours is not None
+    streams = run.state.streams
+    enough = min(MOST_SECONDS, MOST_SHARE * 3600 * run.recipe.budget_hours)
+    # The first step allocates and tunes; and every worker has a batch ready when the first one arrives,
+    # so that only later batches show how fast they come.
+    warm_up = 1 + run.recipe.data.num_workers
+    steps_at_most = range(stage.first_step, stage.first_step + warm_up + MOST_STEPS)
+    feed = run.open_feed(lambda step: replace(stage, step=step), steps_at_most)
+    for _ in range(warm_up):
+        train_step(run, stage, feed, lr=0.0)
+    start, seconds, steps = _now(run), 0.0, 0
+    while steps < FEWEST_STEPS or (seconds < enough and steps < MOST_STEPS):
+        train_step(run, stage, feed, lr=0.0)
+        steps += 1
+        seconds = _agreed(run, _now(run) - start)
+    feed.close()
+    run.state.streams = streams
+    return seconds / steps
+
+
+def train_step(run: Run, stage: Stage, feed: Feed, lr: float) -> None:
+    """What a step of the training loop computes, without its bookkeeping."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    for batch in feed.step():
+        images = low_frequency_crop(run.normalise(batch.images), stage.bandwidth)
+        mask = run.masker(batch.positions, stage.bandwidth, stage.progress)
+        with run.synchronised(batch):
+            values, ids_predicted = run.model(images, mask.ids_keep, mask.ids_predict)
+            loss = run.objective(values, ids_predicted, images) * batch.request.weight
+            run.accelerator.backward(loss * run.accelerator.num_processes)
+    if run.recipe.optim.clip_grad is not None:
+        run.accelerator.clip_grad_norm_(run.model.parameters(), run.recipe.optim.clip_grad)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+
+
+def _probe_seconds(run: Run) -> float:
+    if run.probe is None:
+        return 0.0
+    start = _now(run)
+    run.probe.run(run.bare_model)
+    return _agreed(run, _now(run) - start)
+
+
+def _now(run: Run) -> float:
+    if run.accelerator.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def _agreed(run: Run, number: float) -> float:
+    """The main process's number, on all."""
+    numbers = [number]
+    broadcast_object_list(numbers)
+    return numbers[0]
+
+
+def _shown(seconds: float) -> str:
+    return f"{seconds / 3600:.2f} hours" if seconds >= 3600 else f"{seconds:.1f} seconds"

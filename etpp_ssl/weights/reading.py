@@ -1,0 +1,238 @@
+"""Tensors out of a file that others wrote, without running anything that the file says.
+
+State dicts against the model that is to take them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import pickle
+import pickletools
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from etpp_ssl.config import UserError, listed
+from etpp_ssl.files import open_regular
+
+PICKLES_BEFORE_VALUES = 5
+"""In an old file of torch.save: a magic number, the protocol, the system, the content, its tensors' keys."""
+WRAPPERS = ("model", "state_dict")
+"""Keys under which training scripts keep the state dict beside optimizer and arguments."""
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a `.safetensors` or a `torch.save` file, on the CPU.
+
+    Which of the two it is shows in its first bytes, not in its name. A pickle is read with
+    `weights_only=True`; `argparse.Namespace`, which MAE's training script pickles beside the weights,
+    is the one class allowed on top of torch's own. It holds attributes and runs no code.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Tensors by name, from the key `model` or `state_dict` where there is one; a `module.` in front
+        of every name, as DistributedDataParallel leaves it, is taken off.
+
+    Raises:
+        UserError: if the file is missing, damaged, claims more than it has or holds no tensors or other
+            ones than plain arrays of finite numbers, or if its pickle asks for anything else; nothing is
+            executed then.
+    """
+    path = Path(path)
+    try:
+        with open(open_regular(path), "rb") as file:
+            start = file.read(2)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{str(path)!r} cannot be read: {reason}") from error
+    # A zip archive, or a bare pickle of protocol 2 and up, as torch wrote before 1.6.
+    if start == b"PK" or start[:1] == b"\x80":
+        content = _load_pickle(path, archive=start == b"PK")
+    else:
+        content = _load_safetensors(path)
+    tensors = state_dict_in(content, repr(str(path)))
+    strange = [name for name, value in tensors.items() if not _is_plain(value)]
+    if strange:
+        raise UserError(
+            f"{str(path)!r} holds tensors that are no plain arrays in memory (sparse, quantised, complex, "
+            f"without values or repeating them): {listed(strange)}"
+        )
+    require_finite(tensors, repr(str(path)))
+    return tensors
+
+
+def state_dict_in(content: Any, source: str) -> dict[str, Tensor]:
+    """The tensors of a loaded checkpoint, unwrapped; see `read_state_dict`.
+
+    Args:
+        content: a state dict, or a dict with one under `model` or `state_dict`.
+        source: names it in the message.
+
+    Raises:
+        UserError: if there is no tensor in it.
+    """
+    for key in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    found = content.items() if isinstance(content, Mapping) else ()
+    tensors = {str(name): value for name, value in found if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(
+            f"{source} holds no state dict: no tensor at the top or under {' or '.join(WRAPPERS)}"
+        )
+    return without_prefix(tensors, "module.")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is what it seems: a dense array with all its values in the file, real numbers."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.is_quantized or tensor.is_nested or tensor.is_complex())
+        # A view that repeats a few bytes would fill the memory when it is worked with.
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
+
+
+def _check_archive(path: Path) -> None:
+    """See that a zip archive is no larger inside than outside, which torch would unpack, and its pickle.
+
+    Raises:
+        UserError: if it is.
+    """
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        unpacked = sum(member.file_size for member in members)
+        if unpacked > size:
+            raise UserError(
+                f"{str(path)!r} claims to hold {unpacked:,} bytes in a file of {size:,}: torch.save does not "
+                f"compress, so it was not written by it"
+            )
+        for member in members:
+            if member.filename.endswith("/data.pkl"):
+                _check_pickle(io.BytesIO(archive.read(member)), str(path))
+
+
+def _check_old(path: Path) -> None:
+    """The same for the format from before torch 1.6: pickles one after the other, then the values."""
+    with path.open("rb") as file:
+        for _ in range(PICKLES_BEFORE_VALUES):
+            try:
+                _check_pickle(file, str(path))
+            except UserError:
+                raise
+            except Exception:
+                # Damaged or of fewer pickles: torch says why it cannot be read.
+                return
+
+
+def _check_pickle(file: IO[bytes], path: str) -> None:
+    """Refuse `bytearray(n)`, which torch runs and which fills the memory; no state dict has one.
+
+    Raises:
+        UserError: if it is there.
+    """
+    for operation, argument, _ in pickletools.genops(file):
+        if operation.name == "GLOBAL" and str(argument).endswith(" bytearray"):
+            raise UserError(f"{path!r} was refused and nothing in it was run: its pickle asks for bytearray")
+
+
+def _load_safetensors(path: Path) -> Any:
+    try:
+        return load_file(path)
+    except Exception as error:
+        # Its header can say anything, and some of it is only found out in Python.
+        raise UserError(
+            f"{str(path)!r} is neither safetensors nor a file of torch.save: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _load_pickle(path: Path, *, archive: bool) -> Any:
+    try:
+        _check_archive(path) if archive else _check_old(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"its pickle asks for {asked[1]}" if asked else "its pickle holds more than tensors"
+        raise UserError(
+            f"{str(path)!r} was refused and nothing in it was run: {what}; only tensors, plain values and "
+            f"argparse.Namespace are read, so save the state dict alone, or as safetensors"
+        ) from error
+    except UserError:
+        raise
+    except Exception as error:
+        # A damaged pickle makes the unpickler stumble over its own stack: any error can come of it.
+        reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
+        raise UserError(f"{str(path)!r} cannot be read as a file of torch.save: {reason}") from error
+
+
+FINE_TUNED = "net."
+"""In front of timm's names in the checkpoints of a fine-tuning run."""
+
+
+def load_weights(
+    model_state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """`tensors`, checked to be those of a model.
+
+    Args:
+        model_state: the model's `state_dict`.
+        tensors: what a file holds.
+        source: names the file in the message.
+
+    Raises:
+        UserError: naming up to five tensors that are missing, too many, or of another shape or type.
+    """
+    wrong = [f"{name} is missing" for name in model_state if name not in tensors]
+    wrong += [f"{name} is not part of the model" for name in tensors if name not in model_state]
+    wrong += [
+        f"{name} is {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in model_state.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    wrong += [
+        f"{name} is {str(tensors[name].dtype).removeprefix('torch.')}"
+        for name, value in model_state.items()
+        if name in tensors and tensors[name].is_floating_point() != value.is_floating_point()
+    ]
+    if wrong:
+        raise UserError(f"{source} is of another model: {listed(wrong, '; ')}")
+    return dict(tensors)
+
+
+def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """See that weights to start from are numbers; one that is not spoils every loss after it.
+
+    Args:
+        tensors: by name.
+        source: names them in the message.
+
+    Raises:
+        UserError: naming up to five tensors that hold NaN or infinity, and how many values.
+    """
+    wrong = []
+    for name, value in tensors.items():
+        count = int((~value.isfinite()).sum()) if value.is_floating_point() else 0
+        if count:
+            wrong.append(f"{name} ({count:,} of {value.numel():,} values)")
+    if wrong:
+        raise UserError(f"{source} holds NaN or infinity, and no run can start from it: {listed(wrong)}")
+
+
+def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors with `prefix` taken off their names where all of them have it."""
+    if all(name.startswith(prefix) for name in tensors):
+        return {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return dict(tensors)

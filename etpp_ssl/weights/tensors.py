@@ -1,0 +1,282 @@
+"""An encoder's architecture, read off the shapes of its tensors.
+
+Legend: N patches, P prefix tokens, D width, C channels, p, q patch size.
+
+Single tensors of one model as the start of another's: input convolutions, positions, heads.
+
+What was converted is told in a line that is added to `notes`.
+
+Legend: N patches, P prefix tokens, D width, C channels, p, q patch size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import resample_patch_embed
+from torch import Tensor
+
+from etpp_ssl.config import UserError, listed, show_size
+from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_pos_embed, sincos_table
+
+HEADS_OF_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+"""Published ViTs, ViT-H among them, whose heads are 80 wide."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An encoder's architecture, as its tensors tell it."""
+
+    dims: dict[str, Any]
+    """embed_dim, depth, num_heads, mlp_ratio, class_token, reg_tokens."""
+    patch_size: tuple[int, int]
+    in_chans: int
+    grid: tuple[int, int]
+    position_grid: tuple[int, int] | None
+    """Patches per axis in whose units its positions are the sin-cos table of that grid; None of learned
+    ones."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return self.grid[0] * self.patch_size[0], self.grid[1] * self.patch_size[1]
+
+
+def shape_of(
+    tensors: Mapping[str, Tensor],
+    source: str,
+    image_size: tuple[int, int] | None = None,
+    num_heads: int | None = None,
+) -> Shape:
+    """The architecture of `encoder.*`.
+
+    Args:
+        tensors: under our names.
+        source: names them in messages.
+        image_size: (H, W) in pixels; None takes the grid from a sin-cos table, which tells it, and learned
+            positions for those of a square.
+        num_heads: or None for `num_heads_of`.
+
+    Raises:
+        UserError: if tensors that say it are missing, or the positions are no such grid.
+    """
+    needed = ("encoder.patch_embed.proj.weight", "encoder.pos_embed", "encoder.blocks.0.mlp.fc1.weight")
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        raise UserError(f"{source} is of another architecture: {listed(missing)} is missing")
+    width, in_chans, p, q = tensors[needed[0]].shape
+    blocks = {int(m[1]) for name in tensors if (m := re.match(r"encoder\.blocks\.(\d+)\.", name))}
+    registers = tensors["encoder.reg_token"].shape[1] if "encoder.reg_token" in tensors else 0
+    class_token = "encoder.cls_token" in tensors
+    prefix = int(class_token) + registers
+    pos_embed = tensors["encoder.pos_embed"]
+    known = None if image_size is None else (image_size[0] // p, image_size[1] // q)
+    table = sincos_table(pos_embed, prefix, known)
+    side = math.isqrt(pos_embed.shape[1] - prefix)
+    grid = known or (table.grid if table else (side, side))
+    if grid[0] * grid[1] != pos_embed.shape[1] - prefix:
+        what = "are no square grid" if image_size is None else f"are not those of {show_size(image_size)} px"
+        raise UserError(
+            f"{source} has {pos_embed.shape[1] - prefix} patch positions, which {what}; "
+            f"image_size=(height, width) must be given"
+        )
+    dims = {
+        "embed_dim": width,
+        "depth": max(blocks) + 1,
+        "num_heads": num_heads or num_heads_of(width, source),
+        "mlp_ratio": tensors[needed[2]].shape[0] / width,
+        "class_token": class_token,
+        "reg_tokens": registers,
+    }
+    return Shape(dims, (p, q), in_chans, grid, table.position_grid if table else None)
+
+
+def num_heads_of(width: int, source: str) -> int:
+    """Attention heads of an encoder of width D: the published ViTs', otherwise heads 64 wide.
+
+    Raises:
+        UserError: if 64 does not divide the width.
+    """
+    if width in HEADS_OF_WIDTH:
+        return HEADS_OF_WIDTH[width]
+    if width % 64:
+        raise UserError(
+            f"{source} has width {width}, which tells no number of heads; num_heads must be given"
+        )
+    return width // 64
+
+
+def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
+    """An input convolution for another number of channels (timm's rule).
+
+    One channel gets the sum over channels: the response to a grey image stays. From one or three
+    channels to more or fewer, they are repeated in turn and scaled by old / new.
+
+    Args:
+        weight: (D, C_old, p, q).
+        in_chans: C.
+
+    Returns:
+        (D, C, p, q).
+
+    Raises:
+        UserError: from another number of channels, whose order says nothing about the new ones.
+    """
+    old = weight.shape[1]
+    if in_chans == old:
+        return weight
+    if in_chans == 1:
+        return weight.sum(dim=1, keepdim=True)
+    if old not in (1, 3):
+        raise UserError(
+            f"in_chans is {in_chans}, but the weights are for {old} channels: there is a rule from 1 and 3 "
+            f"channels, and to 1"
+        )
+    repeated = weight.repeat(1, math.ceil(in_chans / old), 1, 1)[:, :in_chans]
+    return repeated * (old / in_chans)
+
+
+def adapt_input(
+    weight: Tensor, in_chans: int, source: str, notes: list[str], *, what: str = "patch projection"
+) -> Tensor:
+    """`adapt_channels` of a model's input convolution, told in a line.
+
+    Args:
+        weight: (D, C_old, p, q).
+        in_chans: C.
+        source: names the weights in messages.
+        notes: gets a line if something was converted.
+        what: names the convolution.
+
+    Returns:
+        float32 (D, C, p, q).
+
+    Raises:
+        UserError: for a channel count without a rule.
+    """
+    try:
+        adapted = adapt_channels(weight.float(), in_chans)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    if in_chans != weight.shape[1]:
+        how = "summed" if in_chans == 1 else "repeated in turn and scaled"
+        notes.append(f"the {what}'s {weight.shape[1]} channels are {how} for {in_chans}")
+    return adapted
+
+
+def adapt_patch(weight: Tensor, patch: tuple[int, int], notes: list[str]) -> Tensor:
+    """A patch projection for another patch size: FlexiViT's rule, under which tokens stay near.
+
+    Args:
+        weight: (D, C, p_old, q_old).
+        patch: (p, q) in pixels.
+        notes: gets a line if something was converted.
+
+    Returns:
+        (D, C, p, q).
+    """
+    old = (weight.shape[2], weight.shape[3])
+    if patch == old:
+        return weight
+    notes.append(f"the patch projection is resampled from {show_size(old)} to {show_size(patch)} px")
+    resampled: Tensor = resample_patch_embed(weight, list(patch))
+    return resampled
+
+
+def adapt_positions(
+    positions: Tensor,
+    grid: tuple[int, int],
+    num_prefix: int,
+    source: str,
+    notes: list[str],
+    *,
+    old_grid: tuple[int, int] | None = None,
+    position_grid: tuple[int, int] | None = None,
+    name: str = "positions",
+) -> Tensor:
+    """Position embeddings as the start of learned ones on another grid, over the same scene.
+
+    A sin-cos table is computed at the new patch centres, as pre-training does it for smaller images;
+    learned positions are resampled. Prefix tokens keep theirs.
+
+    Args:
+        positions: (1, P + N_old, D).
+        grid: (h, w) patches now.
+        num_prefix: P.
+        source: names the weights in messages.
+        notes: gets a line if something was converted.
+        old_grid: patches per axis of `positions`, where that is known.
+        position_grid: patches per axis in whose units `positions` are a sin-cos table, or None.
+        name: what to call them.
+
+    Returns:
+        float32 (1, P + h w, D).
+
+    Raises:
+        UserError: if `positions` are not those of `old_grid`, or are learned and nothing tells their grid.
+    """
+    num_patches = positions.shape[1] - num_prefix
+    old = old_grid or _square(num_patches, grid, source)
+    if num_patches < 1 or old[0] * old[1] != num_patches:
+        raise UserError(f"{source} has {num_patches} positions, but its config says {show_grid(old)} patches")
+    positions = positions.float()
+    if old == grid:
+        return positions
+    change = f"from {show_grid(old)} to {show_grid(grid)} patches"
+    if position_grid is None:
+        notes.append(f"the learned {name} are resampled {change}")
+        return resampled_pos_embed(positions, grid, old, num_prefix)
+    notes.append(f"the sin-cos {name} are computed anew over the same scene, {change}")
+    table = sincos_pos_embed(grid, position_grid, positions.shape[2])
+    return torch.cat([positions[:, :num_prefix], table[None]], dim=1)
+
+
+def check_heads(known: int | None, num_heads: int, width: int, source: str, notes: list[str]) -> None:
+    """No shape tells the number of attention heads, and another one computes something else without a word.
+
+    Args:
+        known: that of the weights, or None.
+        num_heads: that of the model.
+        width: D.
+        source: names the weights in messages.
+        notes: gets a warning where the model's number is not the usual one and nothing says more.
+
+    Raises:
+        UserError: if it is known to be another.
+    """
+    if known is not None and num_heads != known:
+        raise UserError(f"{source} has {known} heads, but model.num_heads is {num_heads}")
+    if known is None and HEADS_OF_WIDTH.get(width, num_heads) != num_heads:
+        notes.append(
+            f"warning: model.num_heads is {num_heads}, but published weights of width {width} have "
+            f"{HEADS_OF_WIDTH[width]}; no tensor tells which these have"
+        )
+
+
+def is_resizable(tensor: Tensor, wanted: Tensor) -> bool:
+    """Whether a tensor can be of the same kind as `wanted` for another size: as many axes, none empty."""
+    return tensor.ndim == wanted.ndim and tensor.numel() > 0
+
+
+def show_grid(grid: tuple[int, int]) -> str:
+    """`14x14`: rows x columns."""
+    return f"{grid[0]}x{grid[1]}"
+
+
+def _square(num_patches: int, grid: tuple[int, int], source: str) -> tuple[int, int]:
+    """The square grid of learned positions that come without one."""
+    side = math.isqrt(max(num_patches, 0))
+    square = side > 0 and side * side == num_patches
+    if num_patches == grid[0] * grid[1] and not square:
+        return grid
+    if not square or (num_patches == grid[0] * grid[1] and grid != (side, side)):
+        raise UserError(
+            f"{source} has {num_patches} learned positions and nothing says of which grid; name a run "
+            f"folder or the folder of an export, which say it"
+        )
+    return side, side

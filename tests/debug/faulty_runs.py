@@ -1,0 +1,99 @@
+"""Runs whose steps are looked at, dumped or spoilt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from etpp_ssl.debug.dump import write_dump
+from etpp_ssl.train import finetune as classifier_loop
+from etpp_ssl.train import nonfinite
+from etpp_ssl.train import pretrain as loop
+from etpp_ssl.train.base_run import BaseRun
+from etpp_ssl.train.nonfinite import Guard
+from etpp_ssl.train.records import log_due
+
+Act = Callable[[Any], None]
+
+
+@dataclass
+class Seen:
+    """What a run itself had at the steps that it judged."""
+
+    losses: dict[int, float] = field(default_factory=dict)
+    norms: dict[int, float] = field(default_factory=dict)
+    dumps: dict[int, Path | None] = field(default_factory=dict)
+
+
+@contextmanager
+def watched(*, dumps_at: Sequence[int] = (), before: dict[int, Act] | None = None) -> Iterator[Seen]:
+    """Runs that note losses and gradient norms, dump healthy steps, and whose model is changed at times.
+
+    Args:
+        dumps_at: steps to dump whatever they are like; the last one ends the run.
+        before: what to do with the model before a step.
+    """
+    seen = Seen()
+    real_finite, real_whole = Guard._finite, nonfinite._whole
+    judged = -1
+
+    def finite(self: Guard) -> Tensor:
+        nonlocal judged
+        judged = self.run.state.step
+        seen.losses[judged] = float(self.meter.step_loss())
+        passed = real_finite(self)
+        if judged in dumps_at:
+            seen.dumps[judged] = write_dump(self.run, judged, self.feed.kept[judged])
+        return passed
+
+    def whole(norm: Tensor) -> Tensor:
+        seen.norms[judged] = float(norm)
+        return real_whole(norm)
+
+    def due(run: BaseRun) -> bool:
+        if dumps_at and run.state.step > max(dumps_at):
+            raise KeyboardInterrupt
+        if before is not None and run.state.step in before:
+            with torch.no_grad():
+                before[run.state.step](run.bare_model)
+        return log_due(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Guard, "_finite", finite)
+        patch.setattr(nonfinite, "_whole", whole)
+        patch.setattr(loop, "log_due", due)
+        patch.setattr(classifier_loop, "log_due", due)
+        yield seen
+
+
+@contextmanager
+def nan_from_outside(at: int) -> Iterator[None]:
+    """Runs whose crop gives NaN in a step, as no dump can know."""
+    real = loop.low_frequency_crop
+    step = -1
+
+    def crop(images: Tensor, bandwidth: tuple[int, int]) -> Tensor:
+        nonlocal step
+        step += 1
+        return real(images, bandwidth) * (float("nan") if step == at else 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "low_frequency_crop", crop)
+        yield
+
+
+def paint_images(folder: Path, *, bright: int, size: tuple[int, int] = (16, 24), count: int = 64) -> None:
+    """Black images of two classes, and a white one."""
+    for index in range(count):
+        place = folder / "train" / ("first" if index < count // 2 else "second")
+        place.mkdir(parents=True, exist_ok=True)
+        value = 255 if index == bright else 0
+        Image.new("RGB", size[::-1], (value,) * 3).save(place / f"{index:02d}.png")

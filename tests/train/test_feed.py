@@ -1,0 +1,182 @@
+"""Batches step by step, and what happens to images that cannot be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import etpp_ssl.train.feed as feed_module
+from etpp_ssl.config import UserError
+from etpp_ssl.data.loader import BadImage, Batch, BatchBuilder
+from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, RequestSampler
+from etpp_ssl.data.sources.synthetic import SyntheticConfig
+from etpp_ssl.data.views import TrainView
+from etpp_ssl.train.feed import BadImages, Feed
+from etpp_ssl.train.state import TrainState
+
+SIZE = (8, 8)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps of ten images."""
+
+    step: int
+    bandwidth: tuple[int, int] = SIZE
+    progress: float = 0.5
+
+    @property
+    def samples(self) -> range:
+        return range(10 * self.step, 10 * (self.step + 1))
+
+
+class Notebook:
+    """Stands in for the progress display and keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def processes(count: int = 1, device: str = "cpu") -> Any:
+    """The part of an Accelerator that is needed here."""
+    return SimpleNamespace(device=torch.device(device), num_processes=count)
+
+
+def open_feed(steps: range, *, num_workers: int = 0, device: str = "cpu", **part: int) -> Feed:
+    source = SyntheticConfig(num_images=12).open("train", in_chans=3, image_size=SIZE, seed=0)
+    order = KeyedOrder(len(source), seed=0)
+    view = TrainView(image_size=SIZE, crop_scale=(0.5, 1.0), flip=True, lanczos=False, seed=0)
+    return Feed(
+        BatchBuilder(source, view, order),
+        RequestSampler(order, Plan, steps, micro_batch_size=4, **part),
+        processes(device=device),
+        num_workers=num_workers,
+        prefetch=2,
+    )
+
+
+def batch_with(*bad: BadImage) -> Batch:
+    request = BatchRequest(0, (0,), (0,), SIZE, progress=0.0, weight=1.0, last=True)
+    images = torch.zeros(1, 3, *SIZE, dtype=torch.uint8)
+    return Batch(images, torch.tensor([0]), torch.tensor([0]), 0, request, tuple(bad))
+
+
+def bad(index: int) -> BadImage:
+    return BadImage(index, f"photos/{index}.jpg", "it is truncated")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_each_step_has_exactly_its_own_micro_batches(num_workers: int) -> None:
+    feed = open_feed(range(3, 6), num_workers=num_workers)
+    for step in range(3, 6):
+        found = list(feed.step())
+        assert [len(batch.positions) for batch in found] == [4, 4, 2]
+        assert [batch.request.step for batch in found] == [step] * 3
+        positions = [position for batch in found for position in batch.positions.tolist()]
+        assert positions == list(range(10 * step, 10 * step + 10))
+        assert sum(batch.request.weight for batch in found) == pytest.approx(1.0)
+
+
+def test_each_process_gets_its_own_part_of_every_step() -> None:
+    feeds = [open_feed(range(2), rank=rank, num_processes=3) for rank in range(3)]
+    for step in range(2):
+        positions = [p for feed in feeds for batch in feed.step() for p in batch.positions.tolist()]
+        assert positions == list(range(10 * step, 10 * step + 10))
+
+
+def test_batches_arrive_on_the_accelerators_device() -> None:
+    for batch in open_feed(range(1), device="meta").step():
+        assert {t.device.type for t in (batch.images, batch.labels, batch.positions)} == {"meta"}
+
+
+def test_the_wait_is_that_of_the_current_step_and_of_data_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def slow(builder: BatchBuilder, request: BatchRequest) -> Batch:
+        clock[0] += 1.0
+        return batch_with()
+
+    monkeypatch.setattr(feed_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(BatchBuilder, "__getitem__", slow)
+    feed = open_feed(range(2))
+    # Every batch made here ends its step.
+    for _ in range(3):
+        for _ in feed.step():
+            clock[0] += 100.0
+        assert feed.wait_seconds == 1.0
+
+
+def test_a_bad_image_is_named_once_with_its_reason() -> None:
+    state, notebook = TrainState(), Notebook()
+    images = BadImages(state, num_images=1000, max_share=0.01, progress=notebook)  # type: ignore[arg-type]
+    images.note(batch_with())
+    assert notebook.lines == []
+    for batch in (batch_with(bad(7), bad(3), bad(7)), batch_with(bad(3)), batch_with(bad(7), bad(5))):
+        images.note(batch)
+    assert len(notebook.lines) == 3
+    for index, line in zip((7, 3, 5), notebook.lines, strict=True):
+        assert f"'photos/{index}.jpg'" in line
+        assert "it is truncated" in line
+    assert state.bad_images == {7: "photos/7.jpg", 3: "photos/3.jpg", 5: "photos/5.jpg"}
+
+
+def test_a_resumed_run_remembers_the_bad_images_it_has_named() -> None:
+    state = TrainState.from_json(TrainState(bad_images={7: "photos/7.jpg"}).to_json())
+    notebook = Notebook()
+    images = BadImages(state, num_images=100, max_share=0.01, progress=notebook)  # type: ignore[arg-type]
+    images.note(batch_with(bad(7)))
+    assert notebook.lines == []
+    with pytest.raises(UserError):
+        images.note(batch_with(bad(8)))
+
+
+@pytest.mark.parametrize(("max_share", "allowed"), [(0.02, 2), (0.0, 0), (0.025, 2)])
+def test_the_run_ends_beyond_the_share_with_one_sentence(max_share: float, allowed: int) -> None:
+    images = BadImages(
+        TrainState(),
+        num_images=100,
+        max_share=max_share,
+        progress=Notebook(),  # type: ignore[arg-type]
+    )
+    for index in range(allowed):
+        images.note(batch_with(bad(index)))
+        images.note(batch_with(bad(index)))
+    with pytest.raises(UserError) as error:
+        images.note(batch_with(bad(60)))
+    message = str(error.value)
+    assert "\n" not in message
+    assert f"data.max_bad_share {max_share:g}" in message
+    assert f"{allowed + 1} of 100 images" in message
+    assert "'photos/60.jpg'" in message
+    assert "it is truncated" in message
+
+
+def test_a_share_of_one_never_ends_the_run() -> None:
+    images = BadImages(TrainState(), num_images=3, max_share=1.0, progress=Notebook())  # type: ignore[arg-type]
+    images.note(batch_with(*map(bad, range(3))))
+
+
+def test_processes_bring_together_what_they_have_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [{1: "photos/1.jpg"}, {1: "photos/1.jpg", 2: "photos/2.jpg"}]
+    monkeypatch.setattr(feed_module, "gather_object", lambda mine: mine + others)
+    state = TrainState()
+    images = BadImages(state, num_images=100, max_share=0.03, progress=Notebook())  # type: ignore[arg-type]
+    images.note(batch_with(bad(4)))
+    images.share(processes(3))
+    assert state.bad_images == {i: f"photos/{i}.jpg" for i in (4, 1, 2)}
+    others.append({50: "photos/50.jpg"})
+    with pytest.raises(UserError, match=r"data\.max_bad_share"):
+        images.share(processes(3))
+
+
+def test_a_single_process_gathers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_module, "gather_object", lambda mine: pytest.fail("it gathered"))
+    images = BadImages(TrainState(), num_images=100, max_share=0.0, progress=Notebook())  # type: ignore[arg-type]
+    images.share(processes(1))

@@ -1,0 +1,59 @@
+"""Two processes never train in one run folder."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from etpp_ssl.config import UserError
+from etpp_ssl.recipe import Recipe
+from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.train.folder_lock import LOCK_FILE, FolderLock
+from etpp_ssl.train.pretrain import pretrain
+
+
+def hold(folder: Path, pipe: Connection) -> None:
+    lock = FolderLock(folder)
+    lock.acquire()
+    pipe.send("held")
+    pipe.recv()
+
+
+def test_a_run_that_is_being_trained_is_left_alone_until_its_process_is_gone(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    run = pretrain(tiny_recipe("budget_epochs=0.5"))
+    assert json.loads(run.folder.status_file.read_text())["state"] == "finished"
+    # As one that was killed by a kill that reached its launcher only.
+    aside = run.folder.checkpoint_folder / ".writing-step-00000004"
+    aside.mkdir()
+    (run.folder.checkpoint_folder / f"step-{run.state.step:08d}").rename(tmp_path / "elsewhere")
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    other = multiprocessing.get_context("spawn").Process(target=hold, args=(run.folder.path, there))
+    other.start()
+    try:
+        assert here.recv() == "held"
+        with pytest.raises(UserError, match=rf"is being trained by process {other.pid} on "):
+            pretrain(tiny_recipe("budget_epochs=0.5"))
+        assert aside.is_dir(), "the other process is writing there"
+        assert json.loads(run.folder.status_file.read_text())["state"] == "finished", "so it is its status"
+        other.kill()
+        other.join()
+        assert pretrain(tiny_recipe("budget_epochs=0.5")).finished
+    finally:
+        other.kill()
+    assert not aside.exists()
+
+
+def test_a_folder_with_nothing_but_a_lock_is_empty(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK_FILE).touch()
+    assert pretrain(tiny_recipe("budget_epochs=0.2")).finished
+    assert RunFolder(tmp_path / "run").exists()

@@ -1,0 +1,252 @@
+"""Losses and gradients that are not finite: stop, skip, rewind; in both loops, at once and one step late."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from etpp_ssl.recipe import FinetuneRecipe, Recipe
+from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.train import finetune as classifier_loop
+from etpp_ssl.train import nonfinite
+from etpp_ssl.train import pretrain as loop
+from etpp_ssl.train.classifier_run import ClassifierRun
+from etpp_ssl.train.feed import Feed
+from etpp_ssl.train.finetune import finetune
+from etpp_ssl.train.nonfinite import Guard, NonFinite
+from etpp_ssl.train.pretrain import pretrain
+from etpp_ssl.train.run import Run
+
+Poison = Callable[..., AbstractContextManager[None]]
+
+
+@pytest.fixture(params=["at once", "late"])
+def verdict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the host learns of a bad step; the second is a GPU's way, which the CPU's kernel can go too."""
+    if request.param == "late":
+        real = Guard.__init__
+
+        def late(self: Guard, *args: Any, **others: Any) -> None:
+            real(self, *args, **others, late=True)
+
+        monkeypatch.setattr(Guard, "__init__", late)
+    return str(request.param)
+
+
+@contextmanager
+def poisoned(*steps: int, times: int | None = None) -> Iterator[None]:
+    """The loops, with images that are NaN in these steps, the first `times` that each is met."""
+    met = dict.fromkeys(steps, 0)
+    current = -1
+    real_step, real_crop = Feed.step, loop.low_frequency_crop
+
+    def step(self: Feed) -> Iterator[Any]:
+        nonlocal current
+        for batch in real_step(self):
+            if current != batch.request.step:
+                current = batch.request.step
+                if current in met:
+                    met[current] += 1
+            yield batch
+
+    def crop(images: Tensor, bandwidth: tuple[int, int]) -> Tensor:
+        poisoned = current in met and (times is None or met[current] <= times)
+        return real_crop(images, bandwidth) * (float("nan") if poisoned else 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Feed, "step", step)
+        patch.setattr(loop, "low_frequency_crop", crop)
+        patch.setattr(classifier_loop, "low_frequency_crop", crop)
+        yield
+
+
+@pytest.mark.usefixtures("verdict")
+def test_stop_ends_the_run_before_a_checkpoint_and_names_step_and_samples(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    with poisoned(4), pytest.raises(NonFinite) as fault:
+        pretrain(tiny_recipe("checkpoint.every_steps=3"))
+    assert fault.value.step == 4
+    assert "of step 5 (samples 40 to 49) are not finite" in str(fault.value)
+    assert fault.value.exit_code == 1
+    folder = RunFolder(tmp_path / "run")
+    assert [checkpoint.step for checkpoint in folder.checkpoints()] == [3]
+    status = json.loads(folder.status_file.read_text())
+    assert status["state"] == "failed"
+    assert status["message"] == str(fault.value)
+    # Met no more, it leaves no trace: the same command goes on.
+    pretrain(tiny_recipe())
+    assert json.loads(folder.status_file.read_text())["state"] == "finished"
+
+
+def test_the_last_step_is_judged_too(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, verdict: str
+) -> None:
+    last = tiny_recipe().build_curriculum(64).num_steps - 1
+    with poisoned(last), pytest.raises(NonFinite, match=f"of step {last + 1} "):
+        pretrain(tiny_recipe())
+    assert RunFolder(tmp_path / "run").checkpoints() == []
+
+
+def tensors_of(run: Run | ClassifierRun) -> dict[str, Tensor]:
+    checkpoint = run.folder.checkpoints()[0]
+    return {**checkpoint.model(), **checkpoint.optimizer(), **(checkpoint.average() or {})}
+
+
+@pytest.mark.parametrize("clip", ["null", "0.5"])
+def test_a_skipped_step_leaves_weights_and_moments_alone_in_either_way(
+    clip: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = []
+    for late in (False, True):
+        real = Guard.__init__
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Guard, "__init__", lambda self, *a, late=late, real=real, **k: real(self, *a, **k, late=late)
+            )
+            with poisoned(2, 3, 9):
+                run = pretrain(
+                    tiny_recipe(
+                        "nonfinite.policy=skip",
+                        f"optim.clip_grad={clip}",
+                        f"output={tmp_path / str(late)}",
+                        "checkpoint.every_steps=3",
+                        "micro_batch_size=4",
+                    )
+                )
+        assert run.state.num_skipped == 3
+        rows = run.folder.metrics()
+        assert [row["skipped_steps"] for row in rows if "loss" in row][-1] == 3
+        ends.append((tensors_of(run), [(row["step"], row["loss"]) for row in rows]))
+    (at_once, rows_at_once), (late_ones, rows_late) = ends
+    assert rows_at_once == rows_late
+    assert at_once.keys() == late_ones.keys()
+    assert all(torch.equal(at_once[name], late_ones[name]) for name in at_once)
+    steps = {int(value) for name, value in at_once.items() if name.endswith(".step")}
+    assert steps == {run.curriculum.num_steps - 3}, "Adam counted a step that was left out"
+
+
+def test_a_row_without_a_finite_step_is_not_written(tiny_recipe: Callable[..., Recipe]) -> None:
+    with poisoned(3, 4, 5):
+        run = pretrain(tiny_recipe("nonfinite.policy=skip"))
+    rows = run.folder.metrics()
+    assert 3 in [row["step"] for row in rows]
+    assert 6 not in [row["step"] for row in rows]
+    assert all(row["loss"] == row["loss"] for row in rows)
+
+
+def test_lost_weights_end_a_run_that_skips(
+    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nonfinite, "MOST_SKIPS_IN_A_ROW", 4)
+    with poisoned(*range(5, 20)), pytest.raises(NonFinite, match="so were the 4 steps before"):
+        pretrain(tiny_recipe("nonfinite.policy=skip"))
+
+
+@pytest.mark.usefixtures("verdict")
+@pytest.mark.parametrize("every", [3, 1000])
+def test_a_rewind_goes_back_to_the_checkpoint_with_a_lower_learning_rate(
+    every: int, tiny_recipe: Callable[..., Recipe], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with poisoned(7, times=2):
+        run = pretrain(
+            tiny_recipe("nonfinite.policy=rewind", f"checkpoint.every_steps={every}", "log_every_steps=1")
+        )
+    back = 6 if every == 3 else 0
+    assert f"back to step {back} with 0.25 of the learning rate (rewind 2 of 3)" in capfd.readouterr().err
+    assert run.state.num_rewinds == 2
+    rows = run.folder.metrics()
+    assert [row["step"] for row in rows] == list(range(1, run.curriculum.num_steps + 1))
+    for row in rows:
+        stage = run.curriculum.stage_at(row["step"] - 1)
+        factor = 0.25 if row["step"] > back else 1.0
+        assert row["lr"] == factor * run.recipe.optim.schedule(stage.batch_size)(stage.progress)
+
+
+def test_rewinds_are_bounded(tiny_recipe: Callable[..., Recipe]) -> None:
+    with poisoned(7), pytest.raises(NonFinite, match="so they were after 2 rewinds"):
+        pretrain(tiny_recipe("nonfinite.policy=rewind", "nonfinite.max_rewinds=2"))
+
+
+def test_a_run_killed_after_a_rewind_ends_in_the_same_bits(
+    tiny_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    crash_after: Callable[[int], AbstractContextManager[None]],
+) -> None:
+    overrides = ("nonfinite.policy=rewind", "checkpoint.every_steps=3", "log_every_steps=1")
+    with poisoned(7, times=1):
+        whole = pretrain(tiny_recipe(*overrides, f"output={tmp_path / 'whole'}"))
+    for number, step in enumerate((8, 11)):
+        output = f"output={tmp_path / str(number)}"
+        with poisoned(7, times=1), crash_after(step):
+            pretrain(tiny_recipe(*overrides, output))
+        # Killed at 8, before the next checkpoint, it does not know of the rewind, and meets step 7 again.
+        with poisoned(7, times=1):
+            cut = pretrain(tiny_recipe(*overrides, output))
+        a, b = tensors_of(whole), tensors_of(cut)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert [row["loss"] for row in whole.folder.metrics()] == [
+            row["loss"] for row in cut.folder.metrics()
+        ]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_classifier_skips_and_rewinds_with_its_average(
+    optimizer: str, tiny_classifier: Callable[..., FinetuneRecipe], tmp_path: Path
+) -> None:
+    common = (f"optim={optimizer}", "checkpoint.every_steps=3")
+    with poisoned(7):
+        run = finetune(tiny_classifier(*common, "nonfinite.policy=skip", f"output={tmp_path / 'skip'}"))
+    assert run.state.num_skipped == 1
+    assert all(value.isfinite().all() for value in tensors_of(run).values())
+    with poisoned(7, times=1):
+        rewound = finetune(
+            tiny_classifier(
+                *common, "nonfinite={policy: rewind, lr_factor: 1.0}", f"output={tmp_path / 'rewind'}"
+            )
+        )
+    plain = finetune(tiny_classifier(*common, f"output={tmp_path / 'plain'}"))
+    a, b = tensors_of(rewound), tensors_of(plain)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a), "a rewind brings back everything"
+
+
+@pytest.mark.usefixtures("verdict")
+def test_a_skipped_step_leaves_the_statistics_of_batch_norms_alone(
+    tiny_classifier: Callable[..., FinetuneRecipe],
+) -> None:
+    with poisoned(1, 3):
+        run = finetune(
+            tiny_classifier(
+                "model={name: resnet10t}", "image_size=32", "budget_epochs=1", "curriculum=constant",
+                "nonfinite.policy=skip",
+            )
+        )  # fmt: skip
+    assert run.state.num_skipped == 2
+    assert all(value.isfinite().all() for value in tensors_of(run).values())
+
+
+def test_gradients_are_judged_where_the_loss_is_finite(
+    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Guard.passes
+    steps = []
+
+    def passes(self: Guard) -> bool:
+        if self.run.state.step == 5:
+            next(p for p in self.run.model.parameters() if p.grad is not None).grad.flatten()[-1] = torch.inf
+        passed = real(self)
+        steps.append(passed)
+        return passed
+
+    monkeypatch.setattr(Guard, "passes", passes)
+    run = pretrain(tiny_recipe("nonfinite.policy=skip"))
+    assert [step for step, passed in enumerate(steps) if not passed] == [5]
+    assert run.state.num_skipped == 1

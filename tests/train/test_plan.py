@@ -1,0 +1,172 @@
+"""`etpp plan`: every recipe, and numbers that can be computed by hand."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from etpp_ssl.curriculum.cost import count_cost
+from etpp_ssl.recipe import Recipe
+from etpp_ssl.recipe_file import load_any_recipe, load_recipe
+from etpp_ssl.train.classifier_plan import plan_classifier
+from etpp_ssl.train.plan import plan_run
+from etpp_ssl.train.plan_table import print_plan
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_has_a_plan_and_a_header_that_is_a_contract(path: Path) -> None:
+    recipe = load_any_recipe(path)
+    plan = plan_run(recipe) if isinstance(recipe, Recipe) else plan_classifier(recipe)
+    assert sum(stage.area_share for stage in plan.stages) == pytest.approx(1)
+    assert sum(stage.flops_share for stage in plan.stages) == pytest.approx(1)
+    assert plan.curriculum.equivalent_epochs == pytest.approx(recipe.budget_epochs, rel=2e-3)
+    if path.stem.endswith("_etpp200"):
+        # The supervised rows of the paper: 200 equivalent epochs against 300 at full resolution.
+        assert (recipe.budget_epochs, recipe.baseline_epochs, recipe.batch_size) == (200, 300, 4096)
+        assert plan.speedup_by_area == pytest.approx(1.5, rel=1e-3)
+        bandwidths = [row.stage.bandwidth[0] for row in plan.stages]
+        assert bandwidths in ([96, 160, 224], [96, 160, 192, 224], [160, 224])
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    commands = (f"{recipe.task} recipes/{path.name}", f"probe recipes/{path.name}")
+    for words in (commands, ("# Cost:",), ("# Expected:",)):
+        assert any(word in line for word in words for line in header), (
+            f"{path.name}: no {words} in its header"
+        )
+    assert "PENDING" not in path.read_text()
+
+
+def test_the_paper_recipe_has_the_published_numbers() -> None:
+    path = next(p for p in RECIPES if p.stem == "in1k_vit_base_etpp400")
+    plan = plan_run(load_recipe(path))
+    assert [stage.stage.bandwidth for stage in plan.stages] == [(96, 96), (160, 160), (224, 224)]
+    assert [stage.num_visible for stage in plan.stages] == [9, 25, 49]
+    assert [round(stage.area_share, 3) for stage in plan.stages] == [0.2, 0.4, 0.4]
+    assert plan.speedup_by_area == pytest.approx(4.0, rel=1e-3)
+    assert plan.speedup_by_flops == pytest.approx(4.0, rel=0.02)
+    assert plan.encoder_parameters == 85_798_656 + 0
+    # 909 passes over ImageNet: 2.27 times the 400 of a constant run (METHOD's images per compute).
+    assert plan.curriculum.num_samples / (400 * 1_281_167) == pytest.approx(2.27, abs=0.01)
+
+
+def test_bandwidths_of_patch_14_are_rounded_and_the_rounding_is_reported() -> None:
+    path = next(p for p in RECIPES if p.stem == "in1k_vit_huge14_etpp")
+    plan = plan_run(load_recipe(path))
+    assert [stage.stage.bandwidth[0] for stage in plan.stages] == [98, 154, 224]
+    assert len(plan.notes) == 2
+    assert "98" in plan.notes[0]
+    assert "154" in plan.notes[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "num_images"),
+    [("data.holdout=10", 54), ("data.labels_per_class=2", 20), ("data.label_share=0.5", 34)],
+)
+def test_the_plan_counts_the_images_that_are_left(
+    override: str, num_images: int, tiny_recipe: Callable[..., Recipe]
+) -> None:
+    assert plan_run(tiny_recipe(override)).num_images == num_images
+
+
+def test_counted_operations_are_those_of_the_matrix_products() -> None:
+    linear = torch.nn.Linear(7, 5, device="meta")
+    cost = count_cost(lambda: linear(torch.zeros(3, 7, device="meta")).sum(), linear)
+    # Forward and the weight's gradient; the input needs none.
+    assert cost.flops == 2 * (2 * 3 * 7 * 5)
+    assert cost.saved_values == 3 * 7
+
+
+def test_the_plan_is_printed_with_its_learning_rate_and_speedup(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    out = io.StringIO()
+    recipe = tiny_recipe(
+        "baseline_epochs=6", "curriculum.stages=[{bandwidth: 9, share: 0.5}, {bandwidth: 16, share: 0.5}]"
+    )
+    print_plan(plan_run(recipe), Console(file=out, width=140))
+    text = out.getvalue()
+    for words in ("8x12", "16x24", "rounded to 8x12", "half-cosine", "▁", "over 6 epochs", "GB"):
+        assert words in text
+
+
+def test_encoder_and_decoder_are_counted_apart_and_add_up(tiny_recipe: Callable[..., Recipe]) -> None:
+    plans = {
+        name: plan_run(tiny_recipe(f"model.decoder={name}", "model.decoder.depth=1"))
+        for name in ("mae", "cross")
+    }
+    for name, plan in plans.items():
+        other = "cross" if name == "mae" else "mae"
+        assert list(plan.other_decoders) == [other]
+        for stage in plan.stages:
+            assert 0 < stage.decoder_flops_per_image < stage.flops_per_image
+            assert stage.num_visible + stage.num_predicted == stage.grid[0] * stage.grid[1]
+        assert plan.other_decoders[other] == plans[other].stages[-1].decoder_flops_per_image
+    encoders = [
+        [stage.flops_per_image - stage.decoder_flops_per_image for stage in plan.stages]
+        for plan in plans.values()
+    ]
+    assert encoders[0] == encoders[1]
+    assert plans["mae"].other_decoders["cross"] < plans["cross"].other_decoders["mae"]
+
+
+def test_a_subset_to_predict_makes_the_decoder_cheaper(tiny_recipe: Callable[..., Recipe]) -> None:
+    all_, some = (
+        plan_run(tiny_recipe("model.decoder=cross", *extra)).stages[-1]
+        for extra in ([], ["model.decoder.predict_ratio=0.25"])
+    )
+    assert (all_.num_predicted, some.num_predicted) == (18, 6)
+    assert some.decoder_flops_per_image < 0.7 * all_.decoder_flops_per_image
+    assert some.memory_bytes < all_.memory_bytes
+
+
+def test_a_schedule_of_the_mask_ratio_is_planned_at_each_stages_mean(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    plan = plan_run(tiny_recipe("model.mask_ratio={start: 0.5, end: 0.75}"))
+    for stage, end in zip(plan.stages, [0.2, 0.6, 1.0], strict=True):
+        assert stage.stage.progress == pytest.approx(end - stage.stage.share, abs=0.02)
+    # Means of 0.525, 0.6 and 0.7 over grids of 6, 12 and 24 patches.
+    assert [stage.num_visible for stage in plan.stages] == [3, 5, 7]
+    constant = plan_run(tiny_recipe("model.mask_ratio=0.7"))
+    assert plan.stages[-1].flops_per_image == constant.stages[-1].flops_per_image
+    assert plan.stages[-1].memory_bytes > constant.stages[-1].memory_bytes
+    assert "0.5 to 0.75" in plan.notes[-1]
+    out = io.StringIO()
+    print_plan(plan, Console(file=out, width=140))
+    assert "mask ratio 0.5 to 0.75" in out.getvalue()
+
+
+def printed(recipe: Recipe) -> str:
+    out = io.StringIO()
+    print_plan(plan_run(recipe), Console(file=out, width=140))
+    return " ".join(out.getvalue().split())
+
+
+def test_a_large_batch_shows_its_batches_peaks_and_memory() -> None:
+    path = next(p for p in RECIPES if p.stem == "in1k_vit_base_etpp400")
+    recipe = load_recipe(path, ["curriculum.large_batch=tokens"])
+    plan = plan_run(recipe)
+    assert [row.stage.batch_size for row in plan.stages] == [22272, 7936, 4096]
+    assert [row.micro_batch for row in plan.stages] == [1392, 496, 256]
+    memory = [row.memory_bytes for row in plan.stages]
+    assert max(memory) / min(memory) < 1.15
+    assert plan.speedup_by_area == pytest.approx(4.0, rel=1e-3)
+    text = printed(recipe)
+    for words in ("22272", "1392 / 496 / 256 images", "0.013 / 0.00465 / 0.0024", "rescaled with the batch"):
+        assert words in text
+
+
+def test_a_budget_in_hours_has_no_steps_yet(tiny_recipe: Callable[..., Recipe]) -> None:
+    plan = plan_run(tiny_recipe("budget_epochs=null", "budget_hours=2.5"))
+    assert not plan.decided
+    assert [round(row.area_share, 3) for row in plan.stages] == [0.2, 0.4, 0.4]
+    text = printed(plan.recipe)
+    assert "a budget of 2.5 hours: the run measures its speed and decides its steps" in text
+    assert "speed-up" not in text
+    assert "epochs" not in text

@@ -1,0 +1,293 @@
+"""A budget in hours: on a clock that the tests turn, it ends on time and resumes to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from stream_sources import write_tars
+from torch import Tensor
+
+import etpp_ssl.train.metrics as metrics
+import etpp_ssl.train.pretrain as loop
+import etpp_ssl.train.time_budget as budget
+from etpp_ssl.config import UserError
+from etpp_ssl.recipe import Recipe
+from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.train.plan import plan_run
+from etpp_ssl.train.pretrain import pretrain
+from etpp_ssl.train.run import Run, open_run
+from etpp_ssl.train.time_budget import train_step
+
+SECONDS = {(8, 12): 1.0, (12, 16): 2.0, (16, 24): 4.0}
+BUDGET = 120.0
+REPLAY = [
+    "batch_size=12",
+    "curriculum.stages=["
+    "{bandwidth: [8, 12], share: 0.3, replay: {times: 4, buffer: 5}},"
+    "{bandwidth: [12, 16], share: 0.4, replay: {times: 2, buffer: 100}},"
+    "{bandwidth: [16, 24], share: 0.3}]",
+]
+
+
+class Crash(Exception):
+    pass
+
+
+class Clock:
+    """Time that passes with each crop: as long as a step at its bandwidth takes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        self.steps = 0
+        self.slower_from: int | None = None
+        self.crash_at: int | None = None
+        for module in (budget, metrics):
+            monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        for module in (budget, loop):
+            monkeypatch.setattr(module, "low_frequency_crop", self.slow(module.low_frequency_crop))
+
+    def slow(self, crop: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def slow_crop(images: Tensor, bandwidth: tuple[int, int]) -> Tensor:
+            self.steps += 1
+            if self.steps == self.crash_at:
+                raise Crash
+            late = self.slower_from is not None and self.steps >= self.slower_from
+            self.now += SECONDS[bandwidth] * (2 if late else 1)
+            return crop(images, bandwidth)
+
+        return slow_crop
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+@pytest.fixture
+def hours_recipe(tiny_recipe: Callable[..., Recipe]) -> Callable[..., Recipe]:
+    def build(*overrides: str, seconds: float = BUDGET) -> Recipe:
+        return tiny_recipe("budget_epochs=null", f"budget_hours={seconds / 3600}", *overrides)
+
+    return build
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(sorted((folder / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    timings = {"seconds", "images_per_second", "data_wait_share", "probe_seconds"}
+    return [{k: v for k, v in row.items() if k not in timings} for row in RunFolder(folder).metrics()]
+
+
+def assert_same(a: Path, b: Path) -> None:
+    x, y = weights(a), weights(b)
+    assert x.keys() == y.keys()
+    assert [name for name in x if not torch.equal(x[name], y[name])] == []
+    assert rows(a) == rows(b)
+
+
+def test_it_ends_on_time_and_gives_stages_their_shares(
+    clock: Clock, hours_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    start = clock.now
+    run = pretrain(hours_recipe())
+    assert run.finished
+    assert abs(clock.now - start - BUDGET) <= SECONDS[16, 24] / 2
+    assert run.state.elapsed == pytest.approx(clock.now - start)
+    compute = [s.num_steps * c for s, c in zip(run.curriculum.stages, run.curriculum.step_costs, strict=True)]
+    shares = [spent / sum(compute) for spent in compute]
+    assert shares == pytest.approx([0.2, 0.4, 0.4], abs=0.03)
+    assert rows(tmp_path / "run")[-1]["equivalent_epochs"] == run.curriculum.equivalent_epochs
+    assert run.folder.plan() == run.state.plan
+
+    assert not plan_run(run.recipe).decided
+    plan = plan_run(run.recipe, run.folder)
+    assert plan.decided
+    assert plan.curriculum.segments == run.curriculum.segments
+    assert not plan_run(hours_recipe(seconds=360), run.folder).decided
+    run.folder.plan_file.write_text("{}")
+    with pytest.raises(UserError, match=r"plan\.json' is no plan"):
+        plan_run(run.recipe, run.folder)
+
+
+@pytest.mark.parametrize("curriculum", ["efficienttrain", "constant"])
+def test_a_machine_that_slows_down_ends_on_time_too(
+    curriculum: str, clock: Clock, hours_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    # In the middle of the first stage, or of the only one.
+    clock.slower_from = 20
+    start = clock.now
+    # Lanczos crops come from the data workers: a batch that was asked for under an old plan does not fit.
+    run = pretrain(hours_recipe(f"curriculum={curriculum}", "curriculum.crop=lanczos", seconds=300))
+    assert abs(clock.now - start - 300) <= 0.05 * 300
+    schedule = run.recipe.optim.schedule(10)
+    trained = rows(tmp_path / "run")
+    for row in trained:
+        assert row["lr"] == schedule(run.curriculum.stage_at(row["step"] - 1).progress)
+    progress = [run.curriculum.stage_at(step).progress for step in range(run.curriculum.num_steps)]
+    # No step takes an unusual share of the schedule: the future was spread anew, nothing was cut off.
+    assert max(b - a for a, b in zip(progress, [*progress[1:], 1.0], strict=True)) < 0.05
+
+
+@pytest.mark.parametrize("settings", [[], REPLAY], ids=["plain", "replay"])
+def test_it_resumes_to_the_bit_between_plans_and_right_after_one(
+    settings: list[str], clock: Clock, hours_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    whole = pretrain(hours_recipe(f"output={tmp_path / 'whole'}", *settings))
+    assert whole.state.plan is not None
+    ends = [segment.first_step for segment in whole.state.plan.segments[1:]]
+    measured = 4 * len(SECONDS)
+    # Before the first plan's first end, right after that end, and in the middle of the last stage.
+    stops = [ends[0] - 1, ends[0] + 1, ends[-3] + 2]
+    cut = hours_recipe(f"output={tmp_path / 'cut'}", "checkpoint.every_steps=4", *settings)
+    done = 0
+    for stop in stops:
+        clock.steps, clock.crash_at = 0, (measured if done == 0 else 0) + stop - done
+        with pytest.raises(Crash):
+            pretrain(cut)
+        done = RunFolder(tmp_path / "cut").checkpoints()[0].step
+        assert done > 0
+    clock.crash_at = None
+    again = pretrain(cut)
+    assert again.state.plan == whole.state.plan
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_kill_before_the_first_step_does_not_measure_again(
+    clock: Clock, hours_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock.crash_at = 4 * len(SECONDS) + 1
+    with pytest.raises(Crash):
+        pretrain(hours_recipe())
+    assert [checkpoint.step for checkpoint in RunFolder(tmp_path / "run").checkpoints()] == [0]
+    clock.crash_at = None
+    monkeypatch.setattr(budget, "_measure", lambda run: pytest.fail("it measured"))
+    pretrain(hours_recipe())
+
+
+def test_measuring_leaves_no_trace(
+    clock: Clock, hours_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["probe=knn", "probe.every_steps=50"]
+    pretrain(hours_recipe(f"output={tmp_path / 'measured'}", *overrides))
+
+    def by_heart(run: Run) -> tuple[list[float], float]:
+        clock.now += 4 * sum(SECONDS.values())
+        return list(SECONDS.values()), 0.0
+
+    monkeypatch.setattr(budget, "_measure", by_heart)
+    pretrain(hours_recipe(f"output={tmp_path / 'told'}", *overrides))
+    assert_same(tmp_path / "measured", tmp_path / "told")
+
+
+@pytest.mark.parametrize("overrides", [[], ["micro_batch_size=4", "optim.clip_grad=0.5"]])
+def test_a_measured_step_computes_what_a_trained_step_does(
+    overrides: list[str], tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(*overrides, "checkpoint.every_steps=4", "checkpoint.keep=99")
+    trained = pretrain(recipe)
+    run = open_run(recipe.model_copy(update={"output": str(tmp_path / "other")}))
+    feed = run.open_feed(run.curriculum.stage_at, range(8))
+    run.model.train()
+    for step in range(8):
+        stage = run.curriculum.stage_at(step)
+        train_step(run, stage, feed, lr=recipe.optim.schedule(stage.batch_size)(stage.progress))
+    expected = load_file(trained.folder.checkpoint_folder / "step-00000008" / "model.safetensors")
+    assert all(torch.equal(value, expected[name]) for name, value in run.bare_model.state_dict().items())
+
+
+def test_a_plan_that_cannot_be_shown_ends_no_run(
+    clock: Clock,
+    hours_recipe: Callable[..., Recipe],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(folder: RunFolder, plan: Any) -> None:
+        raise UserError("'plan.json' cannot be written: No space left on device")
+
+    monkeypatch.setattr(budget, "write_plan", refuse)
+    assert pretrain(hours_recipe()).finished
+    assert "warning: 'plan.json' cannot be written: No space left on device" in capfd.readouterr().err
+
+
+def test_a_budget_too_short_is_one_sentence_and_writes_nothing(
+    clock: Clock, hours_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UserError, match=r"budget_hours 0\.0\S* is too short: .* give more than 0\.0"
+    ) as caught:
+        pretrain(hours_recipe(seconds=40))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stream_is_read_on_after_every_new_plan_and_every_kill(
+    clock: Clock, hours_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    data = f"data={{name: webdataset, urls: {write_tars(tmp_path / 'tars')}, num_images: 31, num_workers: 0}}"
+    common = [data, "data.shuffle_buffer=4", "checkpoint.every_steps=5"]
+    pretrain(hours_recipe(f"output={tmp_path / 'whole'}", *common))
+    clock.crash_at, clock.steps = clock.steps - 8, 0
+    with pytest.raises(Crash):
+        pretrain(hours_recipe(f"output={tmp_path / 'cut'}", *common))
+    clock.crash_at = None
+    pretrain(hours_recipe(f"output={tmp_path / 'cut'}", *common))
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_another_budget_is_refused_on_resume(
+    clock: Clock, hours_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    clock.crash_at = 30
+    with pytest.raises(Crash):
+        pretrain(hours_recipe())
+    clock.crash_at = None
+    with pytest.raises(UserError, match=r"budget_hours \(0\.03\d+ -> 0\.1"):
+        pretrain(hours_recipe(seconds=360))
+
+
+def test_a_fork_keeps_the_plan_or_fits_what_is_left_to_another_budget(
+    clock: Clock, hours_recipe: Callable[..., Recipe], tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    clock.crash_at = 50
+    with pytest.raises(Crash):
+        pretrain(hours_recipe("checkpoint.every_steps=10"))
+    clock.crash_at = None
+    folder = tmp_path / "run"
+    step = RunFolder(folder).checkpoints()[0].step
+    base = open_run(hours_recipe())
+    same = open_run(hours_recipe(f"output={tmp_path / 'same'}", "optim.base_lr=1e-3"), fork=folder)
+    assert same.state.plan == base.state.plan
+    longer = open_run(hours_recipe(f"output={tmp_path / 'longer'}", seconds=180), fork=folder)
+    assert longer.curriculum.num_steps > base.curriculum.num_steps
+    assert longer.curriculum.progress_after(step) == pytest.approx(base.curriculum.progress_after(step))
+    left = clock.now
+    pretrain(longer.recipe, fork=folder)
+    assert clock.now - left == pytest.approx(180 - base.state.elapsed, abs=0.05 * 180)
+    for overrides, words in (
+        (["curriculum=constant"], "a plan of other stages"),
+        (["batch_size=20"], "a plan of other stages"),
+    ):
+        with pytest.raises(UserError, match=words):
+            open_run(hours_recipe(f"output={tmp_path / 'no'}", *overrides), fork=folder)
+
+
+def test_a_fork_without_a_plan_or_a_future_is_one_sentence(
+    clock: Clock, hours_recipe: Callable[..., Recipe], tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    pretrain(tiny_recipe(f"output={tmp_path / 'epochs'}", "budget_epochs=0.5"))
+    with pytest.raises(UserError, match="which has no plan in hours; give budget_epochs"):
+        open_run(hours_recipe(), fork=tmp_path / "epochs")
+    pretrain(hours_recipe(f"output={tmp_path / 'hours'}"))
+    with pytest.raises(UserError, match="is finished; give budget_epochs"):
+        open_run(hours_recipe(seconds=480), fork=tmp_path / "hours")
+    goes_on = open_run(tiny_recipe("budget_epochs=30"), fork=tmp_path / "hours")
+    assert goes_on.state.plan is None
+    assert not goes_on.finished
