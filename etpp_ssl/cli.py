@@ -75,7 +75,7 @@ def pretrain(
 ) -> None:
     """Train, or go on from the run folder's newest checkpoint."""
     from etpp_ssl.recipe_file import load_recipe
-    from etpp_ssl.train.pretrain import pretrain as run_pretraining
+    from etpp_ssl.train.launch import pretrain as run_pretraining
 
     with stops():
         run_pretraining(load_recipe(recipe, overrides or ()), fork)
@@ -89,7 +89,7 @@ def finetune(
 ) -> None:
     """Train a classifier, from `init` or from scratch, or go on from the run folder's newest checkpoint."""
     from etpp_ssl.recipe_file import load_finetune_recipe
-    from etpp_ssl.train.finetune import finetune as run_finetuning
+    from etpp_ssl.train.launch import finetune as run_finetuning
 
     with stops():
         run_finetuning(load_finetune_recipe(recipe, overrides or ()), fork)
@@ -98,21 +98,15 @@ def finetune(
 @app.command()
 def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Print stages, learning rate, memory and cost, without training."""
-    from etpp_ssl.recipe import FinetuneRecipe
     from etpp_ssl.recipe_file import load_any_recipe
     from etpp_ssl.run_folder import RunFolder
-    from etpp_ssl.train.classifier_plan import plan_classifier, print_classifier_plan
     from etpp_ssl.train.plan import plan_run
     from etpp_ssl.train.plan_table import print_plan
 
     folder = RunFolder(recipe) if os.path.isdir(recipe) else None
     # A pipe has no width; the table needs its own.
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    loaded = load_any_recipe(recipe, overrides or ())
-    if isinstance(loaded, FinetuneRecipe):
-        print_classifier_plan(plan_classifier(loaded), console)
-    else:
-        print_plan(plan_run(loaded, folder), console)
+    print_plan(plan_run(load_any_recipe(recipe, overrides or ()), folder), console)
 
 
 @app.command()
@@ -327,14 +321,14 @@ def replay_nan(
 
     Overrides (precision=fp32, model.attention=unfused, ...) try what might help.
     """
-    from etpp_ssl.debug.report import print_replay, write_replay
-    from etpp_ssl.debug.reproduce import replay_nan as repeat
+    from etpp_ssl.debug.report import print_report, write_report
+    from etpp_ssl.debug.reproduce import reproduce
 
-    replayed = repeat(dump, overrides or ())
-    print_replay(replayed, Console(width=None if sys.stdout.isatty() else 140, highlight=False))
+    found = reproduce(dump, overrides or ())
+    print_report(found, Console(width=None if sys.stdout.isatty() else 140, highlight=False))
     if json is not None:
-        write_replay(replayed, json)
-    raise typer.Exit(0 if replayed.reproduced else 1)
+        write_report(found, json)
+    raise typer.Exit(0 if found.reproduced else 1)
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+_Built = TypeVar("_Built")
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -50,6 +53,19 @@ def keyed_numpy(seed: int, purpose: str, *position: int) -> np.random.Generator:
 def keyed_torch(seed: int, purpose: str, *position: int) -> torch.Generator:
     """A CPU torch generator at a key."""
     return torch.Generator().manual_seed(derive_key(seed, purpose, *position) >> 1)
+
+
+def freshly_initialised(seed: int, build: Callable[[], _Built]) -> _Built:
+    """What `build` makes, with the initial weights of a run's seed.
+
+    Args:
+        seed: the run's seed.
+        build: makes a model and draws its weights from torch's global CPU generator, whose state is restored
+            afterwards.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_key(seed, "init") >> 1)
+        return build()
 
 
 def keyed_words(seed: int, purpose: str, positions_B: Tensor, num_draws: int) -> Tensor:

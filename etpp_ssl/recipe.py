@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import Field, field_validator, model_validator
 
@@ -15,10 +16,14 @@ from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.curriculum.constant import ConstantConfig
 from etpp_ssl.curriculum.efficienttrain import EfficientTrainConfig
 from etpp_ssl.data.augmentation import AugmentConfig
+from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.indexed import AnyIndexedData
+from etpp_ssl.data.sources.splits import open_split
 from etpp_ssl.data.streams.huggingface import HuggingFaceConfig
 from etpp_ssl.data.streams.mix import MixConfig
 from etpp_ssl.data.streams.webdataset import WebDatasetConfig
+from etpp_ssl.data.training import TrainingImages, open_training
+from etpp_ssl.data.views import Normalise, TrainView
 from etpp_ssl.evaluation.attentive import AttentiveConfig
 from etpp_ssl.evaluation.classification import EvaluateConfig
 from etpp_ssl.evaluation.knn import KnnConfig
@@ -109,7 +114,7 @@ class RunRecipe(Config, ABC):
     """Equivalent epochs: the compute of so many epochs at full resolution."""
     budget_hours: float | None = Field(default=None, gt=0, le=1e5)
     """Wall time instead: the run measures its speed and trains as many equivalent epochs as fit. Time
-    between a kill and its resume, and steps done again, do not count. Pre-training only."""
+    between a kill and its resume, and steps done again, do not count."""
     baseline_epochs: float | None = neutral(None, gt=0, le=1e9)
     """Constant-resolution epochs that `plan` compares the cost with."""
     batch_size: int = Field(ge=1, le=10**6)
@@ -176,6 +181,43 @@ class RunRecipe(Config, ABC):
             budget_epochs=self.budget_epochs or UNDECIDED_EPOCHS,
         )
 
+    def normaliser(self, device: torch.device) -> Normalise:
+        """uint8 images to float32, with the data's statistics."""
+        return Normalise(*self.data.statistics(self.in_chans), device)
+
+    def crop_view(self) -> TrainView:
+        """The random resized crop and mirror of the training images."""
+        return TrainView(
+            image_size=self.size,
+            crop_scale=self.data.crop_scale,
+            flip=self.data.flip,
+            lanczos=self.curriculum.crop == "lanczos",
+            seed=self.seed,
+            decode=self.data.decode,
+            interpolation=self.data.interpolation,
+            decoder=self.data.decoder,
+        )
+
+    def open_split(self, split: str) -> ImageSource:
+        """The images of a split; see `etpp_ssl.data.sources.splits.open_split`."""
+        return open_split(self.data, split, in_chans=self.in_chans, image_size=self.size, seed=self.seed)
+
+    def open_training(self) -> TrainingImages:
+        """The images to train on.
+
+        Raises:
+            UserError: if they are not there, or another number than the recipe says.
+        """
+        self.data.statistics(self.in_chans)
+        source = open_training(self.data, in_chans=self.in_chans, image_size=self.size, seed=self.seed)
+        expected = self.data.stated_images
+        if expected is not None and expected != len(source):
+            raise UserError(
+                f"data.num_images is {expected}, but the data has {len(source)} images; "
+                f"data.num_images=null takes what is there"
+            )
+        return source
+
     def save(self, path: Path) -> None:
         """Write the resolved recipe, every default spelled out, as YAML, whole or not at all.
 
@@ -205,6 +247,16 @@ class Recipe(RunRecipe):
     def bandwidth_multiple(self) -> tuple[int, int]:
         """Whole patches."""
         return self.patch_size
+
+    def check_curriculum(self, curriculum: Curriculum) -> None:
+        """See that every stage has patches to show and patches to predict.
+
+        Raises:
+            UserError: if one has not.
+        """
+        masker = self.build_masker()
+        for stage, span in zip(curriculum.stages, curriculum.spans, strict=True):
+            masker.check(stage.bandwidth, span)
 
     def build_objective(self) -> Objective:
         """The reconstruction target and its loss."""
@@ -243,18 +295,22 @@ class FinetuneRecipe(RunRecipe):
             return {**values, "data": {"crop_scale": [0.08, 1.0], **data}}
         return values
 
-    @model_validator(mode="after")
-    def _epochs(self) -> FinetuneRecipe:
-        if self.budget_hours is not None:
-            raise ValueError(
-                f"budget_hours is {self.budget_hours:g}: it is for pre-training only; give budget_epochs"
-            )
-        return self
-
     @property
     def bandwidth_multiple(self) -> tuple[int, int]:
         """The patches of a ViT, the total stride of other networks."""
         return self.model.multiple(self.size, self.in_chans)
+
+    def check_curriculum(self, curriculum: Curriculum) -> None:
+        """See that the model runs at every stage's bandwidth.
+
+        Raises:
+            UserError: if it does not.
+        """
+        self.model.check(
+            image_size=self.size,
+            in_chans=self.in_chans,
+            bandwidths=[stage.bandwidth for stage in curriculum.stages],
+        )
 
     def num_classes(self, classes: list[str] | None) -> int:
         """Classes that the model tells apart: the recipe's own number, or the data's.

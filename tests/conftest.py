@@ -18,7 +18,7 @@ from tiny_runs import TINY, TINY_CLASSIFIER
 
 if TYPE_CHECKING:
     from etpp_ssl.recipe import FinetuneRecipe, Recipe
-    from etpp_ssl.train.base_run import BaseRun
+    from etpp_ssl.train.run import Run
 
 
 @pytest.fixture(scope="session")
@@ -52,24 +52,23 @@ def _fresh_accelerate() -> Iterator[None]:
 @pytest.fixture
 def crash_after() -> Callable[[int], AbstractContextManager[None]]:
     """Call it with a step: a run inside ends right after that optimizer step, as a crash would end it."""
-    from etpp_ssl.train import finetune, pretrain
-    from etpp_ssl.train.records import log_due
+    from etpp_ssl.train.loop import on_step_end
 
     class Crash(Exception):
         pass
 
     @contextmanager
     def crashing(step: int) -> Iterator[None]:
-        def crash(run: BaseRun) -> bool:
+        def crash(run: Run) -> None:
             if run.state.step == step:
                 raise Crash
-            return log_due(run)
 
-        with pytest.MonkeyPatch.context() as patch:
-            for loop in (pretrain, finetune):
-                patch.setattr(loop, "log_due", crash)
+        on_step_end.append(crash)
+        try:
             with pytest.raises(Crash):
                 yield
+        finally:
+            on_step_end.remove(crash)
 
     return crashing
 

@@ -31,9 +31,9 @@ from etpp_ssl.run_folder import RunFolder
 PATIENCE = 30.0
 """Seconds in which the others must have ended."""
 PLACES = {
-    "opening": "etpp_ssl.train.run.open_training_images",
-    "first step": "etpp_ssl.train.pretrain.log_row",
-    "middle": "etpp_ssl.train.pretrain.log_row",
+    "opening": "etpp_ssl.train.run.starting_point",
+    "first step": "etpp_ssl.train.loop.log_row",
+    "middle": "etpp_ssl.train.loop.log_row",
     "evaluation": "etpp_ssl.evaluation.knn.knn_sweep",
     "checkpoint": "etpp_ssl.train.checkpoint.save_file",
 }

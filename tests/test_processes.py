@@ -21,17 +21,14 @@ EVALUATED = ["data.num_eval_images=3", "data.num_classes=2"]
 """Fewer images to evaluate than processes."""
 STOP_HALFWAY = """
 import os, signal
-from etpp_ssl.train import pretrain
+from etpp_ssl.train.loop import on_step_end
 
-log_row = pretrain.log_row
-
-def log_and_stop(run, *args):
-    log_row(run, *args)
+def stop(run):
     # Only the last process is told.
     if run.state.step == {step} and rank == run.accelerator.num_processes - 1:
         os.kill(os.getpid(), signal.SIGTERM)
 
-pretrain.log_row = log_and_stop
+on_step_end.append(stop)
 """
 PROBES = """
 import json, os
@@ -174,7 +171,7 @@ def test_all_agree_on_a_budget_in_hours(
 def test_an_unreadable_image_that_another_process_has_met_is_named(ranks: Server, folder: Path) -> None:
     damage = """
 from etpp_ssl.data.sources.base import UnreadableImage
-from etpp_ssl.data import synthetic
+from etpp_ssl.data.sources import synthetic
 whole = synthetic.SyntheticSource.open
 def open_damaged(self, index):
     if index == 7:

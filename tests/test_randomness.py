@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from etpp_ssl.randomness import (
     derive_key,
+    freshly_initialised,
     keyed_numpy,
     keyed_random,
     keyed_torch,
@@ -161,3 +162,13 @@ def test_known_answers_that_every_recorded_run_rests_on() -> None:
         [-7794665735072838416, 8098663495142255363],
         [-5817954598566111609, 5898890210213967344],
     ]
+
+
+def test_initial_weights_are_of_the_seed_and_leave_the_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = freshly_initialised(7, lambda: torch.nn.Linear(4, 4)).weight
+    torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
+    assert torch.equal(first, freshly_initialised(7, lambda: torch.nn.Linear(4, 4)).weight)
+    assert not torch.equal(first, freshly_initialised(8, lambda: torch.nn.Linear(4, 4)).weight)

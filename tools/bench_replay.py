@@ -33,7 +33,7 @@ from etpp_ssl.data.views import Normalise, TrainView
 from etpp_ssl.model.masking import random_masking
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.recipe_file import parse_recipe
-from etpp_ssl.train.feed import Feed
+from etpp_ssl.train.batches import TrainingBatches
 
 RECIPE = """
 output: unused
@@ -153,7 +153,9 @@ def main() -> None:
         print(f"  {name + ', waiting for data':32} {spread(values)} % of its time")
 
 
-def open_feed(trainer: Trainer, source: ThrottledSource, replay: ReplaySpec | None, *, workers: int) -> Feed:
+def open_feed(
+    trainer: Trainer, source: ThrottledSource, replay: ReplaySpec | None, *, workers: int
+) -> TrainingBatches:
     """Batches from the loader, more than will be asked for."""
     recipe = trainer.recipe
     order = KeyedOrder(len(source), seed=0)
@@ -165,7 +167,7 @@ def open_feed(trainer: Trainer, source: ThrottledSource, replay: ReplaySpec | No
         budget_epochs=10_000.0,
         replay=replay,
     )
-    return Feed(
+    return TrainingBatches(
         BatchBuilder(source, view, order),
         RequestSampler(order, curriculum.stage_at, range(curriculum.num_steps)),
         trainer.accelerator,
@@ -185,7 +187,7 @@ def memory_step(trainer: Trainer, batches: list[Batch]) -> Callable[[], float]:
     return step
 
 
-def feed_step(trainer: Trainer, feed: Feed) -> Callable[[], float]:
+def feed_step(trainer: Trainer, feed: TrainingBatches) -> Callable[[], float]:
     """A step that gives the seconds it waited for the feed."""
 
     def step() -> float:

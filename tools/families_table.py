@@ -11,7 +11,7 @@ from pathlib import Path
 
 from etpp_ssl.config import show_size
 from etpp_ssl.recipe_file import load_finetune_recipe
-from etpp_ssl.train.classifier_plan import plan_classifier
+from etpp_ssl.train.plan import plan_run
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("in1k_*_etpp200.yaml"))
 
@@ -21,7 +21,7 @@ def main() -> None:
     print("| recipe | parameters (M) | G multiply-adds | compute of 300 epochs over the run's: area, FLOPs |")
     print("|---|---|---|---|")
     for path in RECIPES:
-        plan = plan_classifier(load_finetune_recipe(path))
+        plan = plan_run(load_finetune_recipe(path))
         costs = ", ".join(
             f"{show_size(row.stage.bandwidth)}: {row.forward_flops / 2e9:.3g}" for row in plan.stages
         )

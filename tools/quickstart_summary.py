@@ -22,7 +22,7 @@ from etpp_ssl.data.views import Normalise
 from etpp_ssl.dist.accelerator import open_accelerator
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.train.run import build_probe
+from etpp_ssl.tasks.mae import build_probe
 
 
 def untrained_knn(recipe: Recipe) -> float:

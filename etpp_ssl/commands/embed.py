@@ -38,7 +38,7 @@ from etpp_ssl.dist.peers import leave, with_peers
 from etpp_ssl.evaluation.features import Features, Pool, extract_features, run_precision
 from etpp_ssl.files import replaced_file
 from etpp_ssl.model.mae import MaskedAutoencoder
-from etpp_ssl.randomness import derive_key
+from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder, load_weights
 from etpp_ssl.weights.loading import load_init
@@ -128,10 +128,7 @@ def _trained(
     recipe: Recipe, folder: RunFolder | None, say: Callable[[str], None]
 ) -> tuple[MaskedAutoencoder, str]:
     """The model with its weights, and where they are from."""
-    with torch.random.fork_rng(devices=[]):
-        # `init` may leave parts of the encoder as they are.
-        torch.manual_seed(derive_key(recipe.seed, "init") >> 1)
-        model = recipe.build_model()
+    model = freshly_initialised(recipe.seed, recipe.build_model)
     if folder is not None:
         checkpoint = folder.trained(say)
         weights = load_weights(model.state_dict(), checkpoint.model(), f"checkpoint {checkpoint.path}")

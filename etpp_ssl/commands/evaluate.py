@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from etpp_ssl.config import UserError
@@ -10,9 +11,10 @@ from etpp_ssl.data.views import Normalise
 from etpp_ssl.dist.accelerator import open_accelerator
 from etpp_ssl.dist.peers import leave, with_peers
 from etpp_ssl.evaluation.classification import ClassificationResult
+from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.run_folder import Checkpoint, RunFolder, load_weights
-from etpp_ssl.train.classifier_run import new_classifier, open_evaluation
+from etpp_ssl.tasks.classify import open_evaluation
 
 
 class Evaluated(NamedTuple):
@@ -42,7 +44,7 @@ def evaluate_run(recipe: FinetuneRecipe, folder: RunFolder, say: Callable[[str],
     classes = classes_of(checkpoint)
     accelerator = open_accelerator(recipe)
     num_classes = recipe.num_classes(classes)
-    model = new_classifier(recipe, num_classes)
+    model = freshly_initialised(recipe.seed, partial(recipe.build_model, num_classes))
     average = checkpoint.average()
     tensors = checkpoint.model() if average is None else average
     model.load_state_dict(load_weights(model.state_dict(), tensors, f"checkpoint {checkpoint.path}"))

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from etpp_ssl.config import UserError
@@ -21,10 +20,10 @@ from etpp_ssl.dist.signals import Interrupted, StopRequest
 from etpp_ssl.evaluation.base import ProbeStopped
 from etpp_ssl.files import append_line, disk_fault
 from etpp_ssl.model.mae import MaskedAutoencoder
-from etpp_ssl.randomness import derive_key
+from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder, load_weights
-from etpp_ssl.train.run import build_probe
+from etpp_ssl.tasks.mae import build_probe
 from etpp_ssl.weights.loading import load_init
 
 
@@ -55,9 +54,7 @@ def probe_run(recipe: Recipe, source: str, say: Callable[[str], None]) -> dict[s
     init = _init_of(recipe, source, folder)
     accelerator = open_accelerator(recipe)
     talk = say if accelerator.is_main_process else _silent
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_key(recipe.seed, "init") >> 1)
-        model = recipe.build_model()
+    model = freshly_initialised(recipe.seed, recipe.build_model)
     weights = _load_init(model, init, talk) if init is not None else _load_newest(model, folder, talk)
     model.to(accelerator.device)
     mean, std = recipe.data.statistics(recipe.in_chans)

@@ -16,7 +16,11 @@ from torch import Tensor
 from etpp_ssl.config import Config, UserError, show_size
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.sampler import BatchRequest
-from etpp_ssl.debug.dump import (
+from etpp_ssl.messages import validation_sentence
+from etpp_ssl.recipe import FinetuneRecipe, Recipe
+from etpp_ssl.recipe_file import load_any_recipe
+from etpp_ssl.run_folder import MODEL_FILE
+from etpp_ssl.train.dump import (
     RECIPE_FILE,
     RECORD_FILE,
     DumpRecord,
@@ -26,10 +30,6 @@ from etpp_ssl.debug.dump import (
     part_name,
     tensor_names,
 )
-from etpp_ssl.messages import validation_sentence
-from etpp_ssl.recipe import FinetuneRecipe, Recipe
-from etpp_ssl.recipe_file import load_any_recipe
-from etpp_ssl.run_folder import MODEL_FILE
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 

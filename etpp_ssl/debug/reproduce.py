@@ -1,7 +1,7 @@
-"""A step that was not finite, once more: does it happen here, where first, and because of what.
+"""Reproduces a step that was not finite: does it happen here, where first, and because of what.
 
-One process repeats forward and backward of all processes' micro-batches as the loops do them; a test holds
-the two together. The optimizer does not step, so keys of `optim` play no part.
+One process repeats forward and backward of all processes' micro-batches by the loop's own code. The
+optimizer does not step, so keys of `optim` play no part.
 
 Legend: B batch, M predicted patches, V values per patch, K classes.
 """
@@ -22,11 +22,11 @@ from torch.nn.utils import get_total_norm
 
 from etpp_ssl.config import UserError
 from etpp_ssl.debug.dumped_step import DumpedBatch, DumpedStep, read_dump
-from etpp_ssl.debug.replay_task import ClassifierTask, Inputs, PretrainingTask, Task
 from etpp_ssl.debug.tracing import Origin, bad_gradients, plain_blocks, trace
 from etpp_ssl.dist.accelerator import open_accelerator
-from etpp_ssl.recipe import Recipe, TrackerConfig
-from etpp_ssl.train.kernels import kernels_in_use
+from etpp_ssl.recipe import TrackerConfig
+from etpp_ssl.tasks.base import Inputs, Task, forward_backward
+from etpp_ssl.train.run import bare_task
 from etpp_ssl.train.state import environment, environment_changes
 from etpp_ssl.weights.reading import load_weights
 
@@ -66,8 +66,8 @@ class BadSample:
 
 
 @dataclass(frozen=True)
-class Replayed:
-    """What came of a dump's step."""
+class Reproduction:
+    """What the reproduction of a dump's step found."""
 
     path: str
     step: int
@@ -112,7 +112,7 @@ class _Pass:
 
 
 class _Reasons(NamedTuple):
-    """What is known of bad micro-batches; see `Replayed`."""
+    """What is known of bad micro-batches; see `Reproduction`."""
 
     bad_weights: tuple[str, ...]
     samples_apart: bool
@@ -120,8 +120,8 @@ class _Reasons(NamedTuple):
     origin: Origin | None
 
 
-def replay_nan(path: Path, overrides: Sequence[str] = ()) -> Replayed:
-    """Repeat the step of a dump, in this process alone.
+def reproduce(path: Path, overrides: Sequence[str] = ()) -> Reproduction:
+    """Reproduce the step of a dump, in this process alone.
 
     Args:
         path: the dump's folder.
@@ -149,7 +149,7 @@ def replay_nan(path: Path, overrides: Sequence[str] = ()) -> Replayed:
     if not found.finite and accelerator.mixed_precision != "no":
         plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         finite_in_fp32 = _run(step, task, plain, torch.Tensor.backward, scaled=False).finite
-    return Replayed(
+    return Reproduction(
         path=str(path),
         step=step.record.step,
         overrides=tuple(overrides),
@@ -169,19 +169,16 @@ def replay_nan(path: Path, overrides: Sequence[str] = ()) -> Replayed:
         bad_gradients=tuple(found.bad_gradients),
         largest_gradients=largest,
         finite_in_fp32=finite_in_fp32,
-        changes=_changes(step, accelerator),
+        changes=_changes(step, task, accelerator),
     )
 
 
 def _task(step: DumpedStep, device: torch.device) -> Task:
-    if isinstance(step.recipe, Recipe):
-        return PretrainingTask(step.recipe, device)
-    assert step.record.num_classes is not None
-    return ClassifierTask(step.recipe, step.record.num_classes, device)
+    return bare_task(step.recipe, device, step.record.num_classes, lambda build: build())
 
 
 def _inputs(task: Task, dumped: DumpedBatch, device: torch.device) -> Inputs:
-    return task.inputs(dumped.batch.to(device))
+    return task.inputs(dumped.batch.to(device), dumped.batch.request)
 
 
 def _run(
@@ -192,7 +189,7 @@ def _run(
     *,
     scaled: bool,
 ) -> _Pass:
-    """What the loops compute up to the verdict, with all processes' gradients brought together."""
+    """What the loop computes up to the verdict, with all processes' gradients brought together."""
     device = next(model.parameters()).device
     num_processes = step.record.num_processes
     found = _Pass([], [], [], float("nan"), finite=True)
@@ -201,11 +198,10 @@ def _run(
         model.zero_grad()
         losses_of_process: dict[str, Tensor] = {}
         for dumped in micro_batches:
-            weight = dumped.batch.request.weight
-            inputs = _inputs(task, dumped, device)
-            losses = task.losses(task.forward(model, inputs), inputs)
+            batch = dumped.batch.to(device)
+            weight = batch.request.weight
             with bad_gradients(task.model) as bad_names:
-                backward(losses["loss"] * weight * num_processes)
+                losses = forward_backward(task, model, batch, batch.request, backward, num_processes)
             for name, loss in losses.items():
                 losses_of_process[name] = losses_of_process.get(name, 0.0) + loss.detach() * weight
             names = [] if scaled else bad_names()
@@ -292,8 +288,6 @@ def _norm(gradient: Tensor) -> float:
     return float(largest) * float((gradient / largest).norm()) if largest > 0 else float(largest)
 
 
-def _changes(step: DumpedStep, accelerator: Accelerator) -> tuple[str, ...]:
-    recipe = step.recipe
-    kernels = kernels_in_use(recipe) if isinstance(recipe, Recipe) else f"attention {recipe.model.attention}"
-    now = environment(step.record.num_processes, accelerator.device, kernels)
+def _changes(step: DumpedStep, task: Task, accelerator: Accelerator) -> tuple[str, ...]:
+    now = environment(step.record.num_processes, accelerator.device, task.kernels)
     return tuple(environment_changes(step.record.environment, now))

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from etpp_ssl.debug.replay_task import Inputs, Task
 from etpp_ssl.model.encoders import BlockRunner
 from etpp_ssl.model.mae import MaskedAutoencoder
+from etpp_ssl.tasks.base import Inputs, Task
 
 
 @dataclass(frozen=True)

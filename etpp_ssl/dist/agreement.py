@@ -1,12 +1,19 @@
-"""What all processes must be of one mind about, once per step and at every checkpoint."""
+"""What all processes of a run must agree on: where it starts, and at every step signals and checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from etpp_ssl.config import UserError
+
+OF_A_MACHINE = {"output", "data.root", "data.num_workers", "data.prefetch"}
+"""Settings that machines may differ in: paths, and what suits their processors."""
 
 
 class Agreement:
@@ -40,3 +47,41 @@ class Agreement:
         texts = [text]
         dist.broadcast_object_list(texts, src=0, group=self._group)
         return texts[0]
+
+
+def agree_on_start(
+    accelerator: Accelerator, recipe: Mapping[str, Any], where: Mapping[str, Any], *, is_stream: bool
+) -> None:
+    """See that all processes have opened the same run; every process must call it.
+
+    Each has read folder and data for itself. File systems of several machines may show one of them an older
+    state, or another folder altogether, and the processes would wait for each other for ever.
+
+    Args:
+        accelerator: of the run.
+        recipe: this process's recipe, as nested dicts.
+        where: what else must be the same: step, number of steps, data.
+        is_stream: whether the images are a stream, of which every data worker reads its own part.
+
+    Raises:
+        UserError: on all processes, if they have not.
+    """
+    if accelerator.num_processes == 1:
+        return
+    exempt = OF_A_MACHINE - {"data.num_workers"} if is_stream else OF_A_MACHINE
+    main, *others = gather_object([{**where, **_flat(recipe)}])
+    for process, there in enumerate(others, 1):
+        for what in [*main, *(there.keys() - main.keys())]:
+            if there.get(what) != main.get(what) and what not in exempt:
+                raise UserError(
+                    f"process {process} has opened another run than process 0: {what} {there.get(what)!r} "
+                    f"instead of {main.get(what)!r}; output {recipe['output']!r}, recipe and data must be "
+                    f"the same for all"
+                )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

@@ -9,6 +9,7 @@ forward pass to the end of its backward pass, because models read some of them o
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -17,12 +18,9 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from etpp_ssl.config import UserError
-from etpp_ssl.curriculum.base import Curriculum
+from etpp_ssl.curriculum.base import Stage
 from etpp_ssl.data.sampler import micro_batch_of, process_part
 from etpp_ssl.dist.sharding import Copies
-from etpp_ssl.model.classifier import Classifier
-from etpp_ssl.model.mae import MaskedAutoencoder
-from etpp_ssl.recipe import Recipe, RunRecipe
 
 WRAP_POLICY = "TRANSFORMER_BASED_WRAP"
 _REFUSED = {
@@ -90,16 +88,12 @@ def refuse_deepspeed() -> None:
 
 
 def prepare(
-    accelerator: Accelerator,
-    recipe: RunRecipe,
-    curriculum: Curriculum,
-    model: MaskedAutoencoder | Classifier,
-    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer, Copies | None]:
     """Let accelerate prepare a run's model and optimizer, sharded or not.
 
     Args:
-        accelerator, recipe, curriculum: of the run.
+        accelerator: of the run.
         model: whole; sharded in place where the accelerate configuration says so.
         optimizer: of the model.
 
@@ -107,11 +101,10 @@ def prepare(
         The model to train, its optimizer, and what makes whole copies of a sharded model.
 
     Raises:
-        UserError: if the model or the batch cannot be trained in parts.
+        UserError: if the model cannot be trained in parts.
     """
     if not accelerator.is_fsdp2:
         return *accelerator.prepare(model, optimizer), None
-    check_sharded(recipe, curriculum, accelerator.num_processes)
     accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = unit_names(
         model, accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap
     )
@@ -127,17 +120,18 @@ def sharding_in_use(accelerator: Accelerator) -> str:
     return ", FSDP2" if accelerator.is_fsdp2 else ""
 
 
-def unit_names(model: MaskedAutoencoder | Classifier, asked: list[str] | None = None) -> list[str]:
+def unit_names(model: nn.Module, asked: list[str] | None = None) -> list[str]:
     """Class names of the modules that become units of their own.
 
     Args:
-        model: whose transformer blocks these are.
+        model: of a task; its `transformer_blocks` are the units.
         asked: names in the accelerate configuration, which need none.
 
     Raises:
         UserError: for a model without transformer blocks, or other names.
     """
-    names = sorted({type(block).__name__ for block in model.transformer_blocks})
+    blocks: list[nn.Module] = model.transformer_blocks  # type: ignore[assignment]
+    names = sorted({type(block).__name__ for block in blocks})
     if not names:
         raise UserError("FSDP2 serves Vision Transformers only; train this model with DDP (MULTI_GPU)")
     if asked is not None and sorted(asked) != names:
@@ -148,16 +142,29 @@ def unit_names(model: MaskedAutoencoder | Classifier, asked: list[str] | None = 
     return names
 
 
-def check_sharded(recipe: RunRecipe, curriculum: Curriculum, num_processes: int) -> None:
+def check_sharded(
+    stages: Sequence[Stage],
+    *,
+    micro_batch_size: int | None,
+    batch_size: int,
+    num_processes: int,
+    compiled: bool,
+) -> None:
     """See that all processes have as many micro-batches: each one's forward pass needs all the others.
+
+    Args:
+        stages: of the run.
+        micro_batch_size, batch_size: of the recipe.
+        num_processes: of the run.
+        compiled: whether the blocks run through `torch.compile`.
 
     Raises:
         UserError: if not, or for blocks that are compiled.
     """
-    if isinstance(recipe, Recipe) and recipe.model.compiled:
+    if compiled:
         raise UserError("model.compiled is true, which does not go together with FSDP2; leave it false")
-    for stage in curriculum.stages:
-        size = micro_batch_of(stage.batch_size, recipe.micro_batch_size, recipe.batch_size)
+    for stage in stages:
+        size = micro_batch_of(stage.batch_size, micro_batch_size, batch_size)
         parts = [process_part(range(stage.batch_size), rank, num_processes) for rank in range(num_processes)]
         counts = {-(-len(part) // size) for part in parts}
         if len(counts) > 1:

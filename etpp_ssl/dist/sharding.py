@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from etpp_ssl.evaluation.base import Probe
-from etpp_ssl.model.mae import MaskedAutoencoder
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -108,15 +105,3 @@ def _gathered(model: nn.Module) -> dict[str, Tensor]:
         name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
         for name, tensor in model.state_dict().items()
     }
-
-
-@dataclass(frozen=True)
-class WholeModelProbe:
-    """A probe of a sharded model, run on a whole copy of it; see `Probe`."""
-
-    probe: Probe
-    copies: Copies
-
-    def run(self, model: MaskedAutoencoder) -> dict[str, float]:
-        """The probe's numbers."""
-        return self.probe.run(self.copies.whole(model))

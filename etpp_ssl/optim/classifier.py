@@ -89,9 +89,3 @@ class ClassifierOptimConfig(Config):
             return lamb
         fused = device.type in ("cpu", "cuda")
         return torch.optim.AdamW(groups, lr=0.0, betas=self.betas, eps=self.eps, fused=fused)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group of `parameter_groups` the rate `lr`, times its `lr_scale`."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]

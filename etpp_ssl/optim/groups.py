@@ -1,4 +1,4 @@
-"""Parameter groups of a timm classifier: layer-wise learning-rate decay and weight decay.
+"""Parameter groups of optimizers: weight decay and, in classifiers, layer-wise learning-rate decay.
 
 Layer decay is MAE's: a parameter of layer i of num_layers has the learning rate scale
 decay^(num_layers - i). What embeds the image is layer 0, every block is a layer of its own in order of
@@ -17,8 +17,6 @@ Others differ, so a published `layer_decay` has to be read with its code:
   ConvNeXt-S/B and 20 of two in CSWin-B, so that their decay acts more slowly with depth: 0.8 there is
   about 0.93 per block in the long third stage of ConvNeXt-S. Merging belongs to what follows, as here.
 - BEiT, from which MAE has its rule, also leaves shared relative position biases at scale 1.
-
-Which parameters are decayed.
 """
 
 from __future__ import annotations
@@ -196,6 +194,6 @@ def weight_decay_groups(model: nn.Module, *, weight_decay: float, decay_tokens: 
         else:
             decayed.append(parameter)
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": exempt, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay, "lr_scale": 1.0},
+        {"params": exempt, "weight_decay": 0.0, "lr_scale": 1.0},
     ]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from pydantic import Field
+from torch import nn
 
 from etpp_ssl.config import Config
+from etpp_ssl.optim.groups import weight_decay_groups
 
 
 class OptimConfig(Config):
@@ -27,6 +30,17 @@ class OptimConfig(Config):
     timm exempt them). One-dimensional parameters and position embeddings are always exempt."""
     clip_grad: float | None = Field(default=None, gt=0)
     """Largest gradient norm; None does not clip, as MAE."""
+
+    def build(self, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+        """AdamW over a masked autoencoder's trainable parameters, its learning rate still 0.
+
+        Args:
+            model: the masked autoencoder.
+            device: where it will be trained.
+        """
+        groups = weight_decay_groups(model, weight_decay=self.weight_decay, decay_tokens=self.decay_tokens)
+        fused = device.type in ("cpu", "cuda")
+        return torch.optim.AdamW(groups, lr=0.0, betas=self.betas, eps=self.eps, fused=fused)
 
     def schedule(self, batch_size: int) -> Schedule:
         """The learning-rate function of steps with a global batch of `batch_size` images."""
@@ -56,3 +70,9 @@ class Schedule:
             return self.peak * progress / self.warmup_share
         rest = (progress - self.warmup_share) / (1 - self.warmup_share)
         return self.minimum + (self.peak - self.minimum) * 0.5 * (1 + math.cos(math.pi * rest))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group of `etpp_ssl.optim.groups` the rate `lr`, times its `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]

@@ -1,12 +1,161 @@
-"""The loss of a classifier.
+"""Classification: fine-tuning of a pre-trained encoder, or supervised training from scratch.
 
-Legend: B batch, K classes.
+Fine-tuning is a run with `init` and usually `curriculum: constant`; supervised EfficientTrain++ is one
+without `init`, with its curriculum and a RandAugment that grows over compute.
+
+Two things follow the micro-batch, by their nature: which images are mixed (partners are of one micro-batch,
+and it has one ratio), and the statistics of batch norms, which each process keeps for itself as torch's DDP
+does. So a run with mixup or batch norms is repeated exactly by the same number of processes and the same
+`micro_batch_size` only.
+
+Legend: B batch, C channels, h, w pixels at the bandwidth, K classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from etpp_ssl.config import show_size
+from etpp_ssl.curriculum.cost import Cost
+from etpp_ssl.curriculum.frequency import low_frequency_crop
+from etpp_ssl.data.augmentation import Mixup, RandomErasing
+from etpp_ssl.data.loader import Batch
+from etpp_ssl.data.sources.splits import check_labels, check_same_classes
+from etpp_ssl.data.views import EvalView, Normalise, View
+from etpp_ssl.evaluation.classification import ClassifierEvaluation
+from etpp_ssl.model.classifier import Classifier, ClassifierConfig
+from etpp_ssl.recipe import FinetuneRecipe
+from etpp_ssl.tasks.base import Inputs, Shown, Task, blank_images
+from etpp_ssl.weights.loading import load_classifier_init
+
+
+class Classification(Task):
+    """Predict the class of each image.
+
+    Args:
+        model: the classifier.
+        view: the training view.
+        normalise: uint8 images to float32.
+        erase: blanks rectangles, or nothing.
+        mix: mixup and CutMix, label smoothing.
+        config: what the model was built from.
+        image_size: (H, W) at full resolution.
+        in_chans: C.
+        num_classes: K.
+    """
+
+    model: Classifier
+    num_classes: int
+
+    def __init__(
+        self,
+        model: Classifier,
+        view: View,
+        normalise: Normalise,
+        erase: RandomErasing,
+        mix: Mixup,
+        *,
+        config: ClassifierConfig,
+        image_size: tuple[int, int],
+        in_chans: int,
+        num_classes: int,
+    ) -> None:
+        self.model = model
+        self.net = model.net
+        self.view = view
+        self.normalise = normalise
+        self.erase = erase
+        self.mix = mix
+        self.config = config
+        self.image_size = image_size
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.kernels = f"attention {config.attention}"
+        self.images: ClassifierEvaluation | None = None
+
+    @classmethod
+    def of(
+        cls, recipe: FinetuneRecipe, model: Classifier, device: torch.device, num_classes: int
+    ) -> Classification:
+        """The task of a recipe, without its evaluation images."""
+        return cls(
+            model,
+            recipe.augment.build_view(recipe.crop_view(), recipe.data.statistics(recipe.in_chans)[0]),
+            recipe.normaliser(device),
+            recipe.augment.build_erasing(recipe.seed),
+            recipe.augment.build_mixup(num_classes, recipe.seed),
+            config=recipe.model,
+            image_size=recipe.size,
+            in_chans=recipe.in_chans,
+            num_classes=num_classes,
+        )
+
+    def inputs(self, batch: Batch, stage: Shown) -> Inputs:
+        """`images` as they were mixed, `positions` int64 (B,) and `targets` float (B, K)."""
+        images = low_frequency_crop(self.normalise(batch.images), stage.bandwidth)
+        images = self.erase(images, batch.positions)
+        images, targets = self.mix(images, batch.labels, batch.first_position)
+        return {"images": images, "positions": batch.positions, "targets": targets}
+
+    def forward(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """The logits, (B, K)."""
+        logits: Tensor = model(inputs["images"], inputs["positions"])
+        return logits
+
+    def losses(self, output: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+        """`loss`, the cross-entropy."""
+        return {"loss": soft_target_cross_entropy(output, inputs["targets"])}
+
+    def target(self, inputs: Inputs) -> Tensor:
+        """The probabilities, (B, K)."""
+        return inputs["targets"]
+
+    def blank_inputs(self, stage: Shown) -> Inputs:
+        """See `Task.blank_inputs`."""
+        return {
+            "images": blank_images(self.in_chans, stage.bandwidth),
+            "positions": torch.zeros(1, dtype=torch.int64, device="meta"),
+            "targets": torch.zeros(1, self.num_classes, device="meta"),
+        }
+
+    def load_init(self, init: str, say: Callable[[str], None]) -> None:
+        """See `etpp_ssl.weights.loading.load_classifier_init`."""
+        load_classifier_init(self.model.net, init, say)
+
+    def attach_evaluation(self, images: ClassifierEvaluation | None, every_steps: int | None) -> None:
+        """Let `evaluate` measure on images.
+
+        Args:
+            images: from `open_evaluation`, or None.
+            every_steps: optimizer steps between two evaluations; None evaluates after the last step only.
+        """
+        self.images = images
+        self.evaluation = None if images is None else "evaluation"
+        self.evaluate_every = every_steps
+
+    def evaluate(self, model: nn.Module) -> dict[str, float | None]:
+        """Accuracy and calibration on the evaluation images."""
+        assert self.images is not None
+        return self.images.run(model).numbers()
+
+    def describe(self) -> str:
+        """See `Task.describe`."""
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return (
+            f"{self.config.name}, image {show_size(self.image_size)}, {self.in_chans} channels, "
+            f"{self.num_classes:,} classes: {parameters / 1e6:.2f} M parameters"
+        )
+
+    def plan_rows(self, stage: Shown, cost: Cost) -> dict[str, str]:
+        """What papers call FLOPs (multiply-adds of the forward pass), and all operations, of one image."""
+        return {
+            "GMAC forward": f"{cost.forward_flops / 2e9:.4g}",
+            "GFLOP in all": f"{cost.flops / 1e9:.4g}",
+        }
 
 
 def soft_target_cross_entropy(logits_BK: Tensor, targets_BK: Tensor) -> Tensor:
@@ -20,3 +169,39 @@ def soft_target_cross_entropy(logits_BK: Tensor, targets_BK: Tensor) -> Tensor:
     """
     log_probabilities = torch.log_softmax(logits_BK.float(), dim=1)
     return -(targets_BK.float() * log_probabilities).sum(1).mean()
+
+
+def open_evaluation(
+    recipe: FinetuneRecipe,
+    accelerator: Accelerator,
+    normalise: Normalise,
+    classes: list[str] | None,
+    num_classes: int,
+) -> ClassifierEvaluation | None:
+    """The evaluation of a recipe's classifier, or None where the recipe wants none.
+
+    Args:
+        recipe: names split and settings.
+        accelerator, normalise: of the run.
+        classes: names of the training data's classes, None where it does not tell them.
+        num_classes: of the model.
+
+    Raises:
+        UserError: if there are no evaluation images, or they have other classes.
+    """
+    if recipe.evaluate.split is None:
+        return None
+    source = recipe.open_split(recipe.evaluate.split)
+    if classes is not None:
+        check_same_classes(classes, source.classes)
+    check_labels(source, num_classes)
+    return ClassifierEvaluation(
+        source=source,
+        view=EvalView(recipe.size, recipe.data.crop_pct),
+        normalise=normalise,
+        accelerator=accelerator,
+        num_workers=recipe.data.num_workers,
+        stall_seconds=recipe.data.stall_seconds,
+        num_classes=num_classes,
+        config=recipe.evaluate,
+    )

@@ -1,12 +1,10 @@
-"""Whether this machine can hold a run at all, before it is asked to.
-
-What the replay buffers of a run take in host memory, and whether that is there.
-"""
+"""What a run takes of this machine's memory, and whether that is there: model, batch, replay buffers."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import psutil
 import torch
@@ -15,21 +13,30 @@ from torch import nn
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.curriculum.base import Curriculum, Stage
 from etpp_ssl.data.replay import buffer_bytes
-from etpp_ssl.data.views import intermediate_size
-from etpp_ssl.recipe import FinetuneRecipe, Recipe, RunRecipe
+from etpp_ssl.data.views import TrainView, intermediate_size
 
 BYTES_PER_VALUE = 4
 """A model is built in float32, on the host."""
 
 
-def check_host_memory(recipe: Recipe | FinetuneRecipe, build: Callable[[], nn.Module]) -> None:
+def check_host_memory(
+    name: str,
+    build: Callable[[], nn.Module],
+    *,
+    image_shape: tuple[int, int, int],
+    batch_size: int,
+    micro_batch_size: int | None,
+) -> None:
     """See that the model and one batch of each process of this machine fit its memory.
 
     What is needed on the device is estimated by `etpp plan`; this finds what could not even begin.
 
     Args:
-        recipe: the run.
+        name: of the model.
         build: makes the model; called on the meta device, where it takes no memory.
+        image_shape: (C, H, W) at full resolution.
+        batch_size: images per step, over all processes.
+        micro_batch_size: images per forward pass and process at most; None takes the whole part at once.
 
     Raises:
         UserError: if one does not fit.
@@ -43,56 +50,65 @@ def check_host_memory(recipe: Recipe | FinetuneRecipe, build: Callable[[], nn.Mo
     need = values * BYTES_PER_VALUE * processes
     if need > free:
         raise UserError(
-            f"model.name {recipe.model.name}: {values:,} values take {need / 1e9:,.1f} GB in {processes} "
+            f"model.name {name}: {values:,} values take {need / 1e9:,.1f} GB in {processes} "
             f"processes, but this machine has {free / 1e9:,.1f} GB free"
         )
-    height, width = recipe.size
-    share = -(-recipe.batch_size // int(os.environ.get("WORLD_SIZE", 1)))
-    batch = min(recipe.micro_batch_size or share, share)
-    need = batch * recipe.in_chans * height * width * processes
+    share = -(-batch_size // int(os.environ.get("WORLD_SIZE", 1)))
+    batch = min(micro_batch_size or share, share)
+    need = batch * math.prod(image_shape) * processes
     if need > free:
         raise UserError(
-            f"batch_size {recipe.batch_size}, micro_batch_size {recipe.micro_batch_size}: {batch:,} images "
-            f"of {show_size(recipe.size)} pixels take {need / 1e9:,.1f} GB in {processes} processes, but "
+            f"batch_size {batch_size}, micro_batch_size {micro_batch_size}: {batch:,} images "
+            f"of {show_size(image_shape[1:])} pixels take {need / 1e9:,.1f} GB in {processes} processes, but "
             f"this machine has {free / 1e9:,.1f} GB free"
         )
 
 
-def replay_bytes(recipe: RunRecipe, stage: Stage) -> int:
-    """Bytes of a stage's buffers over all processes, which share them out evenly; 0 without replay."""
-    return buffer_bytes(stage.buffer_steps * len(stage.samples), (recipe.in_chans, *view_size(recipe, stage)))
+def replay_bytes(view: TrainView, in_chans: int, stage: Stage) -> int:
+    """Bytes of a stage's buffers over all processes, which share them out evenly; 0 without replay.
+
+    Args:
+        view: what the data workers make.
+        in_chans: C.
+        stage: of the run.
+    """
+    shape = (in_chans, *view_size(view, stage.bandwidth))
+    return buffer_bytes(stage.buffer_steps * len(stage.samples), shape)
 
 
-def view_size(recipe: RunRecipe, stage: Stage) -> tuple[int, int]:
-    """(H, W) of what the data workers make."""
-    if recipe.curriculum.crop == "lanczos":
-        return stage.bandwidth
-    return intermediate_size(stage.bandwidth, recipe.size) if recipe.data.decode == "reduced" else recipe.size
+def view_size(view: TrainView, bandwidth: tuple[int, int]) -> tuple[int, int]:
+    """(H, W) of what the data workers make at a bandwidth."""
+    if view.lanczos:
+        return bandwidth
+    return intermediate_size(bandwidth, view.image_size) if view.decode == "reduced" else view.image_size
 
 
-def replay_notes(recipe: RunRecipe, curriculum: Curriculum) -> list[str]:
+def replay_notes(view: TrainView, in_chans: int, stages: Sequence[Stage]) -> list[str]:
     """A sentence for each stage that has a replay, for whoever plans or starts the run."""
     notes = []
-    for stage in curriculum.stages:
+    for stage in stages:
         name = f"stage {stage.index + 1}"
         if stage.buffer_steps:
             loaded = stage.num_steps * len(stage.samples)
             notes.append(
                 f"{name} trains on each of {loaded:,} loaded images {stage.times} times on average; its "
-                f"replay buffer takes {_shown(replay_bytes(recipe, stage))} over all processes "
-                f"({_contents(recipe, stage)})"
+                f"replay buffer takes {_shown(replay_bytes(view, in_chans, stage))} over all processes "
+                f"({_contents(view, stage)})"
             )
         elif stage.replay is not None:
             notes.append(f"{name} has replay.times 1: nothing is replayed, and no buffer is kept")
     return notes
 
 
-def check_replay(recipe: RunRecipe, curriculum: Curriculum, num_processes: int, step: int) -> None:
+def check_replay(
+    view: TrainView, in_chans: int, curriculum: Curriculum, num_processes: int, step: int
+) -> None:
     """See that every buffer divides among the processes and fits this machine.
 
     Args:
-        recipe: the run.
-        curriculum: its stages.
+        view: what the data workers make.
+        in_chans: C.
+        curriculum: the run's stages.
         num_processes: of the run, on all machines.
         step: optimizer steps done; stages that end before it need nothing any more.
 
@@ -110,25 +126,25 @@ def check_replay(recipe: RunRecipe, curriculum: Curriculum, num_processes: int, 
                 f"{len(stage.samples)} of {stage.batch_size} images, which do not divide evenly among the "
                 f"{num_processes} processes"
             )
-        need = replay_bytes(recipe, stage) * on_this_machine
+        need = replay_bytes(view, in_chans, stage) * on_this_machine
         if need > free:
             assert stage.replay is not None
             raise UserError(
                 f"curriculum: stage {stage.index + 1} has replay.buffer {stage.replay.buffer}, which takes "
-                f"{_shown(need)} of this machine's memory ({_contents(recipe, stage)}), but "
+                f"{_shown(need)} of this machine's memory ({_contents(view, stage)}), but "
                 f"{_shown(free)} are available: enough for {int(stage.buffer_steps * free / need)}"
                 + (
                     ""
-                    if view_size(recipe, stage) == stage.bandwidth
+                    if view_size(view, stage.bandwidth) == stage.bandwidth
                     else ", more with curriculum.crop=lanczos"
                 )
             )
 
 
-def _contents(recipe: RunRecipe, stage: Stage) -> str:
+def _contents(view: TrainView, stage: Stage) -> str:
     return (
         f"{stage.buffer_steps:,} mini-batches of {len(stage.samples):,} images of "
-        f"{show_size(view_size(recipe, stage))} px"
+        f"{show_size(view_size(view, stage.bandwidth))} px"
     )
 
 

@@ -11,14 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 
 from etpp_ssl.config import RunFault
-from etpp_ssl.debug.dump import write_dump
-from etpp_ssl.dist.same_start import agree_on_start
 from etpp_ssl.files import disk_fault
-from etpp_ssl.train.base_run import BaseRun
+from etpp_ssl.train.batches import TrainingBatches
 from etpp_ssl.train.checkpoint import load_checkpoint
-from etpp_ssl.train.feed import Feed
+from etpp_ssl.train.dump import write_dump
 from etpp_ssl.train.metrics import Meter
-from etpp_ssl.train.run import restore
+from etpp_ssl.train.run import Run
 from etpp_ssl.train.state import TrainState
 
 MOST_SKIPS_IN_A_ROW = 10
@@ -42,7 +40,7 @@ class NonFinite(RunFault):
         self.rewinds = rewinds
 
 
-class Guard:
+class NonFiniteCheck:
     """Judges every step's loss and gradients, and acts on the recipe's `nonfinite`.
 
     The verdict is shared by all processes: what one finds, all act on. It is a number on the device. With a
@@ -53,24 +51,22 @@ class Guard:
     Args:
         run: the run.
         meter: has the step's losses.
-        feed: has the step's batches, for a dump.
-        clip_grad: largest norm of the gradients, or None.
+        batches: has the step's batches, for a dump.
         late: whether to read the verdict one step later; None decides by device and optimizer.
     """
 
     def __init__(
         self,
-        run: BaseRun,
+        run: Run,
         meter: Meter,
-        feed: Feed,
+        batches: TrainingBatches,
         *,
-        clip_grad: float | None,
         late: bool | None = None,
     ) -> None:
         self.run = run
         self.meter = meter
-        self.feed = feed
-        self.clip_grad = clip_grad
+        self.batches = batches
+        self.clip_grad = run.recipe.optim.clip_grad
         self.scaled = run.accelerator.scaler is not None
         # accelerate wraps the optimizer whose kernel reads `found_inf`.
         self._optimizer: Any = getattr(run.optimizer, "optimizer", run.optimizer)
@@ -152,7 +148,7 @@ class Guard:
             f"finite"
         )
         if self._in_a_row == 1:
-            folder = write_dump(run, step, self.feed.kept.get(step, []))
+            folder = write_dump(run, step, self.batches.kept.get(step, []))
             if folder is not None:
                 what += f"; etpp replay-nan {shlex.quote(str(folder))} shows where"
         if config.policy == "skip" and self._in_a_row <= MOST_SKIPS_IN_A_ROW:
@@ -174,7 +170,7 @@ class Guard:
         )
 
 
-def rewind(run: BaseRun, fault: NonFinite) -> None:
+def rewind(run: Run, fault: NonFinite) -> None:
     """Bring a run back to its newest checkpoint, with a lower learning rate; every process must call it.
 
     The factor is a part of the state, so a run that is killed and resumed later goes on with it. One that is
@@ -194,7 +190,7 @@ def rewind(run: BaseRun, fault: NonFinite) -> None:
     saved = load_checkpoint(checkpoint, run.bare_model, run.optimizer)
     if run.average is not None:
         run.average.load_state_dict(checkpoint.average() or {}, f"moving average of {checkpoint.path}")
-    restore(accelerator, saved, run.kernels, run.progress)
+    run.restore(saved)
     run.optimizer.zero_grad()
     state = TrainState.from_json(saved["state"])
     state.num_rewinds = run.state.num_rewinds + 1
@@ -202,7 +198,7 @@ def rewind(run: BaseRun, fault: NonFinite) -> None:
     run.state = state
     if state.plan is not None:
         run.curriculum = run.progress.curriculum = run.curriculum.laid_out(state.plan.segments)
-    agree_on_start(run)
+    run.check_agreement()
     disk = ""
     if accelerator.is_main_process:
         try:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from etpp_ssl.curriculum.base import Curriculum, Stage
 from etpp_ssl.curriculum.cost import Cost, area_share, count_cost
 from etpp_ssl.curriculum.hours import TimePlan
 from etpp_ssl.data.sampler import micro_batch_of
-from etpp_ssl.data.sources.splits import open_split
-from etpp_ssl.model.mae import MaskedAutoencoder
-from etpp_ssl.model.masking import MaskCounts, MaskRatioRamp
-from etpp_ssl.model.patches import grid_of
-from etpp_ssl.recipe import Recipe, RunRecipe
+from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.train.decoder_cost import decoder_flops, other_decoders
+from etpp_ssl.tasks.base import Shown, Task
 from etpp_ssl.train.memory import replay_bytes, replay_notes
+from etpp_ssl.train.run import bare_task
 
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and AdamW's two moments, in float32."""
@@ -29,22 +27,16 @@ class StagePlan:
     """One stage of a run, in numbers."""
 
     stage: Stage
-    grid: tuple[int, int]
-    num_visible: int
-    """Patches per image that the encoder sees, prefix tokens not counted; like all numbers here at the
-    stage's mean mask ratio, where the ratio follows a schedule."""
-    num_predicted: int
-    """Patches per image that the decoder predicts."""
     num_images: int
     """Images trained on, repeats counted."""
     area_share: float
     """Share of the run's compute by the area rule."""
     flops_share: float
     """Share of the run's compute by counted operations."""
-    flops_per_image: int
-    """Forward and backward, target included."""
-    decoder_flops_per_image: int
-    """The decoder's part of `flops_per_image`, forward and backward."""
+    cost: Cost
+    """Of one image, losses included; where the mask ratio follows a schedule, at the stage's mean."""
+    columns: dict[str, str]
+    """What the task tells of the stage; see `Task.plan_rows`."""
     micro_batch: int
     """Images that one process, where it is the only one, takes at a time."""
     memory_bytes: int
@@ -55,15 +47,18 @@ class StagePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BasePlan:
-    """A run of any task, in numbers."""
+class Plan:
+    """A run, in numbers."""
 
-    recipe: RunRecipe
+    recipe: Recipe | FinetuneRecipe
+    title: str
+    """The model, in a line."""
     num_images: int
     curriculum: Curriculum
-    decided: bool = True
+    stages: list[StagePlan]
+    decided: bool
     """Whether the numbers of steps are known: a budget in hours becomes steps when the run starts."""
-    recorded: TimePlan | None = None
+    recorded: TimePlan | None
     """What a budget in hours has become."""
     total_flops: int
     baseline_epochs: float
@@ -74,20 +69,15 @@ class BasePlan:
     notes: list[str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan(BasePlan):
-    """A pre-training run, in numbers."""
+@dataclass(frozen=True)
+class _At:
+    """A moment of a run; see `Shown`."""
 
-    recipe: Recipe
-    stages: list[StagePlan]
-    encoder_parameters: int
-    decoder_parameters: int
-    other_decoders: dict[str, int]
-    """By name, FLOPs per image at full resolution, forward and backward, of the decoders that the recipe
-    does not use, at the width, depth and heads of the one that it uses, predicting every masked patch."""
+    bandwidth: tuple[int, int]
+    progress: float
 
 
-def plan_run(recipe: Recipe, folder: RunFolder | None = None) -> Plan:
+def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -> Plan:
     """Compute the plan of a recipe.
 
     The number of images is `data.num_images`, or comes from the data where that is not given.
@@ -99,7 +89,7 @@ def plan_run(recipe: Recipe, folder: RunFolder | None = None) -> Plan:
     Raises:
         UserError: for anything that would keep the run from starting, as far as it shows without data.
     """
-    num_images = images_of(recipe)
+    num_images, num_classes = _counts(recipe)
     curriculum = recipe.build_curriculum(num_images)
     recorded = folder.plan() if folder is not None else None
     if recorded is not None and (recorded.hours, recorded.stages) != (
@@ -109,127 +99,99 @@ def plan_run(recipe: Recipe, folder: RunFolder | None = None) -> Plan:
         recorded = None
     if recorded is not None:
         curriculum = curriculum.laid_out(recorded.segments)
-    with torch.device("meta"):
-        model = recipe.build_model()
-    parameters = sum(p.numel() for p in model.parameters())
-    encoder_parameters = sum(p.numel() for p in model.encoder.parameters())
-    bytes_per_value = 4 if recipe.precision == "fp32" else 2
-
-    masker = recipe.build_masker()
-    num_values = recipe.build_objective().num_values
-    costs: dict[tuple[tuple[int, int], MaskCounts], Cost] = {}
-
-    def cost(bandwidth: tuple[int, int], counts: MaskCounts) -> Cost:
-        key = (bandwidth, counts)
-        if key not in costs:
-            costs[key] = cost_at(recipe, model, bandwidth, counts)
-        return costs[key]
+    task = bare_task(recipe, torch.device("cpu"), num_classes, _on_meta)
+    costs = _Costs(task)
+    try:
+        at_full = costs.at(_At(recipe.size, 0.5))
+        means = [
+            _At(stage.bandwidth, sum(span) / 2)
+            for stage, span in zip(curriculum.stages, curriculum.spans, strict=True)
+        ]
+        mean_costs = [costs.at(mean) for mean in means]
+    except (RuntimeError, ValueError, AssertionError):
+        # A model that cannot run at a stage's size is told in a sentence; for others this is slow.
+        recipe.check_curriculum(curriculum)
+        raise
 
     images = [stage.num_steps * stage.batch_size for stage in curriculum.stages]
     area = [n * area_share(s.bandwidth, recipe.size) for n, s in zip(images, curriculum.stages, strict=True)]
-    means = [
-        masker.counts(stage.bandwidth, sum(span) / 2)
-        for stage, span in zip(curriculum.stages, curriculum.spans, strict=True)
-    ]
-    flops = [
-        n * cost(stage.bandwidth, counts).flops
-        for n, stage, counts in zip(images, curriculum.stages, means, strict=True)
-    ]
+    flops = [n * cost.flops for n, cost in zip(images, mean_costs, strict=True)]
+    parameters = sum(p.numel() for p in task.model.parameters())
+    bytes_per_value = 4 if recipe.precision == "fp32" else 2
+    view = recipe.crop_view()
     stages = []
     for index, stage in enumerate(curriculum.stages):
-        at_ends = [masker.counts(stage.bandwidth, progress) for progress in curriculum.spans[index]]
-        saved_values = max(cost(stage.bandwidth, c).saved_values for c in (means[index], *at_ends))
-        grid = grid_of(stage.bandwidth, recipe.patch_size)
+        at_ends = [costs.at(_At(stage.bandwidth, progress)) for progress in curriculum.spans[index]]
+        saved_values = max(cost.saved_values for cost in (mean_costs[index], *at_ends))
         micro_batch = micro_batch_of(stage.batch_size, recipe.micro_batch_size, recipe.batch_size)
         stages.append(
             StagePlan(
                 stage=stage,
-                grid=grid,
-                num_visible=means[index].num_keep,
-                num_predicted=means[index].num_predict,
                 num_images=images[index],
                 area_share=area[index] / sum(area),
                 flops_share=flops[index] / sum(flops),
-                flops_per_image=cost(stage.bandwidth, means[index]).flops,
-                decoder_flops_per_image=decoder_flops(
-                    recipe.model.decoder, model, grid, means[index], num_values
-                ),
+                cost=mean_costs[index],
+                columns=task.plan_rows(means[index], mean_costs[index]),
                 micro_batch=micro_batch,
                 memory_bytes=parameters * BYTES_PER_PARAMETER + micro_batch * saved_values * bytes_per_value,
-                replay_bytes=replay_bytes(recipe, stage),
+                replay_bytes=replay_bytes(view, recipe.in_chans, stage),
             )
         )
-    full_counts = masker.counts(recipe.size, 0.5)
-    full_grid = grid_of(recipe.size, recipe.patch_size)
     baseline_epochs = recipe.baseline_epochs or recipe.budget_epochs or curriculum.equivalent_epochs
     baseline_images = baseline_epochs * num_images
     return Plan(
         recipe=recipe,
+        title=task.describe(),
         num_images=num_images,
         curriculum=curriculum,
+        stages=stages,
         decided=recipe.budget_epochs is not None or recorded is not None,
         recorded=recorded,
-        stages=stages,
-        encoder_parameters=encoder_parameters,
-        decoder_parameters=parameters - encoder_parameters,
         total_flops=sum(flops),
         baseline_epochs=baseline_epochs,
         speedup_by_area=baseline_images / sum(area),
-        speedup_by_flops=baseline_images * cost(recipe.size, full_counts).flops / sum(flops),
-        other_decoders={
-            other.name: decoder_flops(other, model, full_grid, full_counts.everything, num_values)
-            for other in other_decoders(recipe.model.decoder)
-        },
+        speedup_by_flops=baseline_images * at_full.flops / sum(flops),
         notes=[
-            *recipe.curriculum.roundings(recipe.size, recipe.patch_size),
-            *_schedule_note(recipe),
-            *replay_notes(recipe, curriculum),
+            *recipe.curriculum.roundings(recipe.size, recipe.bandwidth_multiple),
+            *replay_notes(view, recipe.in_chans, curriculum.stages),
+            *task.plan_notes(at_full),
         ],
     )
 
 
-def images_of(recipe: RunRecipe) -> int:
-    """Images that a recipe trains on: `data.num_images`, or from the data where that is not given.
-
-    Raises:
-        UserError: if the data is not there.
-    """
+def _counts(recipe: Recipe | FinetuneRecipe) -> tuple[int, int | None]:
+    """Images of the training set and classes: stated by the recipe, or from the data."""
     recipe.data.statistics(recipe.in_chans)
-    stated = recipe.data.stated_images
-    if stated is not None:
-        return stated
-    return len(
-        open_split(recipe.data, "train", in_chans=recipe.in_chans, image_size=recipe.size, seed=recipe.seed)
-    )
+    num_images, num_classes = recipe.data.stated_images, None
+    if isinstance(recipe, FinetuneRecipe) and recipe.model.num_classes is not None:
+        num_classes = recipe.num_classes(None)
+    elif isinstance(recipe, FinetuneRecipe):
+        num_classes = recipe.num_classes(recipe.open_training().classes)
+    return (len(recipe.open_split("train")) if num_images is None else num_images), num_classes
 
 
-def cost_at(recipe: Recipe, model: MaskedAutoencoder, bandwidth: tuple[int, int], counts: MaskCounts) -> Cost:
-    """Counted cost of one image at a bandwidth, forward and backward, target included.
+def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return build().train()
+
+
+class _Costs:
+    """Counted costs of one image, each shape of inputs once.
 
     Args:
-        recipe: the run.
-        model: its model, on the meta device.
-        bandwidth: (height, width) in pixels.
-        counts: patches of the image.
+        task: with its model on the meta device.
     """
-    objective = recipe.build_objective()
-    with torch.device("meta"):
-        images = torch.zeros(1, recipe.in_chans, *bandwidth)
-        ids_keep = torch.zeros(1, counts.num_keep, dtype=torch.int64)
-        ids_predict = torch.zeros(1, counts.num_predict, dtype=torch.int64)
 
-    def loss() -> Tensor:
-        values, ids_predicted = model(images, ids_keep, ids_predict)
-        return objective(values, ids_predicted, images)
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._known: dict[tuple[torch.Size, ...], Cost] = {}
 
-    return count_cost(loss, model)
-
-
-def _schedule_note(recipe: Recipe) -> list[str]:
-    ratio = recipe.model.mask_ratio
-    if not isinstance(ratio, MaskRatioRamp):
-        return []
-    return [
-        f"the mask ratio goes from {ratio.start:g} to {ratio.end:g} over compute: patches and operations are "
-        f"those of each stage's mean ratio (of the run's, for full resolution), memory is of its heaviest"
-    ]
+    def at(self, shown: Shown) -> Cost:
+        """Forward and backward, losses included."""
+        task, inputs = self.task, self.task.blank_inputs(shown)
+        key = tuple(tensor.shape for tensor in inputs.values())
+        if key not in self._known:
+            self._known[key] = count_cost(
+                lambda: task.losses(task.forward(task.model, inputs), inputs)["loss"], task.model
+            )
+        return self._known[key]

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from etpp_ssl.config import show_size
-from etpp_ssl.model.masking import MaskRatioRamp
-from etpp_ssl.optim.classifier import ClassifierOptimConfig
-from etpp_ssl.optim.schedule import OptimConfig
-from etpp_ssl.recipe import Recipe, RunRecipe
-from etpp_ssl.train.plan import BasePlan, Plan
+from etpp_ssl.train.plan import Plan
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 60
@@ -22,44 +16,18 @@ SPARK_WIDTH = 60
 def print_plan(plan: Plan, console: Console) -> None:
     """Stages, learning rate, parameters, memory and cost."""
     recipe = plan.recipe
-    console.print(
-        f"{recipe.model.name}, image {show_size(recipe.size)}, patch {show_size(recipe.patch_size)}, "
-        f"{recipe.in_chans} channels, {_masking(recipe)}: "
-        f"{plan.encoder_parameters / 1e6:.2f} M parameters in the encoder, "
-        f"{plan.decoder_parameters / 1e6:.2f} M in the {recipe.model.decoder.name} decoder"
-    )
-    console.print(f"{plan.num_images:,} images, global batch {recipe.batch_size}, {budget(plan)}")
+    console.print(plan.title)
+    console.print(f"{plan.num_images:,} images, global batch {recipe.batch_size}, {_budget(plan)}")
     console.print(_stage_table(plan))
     for note in plan.notes:
         console.print(f"note: {note}")
-    console.print(_decoders(plan))
-    console.print(learning_rate(plan, recipe.optim))
+    console.print(_learning_rate(plan))
     if plan.decided:
-        console.print(compute(plan))
-    console.print(memory(recipe, [row.micro_batch for row in plan.stages]))
+        console.print(_compute(plan))
+    console.print(_memory(plan))
 
 
-def _masking(recipe: Recipe) -> str:
-    ratio = recipe.model.mask_ratio
-    shown = f"{ratio.start:g} to {ratio.end:g}" if isinstance(ratio, MaskRatioRamp) else f"{ratio:g}"
-    pattern = recipe.model.masking.name
-    return f"mask ratio {shown}" + (f" ({pattern})" if pattern != "uniform" else "")
-
-
-def _decoders(plan: Plan) -> str:
-    own, full = plan.recipe.model.decoder, plan.stages[-1]
-    others = ", ".join(
-        f"{flops / 1e9:.4g} with a {name} decoder" for name, flops in plan.other_decoders.items()
-    )
-    share = full.decoder_flops_per_image / full.flops_per_image
-    return (
-        f"encoder (target included) and decoder are in GFLOP per image, forward and backward; at full "
-        f"resolution the {own.name} decoder takes {full.decoder_flops_per_image / 1e9:.4g} ({share:.0%}); it "
-        f"would be {others} of this width, depth and heads that predicts every masked patch"
-    )
-
-
-def budget(plan: BasePlan) -> str:
+def _budget(plan: Plan) -> str:
     """What the run may spend, in equivalent epochs, steps and images, or in hours."""
     recipe, curriculum, recorded = plan.recipe, plan.curriculum, plan.recorded
     if not plan.decided:
@@ -79,42 +47,26 @@ def budget(plan: BasePlan) -> str:
 
 def _stage_table(plan: Plan) -> Table:
     table = Table(box=box.SIMPLE, collapse_padding=True)
-    for title in (
-        "stage",
-        "bandwidth",
-        "grid",
-        "visible",
-        "predicted",
-        "batch",
-        "steps",
-        "images",
-        "area share",
-        "FLOP share",
-        "encoder",
-        "decoder",
-        "memory",
-    ):
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in plan.stages:
-        table.add_row(
-            str(row.stage.index + 1),
-            show_size(row.stage.bandwidth),
-            f"{row.grid[0]}x{row.grid[1]}",
-            str(row.num_visible),
-            str(row.num_predicted),
-            str(row.stage.batch_size),
-            f"{row.stage.num_steps:,}" if plan.decided else "?",
-            f"{row.num_images:,}" if plan.decided else "?",
-            f"{row.area_share:.1%}",
-            f"{row.flops_share:.1%}",
-            f"{(row.flops_per_image - row.decoder_flops_per_image) / 1e9:.4g}",
-            f"{row.decoder_flops_per_image / 1e9:.4g}",
-            f"{row.memory_bytes / 1e9:.2f} GB",
-        )
+    for number, row in enumerate(plan.stages):
+        cells = {
+            "stage": str(row.stage.index + 1),
+            "bandwidth": show_size(row.stage.bandwidth),
+            "batch": str(row.stage.batch_size),
+            "steps": f"{row.stage.num_steps:,}" if plan.decided else "?",
+            "images": f"{row.num_images:,}" if plan.decided else "?",
+            "area share": f"{row.area_share:.1%}",
+            "FLOP share": f"{row.flops_share:.1%}",
+            **row.columns,
+            "memory": f"{row.memory_bytes / 1e9:.2f} GB",
+        }
+        if number == 0:
+            for title in cells:
+                table.add_column(title, justify="right", no_wrap=True)
+        table.add_row(*cells.values())
     return table
 
 
-def compute(plan: BasePlan) -> str:
+def _compute(plan: Plan) -> str:
     """Operations of the whole run, and how they compare with the baseline."""
     return (
         f"compute: {plan.total_flops / 1e18:.4g} EFLOP; computed speed-up over "
@@ -123,16 +75,16 @@ def compute(plan: BasePlan) -> str:
     )
 
 
-def memory(recipe: RunRecipe, micro_batches: Sequence[int]) -> str:
-    """What the memory column means; `micro_batches` are the stages'."""
-    at_a_time = " / ".join(str(size) for size in dict.fromkeys(micro_batches))
-    return f"memory is estimated per process, for {at_a_time} images at a time in {recipe.precision}" + (
-        "" if recipe.micro_batch_size else " (set micro_batch_size to accumulate smaller ones)"
+def _memory(plan: Plan) -> str:
+    at_a_time = " / ".join(str(size) for size in dict.fromkeys(row.micro_batch for row in plan.stages))
+    return f"memory is estimated per process, for {at_a_time} images at a time in {plan.recipe.precision}" + (
+        "" if plan.recipe.micro_batch_size else " (set micro_batch_size to accumulate smaller ones)"
     )
 
 
-def learning_rate(plan: BasePlan, optim: OptimConfig | ClassifierOptimConfig) -> str:
-    """The schedule of `optim` over compute, drawn and in words."""
+def _learning_rate(plan: Plan) -> str:
+    """The schedule over compute, drawn and in words."""
+    optim = plan.recipe.optim
     stages = plan.curriculum.stages
     schedules = [optim.schedule(stage.batch_size) for stage in stages]
     highest = max(schedule.peak for schedule in schedules)

@@ -1,28 +1,28 @@
-"""What every training loop writes: rows of metrics, and checkpoints."""
+"""What the loop writes: rows of metrics and evaluations, and checkpoints."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from etpp_ssl.config import RunFault
 from etpp_ssl.curriculum.base import Stage
-from etpp_ssl.train.base_run import BaseRun
 from etpp_ssl.train.checkpoint import checkpoint_files, what_is_left, write_checkpoint
 from etpp_ssl.train.metrics import Meter, RowsFault
-from etpp_ssl.train.state import environment
+from etpp_ssl.train.run import Run
 from etpp_ssl.train.status import write_status
 from etpp_ssl.train.streams import gather_streams
 
 
-def log_due(run: BaseRun) -> bool:
+def log_due(run: Run) -> bool:
     """Every so many steps, and at a segment's last one, so that no row mixes two bandwidths."""
     done = run.state.step
     return done % run.recipe.log_every_steps == 0 or run.curriculum.ends_segment(done)
 
 
-def log_row(run: BaseRun, stage: Stage, meter: Meter, lr: float) -> None:
+def log_row(run: Run, stage: Stage, meter: Meter, lr: float) -> None:
     """Write and show losses and speed since the last row; `stage` and `lr` are those of the last step."""
     state, curriculum = run.state, run.curriculum
     speed = meter.row()
@@ -49,7 +49,30 @@ def log_row(run: BaseRun, stage: Stage, meter: Meter, lr: float) -> None:
     run.progress.row(row)
 
 
-def save(run: BaseRun, *, required: bool = False) -> bool:
+def evaluation_due(run: Run) -> bool:
+    """At the run's end, and every so many steps where the recipe says so."""
+    if run.task.evaluation is None:
+        return False
+    every = run.task.evaluate_every
+    return run.finished or (every is not None and run.state.step % every == 0)
+
+
+def evaluate_and_record(run: Run) -> float:
+    """Write a row of the task's evaluation; returns the seconds it took."""
+    start = time.perf_counter()
+    numbers = run.task.evaluate(run.trained_model())
+    seconds = time.perf_counter() - start
+    run.metrics.write({"step": run.state.step, **numbers, f"{run.task.evaluation}_seconds": seconds})
+    shown = ", ".join(
+        f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}"
+        for name, value in numbers.items()
+        if value is not None
+    )
+    run.progress.say(f"step {run.state.step}: {shown} ({seconds:.0f} s)")
+    return seconds
+
+
+def save(run: Run, *, required: bool = False) -> bool:
     """Write a checkpoint of the run as it stands; every process must call it.
 
     Only the main process writes. Whether it could, all processes learn here, and all act alike.
@@ -92,15 +115,15 @@ def save(run: BaseRun, *, required: bool = False) -> bool:
     return False
 
 
-def _write(run: BaseRun, files: Mapping[str, Mapping[str, Tensor]]) -> None:
-    accelerator, scaler = run.accelerator, run.accelerator.scaler
+def _write(run: Run, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+    scaler = run.accelerator.scaler
     write_checkpoint(
         run.folder,
         run.state.step,
         files,
         {
             "state": run.state.to_json(),
-            "environment": environment(accelerator.num_processes, accelerator.device, run.kernels),
+            "environment": run.environment,
             "data": run.data_fingerprint,
             "classes": run.classes,
             "scaler": scaler.state_dict() if scaler is not None else None,

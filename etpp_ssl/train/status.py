@@ -10,12 +10,12 @@ from typing import Literal
 
 from etpp_ssl.config import UserError
 from etpp_ssl.files import write_text
-from etpp_ssl.train.base_run import BaseRun
+from etpp_ssl.train.run import Run
 
 RunState = Literal["running", "stopped", "finished", "failed"]
 
 
-def write_status(run: BaseRun, state: RunState, *, exit_code: int | None = None, message: str = "") -> None:
+def write_status(run: Run, state: RunState, *, exit_code: int | None = None, message: str = "") -> None:
     """Say in the run folder how the run stands; only the main process writes, and only where it trains.
 
     `stopped` means that it was asked to stop and that its checkpoint is written: the same command goes on.

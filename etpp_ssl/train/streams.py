@@ -13,19 +13,31 @@ from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.streams.loader import StreamPlace
 from etpp_ssl.data.training import TrainingImages
-from etpp_ssl.recipe import RunRecipe
 from etpp_ssl.train.state import TrainState
 
 
 def check_stream(
-    recipe: RunRecipe, source: TrainingImages, curriculum: Curriculum, state: TrainState, num_processes: int
+    source: TrainingImages,
+    curriculum: Curriculum,
+    state: TrainState,
+    *,
+    num_processes: int,
+    num_workers: int,
+    micro_batch_size: int | None,
+    name: str,
 ) -> None:
-    """See that so many processes can read the training images, and go on with them where they stand.
+    """See that so many processes can read the training images, from where the run stands.
+
+    Args:
+        source: the training images.
+        curriculum, state: of the run.
+        num_processes, num_workers, micro_batch_size: how they would be read.
+        name: of the data.
 
     Raises:
         UserError: if they cannot.
     """
-    num_workers = max(1, recipe.data.num_workers)
+    num_workers = max(1, num_workers)
     source.check_lanes(num_processes * num_workers)
     if not source.is_stream:
         return
@@ -33,7 +45,7 @@ def check_stream(
         if stage.buffer_steps:
             raise UserError(
                 f"curriculum: stage {stage.index + 1} has a replay buffer, which a resumed run refills by "
-                f"index, but data.name {recipe.data.name} is a stream: leave replay out, or use indexed data"
+                f"index, but data.name {name} is a stream: leave replay out, or use indexed data"
             )
     if not state.streams:
         return
@@ -41,31 +53,33 @@ def check_stream(
     for what, before, now in (
         ("processes", len(state.streams), num_processes),
         ("data.num_workers", len(places[0]["lanes"]), num_workers),
-        ("micro_batch_size", places[0]["micro_batch_size"], recipe.micro_batch_size),
+        ("micro_batch_size", places[0]["micro_batch_size"], micro_batch_size),
     ):
         if before != now:
             raise UserError(
-                f"the run's stream was read with {what} {before} and cannot go on with {now}: use {before}, "
-                f"or --fork with another output, which begins the stream anew"
+                f"the run's stream was read with {what} {before} and cannot be resumed with {now}: "
+                f"use {before}, or --fork with another output, which begins the stream anew"
             )
 
 
-def place_in_stream(recipe: RunRecipe, state: TrainState, rank: int) -> StreamPlace:
+def place_in_stream(state: TrainState, rank: int, num_workers: int) -> StreamPlace:
     """Where a process stands."""
     values = state.streams[rank] if state.streams else None
-    return StreamPlace.beginning(recipe.data.num_workers) if values is None else StreamPlace.from_json(values)
+    return StreamPlace.beginning(num_workers) if values is None else StreamPlace.from_json(values)
 
 
-def follow_stream(recipe: RunRecipe, state: TrainState, accelerator: Accelerator) -> Callable[[Batch], None]:
+def follow_stream(
+    state: TrainState, accelerator: Accelerator, num_workers: int, micro_batch_size: int | None
+) -> Callable[[Batch], None]:
     """What is told of each batch that is trained on, and keeps the process's place in `state`."""
-    place = place_in_stream(recipe, state, accelerator.process_index)
+    place = place_in_stream(state, accelerator.process_index, num_workers)
 
     def take(batch: Batch) -> None:
         nonlocal place
         if batch.cursor is None:
             return
         place = place.after(batch)
-        entry: dict[str, Any] = {**place.to_json(), "micro_batch_size": recipe.micro_batch_size}
+        entry: dict[str, Any] = {**place.to_json(), "micro_batch_size": micro_batch_size}
         others = state.streams or [None] * accelerator.num_processes
         rank = accelerator.process_index
         state.streams = [*others[:rank], entry, *others[rank + 1 :]]

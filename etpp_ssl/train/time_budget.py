@@ -15,10 +15,11 @@ from accelerate.utils import broadcast_object_list
 
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.base import Stage
-from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.curriculum.hours import TimePlan, first_plan, replan, shortest_seconds
 from etpp_ssl.dist.sharding import own_parts
-from etpp_ssl.train.feed import Feed
+from etpp_ssl.optim.schedule import set_learning_rate
+from etpp_ssl.tasks.base import forward_backward
+from etpp_ssl.train.batches import TrainingBatches
 from etpp_ssl.train.run import Run
 from etpp_ssl.train.start import write_plan
 
@@ -41,16 +42,18 @@ def decide_steps(run: Run) -> None:
         return
     run.progress.say(f"measuring the stages' speed, to fill {_shown(3600 * hours)}")
     start = time.perf_counter()
-    pace, probe_seconds = _measure(run)
+    pace, evaluation_seconds = _measure(run)
     elapsed = _agreed(run, time.perf_counter() - start)
-    need = elapsed + probe_seconds + shortest_seconds(run.curriculum, pace)
+    need = elapsed + evaluation_seconds + shortest_seconds(run.curriculum, pace)
     if 3600 * hours < need:
         raise UserError(
-            f"budget_hours {hours:g} is too short: measuring, one step of each segment and the last probe "
-            f"take {_shown(need)}, so give more than {need / 3600:.2g}"
+            f"budget_hours {hours:g} is too short: measuring, one step of each segment and the last "
+            f"evaluation take {_shown(need)}, so give more than {need / 3600:.2g}"
         )
     run.state.elapsed = elapsed
-    _adopt(run, first_plan(run.curriculum, hours=hours, pace=pace, elapsed=elapsed, reserve=probe_seconds))
+    _adopt(
+        run, first_plan(run.curriculum, hours=hours, pace=pace, elapsed=elapsed, reserve=evaluation_seconds)
+    )
 
 
 def replan_due(run: Run) -> bool:
@@ -84,7 +87,7 @@ def _adopt(run: Run, plan: TimePlan) -> None:
 
 
 def _measure(run: Run) -> tuple[list[float], float]:
-    """Seconds per step of each stage, probes included, and seconds of one probe.
+    """Seconds per step of each stage, evaluations included, and seconds of one evaluation.
 
     Trains with a learning rate of zero on real batches, and leaves no trace: weights, optimizer, loss
     scale and random generators are as before, and the order of samples has no memory.
@@ -92,17 +95,23 @@ def _measure(run: Run) -> tuple[list[float], float]:
     device, scaler = run.accelerator.device, run.accelerator.scaler
     weights = {name: value.to("cpu", copy=True) for name, value in own_parts(run.bare_model).items()}
     scale = scaler.state_dict() if scaler is not None else None
+    # timm's Lamb counts steps in its groups.
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
     run.model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         pace = [_step_seconds(run, stage) for stage in run.curriculum.stages]
-        probe_seconds = _probe_seconds(run)
+        evaluation_seconds = _evaluation_seconds(run)
     for name, value in own_parts(run.bare_model).items():
         value.copy_(weights[name])
     run.optimizer.state.clear()
+    for group, before in zip(run.optimizer.param_groups, settings, strict=True):
+        for key in group.keys() - before.keys() - {"params"}:
+            del group[key]
+        group.update(before)
     if scaler is not None:
         scaler.load_state_dict(scale)
-    every = getattr(run.recipe.probe, "every_steps", None)
-    return [seconds + (probe_seconds / every if every else 0.0) for seconds in pace], probe_seconds
+    every = run.task.evaluate_every
+    return [seconds + (evaluation_seconds / every if every else 0.0) for seconds in pace], evaluation_seconds
 
 
 def _step_seconds(run: Run, stage: Stage) -> float:
@@ -113,41 +122,39 @@ def _step_seconds(run: Run, stage: Stage) -> float:
     # so that only later batches show how fast they come.
     warm_up = 1 + run.recipe.data.num_workers
     steps_at_most = range(stage.first_step, stage.first_step + warm_up + MOST_STEPS)
-    feed = run.open_feed(lambda step: replace(stage, step=step), steps_at_most)
+    batches = run.open_batches(lambda step: replace(stage, step=step), steps_at_most)
     for _ in range(warm_up):
-        train_step(run, stage, feed, lr=0.0)
+        train_step(run, stage, batches, lr=0.0)
     start, seconds, steps = _now(run), 0.0, 0
     while steps < FEWEST_STEPS or (seconds < enough and steps < MOST_STEPS):
-        train_step(run, stage, feed, lr=0.0)
+        train_step(run, stage, batches, lr=0.0)
         steps += 1
         seconds = _agreed(run, _now(run) - start)
-    feed.close()
+    batches.close()
     run.state.streams = streams
     return seconds / steps
 
 
-def train_step(run: Run, stage: Stage, feed: Feed, lr: float) -> None:
-    """What a step of the training loop computes, without its bookkeeping."""
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    for batch in feed.step():
-        images = low_frequency_crop(run.normalise(batch.images), stage.bandwidth)
-        mask = run.masker(batch.positions, stage.bandwidth, stage.progress)
+def train_step(run: Run, stage: Stage, batches: TrainingBatches, lr: float) -> None:
+    """What a step of the loop computes, without its bookkeeping."""
+    set_learning_rate(run.optimizer, lr)
+    accelerator = run.accelerator
+    for batch in batches.step():
         with run.synchronised(batch):
-            values, ids_predicted = run.model(images, mask.ids_keep, mask.ids_predict)
-            loss = run.objective(values, ids_predicted, images) * batch.request.weight
-            run.accelerator.backward(loss * run.accelerator.num_processes)
+            forward_backward(
+                run.task, run.model, batch, stage, accelerator.backward, accelerator.num_processes
+            )
     if run.recipe.optim.clip_grad is not None:
-        run.accelerator.clip_grad_norm_(run.model.parameters(), run.recipe.optim.clip_grad)
+        accelerator.clip_grad_norm_(run.model.parameters(), run.recipe.optim.clip_grad)
     run.optimizer.step()
     run.optimizer.zero_grad()
 
 
-def _probe_seconds(run: Run) -> float:
-    if run.probe is None:
+def _evaluation_seconds(run: Run) -> float:
+    if run.task.evaluation is None:
         return 0.0
     start = _now(run)
-    run.probe.run(run.bare_model)
+    run.task.evaluate(run.trained_model())
     return _agreed(run, _now(run) - start)
 
 

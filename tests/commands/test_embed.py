@@ -18,7 +18,7 @@ from etpp_ssl.commands.embed import read_embeddings
 from etpp_ssl.config import UserError
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.train.pretrain import pretrain
+from etpp_ssl.train.launch import pretrain
 
 
 def run(arguments: list[str]) -> int:

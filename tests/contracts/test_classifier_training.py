@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.recipe_file import parse_finetune_recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.train.finetune import finetune
+from etpp_ssl.train.launch import finetune
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("in1k_*_etpp200.yaml"))
 

@@ -23,7 +23,7 @@ from etpp_ssl.evaluation.base import Probe
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.recipe import AnyProbe, Recipe
 from etpp_ssl.recipe_file import parse_recipe
-from etpp_ssl.train.run import build_probe
+from etpp_ssl.tasks.mae import build_probe
 
 NAMES = sorted({config.model_fields["name"].default for config in get_args(AnyProbe)} - {"none"})
 LABELLED = [name for name in NAMES if name != "reconstruction"]

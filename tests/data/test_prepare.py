@@ -165,7 +165,7 @@ class _Plan:
 
 
 def test_a_run_ends_with_the_same_weights(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    from etpp_ssl.train.pretrain import pretrain
+    from etpp_ssl.train.launch import pretrain
 
     write_images(tmp_path / "files", plain_names(24), (26, 18))
     convert(tmp_path / "files", tmp_path / "shards")

@@ -13,13 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from etpp_ssl.debug.dump import write_dump
-from etpp_ssl.train import finetune as classifier_loop
+from etpp_ssl.tasks import mae
 from etpp_ssl.train import nonfinite
-from etpp_ssl.train import pretrain as loop
-from etpp_ssl.train.base_run import BaseRun
-from etpp_ssl.train.nonfinite import Guard
-from etpp_ssl.train.records import log_due
+from etpp_ssl.train.dump import write_dump
+from etpp_ssl.train.loop import on_step_end
+from etpp_ssl.train.nonfinite import NonFiniteCheck
+from etpp_ssl.train.run import Run
 
 Act = Callable[[Any], None]
 
@@ -42,42 +41,43 @@ def watched(*, dumps_at: Sequence[int] = (), before: dict[int, Act] | None = Non
         before: what to do with the model before a step.
     """
     seen = Seen()
-    real_finite, real_whole = Guard._finite, nonfinite._whole
+    real_finite, real_whole = NonFiniteCheck._finite, nonfinite._whole
     judged = -1
 
-    def finite(self: Guard) -> Tensor:
+    def finite(self: NonFiniteCheck) -> Tensor:
         nonlocal judged
         judged = self.run.state.step
         seen.losses[judged] = float(self.meter.step_loss())
         passed = real_finite(self)
         if judged in dumps_at:
-            seen.dumps[judged] = write_dump(self.run, judged, self.feed.kept[judged])
+            seen.dumps[judged] = write_dump(self.run, judged, self.batches.kept[judged])
         return passed
 
     def whole(norm: Tensor) -> Tensor:
         seen.norms[judged] = float(norm)
         return real_whole(norm)
 
-    def due(run: BaseRun) -> bool:
+    def act(run: Run) -> None:
         if dumps_at and run.state.step > max(dumps_at):
             raise KeyboardInterrupt
         if before is not None and run.state.step in before:
             with torch.no_grad():
                 before[run.state.step](run.bare_model)
-        return log_due(run)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Guard, "_finite", finite)
+        patch.setattr(NonFiniteCheck, "_finite", finite)
         patch.setattr(nonfinite, "_whole", whole)
-        patch.setattr(loop, "log_due", due)
-        patch.setattr(classifier_loop, "log_due", due)
-        yield seen
+        on_step_end.append(act)
+        try:
+            yield seen
+        finally:
+            on_step_end.remove(act)
 
 
 @contextmanager
 def nan_from_outside(at: int) -> Iterator[None]:
     """Runs whose crop gives NaN in a step, as no dump can know."""
-    real = loop.low_frequency_crop
+    real = mae.low_frequency_crop
     step = -1
 
     def crop(images: Tensor, bandwidth: tuple[int, int]) -> Tensor:
@@ -86,7 +86,7 @@ def nan_from_outside(at: int) -> Iterator[None]:
         return real(images, bandwidth) * (float("nan") if step == at else 1.0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "low_frequency_crop", crop)
+        patch.setattr(mae, "low_frequency_crop", crop)
         yield
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
-from etpp_ssl.debug import dump as dump_module
-from etpp_ssl.debug.reproduce import replay_nan
+from etpp_ssl.debug.reproduce import reproduce
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.recipe_file import parse_recipe
-from etpp_ssl.train.pretrain import pretrain
+from etpp_ssl.train import dump as dump_module
+from etpp_ssl.train.launch import pretrain
 
 
 def test_the_newest_dumps_stay(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_damaged_or_foreign_dump_is_one_sentence(damage: str, sound_dump: Path
     dump = shutil.copytree(sound_dump, tmp_path / "dump")
     act(dump)
     with pytest.raises(UserError, match=re.escape(told)):
-        replay_nan(dump)
+        reproduce(dump)
 
 
 def test_overrides_that_do_not_fit_are_one_sentence(sound_dump: Path) -> None:
@@ -161,9 +161,9 @@ def test_overrides_that_do_not_fit_are_one_sentence(sound_dump: Path) -> None:
         "model.depht=3": "did you mean 'depth'",
     }.items():
         with pytest.raises(UserError, match=re.escape(told)):
-            replay_nan(sound_dump, [override])
+            reproduce(sound_dump, [override])
     with pytest.raises(UserError, match="is no dump of a step that is not finite: it is no folder"):
-        replay_nan(sound_dump / "dump.json")
+        reproduce(sound_dump / "dump.json")
 
 
 def test_the_command_refuses_what_is_no_dump(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

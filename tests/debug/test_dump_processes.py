@@ -10,7 +10,7 @@ from ranks import Server
 
 from etpp_ssl.data.sampler import KeyedOrder
 from etpp_ssl.debug.report import diagnosis
-from etpp_ssl.debug.reproduce import replay_nan
+from etpp_ssl.debug.reproduce import reproduce
 
 RECIPE = """
 seed: 3
@@ -29,12 +29,12 @@ checkpoint: {every_minutes: null}
 # In a run that stops, the healthy first step is dumped too; in one that skips, the second one's disk is full.
 WATCHED = """
 from pathlib import Path
-from etpp_ssl.debug import dump
+from etpp_ssl.train import dump
 from etpp_ssl.train import nonfinite
-from etpp_ssl.train.nonfinite import Guard
+from etpp_ssl.train.nonfinite import NonFiniteCheck
 
 policy, file = {policy!r}, Path({folder!r}, f"{policy}-{{rank}}.txt")
-verdict, whole = Guard._finite, nonfinite._whole
+verdict, whole = NonFiniteCheck._finite, nonfinite._whole
 
 def note(kind, value):
     with file.open("a") as notes:
@@ -45,13 +45,13 @@ def noted_finite(self):
     note("loss", self.meter.step_loss())
     finite = verdict(self)
     if policy == "stop" and self.run.state.step == 0:
-        dump.write_dump(self.run, 0, self.feed.kept[0])
+        dump.write_dump(self.run, 0, self.batches.kept[0])
     return finite
 
 def full(*arguments):
     raise OSError(28, "No space left on device")
 
-Guard._finite, nonfinite._whole = noted_finite, lambda norm: whole(note("norm", norm))
+NonFiniteCheck._finite, nonfinite._whole = noted_finite, lambda norm: whole(note("norm", norm))
 if policy == "skip" and rank == 1:
     dump.save_file = full
 """
@@ -83,7 +83,7 @@ def test_what_one_process_meets_ends_both_with_one_dump_and_one_line(ranks: Serv
     assert {folder.name for folder in dump.parent.iterdir()} == {"step-00000001", dump.name}
     assert {file.name for file in dump.iterdir()} >= {"rank-0.safetensors", "rank-1.safetensors"}
 
-    replayed = replay_nan(dump)
+    replayed = reproduce(dump)
     assert replayed.reproduced
     assert [str(loss) for loss in replayed.process_losses] == [
         stopped["loss"][1],
@@ -94,7 +94,7 @@ def test_what_one_process_meets_ends_both_with_one_dump_and_one_line(ranks: Serv
     assert [(sample.rank, sample.number, sample.what) for sample in replayed.samples] == [(1, 20, "input")]
     assert diagnosis(replayed).startswith("reproduced: the input of sample 20 (")
 
-    healthy = replay_nan(dump.with_name("step-00000001"))
+    healthy = reproduce(dump.with_name("step-00000001"))
     assert not healthy.reproduced
     seen = [process["loss"][0] for process in (stopped, other_stopped)]
     assert [str(loss) for loss in healthy.process_losses] == seen

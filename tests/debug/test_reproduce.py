@@ -19,11 +19,10 @@ from faulty_runs import Act, Seen, nan_from_outside, paint_images, watched
 from etpp_ssl.cli import main
 from etpp_ssl.data.sampler import KeyedOrder
 from etpp_ssl.debug.report import diagnosis
-from etpp_ssl.debug.reproduce import Replayed, replay_nan
+from etpp_ssl.debug.reproduce import Reproduction, reproduce
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
-from etpp_ssl.train.finetune import finetune
-from etpp_ssl.train.nonfinite import Guard, NonFinite
-from etpp_ssl.train.pretrain import pretrain
+from etpp_ssl.train.launch import finetune, pretrain
+from etpp_ssl.train.nonfinite import NonFinite, NonFiniteCheck
 
 
 def run(recipe: Recipe | FinetuneRecipe) -> None:
@@ -33,14 +32,16 @@ def run(recipe: Recipe | FinetuneRecipe) -> None:
         pretrain(recipe)
 
 
-def faulty(recipe: Recipe | FinetuneRecipe, before: dict[int, Act] | None = None) -> tuple[Replayed, Seen]:
+def faulty(
+    recipe: Recipe | FinetuneRecipe, before: dict[int, Act] | None = None
+) -> tuple[Reproduction, Seen]:
     """The replay of a run that ends at a step that is not finite, and what the run saw."""
     with watched(before=before) as seen, pytest.raises(NonFinite) as fault:
         run(recipe)
     folder = Path(recipe.output) / "dumps" / f"step-{fault.value.step + 1:08d}"
     assert f"; etpp replay-nan {folder} shows where" in str(fault.value)
     assert list(folder.parent.iterdir()) == [folder]
-    replayed = replay_nan(folder)
+    replayed = reproduce(folder)
     assert replayed.reproduced
     assert replayed.step == fault.value.step
     assert replayed.changes == ()
@@ -76,7 +77,7 @@ def test_a_replay_computes_the_bits_of_the_run(case: str, tiny_recipe: Callable[
     assert len(seen.dumps) == 2
     for step, folder in seen.dumps.items():
         assert folder is not None
-        replayed = replay_nan(folder)
+        replayed = reproduce(folder)
         assert not replayed.reproduced
         assert replayed.losses["loss"] == seen.losses[step]
         assert replayed.gradient_norm == seen.norms[step]
@@ -99,7 +100,7 @@ def test_a_replay_computes_the_bits_of_a_classifiers_run(
         finetune(tiny_classifier(*CLASSIFIERS[case]))
     for step, folder in seen.dumps.items():
         assert folder is not None
-        replayed = replay_nan(folder)
+        replayed = reproduce(folder)
         assert replayed.losses["loss"] == seen.losses[step]
         assert replayed.gradient_norm == seen.norms[step]
 
@@ -215,8 +216,10 @@ def test_the_diagnosis_names_the_fault(fault: str, tiny_recipe: Callable[..., Re
 def test_a_verdict_that_is_read_late_dumps_the_step_that_it_is_about(
     tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Guard.__init__
-    monkeypatch.setattr(Guard, "__init__", lambda self, *a, **k: real(self, *a, **{**k, "late": True}))
+    real = NonFiniteCheck.__init__
+    monkeypatch.setattr(
+        NonFiniteCheck, "__init__", lambda self, *a, **k: real(self, *a, **{**k, "late": True})
+    )
     replayed, seen = faulty(tiny_recipe(), {3: steep_norm(1e-34, 1e38)})
     assert replayed.step == 3
     assert 4 in seen.losses, "the host has gone on by a step"
@@ -292,7 +295,7 @@ def test_the_command_reads_a_dump_that_was_moved_and_tries_remedies(
     assert found["losses"]["loss"] == "nan"
     assert found["diagnosis"] in out
     assert found["origin"]["module"] == "encoder.blocks.0.attn.qkv"
-    assert replay_nan(dump, ["model.attention=fused"]).reproduced
+    assert reproduce(dump, ["model.attention=fused"]).reproduced
     AcceleratorState._reset_state(reset_partial_state=True)
     code, out, _ = replayed_by_command(str(dump), "precision=fp32", capsys=capsys)
     assert code == 1

@@ -26,14 +26,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 import etpp_ssl.dist.accelerator as setup
-import etpp_ssl.train.conduct as conduct
+import etpp_ssl.train.launch as launch
 from etpp_ssl.dist.sharding import own_parts, whole_tensors
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.recipe_file import load_any_recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.train.base_run import BaseRun
-from etpp_ssl.train.finetune import finetune
-from etpp_ssl.train.pretrain import pretrain
+from etpp_ssl.train.run import Run
+from etpp_ssl.train.launch import finetune
+from etpp_ssl.train.launch import pretrain
 
 
 class OnCPU(Accelerator):  # type: ignore[misc]
@@ -77,7 +77,7 @@ def layout(model: nn.Module) -> dict[str, Any]:
     return {"units": units, **spread}
 
 
-def check_sharded(run: BaseRun, plain: nn.Module) -> None:
+def check_sharded(run: Run, plain: nn.Module) -> None:
     """accelerate's units are those made by hand, and a process's parts can be put back."""
     assert run.bare_model is run.model
     assert layout(run.bare_model) == layout(by_hand(copy.deepcopy(plain)))
@@ -95,7 +95,7 @@ def check_sharded(run: BaseRun, plain: nn.Module) -> None:
 
 def main(tasks: list[dict[str, Any]]) -> None:
     setup.Accelerator = OnCPU
-    conduct.leave = stay
+    launch.leave = stay
     launched_for = os.environ["ACCELERATE_USE_FSDP"]
     for task in tasks:
         os.environ["ACCELERATE_USE_FSDP"] = launched_for if task["sharded"] else "false"
@@ -109,8 +109,8 @@ def main(tasks: list[dict[str, Any]]) -> None:
             torch.distributed.barrier()
         recipe = load_any_recipe(Path(task["recipe"])).model_copy(update={"output": task["output"]})
         if isinstance(recipe, FinetuneRecipe):
-            run: BaseRun = finetune(recipe)
-            plain: nn.Module = recipe.build_model(run.num_classes or 0)
+            run: Run = finetune(recipe)
+            plain: nn.Module = recipe.build_model(run.task.num_classes or 0)
         else:
             run = pretrain(recipe)
             plain = recipe.build_model()

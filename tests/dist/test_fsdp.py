@@ -24,8 +24,8 @@ from etpp_ssl.export.timm import export
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.recipe_file import parse_finetune_recipe, parse_recipe
 from etpp_ssl.run_folder import Checkpoint, RunFolder
-from etpp_ssl.train.finetune import finetune
-from etpp_ssl.train.pretrain import pretrain
+from etpp_ssl.train.launch import finetune
+from etpp_ssl.train.launch import pretrain
 from etpp_ssl.train.records import save
 from etpp_ssl.train.run import open_run
 
@@ -275,7 +275,13 @@ def test_fp16_compiled_blocks_and_uneven_micro_batches_are_refused(
 
     def check(*overrides: str) -> None:
         recipe = tiny_recipe(*overrides)
-        check_sharded(recipe, recipe.build_curriculum(64), num_processes=2)
+        check_sharded(
+            recipe.build_curriculum(64).stages,
+            micro_batch_size=recipe.micro_batch_size,
+            batch_size=recipe.batch_size,
+            num_processes=2,
+            compiled=recipe.model.compiled,
+        )
 
     check("batch_size=10", "micro_batch_size=3")
     check("batch_size=11", "micro_batch_size=3")

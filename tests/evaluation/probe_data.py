@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from etpp_ssl.data.views import Normalise
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.train.run import build_probe
+from etpp_ssl.tasks.mae import build_probe
 
 COLOURS = {"blue": (20, 30, 200), "green": (20, 200, 30), "red": (200, 30, 20)}
 

@@ -19,7 +19,7 @@ from etpp_ssl.evaluation.features import extract_features, gather_rows, pooled_f
 from etpp_ssl.evaluation.knn import KnnProbe, knn_sweep, knn_vote
 from etpp_ssl.evaluation.labelled import stratified_holdout
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.train.run import build_probe
+from etpp_ssl.tasks.mae import build_probe
 
 
 def plain_vote(train: Tensor, labels: Tensor, test: Tensor, k: int, temperature: float) -> list[int]:

@@ -12,7 +12,7 @@ from etpp_ssl.data.sources.splits import keyed_indices
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.model.masking import num_visible, random_masking
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.train.run import build_probe
+from etpp_ssl.tasks.mae import build_probe
 
 
 def test_it_is_the_plain_loss_over_the_drawn_images(tiny_recipe: Callable[..., Recipe]) -> None:

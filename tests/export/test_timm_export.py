@@ -19,7 +19,7 @@ from etpp_ssl.export.card import final_norm
 from etpp_ssl.export.timm import export
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.train.pretrain import pretrain
+from etpp_ssl.train.launch import pretrain
 
 ELSEWHERE = """
 import sys

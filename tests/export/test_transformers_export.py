@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from etpp_ssl.config import UserError
 from etpp_ssl.export.transformers import export
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.train.pretrain import pretrain
+from etpp_ssl.train.launch import pretrain
 from etpp_ssl.weights.layouts import load_official_mae
 
 SQUARE = ("image_size=24", "curriculum=constant", "budget_epochs=0.3", "model.mask_ratio=0.7")
@@ -72,7 +72,7 @@ def test_features_predictions_and_loss_agree(
         out = theirs(images, noise=noise)
         ids_keep = torch.stack([(row == 0).nonzero()[:, 0] for row in out.mask])
         values, ids_removed = ours(images, ids_keep)
-        loss = run.objective(values, ids_removed, images)
+        loss = run.task.objective(values, ids_removed, images)
     index = ids_removed[:, :, None].expand(-1, -1, values.shape[-1])
     torch.testing.assert_close(out.logits.gather(1, index), values, rtol=0, atol=1e-5)
     torch.testing.assert_close(out.loss, loss, rtol=1e-5, atol=0)

@@ -100,8 +100,7 @@ class ForkedRuns:
 
 def serve() -> None:
     """Fork a process per order on stdin, and say on stdout how it ended."""
-    import etpp_ssl.train.finetune
-    import etpp_ssl.train.pretrain  # noqa: F401
+    import etpp_ssl.train.launch  # noqa: F401
 
     # What the imports have made is never collected, so that the processes go on sharing its memory.
     gc.collect()
@@ -167,8 +166,7 @@ def _meet(file: Path, rank: int, count: int) -> None:
 def _run(order: dict[str, Any]) -> None:
     from etpp_ssl.recipe import Recipe
     from etpp_ssl.recipe_file import load_any_recipe
-    from etpp_ssl.train.finetune import finetune
-    from etpp_ssl.train.pretrain import pretrain
+    from etpp_ssl.train.launch import finetune, pretrain
 
     if order.get("clock"):
         _turn_the_clock()
@@ -192,8 +190,8 @@ def _turn_the_clock() -> None:
     from torch import Tensor
 
     import etpp_ssl.train.metrics as metrics
-    import etpp_ssl.train.pretrain as loop
     import etpp_ssl.train.time_budget as budget
+    from etpp_ssl.tasks import mae
 
     now = 0.0
 
@@ -207,8 +205,7 @@ def _turn_the_clock() -> None:
 
     for module in (budget, metrics):
         module.time = SimpleNamespace(perf_counter=lambda: now)
-    for module in (budget, loop):
-        module.low_frequency_crop = slow(module.low_frequency_crop)
+    mae.low_frequency_crop = slow(mae.low_frequency_crop)
 
 
 def _fill_the_disk(refused: Sequence[int]) -> None:

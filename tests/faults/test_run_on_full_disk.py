@@ -22,8 +22,8 @@ from etpp_ssl.cli import main
 from etpp_ssl.config import RunFault, UserError
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.train.launch import pretrain
 from etpp_ssl.train.metrics import MetricsFile
-from etpp_ssl.train.pretrain import pretrain
 from etpp_ssl.train.records import save
 from etpp_ssl.train.run import open_run, prepare_run
 

@@ -17,7 +17,7 @@ from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.hours import TimePlan
 from etpp_ssl.recipe_file import load_recipe, parse_recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.train.pretrain import pretrain
+from etpp_ssl.train.launch import pretrain
 
 TINY = """
 image_size: [16, 24]

@@ -34,7 +34,7 @@ def trained_run(
     around, made = _trained
 
     def train(kind: str) -> Path:
-        from etpp_ssl.train.pretrain import pretrain
+        from etpp_ssl.train.launch import pretrain
 
         if kind not in made:
             made[kind] = around / kind.replace(" ", "-")

@@ -16,14 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import etpp_ssl.train.finetune as loop
 from etpp_ssl.commands.evaluate import evaluate_run
 from etpp_ssl.config import UserError
 from etpp_ssl.dist.signals import Interrupted
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.train.finetune import finetune
-from etpp_ssl.train.pretrain import pretrain
+from etpp_ssl.tasks import classify
+from etpp_ssl.train.launch import finetune, pretrain
 
 TIMINGS = {"seconds", "images_per_second", "data_wait_share", "evaluation_seconds"}
 Build = Callable[..., FinetuneRecipe]
@@ -75,7 +74,7 @@ def test_resume_is_bitwise_at_any_step_with_any_workers(
 def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(
     tiny_classifier: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = loop.low_frequency_crop, 0
+    real, calls = classify.low_frequency_crop, 0
 
     def crop(*args: Any) -> torch.Tensor:
         nonlocal calls
@@ -84,7 +83,7 @@ def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    monkeypatch.setattr(loop, "low_frequency_crop", crop)
+    monkeypatch.setattr(classify, "low_frequency_crop", crop)
     with pytest.raises(Interrupted, match="SIGTERM after step 4"):
         finetune(tiny_classifier())
     assert RunFolder(tmp_path / "run").checkpoints()[0].step == 4

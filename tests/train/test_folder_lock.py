@@ -14,7 +14,7 @@ from etpp_ssl.config import UserError
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.train.folder_lock import LOCK_FILE, FolderLock
-from etpp_ssl.train.pretrain import pretrain
+from etpp_ssl.train.launch import pretrain
 
 
 def hold(folder: Path, pipe: Connection) -> None:

@@ -16,7 +16,7 @@ import torch
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.train.pretrain import pretrain
+from etpp_ssl.train.launch import pretrain
 
 CROSS = "model.decoder={name: cross, embed_dim: 8, depth: 2, num_heads: 2, predict_ratio: 0.4}"
 RAMP = "model.mask_ratio={start: 0.5, end: 0.75}"
@@ -41,7 +41,7 @@ def test_every_step_has_the_masks_of_its_samples_and_its_progress(
         ratio = 0.5 + 0.25 * stage.progress
         assert ids_keep.shape == (10, round(num_patches * (1 - ratio)))
         assert ids_predict.shape == (10, round(num_patches * 0.4))
-        expected = run.masker(torch.tensor(list(stage.samples)), stage.bandwidth, stage.progress)
+        expected = run.task.masker(torch.tensor(list(stage.samples)), stage.bandwidth, stage.progress)
         assert torch.equal(ids_keep, expected.ids_keep)
         assert torch.equal(ids_predict, expected.ids_predict)
     assert len({ids_keep.shape for ids_keep, _ in seen}) > 3

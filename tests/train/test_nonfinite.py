@@ -14,14 +14,11 @@ from torch import Tensor
 
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.train import finetune as classifier_loop
+from etpp_ssl.tasks import classify, mae
 from etpp_ssl.train import nonfinite
-from etpp_ssl.train import pretrain as loop
-from etpp_ssl.train.classifier_run import ClassifierRun
-from etpp_ssl.train.feed import Feed
-from etpp_ssl.train.finetune import finetune
-from etpp_ssl.train.nonfinite import Guard, NonFinite
-from etpp_ssl.train.pretrain import pretrain
+from etpp_ssl.train.batches import TrainingBatches
+from etpp_ssl.train.launch import finetune, pretrain
+from etpp_ssl.train.nonfinite import NonFinite, NonFiniteCheck
 from etpp_ssl.train.run import Run
 
 Poison = Callable[..., AbstractContextManager[None]]
@@ -31,12 +28,12 @@ Poison = Callable[..., AbstractContextManager[None]]
 def verdict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How the host learns of a bad step; the second is a GPU's way, which the CPU's kernel can go too."""
     if request.param == "late":
-        real = Guard.__init__
+        real = NonFiniteCheck.__init__
 
-        def late(self: Guard, *args: Any, **others: Any) -> None:
+        def late(self: NonFiniteCheck, *args: Any, **others: Any) -> None:
             real(self, *args, **others, late=True)
 
-        monkeypatch.setattr(Guard, "__init__", late)
+        monkeypatch.setattr(NonFiniteCheck, "__init__", late)
     return str(request.param)
 
 
@@ -45,9 +42,9 @@ def poisoned(*steps: int, times: int | None = None) -> Iterator[None]:
     """The loops, with images that are NaN in these steps, the first `times` that each is met."""
     met = dict.fromkeys(steps, 0)
     current = -1
-    real_step, real_crop = Feed.step, loop.low_frequency_crop
+    real_step, real_crop = TrainingBatches.step, mae.low_frequency_crop
 
-    def step(self: Feed) -> Iterator[Any]:
+    def step(self: TrainingBatches) -> Iterator[Any]:
         nonlocal current
         for batch in real_step(self):
             if current != batch.request.step:
@@ -61,9 +58,9 @@ def poisoned(*steps: int, times: int | None = None) -> Iterator[None]:
         return real_crop(images, bandwidth) * (float("nan") if poisoned else 1.0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Feed, "step", step)
-        patch.setattr(loop, "low_frequency_crop", crop)
-        patch.setattr(classifier_loop, "low_frequency_crop", crop)
+        patch.setattr(TrainingBatches, "step", step)
+        patch.setattr(mae, "low_frequency_crop", crop)
+        patch.setattr(classify, "low_frequency_crop", crop)
         yield
 
 
@@ -95,7 +92,7 @@ def test_the_last_step_is_judged_too(
     assert RunFolder(tmp_path / "run").checkpoints() == []
 
 
-def tensors_of(run: Run | ClassifierRun) -> dict[str, Tensor]:
+def tensors_of(run: Run) -> dict[str, Tensor]:
     checkpoint = run.folder.checkpoints()[0]
     return {**checkpoint.model(), **checkpoint.optimizer(), **(checkpoint.average() or {})}
 
@@ -106,10 +103,12 @@ def test_a_skipped_step_leaves_weights_and_moments_alone_in_either_way(
 ) -> None:
     ends = []
     for late in (False, True):
-        real = Guard.__init__
+        real = NonFiniteCheck.__init__
         with monkeypatch.context() as patch:
             patch.setattr(
-                Guard, "__init__", lambda self, *a, late=late, real=real, **k: real(self, *a, **k, late=late)
+                NonFiniteCheck,
+                "__init__",
+                lambda self, *a, late=late, real=real, **k: real(self, *a, **k, late=late),
             )
             with poisoned(2, 3, 9):
                 run = pretrain(
@@ -236,17 +235,17 @@ def test_a_skipped_step_leaves_the_statistics_of_batch_norms_alone(
 def test_gradients_are_judged_where_the_loss_is_finite(
     tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Guard.passes
+    real = NonFiniteCheck.passes
     steps = []
 
-    def passes(self: Guard) -> bool:
+    def passes(self: NonFiniteCheck) -> bool:
         if self.run.state.step == 5:
             next(p for p in self.run.model.parameters() if p.grad is not None).grad.flatten()[-1] = torch.inf
         passed = real(self)
         steps.append(passed)
         return passed
 
-    monkeypatch.setattr(Guard, "passes", passes)
+    monkeypatch.setattr(NonFiniteCheck, "passes", passes)
     run = pretrain(tiny_recipe("nonfinite.policy=skip"))
     assert [step for step, passed in enumerate(steps) if not passed] == [5]
     assert run.state.num_skipped == 1

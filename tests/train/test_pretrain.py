@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import etpp_ssl.train.pretrain as loop
 from etpp_ssl.config import UserError
 from etpp_ssl.dist.signals import Interrupted
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.train.pretrain import pretrain
+from etpp_ssl.tasks import mae
+from etpp_ssl.train.launch import pretrain
 from etpp_ssl.train.run import open_run
 from etpp_ssl.train.state import TrainState
 
@@ -81,7 +81,7 @@ def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(
     import os
     import signal
 
-    real = loop.low_frequency_crop
+    real = mae.low_frequency_crop
     calls = 0
 
     def crop(*args: Any) -> Tensor:
@@ -91,7 +91,7 @@ def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    monkeypatch.setattr(loop, "low_frequency_crop", crop)
+    monkeypatch.setattr(mae, "low_frequency_crop", crop)
     recipe = tiny_recipe(f"output={tmp_path / 'cut'}", "probe=knn", "probe.every_steps=7")
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="SIGTERM after step 4") as caught:

@@ -6,6 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,15 +16,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-import etpp_ssl.train.memory as replay_memory
+import etpp_ssl.train.memory as memory
 from etpp_ssl.config import UserError
 from etpp_ssl.model.masking import Masker
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.train.launch import pretrain
 from etpp_ssl.train.memory import check_replay
 from etpp_ssl.train.plan import plan_run
 from etpp_ssl.train.plan_table import print_plan
-from etpp_ssl.train.pretrain import pretrain
 
 STAGES = (
     "curriculum.stages=["
@@ -151,9 +152,11 @@ def test_a_buffer_longer_than_its_stage_takes_what_the_stage_fills(
     assert plan.stages[1].replay_bytes == stage.num_steps * 6 * 3 * 16 * 24
 
 
-def available(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+def available(monkeypatch: pytest.MonkeyPatch, *free: int) -> None:
+    """Bytes of memory that are available, each time that somebody asks; the last number stays."""
+    answers = chain(free, repeat(free[-1]))
     monkeypatch.setattr(
-        replay_memory, "psutil", SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=free))
+        memory, "psutil", SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=next(answers)))
     )
 
 
@@ -161,7 +164,8 @@ def test_a_buffer_beyond_the_memory_is_one_sentence_before_anything_is_written(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_recipe(*REPLAY)
-    available(monkeypatch, 17_000)
+    # Enough for the model.
+    available(monkeypatch, 10**6, 17_000)
     with pytest.raises(UserError) as caught:
         pretrain(recipe)
     message = str(caught.value)
@@ -178,11 +182,11 @@ def test_a_buffer_beyond_the_memory_is_one_sentence_before_anything_is_written(
     # Of three processes, one runs on this machine; and a finished stage needs nothing any more.
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     available(monkeypatch, 17_281)
-    check_replay(recipe, curriculum, 3, step=curriculum.stages[1].first_step - 1)
+    check_replay(recipe.crop_view(), recipe.in_chans, curriculum, 3, step=curriculum.stages[1].first_step - 1)
     available(monkeypatch, 0)
     with pytest.raises(UserError, match="stage 2"):
-        check_replay(recipe, curriculum, 3, step=curriculum.stages[1].first_step)
-    check_replay(recipe, curriculum, 3, step=curriculum.stages[2].first_step)
+        check_replay(recipe.crop_view(), recipe.in_chans, curriculum, 3, step=curriculum.stages[1].first_step)
+    check_replay(recipe.crop_view(), recipe.in_chans, curriculum, 3, step=curriculum.stages[2].first_step)
 
 
 def test_a_mini_batch_that_does_not_divide_among_the_processes_is_one_sentence(
@@ -190,4 +194,4 @@ def test_a_mini_batch_that_does_not_divide_among_the_processes_is_one_sentence(
 ) -> None:
     recipe = tiny_recipe(*REPLAY)
     with pytest.raises(UserError, match="loads 3 of 12 images, which do not divide evenly among the 2 proc"):
-        check_replay(recipe, recipe.build_curriculum(64), 2, step=0)
+        check_replay(recipe.crop_view(), 3, recipe.build_curriculum(64), 2, step=0)

@@ -24,9 +24,8 @@ from etpp_ssl.config import UserError
 from etpp_ssl.data.streams.base import StreamConfig
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.recipe_file import load_recipe
-from etpp_ssl.train.finetune import finetune
+from etpp_ssl.train.launch import finetune, pretrain
 from etpp_ssl.train.plan import plan_run
-from etpp_ssl.train.pretrain import pretrain
 from etpp_ssl.train.run import open_run
 
 TIMINGS = {"seconds", "images_per_second", "data_wait_share", "probe_seconds"}
@@ -97,7 +96,7 @@ def _train_as(rank: int, port: int, recipe: Path, output: Path) -> None:
 def train_two(recipe: Path, output: Path) -> None:
     # Their torch is loaded once, in the server that they are forked from.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["etpp_ssl.train.pretrain", "etpp_ssl.recipe_file", "datasets"])
+    context.set_forkserver_preload(["etpp_ssl.train.launch", "etpp_ssl.recipe_file", "datasets"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -124,7 +123,7 @@ def test_two_processes_save_where_both_stand_and_go_on_from_there(
         shutil.rmtree(checkpoint)
     first, second = state_of(cut)["streams"]
     assert first["lanes"] != second["lanes"]
-    with pytest.raises(UserError, match="read with processes 2 and cannot go on with 1"):
+    with pytest.raises(UserError, match="read with processes 2 and cannot be resumed with 1"):
         open_run(load_recipe(file, [f"output={cut}"]))
     train_two(file, cut)
     assert_same(whole, cut)
@@ -140,8 +139,8 @@ def test_another_number_of_readers_is_a_sentence_and_a_fork_begins_anew(
     with crash_after(7):
         pretrain(recipe)
     for change, words in (
-        ("data.num_workers=2", "read with data.num_workers 1 and cannot go on with 2"),
-        ("micro_batch_size=3", "read with micro_batch_size None and cannot go on with 3"),
+        ("data.num_workers=2", "read with data.num_workers 1 and cannot be resumed with 2"),
+        ("micro_batch_size=3", "read with micro_batch_size None and cannot be resumed with 3"),
         ("data.num_images=32", r"data\.num_images \(31 -> 32\)"),
         (data_of(config, urls=f"{tmp_path}/tars/{{0..5}}.tar"), "the data is not what run"),
     ):
@@ -222,8 +221,8 @@ def test_a_stream_without_class_names_takes_those_of_its_evaluation_images(
     overrides = [f"model.num_classes={NUM_IMAGES}", "budget_epochs=0.5"]
     named = tiny_classifier(data_of(config, eval=EVAL), *overrides)
     run = finetune(named)
-    assert run.evaluation is not None
-    assert run.classes == run.evaluation.source.classes
+    assert run.task.images is not None
+    assert run.classes == run.task.images.source.classes
     assert evaluate_run(named, run.folder, print).classes == run.classes
     numbered = tiny_classifier(
         f"output={tmp_path / 'other'}", data_of(config), *overrides, "evaluate.split=null"

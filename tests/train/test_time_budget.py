@@ -14,13 +14,14 @@ from stream_sources import write_tars
 from torch import Tensor
 
 import etpp_ssl.train.metrics as metrics
-import etpp_ssl.train.pretrain as loop
 import etpp_ssl.train.time_budget as budget
 from etpp_ssl.config import UserError
+from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.tasks import classify, mae
+from etpp_ssl.train.launch import pretrain
 from etpp_ssl.train.plan import plan_run
-from etpp_ssl.train.pretrain import pretrain
 from etpp_ssl.train.run import Run, open_run
 from etpp_ssl.train.time_budget import train_step
 
@@ -49,8 +50,8 @@ class Clock:
         self.crash_at: int | None = None
         for module in (budget, metrics):
             monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: self.now))
-        for module in (budget, loop):
-            monkeypatch.setattr(module, "low_frequency_crop", self.slow(module.low_frequency_crop))
+        for module in (mae, classify):
+            monkeypatch.setattr(module, "low_frequency_crop", self.slow(low_frequency_crop))
 
     def slow(self, crop: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def slow_crop(images: Tensor, bandwidth: tuple[int, int]) -> Tensor:
@@ -194,11 +195,11 @@ def test_a_measured_step_computes_what_a_trained_step_does(
     recipe = tiny_recipe(*overrides, "checkpoint.every_steps=4", "checkpoint.keep=99")
     trained = pretrain(recipe)
     run = open_run(recipe.model_copy(update={"output": str(tmp_path / "other")}))
-    feed = run.open_feed(run.curriculum.stage_at, range(8))
+    batches = run.open_batches(run.curriculum.stage_at, range(8))
     run.model.train()
     for step in range(8):
         stage = run.curriculum.stage_at(step)
-        train_step(run, stage, feed, lr=recipe.optim.schedule(stage.batch_size)(stage.progress))
+        train_step(run, stage, batches, lr=recipe.optim.schedule(stage.batch_size)(stage.progress))
     expected = load_file(trained.folder.checkpoint_folder / "step-00000008" / "model.safetensors")
     assert all(torch.equal(value, expected[name]) for name, value in run.bare_model.state_dict().items())
 

@@ -29,7 +29,7 @@ from etpp_ssl.model.pos_embed import sincos_pos_embed
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.train.checkpoint import save_checkpoint
-from etpp_ssl.train.pretrain import pretrain
+from etpp_ssl.train.launch import pretrain
 from etpp_ssl.weights.loading import load_classifier_init, load_init
 
 KEPT_HEAD = "its head of 5 classes is kept: they are taken for the same ones"

@@ -2,43 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 
 from etpp_ssl.config import UserError
 from etpp_ssl.dist.peers import leave, leave_words, lost_peer, with_peers, words_of
-from etpp_ssl.dist.same_start import agree_on_start
 from etpp_ssl.dist.signals import Interrupted, StopRequest
-from etpp_ssl.train.base_run import BaseRun
+from etpp_ssl.recipe import FinetuneRecipe, Recipe
+from etpp_ssl.train.loop import train
 from etpp_ssl.train.nonfinite import NonFinite, rewind
+from etpp_ssl.train.run import Run, open_run, prepare_run
 from etpp_ssl.train.status import write_status
+from etpp_ssl.train.time_budget import decide_steps
 
 
-def conduct(run: BaseRun, prepare: Callable[[], None], train: Callable[[StopRequest], int]) -> None:
+def pretrain(recipe: Recipe, fork: Path | None = None) -> Run:
+    """Pre-train to the end of the budget, from the run folder's newest checkpoint if there is one.
+
+    Args:
+        recipe: the run; a finished one is left as it is.
+        fork: a run folder to start from instead; see `etpp_ssl.train.run.open_run`.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UserError: for a mistake in recipe, data, folder or checkpoint, or a budget in hours that is too
+            short.
+        RunFault: for a disk, a data worker, another process or a loss that failed on the way.
+        Interrupted: after SIGTERM or SIGINT, once the step is finished and its checkpoint is written.
+    """
+    run = open_run(recipe, fork)
+    launch(run)
+    return run
+
+
+def finetune(recipe: FinetuneRecipe, fork: Path | None = None) -> Run:
+    """Train a classifier to the end of the budget; see `pretrain`."""
+    run = open_run(recipe, fork)
+    launch(run)
+    return run
+
+
+def launch(run: Run) -> None:
     """Train a run to its end; a finished one is left as it is.
 
     Args:
         run: as it was opened.
-        prepare: makes the run folder ready.
-        train: the loop: from the run's step to its end, or until a signal arrives; returns the signal, or 0.
 
     Raises:
-        UserError: for a mistake in data or folder.
-        RunFault: for what failed on the way.
-        Interrupted: after SIGTERM or SIGINT, once the step is finished and its checkpoint is written.
+        UserError, RunFault, Interrupted: see `pretrain`.
     """
     # To the very end: torchrun sends SIGTERM to those that are left when one process has failed, and they
     # still have to say so.
     with StopRequest() as stop_request:
         with with_peers():
-            agree_on_start(run)
+            run.check_agreement()
         if run.finished:
             run.progress.say(f"run {run.folder.path} is finished ({run.state.step} steps)")
             leave(run.accelerator)
             return
         try:
-            prepare()
+            decide_steps(run)
+            prepare_run(run)
             write_status(run, "running")
-            signum = _train_through(run, train, stop_request)
+            signum = _train_through(run, stop_request)
         except Exception as error:
             told = error if isinstance(error, UserError) else lost_peer(error) or error
             leave_words(told)
@@ -62,14 +89,14 @@ def conduct(run: BaseRun, prepare: Callable[[], None], train: Callable[[StopRequ
         raise interrupted
 
 
-def _train_through(run: BaseRun, train: Callable[[StopRequest], int], stop_request: StopRequest) -> int:
+def _train_through(run: Run, stop_request: StopRequest) -> int:
     while True:
         try:
-            return train(stop_request)
+            return train(run, stop_request)
         except NonFinite as fault:
             if not fault.rewinds:
                 raise
             rewind(run, fault)
         finally:
-            if run.feed is not None:
-                run.feed.close()
+            if run.batches is not None:
+                run.batches.close()

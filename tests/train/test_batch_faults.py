@@ -28,9 +28,8 @@ from etpp_ssl.data.sources.synthetic import SyntheticConfig
 from etpp_ssl.data.views import EvalView
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.train.feed import Feed
-from etpp_ssl.train.finetune import finetune
-from etpp_ssl.train.pretrain import pretrain
+from etpp_ssl.train.batches import TrainingBatches
+from etpp_ssl.train.launch import finetune, pretrain
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),
@@ -152,14 +151,14 @@ class Plan:
         return max(self.first_step, self.step - self.buffer_steps)
 
 
-def open_feed(
+def open_batches(
     steps: range,
     *,
     num_workers: int = 0,
     act: Callable[[], Any] = int,
     stall_seconds: float | None = None,
     replayed: bool = False,
-) -> Feed:
+) -> TrainingBatches:
     """Micro-batches of three images; something happens at image 9."""
     inner = SyntheticConfig(num_images=40).open("train", in_chans=3, image_size=SIZE, seed=0)
     source = Trapped(inner, 9, act)
@@ -170,7 +169,7 @@ def open_feed(
         replay = Replay(Plan, steps.start, seed=0, say=lambda text: None, micro_batch_size=3)
         first = replay.first_read
     accelerator: Any = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
-    return Feed(
+    return TrainingBatches(
         BatchBuilder(source, EvalView(SIZE, 1.0), order),
         RequestSampler(order, Plan, range(first, steps.stop), micro_batch_size=3),
         accelerator,
@@ -190,22 +189,22 @@ class InOrder(KeyedOrder):
 
 def test_the_limit_holds_while_a_replay_buffer_is_read_again() -> None:
     with pytest.raises(RunFault, match=r"within data\.stall_seconds 0\.5 for step 2, .* 'photos/09\.jpg'"):
-        open_feed(range(4, 6), act=lambda: time.sleep(1000), stall_seconds=0.5, replayed=True)
+        open_batches(range(4, 6), act=lambda: time.sleep(1000), stall_seconds=0.5, replayed=True)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("replayed", [False, True])
 def test_the_two_newest_steps_are_kept_as_they_were_trained_on(num_workers: int, replayed: bool) -> None:
-    feed = open_feed(range(4), num_workers=num_workers, replayed=replayed)
+    reader = open_batches(range(4), num_workers=num_workers, replayed=replayed)
     trained: dict[int, list[Batch]] = {}
-    assert feed.kept == {}
+    assert reader.kept == {}
     for step in range(4):
-        for batch in feed.step():
+        for batch in reader.step():
             trained.setdefault(step, []).append(batch)
             # The micro-batch in work is there, and those before it.
-            assert list(feed.kept) == [step - 1, step][step == 0 :]
-            assert len(feed.kept[step]) == len(trained[step])
-        for kept_step, batches in feed.kept.items():
+            assert list(reader.kept) == [step - 1, step][step == 0 :]
+            assert len(reader.kept[step]) == len(trained[step])
+        for kept_step, batches in reader.kept.items():
             for kept, batch in zip(batches, trained[kept_step], strict=True):
                 assert kept.request == batch.request
                 assert kept.request.step == kept_step
@@ -214,21 +213,21 @@ def test_the_two_newest_steps_are_kept_as_they_were_trained_on(num_workers: int,
                 assert kept.images.data_ptr() == batch.images.data_ptr()
                 assert not kept.images.is_shared()
                 assert not kept.labels.is_shared()
-    feed.close()
-    assert list(feed.kept) == [2, 3]
+    reader.close()
+    assert list(reader.kept) == [2, 3]
 
 
 def test_what_is_kept_holds_no_open_files() -> None:
     def files() -> int:
         return len(os.listdir("/proc/self/fd"))
 
-    feed = open_feed(range(4), num_workers=1)
+    reader = open_batches(range(4), num_workers=1)
     steps: Iterator[int] = iter(range(4))
-    list(feed.step())
+    list(reader.step())
     before = files()
     for _ in zip(range(2), steps, strict=False):
-        list(feed.step())
-    assert sum(map(len, feed.kept.values())) == 4
+        list(reader.step())
+    assert sum(map(len, reader.kept.values())) == 4
     # Those that the workers have prepared for later come and go.
     assert files() <= before + 3
-    feed.close()
+    reader.close()

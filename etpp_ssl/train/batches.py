@@ -17,7 +17,7 @@ from etpp_ssl.train.progress import Progress
 from etpp_ssl.train.state import TrainState
 
 
-class Feed:
+class TrainingBatches:
     """This process's micro-batches, step after step.
 
     Args:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-import etpp_ssl.train.feed as feed_module
+import etpp_ssl.train.batches as batches_module
 from etpp_ssl.config import UserError
 from etpp_ssl.data.loader import BadImage, Batch, BatchBuilder
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.synthetic import SyntheticConfig
 from etpp_ssl.data.views import TrainView
-from etpp_ssl.train.feed import BadImages, Feed
+from etpp_ssl.train.batches import BadImages, TrainingBatches
 from etpp_ssl.train.state import TrainState
 
 SIZE = (8, 8)
@@ -49,11 +49,11 @@ def processes(count: int = 1, device: str = "cpu") -> Any:
     return SimpleNamespace(device=torch.device(device), num_processes=count)
 
 
-def open_feed(steps: range, *, num_workers: int = 0, device: str = "cpu", **part: int) -> Feed:
+def open_batches(steps: range, *, num_workers: int = 0, device: str = "cpu", **part: int) -> TrainingBatches:
     source = SyntheticConfig(num_images=12).open("train", in_chans=3, image_size=SIZE, seed=0)
     order = KeyedOrder(len(source), seed=0)
     view = TrainView(image_size=SIZE, crop_scale=(0.5, 1.0), flip=True, lanczos=False, seed=0)
-    return Feed(
+    return TrainingBatches(
         BatchBuilder(source, view, order),
         RequestSampler(order, Plan, steps, micro_batch_size=4, **part),
         processes(device=device),
@@ -74,9 +74,9 @@ def bad(index: int) -> BadImage:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_each_step_has_exactly_its_own_micro_batches(num_workers: int) -> None:
-    feed = open_feed(range(3, 6), num_workers=num_workers)
+    reader = open_batches(range(3, 6), num_workers=num_workers)
     for step in range(3, 6):
-        found = list(feed.step())
+        found = list(reader.step())
         assert [len(batch.positions) for batch in found] == [4, 4, 2]
         assert [batch.request.step for batch in found] == [step] * 3
         positions = [position for batch in found for position in batch.positions.tolist()]
@@ -85,14 +85,14 @@ def test_each_step_has_exactly_its_own_micro_batches(num_workers: int) -> None:
 
 
 def test_each_process_gets_its_own_part_of_every_step() -> None:
-    feeds = [open_feed(range(2), rank=rank, num_processes=3) for rank in range(3)]
+    readers = [open_batches(range(2), rank=rank, num_processes=3) for rank in range(3)]
     for step in range(2):
-        positions = [p for feed in feeds for batch in feed.step() for p in batch.positions.tolist()]
+        positions = [p for reader in readers for batch in reader.step() for p in batch.positions.tolist()]
         assert positions == list(range(10 * step, 10 * step + 10))
 
 
 def test_batches_arrive_on_the_accelerators_device() -> None:
-    for batch in open_feed(range(1), device="meta").step():
+    for batch in open_batches(range(1), device="meta").step():
         assert {t.device.type for t in (batch.images, batch.labels, batch.positions)} == {"meta"}
 
 
@@ -103,14 +103,14 @@ def test_the_wait_is_that_of_the_current_step_and_of_data_only(monkeypatch: pyte
         clock[0] += 1.0
         return batch_with()
 
-    monkeypatch.setattr(feed_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(batches_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(BatchBuilder, "__getitem__", slow)
-    feed = open_feed(range(2))
+    reader = open_batches(range(2))
     # Every batch made here ends its step.
     for _ in range(3):
-        for _ in feed.step():
+        for _ in reader.step():
             clock[0] += 100.0
-        assert feed.wait_seconds == 1.0
+        assert reader.wait_seconds == 1.0
 
 
 def test_a_bad_image_is_named_once_with_its_reason() -> None:
@@ -165,7 +165,7 @@ def test_a_share_of_one_never_ends_the_run() -> None:
 
 def test_processes_bring_together_what_they_have_met(monkeypatch: pytest.MonkeyPatch) -> None:
     others = [{1: "photos/1.jpg"}, {1: "photos/1.jpg", 2: "photos/2.jpg"}]
-    monkeypatch.setattr(feed_module, "gather_object", lambda mine: mine + others)
+    monkeypatch.setattr(batches_module, "gather_object", lambda mine: mine + others)
     state = TrainState()
     images = BadImages(state, num_images=100, max_share=0.03, progress=Notebook())  # type: ignore[arg-type]
     images.note(batch_with(bad(4)))
@@ -177,6 +177,6 @@ def test_processes_bring_together_what_they_have_met(monkeypatch: pytest.MonkeyP
 
 
 def test_a_single_process_gathers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed_module, "gather_object", lambda mine: pytest.fail("it gathered"))
+    monkeypatch.setattr(batches_module, "gather_object", lambda mine: pytest.fail("it gathered"))
     images = BadImages(TrainState(), num_images=100, max_share=0.0, progress=Notebook())  # type: ignore[arg-type]
     images.share(processes(1))

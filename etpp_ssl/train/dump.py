@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from accelerate.utils import gather_object
 from pydantic import Field
@@ -27,8 +27,7 @@ from etpp_ssl.config import Config
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.dist.sharding import whole_tensors
 from etpp_ssl.run_folder import MODEL_FILE
-from etpp_ssl.train.base_run import BaseRun
-from etpp_ssl.train.state import environment
+from etpp_ssl.train.run import Run
 
 RECIPE_FILE = "recipe.yaml"
 RECORD_FILE = "dump.json"
@@ -80,7 +79,7 @@ class DumpRecord(Config):
     """Versions, threads, device; see `etpp_ssl.train.state.environment`."""
 
 
-def write_dump(run: BaseRun, step: int, batches: list[Batch]) -> Path | None:
+def write_dump(run: Run, step: int, batches: list[Batch]) -> Path | None:
     """Write weights and batches of a step; every process must call it.
 
     The folder is written aside and renamed; the newest `KEPT` stay. One that cannot be written is told of
@@ -129,13 +128,13 @@ def escaped(name: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
-def _whole_weights(run: BaseRun) -> dict[str, Tensor]:
+def _whole_weights(run: Run) -> dict[str, Tensor]:
     """All weights of the bare model, on the main process; every process must call it."""
     whole = whole_tensors(run.bare_model.state_dict(), keep=run.accelerator.is_main_process)
     return {name: tensor.detach().contiguous() for name, tensor in whole.items()}
 
 
-def _done_by_all(run: BaseRun, step: int, act: Callable[[], None]) -> bool:
+def _done_by_all(run: Run, step: int, act: Callable[[], None]) -> bool:
     """Whether every process did its part; the main one says why not."""
     fault = None
     try:
@@ -153,7 +152,7 @@ def _done_by_all(run: BaseRun, step: int, act: Callable[[], None]) -> bool:
     return not faults
 
 
-def _begin(run: BaseRun, aside: Path) -> None:
+def _begin(run: Run, aside: Path) -> None:
     if run.accelerator.is_main_process:
         for leftover in aside.parent.glob(".writing-*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -161,7 +160,7 @@ def _begin(run: BaseRun, aside: Path) -> None:
 
 
 def _write_part(
-    run: BaseRun, step: int, batches: list[Batch], tensors: Mapping[str, Tensor], aside: Path
+    run: Run, step: int, batches: list[Batch], tensors: Mapping[str, Tensor], aside: Path
 ) -> None:
     # By every process: a network file system may take long to show it what another one made.
     aside.mkdir(exist_ok=True)
@@ -180,7 +179,7 @@ def _write_part(
         (aside / RECORD_FILE).write_text(text, encoding="utf-8")
 
 
-def _finish(run: BaseRun, aside: Path, folder: Path) -> None:
+def _finish(run: Run, aside: Path, folder: Path) -> None:
     if not run.accelerator.is_main_process:
         return
     for rank in range(run.accelerator.num_processes):
@@ -194,7 +193,7 @@ def _finish(run: BaseRun, aside: Path, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _record(run: BaseRun, batch: Batch) -> MicroBatchRecord:
+def _record(run: Run, batch: Batch) -> MicroBatchRecord:
     request, replaced = batch.request, {image.index for image in batch.bad}
     names = (
         escaped(run.source.name(index)) + (" (unreadable, another in its place)" if index in replaced else "")
@@ -213,20 +212,18 @@ def _record(run: BaseRun, batch: Batch) -> MicroBatchRecord:
     )
 
 
-def _step_record(run: BaseRun, step: int) -> DumpRecord:
+def _step_record(run: Run, step: int) -> DumpRecord:
     stage, accelerator = run.curriculum.stage_at(step), run.accelerator
-    # The optimizers' Configs of the two tasks name the same function.
-    optim: Any = run.recipe.optim  # type: ignore[attr-defined]
     return DumpRecord(
         format=1,
         step=step,
-        lr=run.state.lr_factor * optim.schedule(stage.batch_size)(stage.progress),
+        lr=run.learning_rate(stage),
         lr_factor=run.state.lr_factor,
         stage=stage.index,
         batch_size=stage.batch_size,
         num_processes=accelerator.num_processes,
         precision=run.recipe.precision,
-        num_classes=run.num_classes,
+        num_classes=run.task.num_classes,
         scaler=accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-        environment=environment(accelerator.num_processes, accelerator.device, run.kernels),
+        environment=run.environment,
     )

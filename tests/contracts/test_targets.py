@@ -1,4 +1,4 @@
-"""What every reconstruction target promises; a new file in etpp_ssl/objective is found by itself."""
+"""What every reconstruction target promises; a new file in etpp_ssl/targets is found by itself."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import inspect
 import pkgutil
 from typing import Any, Literal, get_args, get_origin
 
-import etpp_ssl.objective
 import pytest
 import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+import etpp_ssl.targets
 from etpp_ssl.curriculum.efficienttrain import EfficientTrain
 from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.model.masking import random_masking, removed_ids
@@ -61,7 +61,7 @@ def variants(config: type[BaseModel]) -> list[BaseModel]:
     return settings
 
 
-CONFIGS = component_configs(etpp_ssl.objective)
+CONFIGS = component_configs(etpp_ssl.targets)
 
 every_objective = pytest.mark.parametrize(
     "config", [pytest.param(v, id=repr(v)) for found in CONFIGS for v in variants(found)]

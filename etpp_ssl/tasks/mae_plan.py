@@ -1,12 +1,16 @@
-"""What decoders cost, counted apart from the encoder."""
+"""What `etpp plan` and the start of a run tell of a masked autoencoder: its decoders' cost, its kernels."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from etpp_ssl.curriculum.cost import count_cost
 from etpp_ssl.messages import members_at, name_of
+from etpp_ssl.model.attention import AttentionName, choose_kernel
+from etpp_ssl.model.decoders import CrossDecoder
 from etpp_ssl.model.mae import AnyDecoder, MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.masking import MaskCounts
 
@@ -57,3 +61,29 @@ def other_decoders(config: AnyDecoder) -> list[AnyDecoder]:
     shape = {"embed_dim": config.embed_dim, "depth": config.depth, "num_heads": config.num_heads}
     kinds = members_at(ModelConfig, ["decoder"])
     return [kind.model_validate(shape) for kind in kinds if name_of(kind) != config.name]  # type: ignore[misc]
+
+
+def attention_notes(
+    model: MaskedAutoencoder, counts: Iterable[MaskCounts], attention: AttentionName, dtype: torch.dtype
+) -> list[str]:
+    """One sentence per attention kernel in use: the numbers of tokens it serves, and the reason.
+
+    Args:
+        model: on its device.
+        counts: patches of the images of each stage.
+        attention: the recipe's choice.
+        dtype: that the model computes in.
+    """
+    device, lengths = next(model.parameters()).device, set()
+    for patches in counts:
+        encoded = model.encoder.num_prefix_tokens + patches.num_keep
+        crossed = isinstance(model.decoder, CrossDecoder)
+        lengths |= {encoded, max(encoded, patches.num_predict) if crossed else encoded + patches.num_predict}
+    served: dict[tuple[bool, str], list[str]] = {}
+    for length in sorted(lengths):
+        choice = choose_kernel(attention, device.type, dtype, length)
+        served.setdefault((choice.fused, choice.reason), []).append(str(length))
+    return [
+        f"attention over {', '.join(tokens)} tokens: {'fused' if fused else 'unfused'} ({reason})"
+        for (fused, reason), tokens in served.items()
+    ]
