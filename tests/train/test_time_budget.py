@@ -17,10 +17,10 @@ import etpp_ssl.train.metrics as metrics
 import etpp_ssl.train.time_budget as budget
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.frequency import low_frequency_crop
-from etpp_ssl.recipe import Recipe
+from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.tasks import classify, mae
-from etpp_ssl.train.launch import pretrain
+from etpp_ssl.train.launch import finetune, pretrain
 from etpp_ssl.train.plan import plan_run
 from etpp_ssl.train.run import Run, open_run
 from etpp_ssl.train.time_budget import train_step
@@ -83,7 +83,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    timings = {"seconds", "images_per_second", "data_wait_share", "probe_seconds"}
+    timings = {"seconds", "images_per_second", "data_wait_share", "probe_seconds", "evaluation_seconds"}
     return [{k: v for k, v in row.items() if k not in timings} for row in RunFolder(folder).metrics()]
 
 
@@ -185,6 +185,34 @@ def test_measuring_leaves_no_trace(
 
     monkeypatch.setattr(budget, "_measure", by_heart)
     pretrain(hours_recipe(f"output={tmp_path / 'told'}", *overrides))
+    assert_same(tmp_path / "measured", tmp_path / "told")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_a_classifier_ends_on_time_and_its_measuring_leaves_no_trace(
+    optimizer: str,
+    clock: Clock,
+    tiny_classifier: Callable[..., FinetuneRecipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def recipe(name: str) -> FinetuneRecipe:
+        hours = ["budget_epochs=null", f"budget_hours={BUDGET / 3600}"]
+        # Lamb counts steps in its groups.
+        return tiny_classifier(f"output={tmp_path / name}", f"optim={optimizer}", *hours)
+
+    start = clock.now
+    run = finetune(recipe("measured"))
+    assert run.finished
+    assert abs(clock.now - start - BUDGET) <= SECONDS[16, 24] / 2
+    assert run.average is not None
+
+    def by_heart(run: Run) -> tuple[list[float], float]:
+        clock.now += 4 * sum(SECONDS.values())
+        return list(SECONDS.values()), 0.0
+
+    monkeypatch.setattr(budget, "_measure", by_heart)
+    finetune(recipe("told"))
     assert_same(tmp_path / "measured", tmp_path / "told")
 
 
