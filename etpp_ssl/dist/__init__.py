@@ -1,0 +1,1 @@
+"""Everything about many processes: accelerate, DDP, FSDP2, and what the processes agree on."""
