@@ -38,6 +38,7 @@ from etpp_ssl.model.encoders import BlockRunner
 from etpp_ssl.model.patches import grid_of
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.recipe_file import load_recipe
+from etpp_ssl.tasks.mae import MaskedAutoencoding
 from etpp_ssl.train.plan import cost_at
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -116,9 +117,10 @@ def _bench_stage(
     recipe: Recipe, bandwidth: tuple[int, int], device: torch.device, options: argparse.Namespace
 ) -> None:
     grid = grid_of(bandwidth, recipe.patch_size)
-    counts = recipe.build_masker().counts(bandwidth, 1.0)
     with torch.device("meta"):
-        flops = cost_at(recipe, recipe.build_model(), bandwidth, counts).flops
+        model = recipe.build_model()
+    task = MaskedAutoencoding.of(recipe, model, torch.device("cpu"))
+    flops = cost_at(task, bandwidth, 1.0).flops
     rates = {name: product_rate(DTYPES[name], device) for name in options.precision}
     print(f"\n{show_size(bandwidth)} px, grid {show_size(grid)}, {flops / 1e9:.2f} GFLOP an image")
     for name, rate in rates.items():

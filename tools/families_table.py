@@ -23,7 +23,7 @@ def main() -> None:
     for path in RECIPES:
         plan = plan_run(load_finetune_recipe(path))
         costs = ", ".join(
-            f"{show_size(row.stage.bandwidth)}: {row.forward_flops / 2e9:.3g}" for row in plan.stages
+            f"{show_size(row.stage.bandwidth)}: {row.cost.forward_flops / 2e9:.3g}" for row in plan.stages
         )
         name = path.stem.removeprefix("in1k_").removesuffix("_etpp200")
         speedups = f"{plan.speedup_by_area:.2f}, {plan.speedup_by_flops:.2f}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -73,12 +73,23 @@ def read_dump(path: Path, overrides: Sequence[str] = ()) -> DumpedStep:
         raise UserError(f"{str(path)!r} is no dump of a step that is not finite: it {what}")
     record = _json(path / RECORD_FILE, DumpRecord)
     recipe = load_any_recipe(path / RECIPE_FILE, overrides)
-    processes = tuple(_process(path, rank, recipe, record) for rank in range(record.num_processes))
+
+    def check(where: str, images: Tensor, labels: Tensor, own: MicroBatchRecord) -> None:
+        _check_fit(where, images, own, in_chans=recipe.in_chans, multiple=recipe.bandwidth_multiple)
+        num_classes = record.num_classes
+        if isinstance(recipe, Recipe):
+            recipe.build_masker().check(own.bandwidth, (own.progress, own.progress))
+        elif num_classes is None or labels.min() < 0 or labels.max() >= num_classes:
+            raise UserError(
+                f"{where}: its labels are not all in 0 to num_classes - 1 ({num_classes} classes)"
+            )
+
+    processes = tuple(_process(path, rank, check) for rank in range(record.num_processes))
     return DumpedStep(path, recipe, record, _tensors(path / MODEL_FILE), processes)
 
 
 def _process(
-    path: Path, rank: int, recipe: Recipe | FinetuneRecipe, record: DumpRecord
+    path: Path, rank: int, check: Callable[[str, Tensor, Tensor, MicroBatchRecord], None]
 ) -> tuple[DumpedBatch, ...]:
     part = path / part_name(rank)
     tensors = _tensors(part.with_suffix(".safetensors"))
@@ -91,7 +102,7 @@ def _process(
             raise UserError(f"{where} lacks {missing[0]}")
         images, labels, positions = (tensors[name] for name in tensor_names(number))
         _check(where, images, labels, positions, own)
-        _check_fit(where, images, labels, own, recipe, record.num_classes)
+        check(where, images, labels, own)
         request = BatchRequest(
             step=own.step,
             positions=own.positions,
@@ -124,28 +135,18 @@ def _check(where: str, images: Tensor, labels: Tensor, positions: Tensor, own: M
 
 
 def _check_fit(
-    where: str,
-    images: Tensor,
-    labels: Tensor,
-    own: MicroBatchRecord,
-    recipe: Recipe | FinetuneRecipe,
-    num_classes: int | None,
+    where: str, images: Tensor, own: MicroBatchRecord, *, in_chans: int, multiple: tuple[int, int]
 ) -> None:
     """See that a recipe's model can take a micro-batch."""
     size, bandwidth = (images.shape[2], images.shape[3]), own.bandwidth
-    if images.shape[1] != recipe.in_chans:
-        raise UserError(f"{where} has {images.shape[1]} channels, but in_chans is {recipe.in_chans}")
-    multiple = recipe.bandwidth_multiple
+    if images.shape[1] != in_chans:
+        raise UserError(f"{where} has {images.shape[1]} channels, but in_chans is {in_chans}")
     axes = zip(bandwidth, multiple, size, strict=True)
     if not all(step <= shown <= pixels and shown % step == 0 for shown, step, pixels in axes):
         raise UserError(
             f"{where}: bandwidth {show_size(bandwidth)} of images of {show_size(size)} does not suit the "
             f"recipe's model: it must be a multiple of {show_size(multiple)} within the image"
         )
-    if isinstance(recipe, Recipe):
-        recipe.build_masker().check(bandwidth, (own.progress, own.progress))
-    elif num_classes is None or labels.min() < 0 or labels.max() >= num_classes:
-        raise UserError(f"{where}: its labels are not all in 0 to num_classes - 1 ({num_classes} classes)")
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ from etpp_ssl.dist.signals import Interrupted, StopRequest
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.train.loop import train
 from etpp_ssl.train.nonfinite import NonFinite, rewind
-from etpp_ssl.train.run import Run, open_run, prepare_run
+from etpp_ssl.train.open import open_run, prepare_run
+from etpp_ssl.train.run import Run
 from etpp_ssl.train.status import write_status
 from etpp_ssl.train.time_budget import decide_steps
 
@@ -20,7 +21,7 @@ def pretrain(recipe: Recipe, fork: Path | None = None) -> Run:
 
     Args:
         recipe: the run; a finished one is left as it is.
-        fork: a run folder to start from instead; see `etpp_ssl.train.run.open_run`.
+        fork: a run folder to start from instead; see `etpp_ssl.train.open.open_run`.
 
     Returns:
         The finished run.

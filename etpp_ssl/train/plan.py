@@ -14,9 +14,9 @@ from etpp_ssl.curriculum.hours import TimePlan
 from etpp_ssl.data.sampler import micro_batch_of
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.tasks.base import Shown, Task
+from etpp_ssl.tasks.base import Inputs, Task
 from etpp_ssl.train.memory import replay_bytes, replay_notes
-from etpp_ssl.train.run import bare_task
+from etpp_ssl.train.open import bare_task
 
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and AdamW's two moments, in float32."""
@@ -53,6 +53,7 @@ class Plan:
     recipe: Recipe | FinetuneRecipe
     title: str
     """The model, in a line."""
+    parameters: int
     num_images: int
     curriculum: Curriculum
     stages: list[StagePlan]
@@ -89,7 +90,13 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
     Raises:
         UserError: for anything that would keep the run from starting, as far as it shows without data.
     """
-    num_images, num_classes = _counts(recipe)
+    recipe.data.statistics(recipe.in_chans)
+    num_images, num_classes = recipe.data.stated_images, None
+    if isinstance(recipe, FinetuneRecipe):
+        told = None if recipe.model.num_classes is not None else recipe.open_training().classes
+        num_classes = recipe.num_classes(told)
+    if num_images is None:
+        num_images = len(recipe.open_split("train"))
     curriculum = recipe.build_curriculum(num_images)
     recorded = folder.plan() if folder is not None else None
     if recorded is not None and (recorded.hours, recorded.stages) != (
@@ -100,14 +107,22 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
     if recorded is not None:
         curriculum = curriculum.laid_out(recorded.segments)
     task = bare_task(recipe, torch.device("cpu"), num_classes, _on_meta)
-    costs = _Costs(task)
+    known: dict[tuple[torch.Size, ...], Cost] = {}
+
+    def cost(shown: _At) -> Cost:
+        inputs = task.blank_inputs(shown)
+        key = tuple(tensor.shape for tensor in inputs.values())
+        if key not in known:
+            known[key] = _counted(task, inputs)
+        return known[key]
+
     try:
-        at_full = costs.at(_At(recipe.size, 0.5))
+        at_full = cost(_At(recipe.size, 0.5))
         means = [
             _At(stage.bandwidth, sum(span) / 2)
             for stage, span in zip(curriculum.stages, curriculum.spans, strict=True)
         ]
-        mean_costs = [costs.at(mean) for mean in means]
+        mean_costs = [cost(mean) for mean in means]
     except (RuntimeError, ValueError, AssertionError):
         # A model that cannot run at a stage's size is told in a sentence; for others this is slow.
         recipe.check_curriculum(curriculum)
@@ -115,14 +130,14 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
 
     images = [stage.num_steps * stage.batch_size for stage in curriculum.stages]
     area = [n * area_share(s.bandwidth, recipe.size) for n, s in zip(images, curriculum.stages, strict=True)]
-    flops = [n * cost.flops for n, cost in zip(images, mean_costs, strict=True)]
+    flops = [n * mean.flops for n, mean in zip(images, mean_costs, strict=True)]
     parameters = sum(p.numel() for p in task.model.parameters())
     bytes_per_value = 4 if recipe.precision == "fp32" else 2
     view = recipe.crop_view()
     stages = []
     for index, stage in enumerate(curriculum.stages):
-        at_ends = [costs.at(_At(stage.bandwidth, progress)) for progress in curriculum.spans[index]]
-        saved_values = max(cost.saved_values for cost in (mean_costs[index], *at_ends))
+        at_ends = [cost(_At(stage.bandwidth, progress)) for progress in curriculum.spans[index]]
+        saved_values = max(one.saved_values for one in (mean_costs[index], *at_ends))
         micro_batch = micro_batch_of(stage.batch_size, recipe.micro_batch_size, recipe.batch_size)
         stages.append(
             StagePlan(
@@ -142,6 +157,7 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
     return Plan(
         recipe=recipe,
         title=task.describe(),
+        parameters=parameters,
         num_images=num_images,
         curriculum=curriculum,
         stages=stages,
@@ -159,39 +175,21 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
     )
 
 
-def _counts(recipe: Recipe | FinetuneRecipe) -> tuple[int, int | None]:
-    """Images of the training set and classes: stated by the recipe, or from the data."""
-    recipe.data.statistics(recipe.in_chans)
-    num_images, num_classes = recipe.data.stated_images, None
-    if isinstance(recipe, FinetuneRecipe) and recipe.model.num_classes is not None:
-        num_classes = recipe.num_classes(None)
-    elif isinstance(recipe, FinetuneRecipe):
-        num_classes = recipe.num_classes(recipe.open_training().classes)
-    return (len(recipe.open_split("train")) if num_images is None else num_images), num_classes
-
-
 def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):
         return build().train()
 
 
-class _Costs:
-    """Counted costs of one image, each shape of inputs once.
+def cost_at(task: Task, bandwidth: tuple[int, int], progress: float) -> Cost:
+    """Counted cost of one image, forward and backward, losses included.
 
     Args:
         task: with its model on the meta device.
+        bandwidth: (height, width) in pixels.
+        progress: share of the run's compute that is spent, which a mask ratio may follow.
     """
+    return _counted(task, task.blank_inputs(_At(bandwidth, progress)))
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
-        self._known: dict[tuple[torch.Size, ...], Cost] = {}
 
-    def at(self, shown: Shown) -> Cost:
-        """Forward and backward, losses included."""
-        task, inputs = self.task, self.task.blank_inputs(shown)
-        key = tuple(tensor.shape for tensor in inputs.values())
-        if key not in self._known:
-            self._known[key] = count_cost(
-                lambda: task.losses(task.forward(task.model, inputs), inputs)["loss"], task.model
-            )
-        return self._known[key]
+def _counted(task: Task, inputs: Inputs) -> Cost:
+    return count_cost(lambda: task.losses(task.forward(task.model, inputs), inputs)["loss"], task.model)

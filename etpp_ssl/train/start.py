@@ -77,7 +77,7 @@ def starting_point(
     if not forked:
         say(f"resuming {folder.path} at step {state.step}")
         return start, state
-    plan = _plan_of_fork(recipe, curriculum, state, start)
+    plan = _plan_of_fork(recipe.budget_hours, curriculum, state, start)
     laid_out = curriculum if plan is None else curriculum.laid_out(plan.segments)
     if state.step == laid_out.num_steps:
         raise UserError(
@@ -96,45 +96,47 @@ def _is_leftover(path: Path) -> bool:
 
 
 def _plan_of_fork(
-    recipe: RunRecipe, curriculum: Curriculum, state: TrainState, start: Checkpoint
+    hours: float | None, curriculum: Curriculum, state: TrainState, start: Checkpoint
 ) -> TimePlan | None:
-    """The forked run's plan in hours, with its future fitted to this recipe's budget."""
-    if recipe.budget_hours is None:
+    """The forked run's plan in hours, with its future fitted to a budget of `hours`."""
+    if hours is None:
         return None
     plan = state.plan
     if plan is None or plan.stages != curriculum.portions:
         what = "no plan in hours" if plan is None else "a plan of other stages"
         raise UserError(
-            f"budget_hours {recipe.budget_hours:g} cannot go on from {start.path}, which has {what}; "
-            f"give budget_epochs"
+            f"budget_hours {hours:g} cannot go on from {start.path}, which has {what}; give budget_epochs"
         )
-    if plan.hours == recipe.budget_hours:
+    if plan.hours == hours:
         return plan
     if state.step == curriculum.laid_out(plan.segments).num_steps:
         raise UserError(
-            f"budget_hours {recipe.budget_hours:g} cannot prolong {start.path}, whose run of {plan.hours:g} "
+            f"budget_hours {hours:g} cannot prolong {start.path}, whose run of {plan.hours:g} "
             f"hours is finished; give budget_epochs"
         )
-    return replan(curriculum, plan, step=state.step, elapsed=state.elapsed, hours=recipe.budget_hours)
+    return replan(curriculum, plan, step=state.step, elapsed=state.elapsed, hours=hours)
 
 
 def prepare_folder(
     folder: RunFolder,
-    recipe: RunRecipe,
     state: TrainState,
-    num_parameters: int,
     metrics: MetricsFile,
     lock: FolderLock,
+    *,
+    save_recipe: Callable[[Path], None],
+    num_parameters: int,
+    keep: int,
 ) -> None:
     """Create a run's folder, or bring it back to a checkpoint's step; the main process only.
 
     Args:
         folder: the run's folder.
-        recipe: what to record there.
         state: after its step, checkpoints and rows are of a past that did not happen.
-        num_parameters: of the model, to see whether its checkpoints fit the disk.
         metrics: the folder's log.
         lock: taken here.
+        save_recipe: writes the recipe to a file.
+        num_parameters: of the model, to see whether its checkpoints fit the disk.
+        keep: checkpoints that stay.
 
     Raises:
         UserError: if the disk is too full, the folder cannot be written to, or another process trains in it.
@@ -142,9 +144,9 @@ def prepare_folder(
     try:
         lock.acquire()
         clear_leftovers(folder, state.step)
-        _check_room(folder, recipe, num_parameters)
+        _check_room(folder, keep, num_parameters)
         # First, since it makes a folder a run.
-        recipe.save(folder.recipe_file)
+        save_recipe(folder.recipe_file)
         lock.acquire()
         folder.checkpoint_folder.mkdir(exist_ok=True)
         metrics.cut_back(state.step)
@@ -156,14 +158,14 @@ def prepare_folder(
         ) from error
 
 
-def _check_room(folder: RunFolder, recipe: RunRecipe, num_parameters: int) -> None:
+def _check_room(folder: RunFolder, keep: int, num_parameters: int) -> None:
     """Refuse a disk that has no room for the checkpoints to come, and one more while it is written."""
     # Weights and two moments in float32, at least.
     size = 12 * num_parameters
     there = folder.checkpoints()
     if there and there[0].fault() is None:
         size = checkpoint_bytes(there[0])
-    count = max(1, recipe.checkpoint.keep + 1 - len(there))
+    count = max(1, keep + 1 - len(there))
     path = folder.path.absolute()
     disk = shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists()))
     if disk.total and disk.free < count * size:

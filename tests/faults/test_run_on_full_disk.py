@@ -24,8 +24,8 @@ from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.train.launch import pretrain
 from etpp_ssl.train.metrics import MetricsFile
+from etpp_ssl.train.open import open_run, prepare_run
 from etpp_ssl.train.records import save
-from etpp_ssl.train.run import open_run, prepare_run
 
 TIMINGS = {"seconds", "images_per_second", "data_wait_share"}
 

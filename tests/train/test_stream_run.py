@@ -25,8 +25,8 @@ from etpp_ssl.data.streams.base import StreamConfig
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.recipe_file import load_recipe
 from etpp_ssl.train.launch import finetune, pretrain
+from etpp_ssl.train.open import open_run
 from etpp_ssl.train.plan import plan_run
-from etpp_ssl.train.run import open_run
 
 TIMINGS = {"seconds", "images_per_second", "data_wait_share", "probe_seconds"}
 EVAL = {"name": "synthetic", "num_images": 12, "num_eval_images": 6, "num_classes": 3}

@@ -21,8 +21,9 @@ from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.tasks import classify, mae
 from etpp_ssl.train.launch import finetune, pretrain
+from etpp_ssl.train.open import open_run
 from etpp_ssl.train.plan import plan_run
-from etpp_ssl.train.run import Run, open_run
+from etpp_ssl.train.run import Run
 from etpp_ssl.train.time_budget import train_step
 
 SECONDS = {(8, 12): 1.0, (12, 16): 2.0, (16, 24): 4.0}

@@ -1,0 +1,211 @@
+"""Opening a run: a recipe is resolved into components, once.
+
+Everything is checked before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from etpp_ssl.config import UserError
+from etpp_ssl.data.training import TrainingImages
+from etpp_ssl.dist.accelerator import open_accelerator
+from etpp_ssl.dist.fsdp import check_sharded, prepare, sharding_in_use
+from etpp_ssl.dist.peers import with_peers
+from etpp_ssl.randomness import freshly_initialised
+from etpp_ssl.recipe import FinetuneRecipe, Recipe
+from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.tasks.base import Task
+from etpp_ssl.tasks.classify import Classification, open_evaluation
+from etpp_ssl.tasks.mae import MaskedAutoencoding, build_probe
+from etpp_ssl.train.checkpoint import load_checkpoint
+from etpp_ssl.train.ema import WeightAverage
+from etpp_ssl.train.memory import check_host_memory, check_replay, replay_notes
+from etpp_ssl.train.metrics import MetricsFile
+from etpp_ssl.train.progress import Progress
+from etpp_ssl.train.run import Run
+from etpp_ssl.train.start import prepare_folder, starting_point
+from etpp_ssl.train.streams import check_stream
+
+
+@with_peers()
+def open_run(recipe: Recipe | FinetuneRecipe, fork: Path | None = None) -> Run:
+    """Open a recipe's run folder: a new run, or the newest checkpoint of the one that is there.
+
+    Nothing is written; see `prepare_run`.
+
+    Args:
+        recipe: the run.
+        fork: another run folder to start from: its newest checkpoint's weights, optimizer and step go
+            into a new folder under this recipe, whose schedules hold from that step on.
+
+    Raises:
+        UserError: for anything wrong with recipe, data, folder or checkpoint.
+    """
+    accelerator = open_accelerator(recipe)
+    source = recipe.open_training()
+    curriculum = recipe.build_curriculum(len(source))
+    progress = Progress(curriculum, visible=accelerator.is_main_process)
+    recipe.check_curriculum(curriculum)
+    task, classes = _open_task(recipe, source, accelerator)
+    folder = RunFolder(recipe.output)
+    start, state = starting_point(recipe, folder, source, curriculum, fork, progress.say)
+    if recipe.init is not None and start is None:
+        task.load_init(recipe.init, progress.say)
+    if state.plan is not None:
+        curriculum = progress.curriculum = curriculum.laid_out(state.plan.segments)
+    for stage in curriculum.stages:
+        if stage.batch_size < accelerator.num_processes:
+            raise UserError(
+                f"batch_size {stage.batch_size} (stage {stage.index + 1}) is smaller than the "
+                f"{accelerator.num_processes} processes; each needs at least one image per step"
+            )
+    if state.step > curriculum.num_steps:
+        raise UserError(
+            f"checkpoint of step {state.step} is beyond this recipe's {curriculum.num_steps} steps"
+        )
+    check_replay(recipe.crop_view(), recipe.in_chans, curriculum, accelerator.num_processes, state.step)
+    check_stream(
+        source,
+        curriculum,
+        state,
+        num_processes=accelerator.num_processes,
+        num_workers=recipe.data.num_workers,
+        micro_batch_size=recipe.micro_batch_size,
+        name=recipe.data.name,
+    )
+    if accelerator.is_fsdp2:
+        check_sharded(
+            curriculum.stages,
+            micro_batch_size=recipe.micro_batch_size,
+            batch_size=recipe.batch_size,
+            num_processes=accelerator.num_processes,
+            compiled=isinstance(recipe, Recipe) and recipe.model.compiled,
+        )
+    optimizer = recipe.optim.build(task.net, accelerator.device)
+    model, prepared_optimizer, copies = prepare(accelerator, task.model, optimizer)
+    average = None
+    if isinstance(recipe, FinetuneRecipe) and recipe.optim.ema is not None:
+        averaged = task.model if copies is None else copies.parts(task.model)
+        average = WeightAverage(averaged, recipe.optim.ema, warmup=recipe.optim.ema_warmup)
+    run = Run(
+        recipe=recipe,
+        folder=folder,
+        accelerator=accelerator,
+        curriculum=curriculum,
+        source=source,
+        task=task,
+        model=model,
+        copies=copies,
+        optimizer=prepared_optimizer,
+        average=average,
+        state=state,
+        metrics=MetricsFile(folder, accelerator, progress.say),
+        progress=progress,
+        kernels=task.kernels + sharding_in_use(accelerator),
+        data_fingerprint=source.fingerprint(),
+        classes=classes,
+    )
+    if start is not None:
+        saved = load_checkpoint(start, task.model, optimizer)
+        if run.average is not None:
+            run.average.load_state_dict(start.average() or {}, f"moving average of {start.path}")
+        run.restore(saved)
+    return run
+
+
+def bare_task(
+    recipe: Recipe | FinetuneRecipe,
+    device: torch.device,
+    num_classes: int | None,
+    build: Callable[[Callable[[], nn.Module]], Any],
+) -> MaskedAutoencoding | Classification:
+    """A recipe's task with nothing to evaluate.
+
+    Args:
+        recipe: of any task.
+        device: of the images.
+        num_classes: of a classifier; None for a masked autoencoder.
+        build: called with a function that builds the model; returns the model.
+    """
+    if isinstance(recipe, FinetuneRecipe):
+        assert num_classes is not None
+        return Classification.of(recipe, build(partial(recipe.build_model, num_classes)), device, num_classes)
+    return MaskedAutoencoding.of(recipe, build(recipe.build_model), device)
+
+
+def _open_task(
+    recipe: Recipe | FinetuneRecipe, source: TrainingImages, accelerator: Accelerator
+) -> tuple[Task, list[str] | None]:
+    """A recipe's task with its evaluation, and the class names of a classifier."""
+    num_classes = None
+    if isinstance(recipe, FinetuneRecipe):
+        num_classes = recipe.num_classes(source.classes)
+        source.check_labels(num_classes)
+
+    def build(model: Callable[[], nn.Module]) -> nn.Module:
+        check_host_memory(
+            recipe.model.name,
+            model,
+            image_shape=(recipe.in_chans, *recipe.size),
+            batch_size=recipe.batch_size,
+            micro_batch_size=recipe.micro_batch_size,
+        )
+        return freshly_initialised(recipe.seed, model)
+
+    task = bare_task(recipe, accelerator.device, num_classes, build)
+    if isinstance(recipe, Recipe):
+        assert isinstance(task, MaskedAutoencoding)
+        probe = build_probe(recipe, accelerator, task.normalise, task.objective)
+        task.attach_probe(probe, getattr(recipe.probe, "every_steps", None))
+        return task, None
+    assert isinstance(task, Classification)
+    images = open_evaluation(recipe, accelerator, task.normalise, source.classes, task.num_classes)
+    task.attach_evaluation(images, recipe.evaluate.every_steps)
+    # A stream may not tell class names; its evaluation images may.
+    named = source.classes or (images.source.classes if images is not None else None)
+    return task, named or [str(number) for number in range(task.num_classes)]
+
+
+def prepare_run(run: Run) -> None:
+    """Create the folder of a run that is about to train, or bring it back to where the run stands.
+
+    Raises:
+        UserError: on all processes, if the disk is too full, the folder cannot be written to, or another
+            process trains in it.
+    """
+    # The other processes may still be reading what the main one is about to change.
+    run.accelerator.wait_for_everyone()
+    fault = ""
+    if run.accelerator.is_main_process:
+        num_parameters = sum(parameter.numel() for parameter in run.bare_model.parameters())
+        try:
+            prepare_folder(
+                run.folder,
+                run.state,
+                run.metrics,
+                run.lock,
+                save_recipe=run.recipe.save,
+                num_parameters=num_parameters,
+                keep=run.recipe.checkpoint.keep,
+            )
+        except UserError as error:
+            fault = str(error)
+    fault = run.agreement.main_says(fault)
+    if fault:
+        raise UserError(fault)
+    recipe, stages = run.recipe, run.curriculum.stages
+    for note in (
+        *replay_notes(recipe.crop_view(), recipe.in_chans, stages),
+        *run.task.start_notes(stages, recipe.precision),
+    ):
+        run.progress.say(note)
+    if recipe.tracker.name != "none":
+        run.accelerator.init_trackers(recipe.tracker.project)
