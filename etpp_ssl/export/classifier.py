@@ -17,7 +17,8 @@ from etpp_ssl.export.folder import CARD_FILE, contiguous, export_folder
 from etpp_ssl.files import replaced, write_json
 from etpp_ssl.model.classifier import Classifier
 from etpp_ssl.recipe import FinetuneRecipe
-from etpp_ssl.run_folder import MODEL_FILE, Checkpoint, RunFolder, load_weights
+from etpp_ssl.run_folder import MODEL_FILE, Checkpoint, RunFolder
+from etpp_ssl.weights.loading import load_trained
 
 MARKER = "config.json"
 
@@ -146,6 +147,5 @@ def _trained_net(
 ) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         model: Classifier = recipe.build_model(num_classes)
-    tensors = checkpoint.model() if average is None else average
-    model.load_state_dict(load_weights(model.state_dict(), tensors, f"checkpoint {checkpoint.path}"))
+    load_trained(model, checkpoint)
     return model.net

@@ -18,9 +18,10 @@ from etpp_ssl.config import UserError, listed, show_size
 from etpp_ssl.model.decoders import MAEDecoder
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.run_folder import RunFolder, load_weights
+from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.targets.combined import CombinedConfig
 from etpp_ssl.targets.pixels import PixelsConfig
+from etpp_ssl.weights.loading import load_trained
 
 CARD_FILE = "README.md"
 
@@ -50,8 +51,7 @@ class TrainedModel:
         checkpoint = run.trained(say)
         with torch.random.fork_rng(devices=[]):
             model = recipe.build_model()
-        weights = load_weights(model.state_dict(), checkpoint.model(), f"checkpoint {checkpoint.path}")
-        model.load_state_dict(weights)
+        load_trained(model, checkpoint)
         return cls(run, recipe, checkpoint.step, model)
 
 

@@ -26,8 +26,7 @@ from etpp_ssl.model.decoders import MAEDecoder
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import MODEL_FILE, RunFolder
-from etpp_ssl.weights.huggingface import to_huggingface
-from etpp_ssl.weights.layouts import official_names
+from etpp_ssl.weights.layouts import official_names, to_huggingface
 
 MARKER = "config.json"
 BICUBIC = 3

@@ -15,7 +15,7 @@ from etpp_ssl.export.mae import export
 from etpp_ssl.export.transformers import mae_config
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.train.launch import pretrain
-from etpp_ssl.weights.layouts import load_official_mae
+from etpp_ssl.weights.official import load_official_mae
 
 SQUARE = ("image_size=24", "curriculum=constant", "budget_epochs=0.3")
 

@@ -15,7 +15,7 @@ from etpp_ssl.config import UserError
 from etpp_ssl.export.transformers import export
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.train.launch import pretrain
-from etpp_ssl.weights.layouts import load_official_mae
+from etpp_ssl.weights.official import load_official_mae
 
 SQUARE = ("image_size=24", "curriculum=constant", "budget_epochs=0.3", "model.mask_ratio=0.7")
 RECTANGLE = ("curriculum=constant", "budget_epochs=0.3", "model.patch_size=[4, 6]")

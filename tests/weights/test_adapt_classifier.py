@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from etpp_ssl.config import UserError
 from etpp_ssl.model.pos_embed import sincos_pos_embed
 from etpp_ssl.weights.adapt_classifier import adapt_classifier
-from etpp_ssl.weights.classifier_layouts import in_timm_names
-from etpp_ssl.weights.huggingface import to_huggingface
-from etpp_ssl.weights.layouts import Weights
+from etpp_ssl.weights.layouts import Weights, in_timm_names, to_huggingface
 from etpp_ssl.weights.tensors import adapt_channels
 
 KEPT_HEAD = "its head of 5 classes is kept: they are taken for the same ones"
@@ -220,7 +218,7 @@ def test_a_mae_leaves_its_decoder_behind() -> None:
     state = published_mae()
     adapted, notes, _ = start(make_net(), state)
     assert all(torch.equal(value, state[name]) for name, value in adapted.items() if "head" not in name)
-    assert notes[0].startswith("what pre-training has beside the encoder is dropped (decoder_blocks.0.attn.")
+    assert notes[0].startswith("what pre-training adds to the encoder is dropped (decoder_blocks.0.attn.")
     assert in_timm_names(state).layout == "an MAE with decoder"
 
 
@@ -230,7 +228,7 @@ def test_hugging_faces_names_are_the_same_weights_head_included() -> None:
     start(net, state)
     _, notes, _ = start(other, to_huggingface(state))
     assert differing(net.state_dict(), other.state_dict()) == set()
-    assert notes[0].startswith("what pre-training has beside the encoder is dropped (decoder_blocks.0.attn.")
+    assert notes[0].startswith("what pre-training adds to the encoder is dropped (decoder_blocks.0.attn.")
     vit = {f"vit.{name}": value for name, value in to_huggingface(published_encoder()).items()}
     head = {"classifier.weight": torch.rand(5, 64), "classifier.bias": torch.rand(5)}
     adapted, notes, _ = start(make_net(), {**vit, **head})
