@@ -184,7 +184,7 @@ def test_average_pooling_has_a_new_norm_as_in_mae_and_token_pooling_keeps_it() -
     adapted, notes, fresh = start(net, state)
     assert torch.equal(adapted["fc_norm.weight"], fresh["fc_norm.weight"])
     assert [note for note in notes if "fc_norm" in note] == [
-        "the norm behind the pooling (fc_norm) is initialised anew and the pre-trained norm of every token "
+        "the norm after the pooling (fc_norm) is initialised anew and the pre-trained norm of every token "
         "is dropped, as in MAE's fine-tuning"
     ]
     for pool in ({"global_pool": "token"}, {"global_pool": "avg", "fc_norm": False}):
@@ -204,7 +204,7 @@ def test_a_classifiers_own_norm_is_kept_and_its_head_where_it_reads_the_same() -
     assert torch.equal(adapted["norm.weight"], state["fc_norm.weight"])
     assert torch.equal(adapted["head.weight"], fresh["head.weight"])
     assert notes == [
-        "the norm behind its pooling (fc_norm) becomes the norm of every token",
+        "the norm after its pooling (fc_norm) becomes the norm of every token",
         "the head is initialised anew: its own reads other features",
     ]
     token_pooled = {**published_encoder(), "head.weight": torch.zeros(5, 64), "head.bias": torch.zeros(5)}
@@ -333,7 +333,7 @@ def test_a_table_is_of_a_square_window_or_refused(name: str, others: int) -> Non
 
 def test_a_table_of_no_square_window_is_refused() -> None:
     theirs = make_net("swin_tiny_patch4_window7_224", seed=1, img_size=(32, 16), window_size=(4, 2))
-    with pytest.raises(UserError, match="has 21 relative positions, which are no square window's"):
+    with pytest.raises(UserError, match="has 21 relative positions, not a square window's"):
         start(make_net("swin_tiny_patch4_window7_224"), theirs.state_dict())
 
 
