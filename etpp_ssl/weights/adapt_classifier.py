@@ -165,9 +165,7 @@ def _table_conversion(attention: Any, source: str) -> _Conversion:
         num_others = wanted.shape[0] - (2 * window[0] - 1) * (2 * window[1] - 1)
         num_positions = max(table.shape[0] - num_others, 0)
         if math.isqrt(num_positions) ** 2 != num_positions or num_positions % 2 == 0:
-            raise UserError(
-                f"{source} has {num_positions} relative positions, which are not a square window's"
-            )
+            raise UserError(f"{source} has {num_positions} relative positions, not a square window's")
         resized: Tensor = resize_rel_pos_bias_table(table.float(), window, tuple(wanted.shape))
         notes.append(
             f"the tables of {num_positions} relative positions are resampled for windows of "
@@ -224,7 +222,7 @@ def adapt_head(
 def _norms(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], notes: list[str]
 ) -> tuple[dict[str, Tensor], bool]:
-    """The tensors with a ViT's last norm where `expected` has it, and whether a head reads the same features."""
+    """The tensors with a ViT's last norm where `expected` has it; whether a head then reads the same."""
     tensors = dict(tensors)
     has_norm, has_fc_norm = ("norm.weight" in tensors, "fc_norm.weight" in tensors)
     wants_norm, wants_fc_norm = ("norm.weight" in expected, "fc_norm.weight" in expected)
