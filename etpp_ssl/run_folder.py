@@ -125,6 +125,10 @@ class Checkpoint:
         tensors: dict[str, Tensor] = load_file(self.path / MODEL_FILE)
         return tensors
 
+    def classes(self) -> list[str]:
+        """A classifier's class names, in the order of its outputs; empty where it does not remember any."""
+        return [str(name) for name in self.state().get("classes") or ()]
+
     @property
     def has_average(self) -> bool:
         """Whether the run keeps a moving average of its weights."""

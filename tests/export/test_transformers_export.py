@@ -90,7 +90,7 @@ def test_a_rectangle_opens_as_an_encoder(transformers: Any, tiny_recipe: Callabl
     said: list[str] = []
     folder = export(run.folder.path, say=said.append)
     assert said == [
-        "the decoder stays behind, and the folder is one of ViTModel: "
+        "the decoder is left out, and the folder is one of ViTModel: "
         "it is for squares only, not for 4x4 patches of 4x6 px"
     ]
     encoder, info = opened(transformers.ViTModel, folder, add_pooling_layer=False)
