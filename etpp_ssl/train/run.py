@@ -31,6 +31,7 @@ from etpp_ssl.dist.sharding import Copies
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.run_state import TrainState, environment, environment_changes
 from etpp_ssl.tasks.base import Task
 from etpp_ssl.tasks.classify import Classification, open_evaluation
 from etpp_ssl.tasks.mae import MaskedAutoencoding, build_probe
@@ -42,7 +43,6 @@ from etpp_ssl.train.memory import check_host_memory, check_replay, replay_notes
 from etpp_ssl.train.metrics import MetricsFile
 from etpp_ssl.train.progress import Progress
 from etpp_ssl.train.start import prepare_folder, starting_point
-from etpp_ssl.train.state import TrainState, environment, environment_changes
 from etpp_ssl.train.streams import check_stream, follow_stream, place_in_stream
 
 
