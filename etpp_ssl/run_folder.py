@@ -1,18 +1,18 @@
-"""What a run leaves on disk, as its readers see it: export, report and resume.
+"""A run's folder: its recipe, its log and its checkpoints.
 
     recipe.yaml                  the resolved recipe
-    metrics.jsonl                one object a line
-    plan.json                    the steps of a run with a budget in hours, as its newest plan has them
-    checkpoints/step-XXXXXXXX/   model.safetensors, optimizer.safetensors, state.json; with a moving
-                                 average of the weights also ema.safetensors; for a moment called
-                                 .old-step-XXXXXXXX, while another of the same step takes its place
-    status.json                  whether it runs, and what it said last
-    dumps/                       what repeats a step that was not finite
+    metrics.jsonl                one object per line
+    plan.json                    the newest plan of a run with a budget in hours
+    checkpoints/step-XXXXXXXX/   model.safetensors, optimizer.safetensors, state.json, and ema.safetensors
+                                 where the run keeps a moving average of the weights; called
+                                 .old-step-XXXXXXXX while another checkpoint of that step replaces it
+    status.json                  whether the run is active, and its last message
+    dumps/                       the steps that were not finite, ready to be reproduced
     .lock                        held by the process that trains
-    export/, report/, embeddings/  written later
+    export/, report/, embeddings/  written later, by other commands
 
-`state.json` is written last and lists the sizes of the other files, so a checkpoint that was cut short
-is recognised whatever cut it.
+`state.json` is written last and lists the sizes of the other files, so a checkpoint that was cut short is
+recognised whatever the cause.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -35,7 +34,7 @@ from etpp_ssl.files import read_text
 from etpp_ssl.messages import shown
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.recipe_file import load_any_recipe, load_recipe
-from etpp_ssl.weights.reading import load_weights as load_weights
+from etpp_ssl.run_state import RESUME_KEYS, check_state
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -46,12 +45,14 @@ OLD = ".old-"
 MAX_STATE_BYTES = 1 << 28
 """Of `state.json`, which names every unreadable image met."""
 MAX_ROW_BYTES = 1 << 20
-STATE_KEYS: dict[str, type] = {"environment": dict, "data": str, "state": dict}
-"""What a run's `state.json` has beside `files`."""
 
 
 def read_object(file: Path, at_most: int) -> dict[str, Any]:
-    """The object that a JSON file of so many bytes holds.
+    """The object in a JSON file.
+
+    Args:
+        file: to read.
+        at_most: bytes; a longer file is refused.
 
     Raises:
         OSError: if it cannot be read.
@@ -62,12 +63,12 @@ def read_object(file: Path, at_most: int) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError(f"{file.name} is nested too deep") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file.name} holds no object")
+        raise ValueError(f"{file.name} does not hold an object")
     return content
 
 
 def check_files(state: dict[str, Any]) -> None:
-    """See that `files` of a `state.json` lists what a checkpoint has, and nothing outside of its folder.
+    """Check that `files` of a `state.json` lists a checkpoint's files, and nothing outside of its folder.
 
     Raises:
         ValueError: if not.
@@ -78,47 +79,6 @@ def check_files(state: dict[str, Any]) -> None:
     for name, size in files.items():
         if os.path.basename(name) != name or "\0" in name or type(size) is not int:
             raise ValueError(f"{STATE_FILE}: files lists {shown(name)}, which no checkpoint has")
-
-
-def check_state(state: dict[str, Any], step: int) -> None:
-    """See that the content of `state.json` is what a run can go on from.
-
-    Args:
-        state: the content.
-        step: of the checkpoint's folder.
-
-    Raises:
-        ValueError: naming the key that is missing or of another kind.
-    """
-    for key, kind in STATE_KEYS.items():
-        if not isinstance(state.get(key), kind):
-            raise ValueError(f"{STATE_FILE}: {key} is missing or damaged")
-    try:
-        checked = _TrainState.model_validate(state["state"])
-        if checked.plan is not None:
-            TimePlan.from_json(checked.plan)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(("state", *map(str, first["loc"])))
-        raise ValueError(f"{STATE_FILE}: {key} is damaged ({first['msg']})") from error
-    if checked.step != step:
-        raise ValueError(f"{STATE_FILE} is of step {checked.step}, not {step}")
-
-
-class _TrainState(BaseModel):
-    """`train.state.TrainState` as JSON, as far as a damaged one would show; it may hold more."""
-
-    step: int = Field(ge=0)
-    loss_sum: float
-    part_sums: dict[str, float] = {}
-    loss_steps: int = Field(ge=0)
-    seconds: float = Field(ge=0)
-    elapsed: float = Field(default=0.0, ge=0)
-    plan: dict[str, Any] | None = None
-    num_skipped: int = Field(default=0, ge=0)
-    num_rewinds: int = Field(default=0, ge=0)
-    lr_factor: float = Field(default=1.0, gt=0)
-    bad_images: list[tuple[int, str]]
 
 
 class Checkpoint:
@@ -137,7 +97,7 @@ class Checkpoint:
         try:
             state = self.state()
             check_files(state)
-            if state.keys() >= STATE_KEYS.keys():
+            if state.keys() >= RESUME_KEYS.keys():
                 check_state(state, self.step)
             for name, size in state["files"].items():
                 found = (self.path / name).stat().st_size
@@ -165,10 +125,18 @@ class Checkpoint:
         tensors: dict[str, Tensor] = load_file(self.path / MODEL_FILE)
         return tensors
 
+    def classes(self) -> list[str]:
+        """A classifier's class names, in the order of its outputs; empty where it does not remember any."""
+        return [str(name) for name in self.state().get("classes") or ()]
+
+    @property
+    def has_average(self) -> bool:
+        """Whether the run keeps a moving average of its weights."""
+        return (self.path / EMA_FILE).is_file()
+
     def average(self) -> dict[str, Tensor] | None:
         """The moving average of the model's tensors, on the CPU, or None where the run keeps none."""
-        file = self.path / EMA_FILE
-        return load_file(file) if file.is_file() else None
+        return load_file(self.path / EMA_FILE) if self.has_average else None
 
     def optimizer(self) -> dict[str, Tensor]:
         """The optimizer's tensors, on the CPU, as `parameter.slot`."""
@@ -253,7 +221,7 @@ class RunFolder:
             if fault is None:
                 return checkpoint
             if not checkpoint.path.exists():
-                # A run that goes on has removed it meanwhile, since it has a newer one.
+                # The run is active and has removed it, because it has a newer one.
                 return self.newest(warn)
             warn(f"checkpoint {checkpoint.path.name} is damaged ({fault}); falling back to the one before")
         if checkpoints:
@@ -282,19 +250,19 @@ class RunFolder:
             raise UserError(f"{str(self.path)!r} is no run folder: it {what}")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Rows of `metrics.jsonl`, each with a `step`; what is none is left out: a last line cut short."""
+        """Rows of `metrics.jsonl`, each with a `step`; other lines, such as one cut short, are left out."""
         if not self.metrics_file.is_file():
             return []
         rows = []
         with self.metrics_file.open("rb") as file:
-            # A row has some hundred bytes; of a longer line the parts are no rows.
+            # A row has some hundred bytes; the parts of a longer line are not rows.
             while line := file.readline(MAX_ROW_BYTES):
                 rows.append(parse_row(line))
         return [row for row in rows if row is not None]
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
-    """A line of `metrics.jsonl`, or None for one that is no whole row."""
+    """A line of `metrics.jsonl`, or None if it is not a whole row."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

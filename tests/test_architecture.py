@@ -12,7 +12,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {"config", "files", "messages", "randomness"}
 SIBLINGS = {"data", "curriculum", "model", "targets", "optim"}
-ABOVE = {*BASE, *SIBLINGS, "evaluation", "recipe", "recipe_file", "run_folder", "dist", "weights"}
+ABOVE = {
+    *BASE,
+    *SIBLINGS,
+    "evaluation",
+    "recipe",
+    "recipe_file",
+    "run_folder",
+    "run_state",
+    "dist",
+    "weights",
+}
 # evaluation holds the probes' Configs, so it stands between the siblings, which it uses, and recipe.
 MAY_IMPORT = {
     **dict.fromkeys((*BASE, "__init__"), BASE),
@@ -21,7 +31,8 @@ MAY_IMPORT = {
     "evaluation": {*BASE, *SIBLINGS, "evaluation"},
     "recipe": {*BASE, *SIBLINGS, "evaluation"},
     "recipe_file": {*BASE, "recipe"},
-    "run_folder": {*BASE, "curriculum.hours", "recipe", "recipe_file", "weights.reading"},
+    "run_state": {*BASE, "curriculum.hours"},
+    "run_folder": {*BASE, "curriculum.hours", "recipe", "recipe_file", "run_state"},
     "dist": {*ABOVE, "train"},
     "weights": ABOVE,
     "tasks": {*ABOVE, "tasks"},
@@ -29,7 +40,7 @@ MAY_IMPORT = {
     "debug": {*ABOVE, "tasks", "train", "debug"},
     "commands": {*ABOVE, "tasks", "train", "commands"},
     "export": {*BASE, *SIBLINGS, "recipe", "run_folder", "weights", "export"},
-    "report": {*BASE, *SIBLINGS, "recipe", "run_folder", "report"},
+    "report": {*BASE, *SIBLINGS, "recipe", "run_folder", "weights", "report"},
     "cli_end": {*BASE, "dist"},
     "cli": {"cli_end", "commands", "debug", "export", "report", "train", "data", *ABOVE},
     "__main__": {"cli"},

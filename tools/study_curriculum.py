@@ -41,8 +41,8 @@ from torch.backends.cpu import get_cpu_capability
 from etpp_ssl.files import append_line
 from etpp_ssl.recipe_file import load_recipe
 from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.run_state import LIBRARIES
 from etpp_ssl.train.plan import plan_run
-from etpp_ssl.train.state import LIBRARIES
 
 
 class Stopped(Exception):

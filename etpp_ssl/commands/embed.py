@@ -40,8 +40,8 @@ from etpp_ssl.files import replaced_file
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.run_folder import RunFolder, load_weights
-from etpp_ssl.weights.loading import load_init
+from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.weights.loading import load_init, load_trained
 
 
 @with_peers()
@@ -131,8 +131,7 @@ def _trained(
     model = freshly_initialised(recipe.seed, recipe.build_model)
     if folder is not None:
         checkpoint = folder.trained(say)
-        weights = load_weights(model.state_dict(), checkpoint.model(), f"checkpoint {checkpoint.path}")
-        model.load_state_dict(weights)
+        load_trained(model, checkpoint)
         return model, str(checkpoint.path)
     if recipe.init is None:
         raise UserError("there are no weights to embed with: give a run, or init=WEIGHTS with the recipe")

@@ -13,8 +13,9 @@ from etpp_ssl.dist.peers import leave, with_peers
 from etpp_ssl.evaluation.classification import ClassificationResult
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe
-from etpp_ssl.run_folder import Checkpoint, RunFolder, load_weights
+from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.tasks.classify import open_evaluation
+from etpp_ssl.weights.loading import load_trained
 
 
 class Evaluated(NamedTuple):
@@ -45,9 +46,7 @@ def evaluate_run(recipe: FinetuneRecipe, folder: RunFolder, say: Callable[[str],
     accelerator = open_accelerator(recipe)
     num_classes = recipe.num_classes(classes)
     model = freshly_initialised(recipe.seed, partial(recipe.build_model, num_classes))
-    average = checkpoint.average()
-    tensors = checkpoint.model() if average is None else average
-    model.load_state_dict(load_weights(model.state_dict(), tensors, f"checkpoint {checkpoint.path}"))
+    load_trained(model, checkpoint)
     model.to(accelerator.device)
     mean, std = recipe.data.statistics(recipe.in_chans)
     normalise = Normalise(mean, std, accelerator.device)
@@ -55,7 +54,7 @@ def evaluate_run(recipe: FinetuneRecipe, folder: RunFolder, say: Callable[[str],
     assert evaluation is not None
     protocol = {
         "step": checkpoint.step,
-        "weights": "trained" if average is None else "moving average",
+        "weights": "moving average" if checkpoint.has_average else "trained",
         "split": recipe.evaluate.split,
         "image_size": list(recipe.size),
         "crop_pct": recipe.data.crop_pct,

@@ -22,9 +22,9 @@ from etpp_ssl.files import append_line, disk_fault
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.run_folder import RunFolder, load_weights
+from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.tasks.mae import build_probe
-from etpp_ssl.weights.loading import load_init
+from etpp_ssl.weights.loading import load_init, load_trained
 
 
 @with_peers()
@@ -108,8 +108,7 @@ def _init_of(recipe: Recipe, source: str, folder: RunFolder) -> str | None:
 
 def _load_newest(model: MaskedAutoencoder, folder: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
     checkpoint = folder.trained(say)
-    weights = load_weights(model.state_dict(), checkpoint.model(), f"checkpoint {checkpoint.path}")
-    model.load_state_dict(weights)
+    load_trained(model, checkpoint)
     return {"step": checkpoint.step}
 
 

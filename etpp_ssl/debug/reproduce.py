@@ -25,9 +25,9 @@ from etpp_ssl.debug.dumped_step import DumpedBatch, DumpedStep, read_dump
 from etpp_ssl.debug.tracing import Origin, bad_gradients, plain_blocks, trace
 from etpp_ssl.dist.accelerator import open_accelerator
 from etpp_ssl.recipe import TrackerConfig
+from etpp_ssl.run_state import environment, environment_changes
 from etpp_ssl.tasks.base import Inputs, Task, forward_backward
 from etpp_ssl.train.open import bare_task
-from etpp_ssl.train.state import environment, environment_changes
 from etpp_ssl.weights.reading import load_weights
 
 MOST_NORMS = 5

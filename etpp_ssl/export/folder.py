@@ -1,6 +1,6 @@
-"""What every export does: read the run's newest weights, and find the folder to write.
+"""What every export shares: the run's newest weights, the folder to write, and what other formats hold.
 
-Whether a fixed format of others has a place for a model: they know plain ViTs and MAE's decoder.
+The formats of MAE and transformers hold a plain ViT and MAE's decoder; timm's holds any network.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,42 +18,60 @@ from torch import Tensor, nn
 from etpp_ssl.config import UserError, listed, show_size
 from etpp_ssl.model.decoders import MAEDecoder
 from etpp_ssl.model.mae import MaskedAutoencoder
-from etpp_ssl.recipe import Recipe
-from etpp_ssl.run_folder import RunFolder, load_weights
+from etpp_ssl.randomness import freshly_initialised
+from etpp_ssl.recipe import FinetuneRecipe
+from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.targets.combined import CombinedConfig
+from etpp_ssl.targets.hog import HogConfig
 from etpp_ssl.targets.pixels import PixelsConfig
+from etpp_ssl.weights.loading import load_trained
 
 CARD_FILE = "README.md"
+LAYER_NORM_EPS = 1e-6
+_OF_A_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+
+Target = PixelsConfig | HogConfig | CombinedConfig
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A run's model with the weights of its newest whole checkpoint."""
+    """A pre-trained model with the weights of its run's newest whole checkpoint, on the CPU."""
 
     run: RunFolder
-    recipe: Recipe
-    step: int
+    checkpoint: Checkpoint
     model: MaskedAutoencoder
+    target: Target
+    """What its decoder predicts."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    """Of the images' channels, as the model expects them."""
 
     @classmethod
-    def read(cls, run_dir: str | Path, say: Callable[[str], None]) -> TrainedModel:
-        """Read it, on the CPU.
+    def read(cls, run_dir: str | Path, export_format: str, say: Callable[[str], None]) -> TrainedModel:
+        """Read it.
 
         Args:
             run_dir: the run.
+            export_format: for the message to those who export a classifier.
             say: told of damaged checkpoints that are passed over.
 
         Raises:
-            UserError: if there is no run or no checkpoint.
+            UserError: if there is no run or no checkpoint, or the run trains a classifier.
         """
         run = RunFolder(run_dir)
-        recipe = run.recipe()
+        recipe = run.any_recipe()
+        if isinstance(recipe, FinetuneRecipe):
+            raise for_encoders_only(f"--to {export_format}")
         checkpoint = run.trained(say)
-        with torch.random.fork_rng(devices=[]):
-            model = recipe.build_model()
-        weights = load_weights(model.state_dict(), checkpoint.model(), f"checkpoint {checkpoint.path}")
-        model.load_state_dict(weights)
-        return cls(run, recipe, checkpoint.step, model)
+        model = freshly_initialised(recipe.seed, recipe.build_model)
+        load_trained(model, checkpoint)
+        mean, std = recipe.data.statistics(recipe.in_chans)
+        return cls(run, checkpoint, model, recipe.target, tuple(mean), tuple(std))
+
+
+def for_encoders_only(wanted: str) -> UserError:
+    """The refusal of an option or a format that a classifier does not have."""
+    return UserError(f"{wanted} is for the encoder of a pre-training run; export a classifier by --to timm")
 
 
 def export_folder(run: RunFolder, out: str | Path | None, target: str, marker: str) -> Path:
@@ -62,29 +81,25 @@ def export_folder(run: RunFolder, out: str | Path | None, target: str, marker: s
         run: the run.
         out: chosen by the user, or None.
         target: the format.
-        marker: the file that shows that a folder is an earlier export of it.
+        marker: the file by which an earlier export is recognised.
 
     Raises:
-        UserError: if it is no folder, or holds something else.
+        UserError: if it is a file, or a folder that holds something else.
     """
-    # With a name of its own, which `.` has not.
+    # `.` has no name that could be exchanged for another folder's.
     folder = Path(os.path.abspath(out)) if out is not None else run.path / "export" / target
     if os.path.lexists(folder) and not folder.is_dir():
-        raise UserError(f"{str(folder)!r} is no folder; choose another name")
+        raise UserError(f"{str(folder)!r} is not a folder; choose another name")
     if folder.exists() and not (folder / marker).is_file() and any(folder.iterdir()):
-        raise UserError(f"{str(folder)!r} holds something that is no export; choose another folder")
+        raise UserError(f"{str(folder)!r} holds something that is not an export; choose another folder")
     return folder
 
 
 def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as files want them: each with memory of its own, in order."""
+    """Tensors as safetensors wants them: each contiguous, with memory of its own."""
     return {
         name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-
-
-LAYER_NORM_EPS = 1e-6
-_OF_A_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
 
 def require_plain_encoder(model: MaskedAutoencoder, target: str) -> None:
@@ -95,7 +110,7 @@ def require_plain_encoder(model: MaskedAutoencoder, target: str) -> None:
         target: the format, for the message.
 
     Raises:
-        UserError: naming up to five tensors without a place or missing, or what else is different.
+        UserError: naming up to five tensors that have no place or are missing, or what else is different.
     """
     encoder = model.encoder
     layers = [f"blocks.{i}.{layer}" for i in range(len(encoder.blocks)) for layer in _OF_A_BLOCK]
@@ -121,31 +136,51 @@ def is_square(model: MaskedAutoencoder) -> bool:
     return bool(grid[0] == grid[1] and patch[0] == patch[1])
 
 
-def pixels_predicted(recipe: Recipe) -> PixelsConfig | None:
-    """The target if it is pixels, maybe as the only part of a sum, otherwise None."""
-    target = recipe.target
+def image_size(model: MaskedAutoencoder) -> tuple[int, int]:
+    """(H, W) in pixels at full resolution."""
+    height, width = model.encoder.patch_embed.img_size
+    return height, width
+
+
+def in_chans(model: MaskedAutoencoder) -> int:
+    """Channels of the images."""
+    return int(model.encoder.patch_embed.proj.in_channels)
+
+
+def pixels_predicted(target: Target) -> PixelsConfig | None:
+    """The target if it is pixels, or a sum with pixels as its only part; otherwise None."""
     if isinstance(target, CombinedConfig) and len(target.parts) == 1:
         (part,) = target.parts
         return part if isinstance(part, PixelsConfig) else None
     return target if isinstance(target, PixelsConfig) else None
 
 
-def reason_without_decoder(model: MaskedAutoencoder, recipe: Recipe) -> str | None:
-    """Why the decoder has no place beside the encoder, or None if it has one.
+def reason_without_decoder(model: MaskedAutoencoder, target: Target) -> str | None:
+    """Why the formats of others cannot hold the decoder, or None if they can.
 
     Args:
         model: the model.
-        recipe: the run's, whose target is what the decoder predicts.
+        target: what its decoder predicts.
     """
     if type(model.decoder) is not MAEDecoder:
         return f"a {type(model.decoder).__name__} is not MAE's"
-    if pixels_predicted(recipe) is None:
-        pixels = math.prod(model.patch_size) * recipe.in_chans
+    if pixels_predicted(target) is None:
+        pixels = math.prod(model.patch_size) * in_chans(model)
         values = model.decoder.head.out_features
-        return f"it predicts {values} values per patch (target {recipe.target.name}), not the {pixels} pixels"
+        return f"it predicts {values} values per patch (target {target.name}), not the {pixels} pixels"
     if not is_square(model):
         grid: tuple[int, int] = tuple(model.encoder.patch_embed.grid_size)
         return (
             f"it is for squares only, not for {grid[0]}x{grid[1]} patches of {show_size(model.patch_size)} px"
         )
     return None
+
+
+def decoder_sizes(model: MaskedAutoencoder, target: Target) -> tuple[int, int, int, int, bool]:
+    """Of a decoder that other formats can hold: width, depth, heads, MLP width, and `norm_pix_loss`."""
+    decoder, pixels = model.decoder, pixels_predicted(target)
+    assert isinstance(decoder, MAEDecoder)
+    assert pixels is not None
+    block: Any = decoder.blocks[0]
+    width = decoder.embed.out_features
+    return width, len(decoder.blocks), block.attn.num_heads, block.mlp.fc1.out_features, pixels.norm_pix

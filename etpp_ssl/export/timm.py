@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 from safetensors.torch import save_file
+from torch import nn
 
 from etpp_ssl.config import UserError
 from etpp_ssl.export.card import final_norm, model_card
-from etpp_ssl.export.classifier import export_classifier, refuse_classifier
-from etpp_ssl.export.folder import CARD_FILE, TrainedModel, contiguous, export_folder
+from etpp_ssl.export.folder import CARD_FILE, contiguous, export_folder, for_encoders_only
 from etpp_ssl.files import replaced, write_json
-from etpp_ssl.recipe import FinetuneRecipe, Recipe
+from etpp_ssl.randomness import freshly_initialised
+from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.run_folder import MODEL_FILE, RunFolder
+from etpp_ssl.weights.loading import load_trained
 
 MARKER = "config.json"
 LOAD = """```python
-import timm
+{imports}import timm
 import torch
 
 model = timm.create_model("local-dir:/path/to/this/folder", pretrained=True).eval()
 config = timm.data.resolve_data_config({{}}, model=model)  # size, mean, std and interpolation
 with torch.inference_mode():
-    features = model(torch.zeros(1, {in_chans}, {size[0]}, {size[1]}))  # (1, {pooled})
-```
+    {output} = model(torch.zeros(1, {shape}))  # (1, {width})
+{rest}"""
+OF_AN_ENCODER = """```
 
 Pass `num_classes=N` to put a new classifier on it. For other image sizes pass `img_size=...` or
 `dynamic_img_size=True`: timm resamples the position embedding."""
+OF_A_CLASSIFIER = """names = model.pretrained_cfg["label_names"]
+```"""
 
 
 def export(
@@ -41,75 +47,121 @@ def export(
 ) -> Path:
     """Write `model.safetensors`, timm's `config.json` and a model card.
 
-    `timm.create_model("local-dir:" + str(folder), pretrained=True)` then gives the features that our
-    own extraction gives, to the last bit. The decoder stays behind. For a run that trains a classifier see
-    `etpp_ssl.export.classifier.export_classifier`.
+    `timm.create_model("local-dir:" + str(folder), pretrained=True)` then gives the features of our own
+    extraction, or the logits of our classifier in eval mode, to the last bit. The decoder is not part of it.
+    A classifier's weights are their moving average where the run keeps one.
 
     Args:
         run_dir: a run with at least one checkpoint; the newest whole one is taken.
         out: the folder to write; by default `RUN/export/timm`. An earlier export there is replaced.
-        pool: cls token or mean of the patch tokens; None is the encoder's own.
+        pool: an encoder's cls token or the mean of its patch tokens; None is the encoder's own.
         license_name: for the card, as the Hugging Face hub spells it.
-        say: told of damaged checkpoints, and of a final norm that nothing trained.
+        say: told of damaged checkpoints, of a final norm that nothing trained, and of a module that must be
+            imported before timm knows the model.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: if there is no run, no checkpoint, `out` holds something else, or `pool` is given for a
-            classifier.
+        UserError: if there is no run or no checkpoint, `out` holds something else, or `pool` does not fit.
     """
     run = RunFolder(run_dir)
-    any_recipe = run.any_recipe()
-    if isinstance(any_recipe, FinetuneRecipe):
-        if pool is not None:
-            refuse_classifier(any_recipe, f"--pool {pool}")
-        return export_classifier(run, any_recipe, out, license_name=license_name, say=say)
-    trained = TrainedModel.read(run_dir, say)
-    folder = export_folder(trained.run, out, "timm", MARKER)
-    recipe, encoder = trained.recipe, trained.model.encoder
-    if pool == "token" and not encoder.has_class_token:
-        raise UserError("the encoder has no cls token to pool; use avg")
-    if recipe.model.decoder.reads_blocks:
-        say(f"about the exported encoder: {final_norm(recipe)}")
-    card = model_card(
-        recipe,
-        trained.step,
-        license_name,
-        library="timm",
-        contents="It has no classifier. The decoder of pre-training is not part of it.",
-        load=LOAD.format(in_chans=recipe.in_chans, size=recipe.size, pooled=encoder.num_features),
+    recipe = run.any_recipe()
+    classifies = isinstance(recipe, FinetuneRecipe)
+    if classifies and pool is not None:
+        raise for_encoders_only(f"--pool {pool}")
+    checkpoint = run.trained(say)
+    folder = export_folder(run, out, "timm", MARKER)
+    classes = checkpoint.classes()
+    if isinstance(recipe, FinetuneRecipe):
+        num_classes = recipe.num_classes(classes or None)
+        classifier = freshly_initialised(recipe.seed, lambda: recipe.build_model(num_classes))
+        load_trained(classifier, checkpoint)
+        net: Any = classifier.net
+        architecture, args = recipe.model.timm_args(recipe.size, recipe.in_chans, num_classes)
+        which = "their moving average" if checkpoint.has_average else "those of the last step"
+        contents, output, rest = f"The weights are {which}.", "logits", OF_A_CLASSIFIER
+    else:
+        model = freshly_initialised(recipe.seed, recipe.build_model)
+        load_trained(model, checkpoint)
+        net = model.encoder
+        if pool == "token" and not net.has_class_token:
+            raise UserError("the encoder has no cls token to pool; use avg")
+        if recipe.model.decoder.reads_blocks:
+            say(f"about the exported encoder: {final_norm(True, recipe.init)}")
+        architecture, args = recipe.model.encoder_args(recipe.size, recipe.in_chans)
+        args = {**args, "global_pool": pool or net.global_pool}
+        contents = "It has no classifier. The decoder of pre-training is not part of it."
+        output, rest = "features", OF_AN_ENCODER
+    module = module_to_import(architecture)
+    if module is not None:
+        say(f"timm has no {architecture}: `import {module}` before timm.create_model")
+    mean, std = recipe.data.statistics(recipe.in_chans)
+    input_size = (recipe.in_chans, *recipe.size)
+    preprocessing = {
+        "input_size": list(input_size),
+        "interpolation": "bicubic",
+        "crop_pct": recipe.data.crop_pct,
+        "crop_mode": "center",
+        "mean": list(mean),
+        "std": list(std),
+    }
+    load = LOAD.format(
+        imports=f"import {module}  # registers a model that timm lacks\n" if module else "",
+        output=output,
+        shape=", ".join(map(str, input_size)),
+        width=args["num_classes"] or net.num_features,
+        rest=rest,
     )
+    card = model_card(run, checkpoint, license_name, library="timm", contents=contents, load=load)
     with replaced(folder) as aside:
-        save_file(contiguous(encoder.state_dict()), aside / MODEL_FILE, metadata={"format": "pt"})
-        config = timm_config(recipe, encoder.num_features, pool or encoder.global_pool)
-        write_json(aside / MARKER, config)
+        save_file(contiguous(net.state_dict()), aside / MODEL_FILE, metadata={"format": "pt"})
+        write_json(aside / MARKER, timm_config(net, architecture, args, preprocessing, classes))
         (aside / CARD_FILE).write_text(card, encoding="utf-8")
     return folder
 
 
-def timm_config(recipe: Recipe, num_features: int, pool: str) -> dict[str, Any]:
-    """The `config.json` from which timm rebuilds the encoder."""
-    architecture, args = recipe.model.encoder_args(recipe.size, recipe.in_chans)
-    mean, std = recipe.data.statistics(recipe.in_chans)
+def timm_config(
+    net: nn.Module,
+    architecture: str,
+    args: dict[str, Any],
+    preprocessing: dict[str, Any],
+    classes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The `config.json` from which timm rebuilds a network.
+
+    Args:
+        net: the network; the description of its family is taken over.
+        architecture, args: timm's name and arguments that build it.
+        preprocessing: what timm's `pretrained_cfg` says of the images.
+        classes: names of the outputs, where they are known.
+    """
+    family: dict[str, Any] = getattr(net, "default_cfg", {})
+    same_size = list(family.get("input_size", ()))[1:] == preprocessing["input_size"][1:]
+    pool = getattr(net, "global_pool", "avg")
+    own_pool = pool if isinstance(pool, str) else getattr(pool, "pool_type", "avg")
     return {
         "architecture": architecture.split(".")[0],
-        "num_classes": 0,
-        "num_features": num_features,
-        "global_pool": pool,
-        "model_args": {**args, "global_pool": pool},
+        "num_classes": args["num_classes"],
+        "num_features": net.num_features,
+        "global_pool": args.get("global_pool", own_pool),
+        **({"label_names": list(classes)} if classes else {}),
+        "model_args": args,
         "pretrained_cfg": {
             "tag": "etpp_ssl",
-            "input_size": [recipe.in_chans, *recipe.size],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": recipe.data.crop_pct,
-            "crop_mode": "center",
-            "mean": list(mean),
-            "std": list(std),
-            "num_classes": 0,
-            "pool_size": None,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            "custom_load": False,
+            **preprocessing,
+            "fixed_input_size": family.get("fixed_input_size", False),
+            "num_classes": args["num_classes"],
+            # That of another input size would be wrong.
+            "pool_size": family.get("pool_size") if same_size else None,
+            "first_conv": family.get("first_conv"),
+            "classifier": family.get("classifier"),
         },
     }
+
+
+def module_to_import(architecture: str) -> str | None:
+    """The module of ours that registers a model which stock timm lacks, or None for timm's own."""
+    module = timm.model_entrypoint(architecture.split(".")[0]).__module__
+    return module if module.startswith("etpp_ssl.") else None

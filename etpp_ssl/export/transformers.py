@@ -10,28 +10,27 @@ from safetensors.torch import save_file
 
 from etpp_ssl.config import show_size
 from etpp_ssl.export.card import model_card
-from etpp_ssl.export.classifier import refuse_classifier
 from etpp_ssl.export.folder import (
     CARD_FILE,
     LAYER_NORM_EPS,
+    Target,
     TrainedModel,
     contiguous,
+    decoder_sizes,
     export_folder,
-    pixels_predicted,
+    image_size,
+    in_chans,
     reason_without_decoder,
     require_plain_encoder,
 )
 from etpp_ssl.files import replaced, write_json
-from etpp_ssl.model.decoders import MAEDecoder
 from etpp_ssl.model.mae import MaskedAutoencoder
-from etpp_ssl.recipe import Recipe
-from etpp_ssl.run_folder import MODEL_FILE, RunFolder
-from etpp_ssl.weights.huggingface import to_huggingface
-from etpp_ssl.weights.layouts import official_names
+from etpp_ssl.run_folder import MODEL_FILE
+from etpp_ssl.weights.layouts import official_names, to_huggingface
 
 MARKER = "config.json"
 BICUBIC = 3
-"""PIL's number, which image processors are configured with."""
+"""PIL's number of the filter, for image processors."""
 LOAD = """```python
 from transformers import AutoImageProcessor, {classes}
 
@@ -52,41 +51,56 @@ def export(
     """Write `model.safetensors`, `config.json`, `preprocessor_config.json` and a model card.
 
     `ViTMAEForPreTraining.from_pretrained(folder)` opens it, and so does `ViTModel.from_pretrained`, with
-    the encoder alone. Where ViTMAE has no place for the decoder, the folder is one of `ViTModel`.
+    the encoder alone. If ViTMAE cannot hold the decoder, the folder is one of `ViTModel`.
 
     Args:
         run_dir: a run with at least one checkpoint; the newest whole one is taken.
         out: the folder to write; by default `RUN/export/transformers`. An earlier export there is
             replaced.
         license_name: for the card, as the Hugging Face hub spells it.
-        say: told of damaged checkpoints and of what stays behind.
+        say: told of damaged checkpoints and of what is left out.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: if there is no run, no checkpoint, `out` holds something else, or the encoder is not a
+        UserError: if there is no run or no checkpoint, `out` holds something else, or the encoder is not a
             plain ViT with a cls token.
     """
-    refuse_classifier(RunFolder(run_dir).any_recipe(), "--to transformers")
-    trained = TrainedModel.read(run_dir, say)
+    trained = TrainedModel.read(run_dir, "transformers", say)
     folder = export_folder(trained.run, out, "transformers", MARKER)
-    model, recipe = trained.model, trained.recipe
+    model, target = trained.model, trained.target
     require_plain_encoder(model, "transformers")
-    reason = reason_without_decoder(model, recipe)
+    reason = reason_without_decoder(model, target)
     if reason is not None:
-        say(f"the decoder stays behind, and the folder is one of ViTModel: {reason}")
+        say(f"the decoder is left out, and the folder is one of ViTModel: {reason}")
     whole = reason is None
+    models = 'encoder = ViTModel.from_pretrained("/path/to/this/folder", add_pooling_layer=False)\n'
+    if whole:
+        models += 'autoencoder = ViTMAEForPreTraining.from_pretrained("/path/to/this/folder")\n'
+    card = model_card(
+        trained.run,
+        trained.checkpoint,
+        license_name,
+        library="transformers",
+        contents="It holds encoder and decoder." if whole else "It holds the encoder alone.",
+        load=LOAD.format(
+            classes="ViTMAEForPreTraining, ViTModel" if whole else "ViTModel",
+            models=models,
+            size=show_size(image_size(model)),
+        ),
+    )
     with replaced(folder) as aside:
         tensors = to_huggingface(official_names(model, decoder=whole))
         save_file(contiguous(tensors), aside / MODEL_FILE, metadata={"format": "pt"})
-        write_json(aside / MARKER, mae_config(recipe, model) if whole else encoder_config(recipe, model))
-        write_json(aside / "preprocessor_config.json", processor_config(recipe))
-        (aside / CARD_FILE).write_text(_card(trained, license_name, whole=whole), encoding="utf-8")
+        write_json(aside / MARKER, mae_config(model, target) if whole else encoder_config(model))
+        processor = processor_config(image_size(model), trained.mean, trained.std)
+        write_json(aside / "preprocessor_config.json", processor)
+        (aside / CARD_FILE).write_text(card, encoding="utf-8")
     return folder
 
 
-def encoder_config(recipe: Recipe, model: MaskedAutoencoder) -> dict[str, Any]:
+def encoder_config(model: MaskedAutoencoder) -> dict[str, Any]:
     """The `config.json` of a `ViTModel`."""
     block = model.encoder.blocks[0]
     return {
@@ -100,40 +114,38 @@ def encoder_config(recipe: Recipe, model: MaskedAutoencoder) -> dict[str, Any]:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": LAYER_NORM_EPS,
-        "image_size": _one_or_two(recipe.size),
+        "image_size": _one_or_two(image_size(model)),
         "patch_size": _one_or_two(model.patch_size),
-        "num_channels": recipe.in_chans,
+        "num_channels": in_chans(model),
         "qkv_bias": True,
         "torch_dtype": "float32",
     }
 
 
-def mae_config(recipe: Recipe, model: MaskedAutoencoder) -> dict[str, Any]:
-    """The `config.json` of a `ViTMAEForPreTraining`."""
-    decoder, pixels = model.decoder, pixels_predicted(recipe)
-    assert isinstance(decoder, MAEDecoder)
-    assert pixels is not None
-    block: Any = decoder.blocks[0]
+def mae_config(model: MaskedAutoencoder, target: Target) -> dict[str, Any]:
+    """The `config.json` of a `ViTMAEForPreTraining`; the target is pixels."""
+    width, depth, num_heads, mlp_width, norm_pix = decoder_sizes(model, target)
     return {
-        **encoder_config(recipe, model),
+        **encoder_config(model),
         "architectures": ["ViTMAEForPreTraining"],
         "model_type": "vit_mae",
-        "decoder_hidden_size": decoder.embed.out_features,
-        "decoder_num_hidden_layers": len(decoder.blocks),
-        "decoder_num_attention_heads": block.attn.num_heads,
-        "decoder_intermediate_size": block.mlp.fc1.out_features,
-        "mask_ratio": recipe.model.final_mask_ratio,
-        "norm_pix_loss": pixels.norm_pix,
+        "decoder_hidden_size": width,
+        "decoder_num_hidden_layers": depth,
+        "decoder_num_attention_heads": num_heads,
+        "decoder_intermediate_size": mlp_width,
+        "mask_ratio": model.mask_ratio,
+        "norm_pix_loss": norm_pix,
     }
 
 
-def processor_config(recipe: Recipe) -> dict[str, Any]:
-    """The `preprocessor_config.json`: size, mean and standard deviation of the run."""
-    mean, std = recipe.data.statistics(recipe.in_chans)
+def processor_config(
+    size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
+) -> dict[str, Any]:
+    """The `preprocessor_config.json` of images of (H, W) pixels, with statistics of their channels."""
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
-        "size": {"height": recipe.size[0], "width": recipe.size[1]},
+        "size": {"height": size[0], "width": size[1]},
         "resample": BICUBIC,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -145,21 +157,3 @@ def processor_config(recipe: Recipe) -> dict[str, Any]:
 
 def _one_or_two(size: tuple[int, int]) -> int | list[int]:
     return size[0] if size[0] == size[1] else list(size)
-
-
-def _card(trained: TrainedModel, license_name: str, *, whole: bool) -> str:
-    models = 'encoder = ViTModel.from_pretrained("/path/to/this/folder", add_pooling_layer=False)\n'
-    if whole:
-        models += 'autoencoder = ViTMAEForPreTraining.from_pretrained("/path/to/this/folder")\n'
-    return model_card(
-        trained.recipe,
-        trained.step,
-        license_name,
-        library="transformers",
-        contents="It holds encoder and decoder." if whole else "It holds the encoder alone.",
-        load=LOAD.format(
-            classes="ViTMAEForPreTraining, ViTModel" if whole else "ViTModel",
-            models=models,
-            size=show_size(trained.recipe.size),
-        ),
-    )

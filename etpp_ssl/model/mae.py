@@ -23,8 +23,8 @@ from etpp_ssl.model.encoders import (
     encoder_args,
     fixed_positions_at,
 )
-from etpp_ssl.model.mask_patterns import BlockMaskingConfig, GridMaskingConfig
-from etpp_ssl.model.masking import Masker, MaskRatioRamp, UniformMaskingConfig, num_visible, removed_ids
+from etpp_ssl.model.mask_patterns import BlockMaskingConfig, GridMaskingConfig, UniformMaskingConfig
+from etpp_ssl.model.masking import Masker, MaskRatioRamp, num_visible, removed_ids
 from etpp_ssl.model.patches import grid_of
 
 # One line here makes a new decoder or mask pattern known to recipes.

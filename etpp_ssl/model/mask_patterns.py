@@ -1,20 +1,9 @@
-"""Block-wise masks: rectangles are removed one after the other until the count is reached.
+"""Mask patterns: which patches stay visible. Uniform, in blocks, or on a grid.
 
-BEiT (Bao et al., ICLR 2022, algorithm 1) draws area and aspect and stops somewhere near its count. Here a
-rectangle's height and width are drawn independently, as shares of the grid, so that a mask covers the same
-shares of the scene at every bandwidth; it may hang over the border, or the corners would nearly always stay
-visible; and the last one is trimmed to the exact count. Everything is integer arithmetic: CPU and GPU agree
-to the bit.
+Each is a Config whose `visible_ids` is a function of (seed, sample), the grid and the count, in integer
+arithmetic, so that CPU and GPU agree to the bit.
 
 Legend: B batch, R rectangles, h, w grid, N = h w patches, K kept patches.
-
-Grid masks: the visible patches are a regular lattice at a keyed phase.
-
-MAE's grid-wise sampling (section 4.3) keeps one patch of every two by two. Other ratios take the lattice
-whose density is nearest; what it has too many is removed and what it lacks is added in keyed order, so
-that the count is exact at every bandwidth.
-
-Legend: B batch, h, w grid, N = h w patches, K kept patches.
 """
 
 from __future__ import annotations
@@ -27,15 +16,32 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from etpp_ssl.config import Config
-from etpp_ssl.model.masking import keyed_order
+from etpp_ssl.model.masking import random_masking
 from etpp_ssl.randomness import keyed_words
 
 _POSITIVE = (1 << 63) - 1
+_WORD_BITS = 48
 _MAX_RECTANGLES = 512
 
 
+class UniformMaskingConfig(Config):
+    """Every subset of the patches is equally likely (MAE, section 3)."""
+
+    name: Literal["uniform"] = "uniform"
+
+    def visible_ids(self, positions_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
+        """Ids of the visible patches of a grid of (h, w), int64 (B, K), ascending in each row."""
+        return random_masking(positions_B, grid[0] * grid[1], num_keep, seed)
+
+
 class BlockMaskingConfig(Config):
-    """Keyed rectangles are removed."""
+    """Rectangles are removed one after the other until the count is reached.
+
+    BEiT (Bao et al., ICLR 2022, algorithm 1) draws area and aspect, and stops near its count. Here height and
+    width are drawn independently, as shares of the grid, so that a mask covers the same shares of the scene
+    at every bandwidth. A rectangle may hang over the border; otherwise the corners would nearly always stay
+    visible. The last one is trimmed to the exact count.
+    """
 
     name: Literal["block"] = "block"
     min_side: float = Field(default=0.2, gt=0, le=1)
@@ -100,8 +106,8 @@ def side_range(length: int, sides: tuple[float, float]) -> tuple[int, int]:
 def rectangles_needed(grid: tuple[int, int], num_keep: int, sides: tuple[float, float]) -> int:
     """Rectangles to draw, so that they nearly always reach N - K patches together.
 
-    Each reaches a patch with the same chance a and R of them leave (1 - a)^R of the patches on average;
-    twice that R makes up for chance. A larger R never changes a mask that is complete without it.
+    Each reaches a patch with the same chance a, and R of them leave (1 - a)^R of the patches on average;
+    twice that R allows for bad luck. A larger R never changes a mask that is complete without it.
     """
     chances = []
     for length in grid:
@@ -116,7 +122,7 @@ def rectangles_needed(grid: tuple[int, int], num_keep: int, sides: tuple[float, 
 def _interval(size_words: Tensor, start_words: Tensor, length: int, sides: tuple[float, float]) -> Tensor:
     """Keyed intervals of one axis as bool (B, R, length)."""
     smallest, largest = side_range(length, sides)
-    # Words of 63 bits: what the remainder prefers is beyond anything that can be seen.
+    # Words of 63 bits: the bias of the remainder is far too small to matter.
     size = smallest + size_words % (largest - smallest + 1)
     start = start_words % (length + size - 1) - (size - 1)
     places = torch.arange(length, device=size.device)
@@ -124,7 +130,12 @@ def _interval(size_words: Tensor, start_words: Tensor, length: int, sides: tuple
 
 
 class GridMaskingConfig(Config):
-    """A regular lattice of patches stays."""
+    """A regular lattice of patches stays visible, at a random phase.
+
+    MAE's grid-wise sampling (section 4.3) keeps one patch of every two by two. Other ratios take the lattice
+    of the nearest density; patches in excess are removed and missing ones added in random order, so that the
+    count is exact at every bandwidth.
+    """
 
     name: Literal["grid"] = "grid"
 
@@ -161,7 +172,7 @@ def grid_masking(positions_B: Tensor, grid: tuple[int, int], num_keep: int, seed
 def lattice_strides(grid: tuple[int, int], num_keep: int) -> tuple[int, int]:
     """Patches from one lattice point to the next, per axis, differing by one at most.
 
-    Of all such pairs that fit the grid, the one whose cell is nearest, as a ratio, to N / K patches;
+    Of all such pairs that fit the grid, this is the one whose cell is nearest, as a ratio, to N / K patches;
     among equals the one with the longer stride along the longer axis.
     """
     wanted = grid[0] * grid[1] / num_keep
@@ -173,3 +184,17 @@ def lattice_strides(grid: tuple[int, int], num_keep: int) -> tuple[int, int]:
         return abs(math.log(pair[0] * pair[1] / wanted)), against
 
     return min(pairs, key=distance)
+
+
+def keyed_order(groups_BN: Tensor, words_BN: Tensor) -> Tensor:
+    """Ids of the patches by group, in random order within a group.
+
+    Args:
+        groups_BN: int64 (B, N), 0 <= group < 2^15.
+        words_BN: int64 (B, N), random words; 48 bits of each break the ties.
+
+    Returns:
+        int64 (B, N).
+    """
+    ties_BN = words_BN & ((1 << _WORD_BITS) - 1)
+    return ((groups_BN << _WORD_BITS) | ties_BN).argsort(dim=1)

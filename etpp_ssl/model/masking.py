@@ -1,19 +1,16 @@
-"""Which patches the encoder sees and which are predicted: counts, uniform masks, complements.
+"""The masks of a run: how many patches are visible and predicted, at which ratio, and which ones.
 
-Every mask is keyed by sample and exact in number. `block_masking.py` and `grid_masking.py` hold other
-patterns, `masker.py` puts pattern, ratio and subset together.
+A mask is drawn in three steps: the counts follow from the mask ratio, which may change over the run; a
+pattern chooses the visible patches (`mask_patterns`); all removed patches, or a subset of them, are
+predicted. Every mask is a function of (seed, sample) and exact in number.
 
 Legend: B batch, N patches, K kept (visible) patches, R = N - K removed patches, M <= R predicted patches.
-
-From samples to their masks: pattern, ratio over compute, and the subset that is predicted.
-
-Legend: B batch, N patches, K kept (visible) patches, M predicted patches.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from pydantic import Field
@@ -23,26 +20,22 @@ from etpp_ssl.config import Config, UserError
 from etpp_ssl.model.patches import grid_of
 from etpp_ssl.randomness import keyed_words
 
-_WORD_BITS = 48
 _TOLERANCE = 1e-9
 """Ratios of a schedule are computed in floating point."""
 
 
-class UniformMaskingConfig(Config):
-    """Every subset of the patches is equally likely (MAE, section 3)."""
+class MaskRatioRamp(Config):
+    """A mask ratio that changes linearly over the run's compute."""
 
-    name: Literal["uniform"] = "uniform"
-
-    def visible_ids(self, positions_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
-        """Ids of the visible patches of a grid of (h, w), int64 (B, K), ascending in each row."""
-        return random_masking(positions_B, grid[0] * grid[1], num_keep, seed)
+    start: float = Field(gt=0, lt=1)
+    end: float = Field(gt=0, lt=1)
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:
     """Visible patches of an image: `round(num_patches * (1 - mask_ratio))`, the same for every image.
 
-    MAE truncates instead, in floating point, so that 100 patches at 0.9 keep 9; ours keep 10. At the
-    sizes of the published recipes both agree.
+    MAE truncates in floating point instead: of 100 patches at 0.9 it keeps 9, this keeps 10. Both agree at
+    the sizes of the published recipes.
 
     Raises:
         UserError: if no patch or every patch would be visible.
@@ -84,6 +77,19 @@ def num_predicted(num_patches: int, mask_ratio: float, predict_ratio: float | No
             f"patches; use a ratio between {1 / num_patches:.3g} and {mask_ratio:g}"
         )
     return predicted
+
+
+class MaskCounts(NamedTuple):
+    """Numbers of patches of one image."""
+
+    num_patches: int
+    num_keep: int
+    num_predict: int
+
+    @property
+    def everything(self) -> MaskCounts:
+        """The counts with every masked patch predicted."""
+        return self._replace(num_predict=self.num_patches - self.num_keep)
 
 
 def random_masking(positions_B: Tensor, num_patches: int, num_keep: int, seed: int) -> Tensor:
@@ -134,29 +140,8 @@ def predicted_ids(
     return ids_removed.gather(1, chosen_BM).sort(dim=1).values
 
 
-def keyed_order(groups_BN: Tensor, words_BN: Tensor) -> Tensor:
-    """Ids of the patches by group, in random order within a group.
-
-    Args:
-        groups_BN: int64 (B, N), 0 <= group < 2^15.
-        words_BN: int64 (B, N), random words; 48 bits of each break the ties.
-
-    Returns:
-        int64 (B, N).
-    """
-    ties_BN = words_BN & ((1 << _WORD_BITS) - 1)
-    return ((groups_BN << _WORD_BITS) | ties_BN).argsort(dim=1)
-
-
-class MaskRatioRamp(Config):
-    """A mask ratio that changes linearly over the run's compute."""
-
-    start: float = Field(gt=0, lt=1)
-    end: float = Field(gt=0, lt=1)
-
-
 class Pattern(Protocol):
-    """How visible patches lie; a Config of masking is one."""
+    """A rule for where the visible patches lie; the Configs in `mask_patterns` are patterns."""
 
     def visible_ids(self, positions_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
         """Ids of the visible patches of a grid of (h, w), int64 (B, K), ascending in each row."""
@@ -171,19 +156,6 @@ class Mask(NamedTuple):
     """int64 (B, M), masked and predicted."""
 
 
-class MaskCounts(NamedTuple):
-    """Patches of one image."""
-
-    num_patches: int
-    num_keep: int
-    num_predict: int
-
-    @property
-    def everything(self) -> MaskCounts:
-        """With every masked patch predicted."""
-        return self._replace(num_predict=self.num_patches - self.num_keep)
-
-
 @dataclass(frozen=True)
 class Masker:
     """The masks of a run: a pure function of the samples' numbers, the bandwidth and the progress."""
@@ -196,7 +168,7 @@ class Masker:
     seed: int
 
     def mask_ratio(self, progress: float) -> float:
-        """The share that is removed once a share `progress`, in [0, 1], of the compute is spent."""
+        """The share of patches to remove when a share `progress`, in [0, 1], of the compute is spent."""
         if isinstance(self.ratio, MaskRatioRamp):
             return self.ratio.start * (1 - progress) + self.ratio.end * progress
         return self.ratio
@@ -216,7 +188,7 @@ class Masker:
         )
 
     def check(self, bandwidth: tuple[int, int], span: tuple[float, float]) -> None:
-        """Raise a UserError if the counts at a bandwidth are impossible anywhere in a span of progress."""
+        """Raise a UserError if the counts at a bandwidth are impossible at an end of a span of progress."""
         for progress in span:
             self.counts(bandwidth, progress)
 
@@ -231,7 +203,7 @@ class Masker:
         return self._draw(positions_B, bandwidth, self.counts(bandwidth, progress))
 
     def everything(self, positions_B: Tensor, bandwidth: tuple[int, int]) -> Mask:
-        """The masks at the end of the run, with every masked patch to predict: for evaluation."""
+        """The masks at the end of the run, with every masked patch predicted: for evaluation."""
         return self._draw(positions_B, bandwidth, self.counts(bandwidth, 1.0).everything)
 
     def _draw(self, positions_B: Tensor, bandwidth: tuple[int, int], counts: MaskCounts) -> Mask:

@@ -22,7 +22,8 @@ from etpp_ssl.report.grid import enlargement, grid_figure, save_grid
 from etpp_ssl.report.pictures import Crops, Picture, pictures_of_files, pictures_of_run
 from etpp_ssl.report.reconstruction import Reconstruction, check_bandwidth, reconstruct
 from etpp_ssl.report.targets import Panel, missing_picture, target_panels
-from etpp_ssl.run_folder import Checkpoint, RunFolder, load_weights
+from etpp_ssl.run_folder import Checkpoint, RunFolder
+from etpp_ssl.weights.loading import load_trained
 
 
 class Shown(NamedTuple):
@@ -61,12 +62,7 @@ class Viewer:
         Raises:
             UserError: if it is of another model, or gone: a run in progress removes old ones.
         """
-        try:
-            tensors = checkpoint.model()
-        except OSError as error:
-            raise UserError(f"checkpoint {str(checkpoint.path)!r} cannot be read: {error}") from error
-        weights = load_weights(self.model.state_dict(), tensors, f"checkpoint {checkpoint.path}")
-        self.model.load_state_dict(weights)
+        load_trained(self.model, checkpoint)
 
     def look(self, picture: Picture, bandwidth: tuple[int, int] | None = None) -> Shown:
         """Show an image to the model, masked, at a bandwidth; None is the full image.

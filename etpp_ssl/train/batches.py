@@ -13,8 +13,8 @@ from etpp_ssl.config import UserError
 from etpp_ssl.data.loader import Batch, batch_loader, batches
 from etpp_ssl.data.replay import Replay
 from etpp_ssl.data.sampler import BatchRequest
+from etpp_ssl.run_state import TrainState
 from etpp_ssl.train.progress import Progress
-from etpp_ssl.train.state import TrainState
 
 
 class TrainingBatches:

@@ -30,8 +30,8 @@ from etpp_ssl.run_folder import (
     STATE_FILE,
     Checkpoint,
     RunFolder,
-    load_weights,
 )
+from etpp_ssl.weights.reading import load_weights
 
 WRITING, REMOVING = ".writing-", ".removing-"
 """Before the name of a checkpoint that is not whole yet, or no longer."""

@@ -76,7 +76,7 @@ class DumpRecord(Config):
     scaler: dict[str, float] | None
     """State of the loss scaler, under float16."""
     environment: dict[str, str]
-    """Versions, threads, device; see `etpp_ssl.train.state.environment`."""
+    """Versions, threads, device; see `etpp_ssl.run_state.environment`."""
 
 
 def write_dump(run: Run, step: int, batches: list[Batch]) -> Path | None:

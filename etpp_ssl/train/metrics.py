@@ -14,7 +14,7 @@ from torch import Tensor
 from etpp_ssl.config import RunFault
 from etpp_ssl.files import append_line, disk_fault, flush
 from etpp_ssl.run_folder import RunFolder, parse_row
-from etpp_ssl.train.state import TrainState
+from etpp_ssl.run_state import TrainState
 
 
 class RowsFault(RunFault):

@@ -12,12 +12,12 @@ from torch.nn.utils import get_total_norm
 
 from etpp_ssl.config import RunFault
 from etpp_ssl.files import disk_fault
+from etpp_ssl.run_state import TrainState
 from etpp_ssl.train.batches import TrainingBatches
 from etpp_ssl.train.checkpoint import load_checkpoint
 from etpp_ssl.train.dump import write_dump
 from etpp_ssl.train.metrics import Meter
 from etpp_ssl.train.run import Run
-from etpp_ssl.train.state import TrainState
 
 MOST_SKIPS_IN_A_ROW = 10
 """More steps than this without a finite one: the weights themselves are lost."""

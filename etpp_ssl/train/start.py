@@ -15,11 +15,11 @@ from etpp_ssl.data.training import TrainingImages
 from etpp_ssl.files import flush, write_text
 from etpp_ssl.recipe import RunRecipe
 from etpp_ssl.recipe_file import changed_keys
-from etpp_ssl.run_folder import Checkpoint, RunFolder, check_state
+from etpp_ssl.run_folder import Checkpoint, RunFolder
+from etpp_ssl.run_state import TrainState, check_state
 from etpp_ssl.train.checkpoint import checkpoint_bytes, clear_leftovers
 from etpp_ssl.train.folder_lock import LOCK_FILE, FolderLock
 from etpp_ssl.train.metrics import MetricsFile
-from etpp_ssl.train.state import TrainState
 
 
 def starting_point(

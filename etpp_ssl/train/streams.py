@@ -13,7 +13,7 @@ from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.streams.loader import StreamPlace
 from etpp_ssl.data.training import TrainingImages
-from etpp_ssl.train.state import TrainState
+from etpp_ssl.run_state import TrainState
 
 
 def check_stream(

@@ -1,6 +1,6 @@
-"""Weights of one model as the start of another: other resolution, patch size, channels or decoder.
+"""Weights as the start of a masked autoencoder of another resolution, patch size, channels or decoder.
 
-Every rule is one function here or in `adapt_tensors`, and each that was needed is told in one line.
+Every rule is one function, here or in `etpp_ssl.weights.tensors`, and adds a note when it is used.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def adapt_weights(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict that starts `model` from `weights`.
 
-    The encoder must be the same network up to its patch projection and positions. A decoder that does
-    not fit, or is not there, stays as `model` initialised it; of one that fits, the last projection
-    does where another target, patch size or channel count asks for other values.
+    The encoder must be the same network except for its patch projection and positions. A decoder that is
+    missing or does not fit stays as `model` initialised it. If only its last projection does not fit, because
+    another target, patch size or channel count asks for other values, only that stays.
 
     Args:
-        weights: from `etpp_ssl.weights.layouts`.
+        weights: from `etpp_ssl.weights.layouts.recognise`.
         model: freshly initialised.
         source: names the weights in messages.
 
@@ -53,7 +53,7 @@ def adapt_weights(
     notes = list(weights.notes)
     _norm_of_tokens(tensors, notes)
     tensors = _decoder(tensors, expected, notes)
-    # Another architecture shows in the tensors that are not converted; those are looked at first.
+    # Another architecture shows in the tensors that are not converted, so these are checked first.
     converted = {
         name: expected[name]
         for name in (PROJECTION, POSITIONS)
@@ -67,19 +67,19 @@ def adapt_weights(
     tensors[POSITIONS] = _positions(weights, model, source, notes)
     known = weights.decoder_position_grid
     kept = any(tensors[name] is weights.tensors.get(name) for name in tensors if name.startswith("decoder."))
-    # Of fixed positions the encoder's note says it.
+    # For fixed positions the encoder's note says it.
     if kept and known is not None and known != model.position_grid and not model.fixed_positions:
         notes.append(_counts("decoder's", model, known))
     return load_weights(expected, tensors, source), notes
 
 
 def _norm_of_tokens(tensors: dict[str, Tensor], notes: list[str]) -> None:
-    """A classifier's norm behind the pooling becomes the norm of every token."""
+    """Turn a classifier's norm after the pooling into the norm of every token."""
     if "encoder.norm.weight" in tensors or "encoder.fc_norm.weight" not in tensors:
         return
     for part in ("weight", "bias"):
         tensors[f"encoder.norm.{part}"] = tensors.pop(f"encoder.fc_norm.{part}")
-    notes.append("the norm behind its pooling (fc_norm) becomes the norm of every token")
+    notes.append("the norm after its pooling (fc_norm) becomes the norm of every token")
 
 
 def _positions(weights: Weights, model: MaskedAutoencoder, source: str, notes: list[str]) -> Tensor:
@@ -112,7 +112,7 @@ def _counts(whose: str, model: MaskedAutoencoder, old: tuple[int, int]) -> str:
 
 
 def _decoder(tensors: dict[str, Tensor], expected: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """The tensors with a decoder that fits: theirs, theirs but for the last projection, or the new one."""
+    """The tensors with a decoder that fits: theirs, theirs except for the last projection, or the new one."""
     theirs = {name: value for name, value in tensors.items() if name.startswith("decoder.")}
     ours = {name: value for name, value in expected.items() if name.startswith("decoder.")}
     rest = {name: value for name, value in tensors.items() if name not in theirs}

@@ -1,13 +1,10 @@
-"""Weights of one network as the start of a classifier: other size, patches, channels or classes.
+"""Weights as the start of a timm classifier of another size, patch size, channels, pooling or classes.
 
-The classifier is any timm model, and the weights are under timm's names. What has another shape at another
-size is converted: the input convolution, learned positions (a ViT's, and those of PVT's stages), and tables
-of relative positions (Swin, BEiT). Everything else has to fit, but for the head and the norm in front of it:
-see `adapt_classifier`.
+Tensors whose shape depends on the size are converted: the input convolution, learned positions (a ViT's, and
+those of PVT's stages), and tables of relative positions (Swin, BEiT). The head and the norm before it follow
+the pooling and the classes. Everything else has to fit.
 
 Legend: N patches, P prefix tokens, D width.
-
-A classifier's head and the norm in front of it, from weights of another number of classes or pooling.
 """
 
 from __future__ import annotations
@@ -34,6 +31,8 @@ from etpp_ssl.weights.tensors import (
 )
 
 _TABLE = "relative_position_bias_table"
+_NORM = ("norm.weight", "norm.bias")
+_FC_NORM = ("fc_norm.weight", "fc_norm.bias")
 _Conversion = Callable[[Tensor, list[str]], Tensor]
 
 
@@ -42,22 +41,22 @@ def adapt_classifier(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict that starts the classifier `net` from `weights`.
 
-    As in MAE's fine-tuning, a network that pools before its last norm (`fc_norm`) has that norm new, and
-    the pre-trained `norm` of every token is dropped; with token pooling it is kept. `fc_norm` comes from
-    weights that have one. A head is kept if it has as many classes and reads the same features.
+    A network that pools before its last norm (`fc_norm`) starts with a new one, and the pre-trained `norm` of
+    every token is dropped, as in MAE's fine-tuning; with token pooling it is kept. Weights that have an
+    `fc_norm` keep it. A head is kept if it has as many classes and reads the same features.
 
     Args:
-        weights: from `classifier_layouts.in_timm_names`.
+        weights: from `etpp_ssl.weights.layouts.in_timm_names`.
         net: a freshly initialised timm model at base resolution.
         source: names the weights in messages.
-        keep_head: False has the head initialised anew whatever it is.
+        keep_head: False starts with a new head in any case.
 
     Returns:
         A state dict for `net`, and one line for everything that was converted, dropped or stays new.
 
     Raises:
         UserError: for another architecture (naming up to five tensors), a channel count without a rule,
-            or positions whose grid nothing tells.
+            or positions of an unknown grid.
     """
     expected = net.state_dict()
     notes = list(weights.notes)
@@ -67,18 +66,18 @@ def adapt_classifier(
         for name, conversion in _conversions(weights, net, source)
         if name in tensors.keys() & expected.keys() and is_resizable(tensors[name], expected[name])
     }
-    # Another architecture shows in the tensors that are not converted; those are looked at first.
+    # Another architecture shows in the tensors that are not converted, so these are checked first.
     load_weights(expected, {**tensors, **{name: expected[name] for name in conversions}}, source)
     if isinstance(net, VisionTransformer):
         check_heads(weights.num_heads, attention_heads(net), net.embed_dim, source, notes)
     for name, conversion in conversions.items():
         tensors[name] = conversion(tensors[name], notes)
-    # What happens to every block is told once.
+    # A note that every block adds is told once.
     return load_weights(expected, tensors, source), list(dict.fromkeys(notes))
 
 
 def _conversions(weights: Weights, net: nn.Module, source: str) -> Iterator[tuple[str, _Conversion]]:
-    """What the size of images, patches and windows gives its shape, by name, and how to convert it."""
+    """Names of the tensors whose shape depends on a size, and how to convert each."""
     yield from _input_convolution(net, source)
     yield from _vit_positions(weights, net, source)
     yield from _stage_positions(weights, net, source)
@@ -94,7 +93,7 @@ def _input_convolution(net: nn.Module, source: str) -> Iterator[tuple[str, _Conv
     if not isinstance(layer, nn.Conv2d):
         return
     patch = (layer.kernel_size[0], layer.kernel_size[1])
-    # A convolution that overlaps is no projection of patches: its size belongs to the architecture.
+    # A convolution that overlaps does not project patches: its size belongs to the architecture.
     is_projection = tuple(layer.stride) == patch
     what, in_chans = "patch projection" if is_projection else "first convolution", layer.weight.shape[1]
 
@@ -109,7 +108,7 @@ def _vit_positions(weights: Weights, net: Any, source: str) -> Iterator[tuple[st
     grid: tuple[int, int] | None = getattr(getattr(net, "patch_embed", None), "grid_size", None)
     prefix = 0 if getattr(net, "no_embed_class", False) else int(getattr(net, "num_prefix_tokens", 0))
     positions: Tensor | None = getattr(net, "pos_embed", None)
-    # Other architectures have a map of positions under the same name, or count other tokens.
+    # Other architectures have a map of positions under this name, or count other tokens.
     if grid and positions is not None and positions.shape[1:-1] == (prefix + grid[0] * grid[1],):
         projection = weights.tensors.get("patch_embed.proj.weight")
         known = projection is not None and is_resizable(projection, net.patch_embed.proj.weight)
@@ -118,7 +117,7 @@ def _vit_positions(weights: Weights, net: Any, source: str) -> Iterator[tuple[st
 
 
 def _stage_positions(weights: Weights, net: Any, source: str) -> Iterator[tuple[str, _Conversion]]:
-    """Those of a PVT, whose patches keep their size."""
+    """Positions of a PVT's stages, whose patches keep their size."""
     grids: list[tuple[int, int]] = getattr(net, "grids", [])
     for stage, (h, w) in enumerate(grids, start=1):
         old, size = None, weights.image_size
@@ -160,13 +159,13 @@ def _table_conversion(attention: Any, source: str) -> _Conversion:
 
     def convert(table: Tensor, notes: list[str]) -> Tensor:
         if table.shape == wanted.shape or table.ndim != 2 or table.shape[1] != wanted.shape[1]:
-            # The same, or of another architecture, which the shapes tell.
+            # The same, or of another architecture, which the check of all shapes tells.
             return table
-        # (2 w - 1)^2 of them belong to a window of w x w; BEiT's have some more, for the cls token.
+        # A window of w x w has (2 w - 1)^2 of them; BEiT's have a few more, for the cls token.
         num_others = wanted.shape[0] - (2 * window[0] - 1) * (2 * window[1] - 1)
         num_positions = max(table.shape[0] - num_others, 0)
         if math.isqrt(num_positions) ** 2 != num_positions or num_positions % 2 == 0:
-            raise UserError(f"{source} has {num_positions} relative positions, which are no square window's")
+            raise UserError(f"{source} has {num_positions} relative positions, not a square window's")
         resized: Tensor = resize_rel_pos_bias_table(table.float(), window, tuple(wanted.shape))
         notes.append(
             f"the tables of {num_positions} relative positions are resampled for windows of "
@@ -177,23 +176,18 @@ def _table_conversion(attention: Any, source: str) -> _Conversion:
     return convert
 
 
-_NORM = ("norm.weight", "norm.bias")
-_FC_NORM = ("fc_norm.weight", "fc_norm.bias")
-
-
 def adapt_head(
     tensors: Mapping[str, Tensor], net: nn.Module, notes: list[str], *, keep_head: bool
 ) -> dict[str, Tensor]:
-    """The tensors with the norm and the head that `net` is to start with; see `adapt_classifier`.
+    """The tensors with the norm and the head that `net` starts with; see `adapt_classifier`.
 
-    Of a head with a hidden layer (CAFormer's), that layer is kept where only the classes are others, as
-    timm does it.
+    If only the classes of a head with a hidden layer (CAFormer's) differ, that layer is kept, as timm does.
 
     Args:
         tensors: under timm's names.
         net: a freshly initialised timm model.
-        notes: gets a line for whatever is dropped, moved, kept or new.
-        keep_head: False has the head initialised anew whatever it is.
+        notes: gets a line for everything that is dropped, moved, kept or new.
+        keep_head: False starts with a new head in any case.
     """
     expected = net.state_dict()
     rest, reads_the_same = _norms(tensors, expected, notes)
@@ -228,7 +222,7 @@ def adapt_head(
 def _norms(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], notes: list[str]
 ) -> tuple[dict[str, Tensor], bool]:
-    """The tensors with a ViT's last norm where `expected` has it, and whether a head would see the same."""
+    """The tensors with a ViT's last norm where `expected` has it; whether a head then reads the same."""
     tensors = dict(tensors)
     has_norm, has_fc_norm = ("norm.weight" in tensors, "fc_norm.weight" in tensors)
     wants_norm, wants_fc_norm = ("norm.weight" in expected, "fc_norm.weight" in expected)
@@ -237,7 +231,7 @@ def _norms(
             tensors.pop(name, None)
         tensors |= {name: expected[name] for name in _FC_NORM if name in expected}
         notes.append(
-            "the norm behind the pooling (fc_norm) is initialised anew and the pre-trained norm of every "
+            "the norm after the pooling (fc_norm) is initialised anew and the pre-trained norm of every "
             "token is dropped, as in MAE's fine-tuning"
         )
         return tensors, False
@@ -245,7 +239,7 @@ def _norms(
         for name, theirs in zip(_NORM, _FC_NORM, strict=True):
             if theirs in tensors:
                 tensors[name] = tensors.pop(theirs)
-        notes.append("the norm behind its pooling (fc_norm) becomes the norm of every token")
+        notes.append("the norm after its pooling (fc_norm) becomes the norm of every token")
         return tensors, False
     return tensors, True
 

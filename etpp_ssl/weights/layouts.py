@@ -1,48 +1,26 @@
-"""Weights of others in our names: MAE's, timm's, DeiT's, Hugging Face's; and ours in MAE's names.
+"""Names of weights: the layouts of MAE, timm, DeiT and Hugging Face, turned into ours or timm's.
 
-A layout is recognised by its tensors' names, an architecture by their shapes; the file's name says
-nothing. What no shape tells is the number of attention heads: see `etpp_ssl.weights.tensors`.
+A layout is recognised by its tensors' names, never by the file's name. Hugging Face's names are those of
+ViTMAE and ViT on the hub (`facebook/vit-mae-base`), which every version of transformers reads.
 
-Legend: N patches, P prefix tokens, D encoder width, E decoder width, C channels, p, q patch size,
-V values per patch.
+Legend: N patches, P prefix tokens, D encoder width, E decoder width, C channels, p, q patch size.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from etpp_ssl.config import UserError, listed, show_size
-from etpp_ssl.model.decoders import MAEDecoderConfig
-from etpp_ssl.model.encoders import build_encoder
-from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
+from etpp_ssl.config import UserError, listed
+from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.pos_embed import sincos_pos_embed, sincos_table
-from etpp_ssl.weights.huggingface import EMBEDDING, from_huggingface
-from etpp_ssl.weights.reading import (
-    FINE_TUNED,
-    load_weights,
-    read_state_dict,
-    require_finite,
-    state_dict_in,
-    without_prefix,
-)
-from etpp_ssl.weights.tensors import Shape, shape_of
-
-MAE_DECODER_HEADS = 16
+from etpp_ssl.weights.reading import FINE_TUNED, without_prefix
 
 _HEADS = ("head", "pooler", "classifier")
-_PLAIN_ENCODER = re.compile(
-    r"encoder\.(cls_token|reg_token|pos_embed|(patch_embed\.proj|norm|fc_norm"
-    r"|blocks\.\d+\.(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2))\.(weight|bias))"
-)
-
 _DECODER_NAMES = {
     "decoder_embed": "decoder.embed",
     "decoder_blocks": "decoder.blocks",
@@ -50,27 +28,51 @@ _DECODER_NAMES = {
     "decoder_pred": "decoder.head",
     "mask_token": "decoder.mask_token",
 }
+_MAE_DECODER = ("mask_token", "decoder_")
+_RECOMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")
+"""Buffers that follow from the architecture; old files have them."""
+
+_EMBEDDING = "embeddings.patch_embeddings.projection.weight"
+"""A tensor that shows the layout; ViTMAE's has `vit.` in front."""
+
+_LAYER_NAMES = {
+    "norm1": "layernorm_before",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+_NAMES = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj.weight": _EMBEDDING,
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+    "norm.weight": "layernorm.weight",
+    "norm.bias": "layernorm.bias",
+}
+_THIRDS = ("query", "key", "value")
+_HUGGING_FACE_HEAD = "classifier."
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors under known names, and what became of the others."""
+    """Tensors by name, and what is known beside them."""
 
     tensors: dict[str, Tensor]
-    """`encoder.*` as in timm's VisionTransformer, `decoder.*` as in `MAEDecoder`; for a classifier, from
-    `classifier_layouts`, timm's own names."""
-    layout: str
-    """What was recognised, in words."""
+    """From `recognise`: `encoder.*` as in timm's VisionTransformer and `decoder.*` as in `MAEDecoder`; from
+    `in_timm_names`: timm's own names."""
+    layout: str = ""
+    """What they are, in words."""
     notes: tuple[str, ...] = ()
     """What was dropped or computed anew, one sentence each."""
     image_size: tuple[int, int] | None = None
-    """(H, W) in pixels that the positions belong to, where something beside the tensors says so."""
+    """(H, W) in pixels that the positions belong to; like the next three, None where nothing says it."""
     num_heads: int | None = None
-    """Of the encoder, likewise."""
+    """Of the encoder."""
     position_grid: tuple[int, int] | None = None
-    """Patches per axis in whose units the positions are a sin-cos table, likewise."""
+    """Patches per axis in whose units the positions are a sin-cos table."""
     decoder_position_grid: tuple[int, int] | None = None
-    """The same of the decoder's fixed positions, where that is known."""
+    """The same for the decoder's fixed positions."""
 
     @property
     def has_decoder(self) -> bool:
@@ -78,7 +80,7 @@ class Weights:
         return any(name.startswith("decoder.") for name in self.tensors)
 
     def grid_of(self, projection: Tensor) -> tuple[int, int] | None:
-        """Patches per axis of the image size that is known, for a projection (D, C, p, q)."""
+        """Patches per axis of the known image size, for a projection (D, C, p, q)."""
         if self.image_size is None:
             return None
         return self.image_size[0] // projection.shape[2], self.image_size[1] // projection.shape[3]
@@ -88,19 +90,19 @@ def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") 
     """Weights of a known layout under our names.
 
     Known are MAE's (encoder alone, with decoder, fine-tuned or linear classifier), timm's plain
-    VisionTransformers, DeiT's, which are named alike, Hugging Face's ViTMAE and ViT, and ours. Classifier
-    heads and poolers are dropped, and so is MAE's `decoder_pos_embed`, which ours computes; its units are
-    noted.
+    VisionTransformers, DeiT's, which have the same names, Hugging Face's ViTMAE and ViT, and ours. Classifier
+    heads and poolers are dropped. So is MAE's `decoder_pos_embed`, which our decoder computes; the grid in
+    whose units it counts is kept.
 
     Args:
         state_dict: tensors by name.
         source: names them in messages.
 
     Raises:
-        UserError: for another layout, or a distilled DeiT: nothing here holds its second token.
+        UserError: for another layout, and for a distilled DeiT, whose second token has no place here.
     """
     state_dict = without_prefix(state_dict, FINE_TUNED)
-    if {EMBEDDING, f"vit.{EMBEDDING}"} & state_dict.keys():
+    if {_EMBEDDING, f"vit.{_EMBEDDING}"} & state_dict.keys():
         state_dict = from_huggingface(state_dict, source)
     names = set(state_dict)
     if {"encoder.patch_embed.proj.weight", "encoder.norm.weight"} <= names:
@@ -119,13 +121,13 @@ def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") 
     notes = []
     heads = sorted(name for name in names if name.partition(".")[0] in _HEADS)
     if heads:
-        notes.append(f"what stands behind the encoder is dropped ({listed(heads)})")
+        notes.append(f"what follows the encoder is dropped ({listed(heads)})")
     table = None
     if "decoder_pos_embed" in names:
         registers = state_dict["reg_token"].shape[1] if "reg_token" in names else 0
         table = sincos_table(state_dict["decoder_pos_embed"], int("cls_token" in names) + registers)
         if table is None:
-            notes.append("its decoder's positions are no sin-cos table, and give way to one")
+            notes.append("its decoder's positions are not a sin-cos table; they are replaced by one")
     for name, value in state_dict.items():
         if name in heads or name == "decoder_pos_embed":
             continue
@@ -137,79 +139,48 @@ def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") 
     )
 
 
-def read_weights(path: str | Path) -> Weights:
-    """`recognise`, of a file; see `read_state_dict` for what is read of it and what is refused."""
-    return recognise(read_state_dict(path), repr(str(path)))
+def in_timm_names(state_dict: Mapping[str, Tensor], source: str = "the state dict") -> Weights:
+    """Weights under timm's names, of any architecture, without what only pre-training needs.
 
-
-def load_official_mae(
-    source: str | Path | Mapping[str, Any],
-    *,
-    image_size: tuple[int, int] | None = None,
-    num_heads: int | None = None,
-    decoder_num_heads: int | None = None,
-    mask_ratio: float = 0.75,
-    say: Callable[[str], None] = print,
-) -> MaskedAutoencoder:
-    """A masked autoencoder with the weights of an official checkpoint.
-
-    Without a decoder in the file, MAE's default one (512 wide, 8 blocks) is freshly initialised from
-    torch's global generator. A classifier with average pooling has its norm behind the pooling
-    (`fc_norm`): its encoder is built likewise, so that `model.encoder(images)` gives the features its
-    head saw. Positions that are MAE's sin-cos table stay fixed, others stay learned.
+    Known are our pre-training (`encoder.*`) and fine-tuning checkpoints, MAE's with and without decoder, and
+    Hugging Face's ViTMAE and ViT. Every other state dict is taken for timm's own layout. The head stays.
 
     Args:
-        source: a `.pth` or safetensors file, or its content.
-        image_size: (H, W) in pixels, where the positions are no square grid.
-        num_heads: of the encoder, where `architecture.num_heads_of` has the wrong one.
-        decoder_num_heads: of the decoder, where it is not MAE's 16.
-        mask_ratio: of the returned model.
-        say: told of what was recognised, dropped or initialised anew.
-
-    Returns:
-        The model, in training mode as torch builds it, parameters in float32.
+        state_dict: tensors by name.
+        source: names them in messages.
 
     Raises:
-        UserError: for a file that is refused, or tensors that are not those of such a model.
+        UserError: for a Hugging Face checkpoint with tensors missing.
     """
-    if isinstance(source, Mapping):
-        where, given = "the state dict", state_dict_in(source, "the state dict")
-        require_finite(given, where)
-        weights = recognise(given, where)
+    names = set(state_dict)
+    if "encoder.patch_embed.proj.weight" in names:
+        encoder = {k.removeprefix("encoder."): v for k, v in state_dict.items() if k.startswith("encoder.")}
+        return _without(
+            encoder, names - {f"encoder.{k}" for k in encoder}, "a masked autoencoder of etpp_ssl"
+        )
+    if {_EMBEDDING, f"vit.{_EMBEDDING}"} & names:
+        tensors, layout = from_huggingface(state_dict, source), "a Hugging Face ViT"
+        head = {k: v for k, v in tensors.items() if k.startswith(_HUGGING_FACE_HEAD)}
+        tensors = {k: v for k, v in tensors.items() if k not in head}
+        tensors |= {f"head.{k.removeprefix(_HUGGING_FACE_HEAD)}": v for k, v in head.items()}
+        dropped = {k for k in tensors if k.startswith((*_MAE_DECODER, "pooler."))}
     else:
-        where, weights = repr(str(source)), read_weights(source)
-    lines = [f"{where} is {weights.layout}", *weights.notes]
-    tensors = weights.tensors
-    strange = [k for k in tensors if k.startswith("encoder.") and not _PLAIN_ENCODER.fullmatch(k)]
-    if strange:
-        raise UserError(f"{where} is of another architecture: no place for {listed(strange)}")
-    shape = shape_of(tensors, where, image_size, num_heads)
-    if image_size is None and shape.position_grid is None:
-        lines.append(f"its learned positions are taken for a square's: {show_size(shape.image_size)} px")
-    if not weights.has_decoder:
-        lines.append("there is no decoder in it: MAE's own is initialised anew")
-    decoder, num_values = _decoder_of(weights, shape, where, decoder_num_heads)
-    config = ModelConfig(
-        name="vit",
-        **shape.dims,
-        patch_size=shape.patch_size,
-        pos_embed="learned" if shape.position_grid is None else "sincos",
-        position_grid=shape.position_grid or weights.decoder_position_grid,
-        mask_ratio=mask_ratio,
-        decoder=decoder,
-    )
-    model = _build(config, shape, num_values, fc_norm="encoder.fc_norm.weight" in tensors)
-    expected = model.state_dict()
-    if not weights.has_decoder:
-        tensors = {**{k: v for k, v in expected.items() if k.startswith("decoder.")}, **tensors}
-    model.load_state_dict(load_weights(expected, tensors, where))
-    for line in lines:
-        say(line)
-    return model
+        tensors, layout = without_prefix(state_dict, FINE_TUNED), "a state dict in timm's names"
+        tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[2] not in _RECOMPUTED}
+        has_decoder = "decoder_embed.weight" in tensors
+        layout = "an MAE with decoder" if has_decoder else layout
+        dropped = {k for k in tensors if has_decoder and k.startswith(_MAE_DECODER)}
+    return _without(tensors, dropped, layout)
+
+
+def _without(tensors: dict[str, Tensor], dropped: set[str], layout: str) -> Weights:
+    note = f"what pre-training adds to the encoder is dropped ({listed(sorted(dropped))})"
+    kept = {name: value for name, value in tensors.items() if name not in dropped}
+    return Weights(kept, layout, (note,) if dropped else ())
 
 
 def official_names(model: MaskedAutoencoder, *, decoder: bool = True) -> dict[str, Tensor]:
-    """The state dict in MAE's layout, its fixed decoder positions among it.
+    """A model's state dict in MAE's layout, with its decoder's fixed positions.
 
     Args:
         model: with an `MAEDecoder`, unless `decoder` is False.
@@ -238,49 +209,59 @@ def decoder_positions(model: MaskedAutoencoder) -> Tensor:
     return torch.cat([torch.zeros(model.encoder.num_prefix_tokens, width), table])[None]
 
 
-def _decoder_of(
-    weights: Weights, shape: Shape, source: str, num_heads: int | None
-) -> tuple[MAEDecoderConfig, int]:
-    """The decoder's sizes and V: those of the weights, or MAE's for their pixels where they have none."""
-    tensors, heads = weights.tensors, num_heads or MAE_DECODER_HEADS
-    if not weights.has_decoder:
-        return MAEDecoderConfig(), math.prod(shape.patch_size) * shape.in_chans
-    needed = ("decoder.embed.weight", "decoder.blocks.0.mlp.fc1.weight", "decoder.head.weight")
-    missing = [name for name in needed if name not in tensors]
-    if missing:
-        raise UserError(f"{source} has another decoder than MAE's: {listed(missing)} is missing")
-    width = tensors[needed[0]].shape[0]
-    if width % heads:
-        raise UserError(
-            f"{source} has a decoder of width {width}, which {heads} heads do not divide; "
-            f"decoder_num_heads must be given"
+def to_huggingface(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in MAE's names (see `official_names`) in those of Hugging Face.
+
+    With a decoder they are those of `ViTMAEForPreTraining`, without one those of `ViTModel`.
+    """
+    vit = "vit." if "decoder_embed.weight" in official else ""
+    renamed: dict[str, Tensor] = {}
+    for name, value in official.items():
+        block = re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)", name)
+        if block is None:
+            new = f"{vit}{_NAMES[name]}" if name in _NAMES else f"decoder.{name}"
+            renamed[new] = value
+            continue
+        decoder, number, layer, part = block.groups()
+        prefix = f"decoder.decoder_layers.{number}" if decoder else f"{vit}encoder.layer.{number}"
+        if layer == "attn.qkv":
+            # timm keeps the three in one tensor.
+            for third, values in zip(_THIRDS, value.chunk(3), strict=True):
+                renamed[f"{prefix}.attention.attention.{third}.{part}"] = values
+        else:
+            renamed[f"{prefix}.{_LAYER_NAMES[layer]}.{part}"] = value
+    return renamed
+
+
+def from_huggingface(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The inverse of `to_huggingface`; a pooler or classifier keeps its name.
+
+    Raises:
+        UserError: if a block has a query, key or value without the other two.
+    """
+    names = {theirs: ours for ours, theirs in _NAMES.items()}
+    layers = {theirs: ours for ours, theirs in _LAYER_NAMES.items()}
+    renamed: dict[str, Tensor] = {}
+    thirds: dict[str, dict[str, Tensor]] = {}
+    for name, value in state_dict.items():
+        short = name.removeprefix("vit.")
+        # transformers 5.23 saves the decoder's blocks as decoder_encoder.layer.
+        block = re.fullmatch(
+            r"(encoder\.layer|decoder\.decoder_(?:layers|encoder\.layer))\.(\d+)\.(.+)\.(weight|bias)", short
         )
-    blocks = {int(m[1]) for name in tensors if (m := re.match(r"decoder\.blocks\.(\d+)\.", name))}
-    config = MAEDecoderConfig(embed_dim=width, depth=max(blocks) + 1, num_heads=heads)
-    return config, tensors[needed[2]].shape[0]
-
-
-def _build(config: ModelConfig, shape: Shape, num_values: int, *, fc_norm: bool) -> MaskedAutoencoder:
-    if not fc_norm:
-        return config.build(image_size=shape.image_size, in_chans=shape.in_chans, num_values=num_values)
-    architecture, args = config.encoder_args(shape.image_size, shape.in_chans)
-    args = {**args, "global_pool": "avg", "fc_norm": True}
-    encoder = build_encoder(
-        architecture, args, pos_embed=config.pos_embed, position_grid=config.position_grid
-    )
-    assert isinstance(encoder.norm, nn.Identity)
-    decoder = config.decoder.build(
-        encoder_dim=encoder.embed_dim,
-        encoder_depth=len(encoder.blocks),
-        num_prefix=encoder.num_prefix_tokens,
-        base_grid=config.position_grid or shape.grid,
-        num_values=num_values,
-    )
-    fixed = config.pos_embed == "sincos"
-    return MaskedAutoencoder(
-        encoder,
-        decoder,
-        mask_ratio=config.final_mask_ratio,
-        fixed_positions=fixed,
-        position_grid=config.position_grid,
-    )
+        if block is None:
+            renamed[names.get(short, short.removeprefix("decoder."))] = value
+            continue
+        kind, number, layer, part = block.groups()
+        prefix = f"decoder_blocks.{number}" if kind.startswith("decoder") else f"blocks.{number}"
+        attention, _, third = layer.rpartition(".")
+        if attention == "attention.attention" and third in _THIRDS:
+            thirds.setdefault(f"{prefix}.attn.qkv.{part}", {})[third] = value
+        else:
+            renamed[f"{prefix}.{layers.get(layer, layer)}.{part}"] = value
+    for name, parts in thirds.items():
+        missing = [third for third in _THIRDS if third not in parts]
+        if missing:
+            raise UserError(f"{source} has no {' and no '.join(missing)} of {name}")
+        renamed[name] = torch.cat([parts[third] for third in _THIRDS])
+    return renamed

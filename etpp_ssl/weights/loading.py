@@ -1,16 +1,15 @@
-"""What `init` points at: a run, an export or somebody else's file, read but not yet understood.
+"""Weights into a model: those that a run has trained, or those that a new run starts from (`init`).
 
-Weights that a new pre-training run starts from: `init`, be it a run, an export or somebody else's file.
-
-Weights that fine-tuning starts from: `init`, be it a run, an export or somebody else's file.
+`init` points at a run, at the folder of an export, or at a file of ours or of others. Loading from it tells,
+line by line, what was loaded, converted, dropped and initialised anew.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,45 +23,101 @@ from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.run_folder import MODEL_FILE, Checkpoint, RunFolder
 from etpp_ssl.weights.adapt import adapt_weights
 from etpp_ssl.weights.adapt_classifier import adapt_classifier
-from etpp_ssl.weights.classifier_layouts import in_timm_names
-from etpp_ssl.weights.layouts import Weights, recognise
-from etpp_ssl.weights.reading import FINE_TUNED, read_state_dict, require_finite
+from etpp_ssl.weights.layouts import Weights, in_timm_names, recognise
+from etpp_ssl.weights.reading import load_weights, read_state_dict, require_finite
 
 MAX_CONFIG_BYTES = 1 << 20
 FILES_OF_A_FOLDER = (MODEL_FILE, "model.pth")
 """What exports write."""
 
 
-@dataclass(frozen=True)
-class StoredWeights:
-    """Tensors under their own names, and what something beside them says."""
+def load_trained(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load a checkpoint's weights: their moving average where the run keeps one.
 
-    tensors: dict[str, Tensor]
-    origin: str | None = None
-    """Where they are from, where that says more than their layout."""
-    image_size: tuple[int, int] | None = None
-    num_heads: int | None = None
-    position_grid: tuple[int, int] | None = None
-    decoder_position_grid: tuple[int, int] | None = None
+    Args:
+        model: of the checkpoint's recipe; changed in place.
+        checkpoint: for instance from `RunFolder.trained`, which finds a run's newest.
 
-    def told(self, weights: Weights) -> Weights:
-        """Recognised tensors of these with all that is known of them."""
-        return replace(
-            weights,
-            layout=self.origin or weights.layout,
-            image_size=self.image_size,
-            num_heads=self.num_heads,
-            position_grid=self.position_grid,
-            decoder_position_grid=self.decoder_position_grid or weights.decoder_position_grid,
-        )
+    Raises:
+        UserError: if it is of another model, or gone: an active run removes its old ones.
+    """
+    try:
+        tensors = checkpoint.average() or checkpoint.model()
+    except OSError as error:
+        raise UserError(f"checkpoint {str(checkpoint.path)!r} cannot be read: {error}") from error
+    model.load_state_dict(load_weights(model.state_dict(), tensors, f"checkpoint {checkpoint.path}"))
 
 
-def read_stored(init: str, say: Callable[[str], None]) -> StoredWeights:
-    """The weights that `init` points at.
+def load_init(model: MaskedAutoencoder, init: str, say: Callable[[str], None]) -> None:
+    """Start a masked autoencoder from other weights, as far as they fit; see `etpp_ssl.weights.adapt`.
+
+    Args:
+        model: freshly initialised; changed in place.
+        init: a run folder (all of the model), the folder of an export, or a `.pth` or safetensors file
+            in one of the layouts of `etpp_ssl.weights.layouts`.
+        say: told what was loaded, converted, dropped and initialised anew, a line each.
+
+    Raises:
+        UserError: if there is nothing to read, it is refused, or it is of another model.
+    """
+    _load_adapted(model, init, recognise, lambda weights, source: adapt_weights(weights, model, source), say)
+
+
+def load_classifier_init(
+    net: nn.Module, init: str, say: Callable[[str], None], *, keep_head: bool = True
+) -> None:
+    """Start a classifier from other weights, as far as they fit; see `etpp_ssl.weights.adapt_classifier`.
+
+    Args:
+        net: a freshly initialised timm model at base resolution; changed in place.
+        init: the folder of a pre-training or fine-tuning run, the folder of an export, or a `.pth` or
+            safetensors file in timm's names or another layout of `etpp_ssl.weights.layouts`.
+        say: told what was loaded, converted, dropped and initialised anew, a line each.
+        keep_head: keep a head of as many classes. Say no where they are not the same classes.
+
+    Raises:
+        UserError: if there is nothing to read, it is refused, or it is of another network.
+    """
+
+    def adapt(weights: Weights, source: str) -> tuple[dict[str, Tensor], list[str]]:
+        return adapt_classifier(weights, net, source, keep_head=keep_head)
+
+    _load_adapted(net, init, in_timm_names, adapt, say)
+
+
+def _load_adapted(
+    model: nn.Module,
+    init: str,
+    name: Callable[[Mapping[str, Tensor], str], Weights],
+    adapt: Callable[[Weights, str], tuple[dict[str, Tensor], list[str]]],
+    say: Callable[[str], None],
+) -> None:
+    """Read `init`, give its tensors the names of `model`, convert them and load them."""
+    source = f"init {init!r}"
+    found = read_init(init, say)
+    named = name(found.tensors, source)
+    weights = replace(
+        found,
+        tensors=named.tensors,
+        layout=found.layout or named.layout,
+        notes=named.notes,
+        decoder_position_grid=found.decoder_position_grid or named.decoder_position_grid,
+    )
+    tensors, notes = adapt(weights, source)
+    model.load_state_dict(tensors)
+    for line in (f"{source} is {weights.layout}", *notes):
+        say(line)
+
+
+def read_init(init: str, say: Callable[[str], None]) -> Weights:
+    """The weights that `init` points at, under the names that they have there.
 
     Args:
         init: a run folder, the folder of an export, or a `.pth` or safetensors file.
         say: told of damaged checkpoints that are passed over.
+
+    Returns:
+        Tensors, and what is known beside them; `layout` names a run and its step, and is empty otherwise.
 
     Raises:
         UserError: if there is nothing to read or it is refused.
@@ -72,27 +127,32 @@ def read_stored(init: str, say: Callable[[str], None]) -> StoredWeights:
         if os.path.isfile(path / "recipe.yaml"):
             return _of_run(RunFolder(path), say)
         if not os.path.isdir(path):
-            return StoredWeights(read_state_dict(path))
+            return Weights(read_state_dict(path))
         files = [path / name for name in FILES_OF_A_FOLDER if os.path.isfile(path / name)]
         if not files:
             raise UserError(f"a folder without recipe.yaml and without {' or '.join(FILES_OF_A_FOLDER)}")
-        return _with_config(StoredWeights(read_state_dict(files[0])), path / "config.json")
+        return _with_config(Weights(read_state_dict(files[0])), path / "config.json")
     except UserError as error:
         raise UserError(f"init {init!r}: {error}") from error
 
 
-def _of_run(run: RunFolder, say: Callable[[str], None]) -> StoredWeights:
-    checkpoint = run.newest(say)
-    if checkpoint is None:
-        raise UserError(f"run {str(run.path)!r} has no checkpoint yet")
-    tensors = checkpoint.model()
-    require_finite({**tensors, **(checkpoint.average() or {})}, f"checkpoint {str(checkpoint.path)!r}")
-    if all(name.startswith(FINE_TUNED) for name in tensors):
-        return _of_fine_tuning(run, checkpoint, tensors)
-    recipe = run.recipe()
+def _of_run(run: RunFolder, say: Callable[[str], None]) -> Weights:
+    checkpoint = run.trained(say)
+    tensors = checkpoint.average() or checkpoint.model()
+    require_finite(tensors, f"checkpoint {str(checkpoint.path)!r}")
+    recipe = run.any_recipe()
+    if isinstance(recipe, FinetuneRecipe):
+        _, args = recipe.model.timm_args(recipe.size, recipe.in_chans, num_classes=1)
+        which = "averaged weights (EMA)" if checkpoint.has_average else "checkpoint"
+        return Weights(
+            tensors,
+            f"a fine-tuning run's {which} of step {checkpoint.step}",
+            image_size=recipe.size,
+            num_heads=_one_number(args.get("num_heads")),
+        )
     _, args = recipe.model.encoder_args(recipe.size, recipe.in_chans)
     counted = recipe.model.position_grid or grid_of(recipe.size, recipe.patch_size)
-    return StoredWeights(
+    return Weights(
         tensors,
         f"a run's checkpoint of step {checkpoint.step}",
         image_size=recipe.size,
@@ -102,81 +162,24 @@ def _of_run(run: RunFolder, say: Callable[[str], None]) -> StoredWeights:
     )
 
 
-def _of_fine_tuning(run: RunFolder, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> StoredWeights:
-    """A classifier of ours; the average of its weights, which is what was evaluated, where there is one."""
-    recipe, average = run.any_recipe(), checkpoint.average()
-    assert isinstance(recipe, FinetuneRecipe)
-    _, args = recipe.model.timm_args(recipe.size, recipe.in_chans, num_classes=1)
-    heads = args.get("num_heads")
-    which = "checkpoint" if average is None else "averaged weights (EMA)"
-    return StoredWeights(
-        tensors if average is None else average,
-        f"a fine-tuning run's {which} of step {checkpoint.step}",
-        image_size=recipe.size,
-        # Pyramids have a list of them, one for each stage.
-        num_heads=heads if isinstance(heads, int) else None,
-    )
-
-
-def _with_config(stored: StoredWeights, config_file: Path) -> StoredWeights:
+def _with_config(weights: Weights, config_file: Path) -> Weights:
     """What a folder of timm or transformers says beside the tensors: image size and number of heads."""
     try:
         config: Any = json.loads(read_text(config_file, MAX_CONFIG_BYTES))
         args = config.get("model_args") or {}
         size = args.get("img_size") or config.get("image_size") or config["pretrained_cfg"]["input_size"][1:]
         height, width = as_pair(size)
-        heads = args.get("num_heads") or config.get("num_attention_heads")
+        heads = _one_number(args.get("num_heads") or config.get("num_attention_heads"))
         return replace(
-            stored,
+            weights,
             image_size=(int(height), int(width)),
-            # Pyramids have a list of them, one for each stage.
-            num_heads=heads if isinstance(heads, int) else None,
+            num_heads=heads,
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
-        # Another's folder: the tensors have to do.
-        return stored
+        # A config of another program; the tensors must do.
+        return weights
 
 
-def load_init(model: MaskedAutoencoder, init: str, say: Callable[[str], None]) -> None:
-    """Start a model from other weights, as far as they serve; see `etpp_ssl.weights.adapt`.
-
-    Args:
-        model: freshly initialised; changed in place.
-        init: a run folder (all of the model), the folder of an export, or a `.pth` or safetensors file
-            in one of the layouts of `etpp_ssl.weights.layouts`.
-        say: told what was loaded, converted, dropped and initialised anew.
-
-    Raises:
-        UserError: if there is nothing to read, it is refused, or it is of another model.
-    """
-    source = f"init {init!r}"
-    stored = read_stored(init, say)
-    weights = stored.told(recognise(stored.tensors, source))
-    state, notes = adapt_weights(weights, model, source)
-    model.load_state_dict(state)
-    for line in (f"{source} is {weights.layout}", *notes):
-        say(line)
-
-
-def load_classifier_init(
-    net: nn.Module, init: str, say: Callable[[str], None], *, keep_head: bool = True
-) -> None:
-    """Start a classifier from other weights, as far as they serve; see `etpp_ssl.weights.adapt_classifier`.
-
-    Args:
-        net: a freshly initialised timm model at base resolution; changed in place.
-        init: the folder of a pre-training or fine-tuning run, the folder of an export, or a `.pth` or
-            safetensors file in timm's names or a layout of `etpp_ssl.weights.classifier_layouts`.
-        say: told what was loaded, converted, dropped and initialised anew, a line each.
-        keep_head: take over a head of as many classes. Say no where they are not the same classes.
-
-    Raises:
-        UserError: if there is nothing to read, it is refused, or it is of another network.
-    """
-    source = f"init {init!r}"
-    stored = read_stored(init, say)
-    weights = stored.told(in_timm_names(stored.tensors, source))
-    state, notes = adapt_classifier(weights, net, source, keep_head=keep_head)
-    net.load_state_dict(state)
-    for line in (f"{source} is {weights.layout}", *notes):
-        say(line)
+def _one_number(num_heads: Any) -> int | None:
+    """The number of heads, unless it is a pyramid's list with one number per stage."""
+    return num_heads if isinstance(num_heads, int) else None

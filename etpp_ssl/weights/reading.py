@@ -1,6 +1,6 @@
-"""Tensors out of a file that others wrote, without running anything that the file says.
+"""State dicts out of files that others wrote, and the check that they are those of a model.
 
-State dicts against the model that is to take them.
+Nothing that a file says is executed, and no memory is spent that the file does not have.
 """
 
 from __future__ import annotations
@@ -22,30 +22,31 @@ from torch import Tensor, nn
 from etpp_ssl.config import UserError, listed
 from etpp_ssl.files import open_regular
 
-PICKLES_BEFORE_VALUES = 5
-"""In an old file of torch.save: a magic number, the protocol, the system, the content, its tensors' keys."""
+FINE_TUNED = "net."
+"""Precedes timm's names in the checkpoints of a fine-tuning run."""
 WRAPPERS = ("model", "state_dict")
-"""Keys under which training scripts keep the state dict beside optimizer and arguments."""
+"""Keys under which training scripts keep the state dict, beside optimizer and arguments."""
+_OLD_PICKLES = 5
+"""In an old file of torch.save: magic number, protocol, system, content, and the keys of its tensors."""
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a `.safetensors` or a `torch.save` file, on the CPU.
 
-    Which of the two it is shows in its first bytes, not in its name. A pickle is read with
-    `weights_only=True`; `argparse.Namespace`, which MAE's training script pickles beside the weights,
-    is the one class allowed on top of torch's own. It holds attributes and runs no code.
+    Its first bytes tell which of the two it is; its name does not matter. A pickle is read with
+    `weights_only=True`. The one class allowed beside torch's own is `argparse.Namespace`, which MAE's
+    training script pickles with the weights; it holds attributes and runs no code.
 
     Args:
         path: the file.
 
     Returns:
-        Tensors by name, from the key `model` or `state_dict` where there is one; a `module.` in front
-        of every name, as DistributedDataParallel leaves it, is taken off.
+        Tensors by name, from the key `model` or `state_dict` where there is one; the prefix `module.` that
+        DistributedDataParallel leaves on every name is removed.
 
     Raises:
-        UserError: if the file is missing, damaged, claims more than it has or holds no tensors or other
-            ones than plain arrays of finite numbers, or if its pickle asks for anything else; nothing is
-            executed then.
+        UserError: if the file is missing or damaged, claims to hold more than its size, has no tensors, has
+            tensors other than plain arrays of finite numbers, or if its pickle asks for anything else.
     """
     path = Path(path)
     try:
@@ -63,7 +64,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     strange = [name for name, value in tensors.items() if not _is_plain(value)]
     if strange:
         raise UserError(
-            f"{str(path)!r} holds tensors that are no plain arrays in memory (sparse, quantised, complex, "
+            f"{str(path)!r} holds tensors that are not plain arrays in memory (sparse, quantised, complex, "
             f"without values or repeating them): {listed(strange)}"
         )
     require_finite(tensors, repr(str(path)))
@@ -92,23 +93,79 @@ def state_dict_in(content: Any, source: str) -> dict[str, Tensor]:
     return without_prefix(tensors, "module.")
 
 
+def load_weights(
+    model_state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """`tensors`, checked against a model's state dict.
+
+    Args:
+        model_state: the model's `state_dict`.
+        tensors: what a file holds.
+        source: names the file in the message.
+
+    Raises:
+        UserError: naming up to five tensors that are missing, unknown, or of another shape or type.
+    """
+    wrong = [f"{name} is missing" for name in model_state if name not in tensors]
+    wrong += [f"{name} is not part of the model" for name in tensors if name not in model_state]
+    wrong += [
+        f"{name} is {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in model_state.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    wrong += [
+        f"{name} is {str(tensors[name].dtype).removeprefix('torch.')}"
+        for name, value in model_state.items()
+        if name in tensors and tensors[name].is_floating_point() != value.is_floating_point()
+    ]
+    if wrong:
+        raise UserError(f"{source} is of another model: {listed(wrong, '; ')}")
+    return dict(tensors)
+
+
+def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Check that weights are finite; a single NaN spoils every loss of a run that starts from them.
+
+    Args:
+        tensors: by name.
+        source: names them in the message.
+
+    Raises:
+        UserError: naming up to five tensors that hold NaN or infinity, and how many values.
+    """
+    wrong = []
+    for name, value in tensors.items():
+        count = int((~value.isfinite()).sum()) if value.is_floating_point() else 0
+        if count:
+            wrong.append(f"{name} ({count:,} of {value.numel():,} values)")
+    if wrong:
+        raise UserError(f"{source} holds NaN or infinity, and no run can start from it: {listed(wrong)}")
+
+
+def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors with `prefix` removed from their names if all of them have it."""
+    if all(name.startswith(prefix) for name in tensors):
+        return {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return dict(tensors)
+
+
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it is what it seems: a dense array with all its values in the file, real numbers."""
+    """Whether it is a dense array of real numbers with all its values in the file."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.layout == torch.strided
         and tensor.device.type == "cpu"
         and not (tensor.is_quantized or tensor.is_nested or tensor.is_complex())
-        # A view that repeats a few bytes would fill the memory when it is worked with.
+        # A view that repeats a few bytes would fill the memory in any computation.
         and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
     )
 
 
 def _check_archive(path: Path) -> None:
-    """See that a zip archive is no larger inside than outside, which torch would unpack, and its pickle.
+    """Check that a zip archive, which torch would unpack, is not larger inside; check its pickle, too.
 
     Raises:
-        UserError: if it is.
+        UserError: if it is, or for the pickle.
     """
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
@@ -125,23 +182,23 @@ def _check_archive(path: Path) -> None:
 
 
 def _check_old(path: Path) -> None:
-    """The same for the format from before torch 1.6: pickles one after the other, then the values."""
+    """Check the pickles of a file from before torch 1.6: several in a row, then the values."""
     with path.open("rb") as file:
-        for _ in range(PICKLES_BEFORE_VALUES):
+        for _ in range(_OLD_PICKLES):
             try:
                 _check_pickle(file, str(path))
             except UserError:
                 raise
             except Exception:
-                # Damaged or of fewer pickles: torch says why it cannot be read.
+                # Damaged, or with fewer pickles: torch says why it cannot be read.
                 return
 
 
 def _check_pickle(file: IO[bytes], path: str) -> None:
-    """Refuse `bytearray(n)`, which torch runs and which fills the memory; no state dict has one.
+    """Refuse `bytearray(n)`, which torch executes and which fills the memory; no state dict needs it.
 
     Raises:
-        UserError: if it is there.
+        UserError: if the pickle asks for it.
     """
     for operation, argument, _ in pickletools.genops(file):
         if operation.name == "GLOBAL" and str(argument).endswith(" bytearray"):
@@ -152,7 +209,7 @@ def _load_safetensors(path: Path) -> Any:
     try:
         return load_file(path)
     except Exception as error:
-        # Its header can say anything, and some of it is only found out in Python.
+        # Its header can say anything, and some of it fails only in Python.
         raise UserError(
             f"{str(path)!r} is neither safetensors nor a file of torch.save: {' '.join(str(error).split())}"
         ) from error
@@ -173,66 +230,6 @@ def _load_pickle(path: Path, *, archive: bool) -> Any:
     except UserError:
         raise
     except Exception as error:
-        # A damaged pickle makes the unpickler stumble over its own stack: any error can come of it.
+        # A damaged pickle confuses the unpickler's stack: any error is possible.
         reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
         raise UserError(f"{str(path)!r} cannot be read as a file of torch.save: {reason}") from error
-
-
-FINE_TUNED = "net."
-"""In front of timm's names in the checkpoints of a fine-tuning run."""
-
-
-def load_weights(
-    model_state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str
-) -> dict[str, Tensor]:
-    """`tensors`, checked to be those of a model.
-
-    Args:
-        model_state: the model's `state_dict`.
-        tensors: what a file holds.
-        source: names the file in the message.
-
-    Raises:
-        UserError: naming up to five tensors that are missing, too many, or of another shape or type.
-    """
-    wrong = [f"{name} is missing" for name in model_state if name not in tensors]
-    wrong += [f"{name} is not part of the model" for name in tensors if name not in model_state]
-    wrong += [
-        f"{name} is {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in model_state.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
-    wrong += [
-        f"{name} is {str(tensors[name].dtype).removeprefix('torch.')}"
-        for name, value in model_state.items()
-        if name in tensors and tensors[name].is_floating_point() != value.is_floating_point()
-    ]
-    if wrong:
-        raise UserError(f"{source} is of another model: {listed(wrong, '; ')}")
-    return dict(tensors)
-
-
-def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """See that weights to start from are numbers; one that is not spoils every loss after it.
-
-    Args:
-        tensors: by name.
-        source: names them in the message.
-
-    Raises:
-        UserError: naming up to five tensors that hold NaN or infinity, and how many values.
-    """
-    wrong = []
-    for name, value in tensors.items():
-        count = int((~value.isfinite()).sum()) if value.is_floating_point() else 0
-        if count:
-            wrong.append(f"{name} ({count:,} of {value.numel():,} values)")
-    if wrong:
-        raise UserError(f"{source} holds NaN or infinity, and no run can start from it: {listed(wrong)}")
-
-
-def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors with `prefix` taken off their names where all of them have it."""
-    if all(name.startswith(prefix) for name in tensors):
-        return {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return dict(tensors)

@@ -1,10 +1,6 @@
-"""An encoder's architecture, read off the shapes of its tensors.
+"""Single tensors of one model as the start of another's: input convolutions, positions, heads.
 
-Legend: N patches, P prefix tokens, D width, C channels, p, q patch size.
-
-Single tensors of one model as the start of another's: input convolutions, positions, heads.
-
-What was converted is told in a line that is added to `notes`.
+Every conversion adds a line to `notes`.
 
 Legend: N patches, P prefix tokens, D width, C channels, p, q patch size.
 """
@@ -12,110 +8,23 @@ Legend: N patches, P prefix tokens, D width, C channels, p, q patch size.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from timm.layers import resample_patch_embed
 from torch import Tensor
 
-from etpp_ssl.config import UserError, listed, show_size
-from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_pos_embed, sincos_table
+from etpp_ssl.config import UserError, show_size
+from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_pos_embed
 
 HEADS_OF_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
-"""Published ViTs, ViT-H among them, whose heads are 80 wide."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """An encoder's architecture, as its tensors tell it."""
-
-    dims: dict[str, Any]
-    """embed_dim, depth, num_heads, mlp_ratio, class_token, reg_tokens."""
-    patch_size: tuple[int, int]
-    in_chans: int
-    grid: tuple[int, int]
-    position_grid: tuple[int, int] | None
-    """Patches per axis in whose units its positions are the sin-cos table of that grid; None of learned
-    ones."""
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(H, W) in pixels."""
-        return self.grid[0] * self.patch_size[0], self.grid[1] * self.patch_size[1]
-
-
-def shape_of(
-    tensors: Mapping[str, Tensor],
-    source: str,
-    image_size: tuple[int, int] | None = None,
-    num_heads: int | None = None,
-) -> Shape:
-    """The architecture of `encoder.*`.
-
-    Args:
-        tensors: under our names.
-        source: names them in messages.
-        image_size: (H, W) in pixels; None takes the grid from a sin-cos table, which tells it, and learned
-            positions for those of a square.
-        num_heads: or None for `num_heads_of`.
-
-    Raises:
-        UserError: if tensors that say it are missing, or the positions are no such grid.
-    """
-    needed = ("encoder.patch_embed.proj.weight", "encoder.pos_embed", "encoder.blocks.0.mlp.fc1.weight")
-    missing = [name for name in needed if name not in tensors]
-    if missing:
-        raise UserError(f"{source} is of another architecture: {listed(missing)} is missing")
-    width, in_chans, p, q = tensors[needed[0]].shape
-    blocks = {int(m[1]) for name in tensors if (m := re.match(r"encoder\.blocks\.(\d+)\.", name))}
-    registers = tensors["encoder.reg_token"].shape[1] if "encoder.reg_token" in tensors else 0
-    class_token = "encoder.cls_token" in tensors
-    prefix = int(class_token) + registers
-    pos_embed = tensors["encoder.pos_embed"]
-    known = None if image_size is None else (image_size[0] // p, image_size[1] // q)
-    table = sincos_table(pos_embed, prefix, known)
-    side = math.isqrt(pos_embed.shape[1] - prefix)
-    grid = known or (table.grid if table else (side, side))
-    if grid[0] * grid[1] != pos_embed.shape[1] - prefix:
-        what = "are no square grid" if image_size is None else f"are not those of {show_size(image_size)} px"
-        raise UserError(
-            f"{source} has {pos_embed.shape[1] - prefix} patch positions, which {what}; "
-            f"image_size=(height, width) must be given"
-        )
-    dims = {
-        "embed_dim": width,
-        "depth": max(blocks) + 1,
-        "num_heads": num_heads or num_heads_of(width, source),
-        "mlp_ratio": tensors[needed[2]].shape[0] / width,
-        "class_token": class_token,
-        "reg_tokens": registers,
-    }
-    return Shape(dims, (p, q), in_chans, grid, table.position_grid if table else None)
-
-
-def num_heads_of(width: int, source: str) -> int:
-    """Attention heads of an encoder of width D: the published ViTs', otherwise heads 64 wide.
-
-    Raises:
-        UserError: if 64 does not divide the width.
-    """
-    if width in HEADS_OF_WIDTH:
-        return HEADS_OF_WIDTH[width]
-    if width % 64:
-        raise UserError(
-            f"{source} has width {width}, which tells no number of heads; num_heads must be given"
-        )
-    return width // 64
+"""Of the published ViTs; the heads of ViT-H are 80 wide."""
 
 
 def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
     """An input convolution for another number of channels (timm's rule).
 
-    One channel gets the sum over channels: the response to a grey image stays. From one or three
-    channels to more or fewer, they are repeated in turn and scaled by old / new.
+    One channel gets the sum over channels, which keeps the response to a grey image. One or three channels
+    become more or fewer by repeating them in turn, scaled by old / new.
 
     Args:
         weight: (D, C_old, p, q).
@@ -125,7 +34,7 @@ def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
         (D, C, p, q).
 
     Raises:
-        UserError: from another number of channels, whose order says nothing about the new ones.
+        UserError: from another number of channels, whose order does not tell the new ones.
     """
     old = weight.shape[1]
     if in_chans == old:
@@ -144,7 +53,7 @@ def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
 def adapt_input(
     weight: Tensor, in_chans: int, source: str, notes: list[str], *, what: str = "patch projection"
 ) -> Tensor:
-    """`adapt_channels` of a model's input convolution, told in a line.
+    """`adapt_channels` of a model's input convolution, with a note.
 
     Args:
         weight: (D, C_old, p, q).
@@ -170,7 +79,7 @@ def adapt_input(
 
 
 def adapt_patch(weight: Tensor, patch: tuple[int, int], notes: list[str]) -> Tensor:
-    """A patch projection for another patch size: FlexiViT's rule, under which tokens stay near.
+    """A patch projection for another patch size, by FlexiViT's rule, which keeps the tokens similar.
 
     Args:
         weight: (D, C, p_old, q_old).
@@ -201,8 +110,8 @@ def adapt_positions(
 ) -> Tensor:
     """Position embeddings as the start of learned ones on another grid, over the same scene.
 
-    A sin-cos table is computed at the new patch centres, as pre-training does it for smaller images;
-    learned positions are resampled. Prefix tokens keep theirs.
+    A sin-cos table is computed at the new patch centres, as pre-training does for smaller images. Learned
+    positions are resampled. Prefix tokens keep theirs.
 
     Args:
         positions: (1, P + N_old, D).
@@ -237,14 +146,14 @@ def adapt_positions(
 
 
 def check_heads(known: int | None, num_heads: int, width: int, source: str, notes: list[str]) -> None:
-    """No shape tells the number of attention heads, and another one computes something else without a word.
+    """Check the number of attention heads, which no shape tells: a wrong one would go unnoticed.
 
     Args:
-        known: that of the weights, or None.
-        num_heads: that of the model.
+        known: number of the weights, or None.
+        num_heads: number of the model.
         width: D.
         source: names the weights in messages.
-        notes: gets a warning where the model's number is not the usual one and nothing says more.
+        notes: gets a warning if nothing tells the number and the model's is not the usual one.
 
     Raises:
         UserError: if it is known to be another.
@@ -259,7 +168,7 @@ def check_heads(known: int | None, num_heads: int, width: int, source: str, note
 
 
 def is_resizable(tensor: Tensor, wanted: Tensor) -> bool:
-    """Whether a tensor can be of the same kind as `wanted` for another size: as many axes, none empty."""
+    """Whether a tensor can be `wanted` at another size: it has as many axes, and none is empty."""
     return tensor.ndim == wanted.ndim and tensor.numel() > 0
 
 

@@ -119,7 +119,7 @@ def test_stock_timm_gives_our_logits_to_the_last_bit(tiny_classifier: Build, tmp
 
 @pytest.mark.parametrize("name", ["pvt_tiny", "cswin_tiny"])
 def test_a_model_that_timm_lacks_says_what_to_import(name: str, tiny_classifier: Build) -> None:
-    module = f"etpp_ssl.model.{name.removesuffix('_tiny')}"
+    module = f"etpp_ssl.model.zoo.{name.removesuffix('_tiny')}"
     importlib.import_module(module)
     overrides = [f"model.name={name}", "image_size=[64, 96]", "curriculum=constant"]
     run, model = write_run(tiny_classifier("model={name: resnet18}", *overrides))

@@ -15,7 +15,7 @@ from etpp_ssl.export.mae import export
 from etpp_ssl.export.transformers import mae_config
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.train.launch import pretrain
-from etpp_ssl.weights.layouts import load_official_mae
+from etpp_ssl.weights.official import load_official_mae
 
 SQUARE = ("image_size=24", "curriculum=constant", "budget_epochs=0.3")
 
@@ -82,7 +82,7 @@ def test_a_decoder_without_a_place_stays_behind_with_a_word(tiny_recipe: Callabl
     said: list[str] = []
     folder = export(run.folder.path, say=said.append)
     assert said == [
-        "the decoder stays behind: the original has one model.mlp_ratio for encoder and decoder, "
+        "the decoder is left out: the original has one model.mlp_ratio for encoder and decoder, "
         "and its decoder's is 4"
     ]
     trained = run.bare_model.encoder.state_dict()
@@ -98,7 +98,7 @@ def test_what_is_predicted_is_told_by_the_target_and_not_by_its_size(
     said: list[str] = []
     folder = export(run.folder.path, say=said.append)
     assert said == [
-        "the decoder stays behind: it predicts 48 values per patch (target hog), not the 48 pixels"
+        "the decoder is left out: it predicts 48 values per patch (target hog), not the 48 pixels"
     ]
     assert not any(name.startswith("decoder") for name in read(folder))
 
@@ -109,11 +109,11 @@ def test_a_sum_of_pixels_alone_is_pixels(norm_pix: bool, tiny_recipe: Callable[.
     run = pretrain(tiny_recipe(*SQUARE, part))
     card = (export(run.folder.path) / "README.md").read_text()
     assert f"norm_pix_loss={norm_pix}" in card
-    assert mae_config(run.recipe, run.bare_model)["norm_pix_loss"] is norm_pix
+    assert mae_config(run.bare_model, run.recipe.target)["norm_pix_loss"] is norm_pix
 
 
 @pytest.mark.parametrize(
-    ("place", "words"), [("file", "is no folder"), ("full", "holds something that is no")]
+    ("place", "words"), [("file", "is not a folder"), ("full", "holds something that is not")]
 )
 def test_a_place_that_is_taken_is_refused_and_an_empty_one_used(
     place: str,

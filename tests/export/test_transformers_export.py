@@ -15,7 +15,7 @@ from etpp_ssl.config import UserError
 from etpp_ssl.export.transformers import export
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.train.launch import pretrain
-from etpp_ssl.weights.layouts import load_official_mae
+from etpp_ssl.weights.official import load_official_mae
 
 SQUARE = ("image_size=24", "curriculum=constant", "budget_epochs=0.3", "model.mask_ratio=0.7")
 RECTANGLE = ("curriculum=constant", "budget_epochs=0.3", "model.patch_size=[4, 6]")
@@ -90,7 +90,7 @@ def test_a_rectangle_opens_as_an_encoder(transformers: Any, tiny_recipe: Callabl
     said: list[str] = []
     folder = export(run.folder.path, say=said.append)
     assert said == [
-        "the decoder stays behind, and the folder is one of ViTModel: "
+        "the decoder is left out, and the folder is one of ViTModel: "
         "it is for squares only, not for 4x4 patches of 4x6 px"
     ]
     encoder, info = opened(transformers.ViTModel, folder, add_pooling_layer=False)

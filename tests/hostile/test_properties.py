@@ -20,8 +20,8 @@ from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.efficienttrain import EfficientTrain
 from etpp_ssl.data.formats.picture import WholePicture, open_picture
 from etpp_ssl.data.views import EvalView, covering_size, random_crop_box
-from etpp_ssl.model.mask_patterns import BlockMaskingConfig, GridMaskingConfig
-from etpp_ssl.model.masking import Masker, UniformMaskingConfig, num_visible
+from etpp_ssl.model.mask_patterns import BlockMaskingConfig, GridMaskingConfig, UniformMaskingConfig
+from etpp_ssl.model.masking import Masker, num_visible
 from etpp_ssl.model.patches import gather_patches, patchify, unpatchify
 from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_pos_embed, sincos_table
 from etpp_ssl.targets.hog import hog_features

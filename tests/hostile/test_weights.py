@@ -20,7 +20,7 @@ from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
-from etpp_ssl.weights.layouts import load_official_mae
+from etpp_ssl.weights.official import load_official_mae
 from etpp_ssl.weights.reading import read_state_dict
 
 TENSORS = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.ones(2)}

@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from etpp_ssl.config import UserError
 from etpp_ssl.model.mae import ModelConfig
+from etpp_ssl.model.mask_patterns import UniformMaskingConfig
 from etpp_ssl.model.masking import (
     Masker,
     MaskRatioRamp,
-    UniformMaskingConfig,
     num_predicted,
     num_visible,
     predicted_ids,

@@ -15,8 +15,8 @@ from etpp_ssl.data.loader import BadImage, Batch, BatchBuilder
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.synthetic import SyntheticConfig
 from etpp_ssl.data.views import TrainView
+from etpp_ssl.run_state import TrainState
 from etpp_ssl.train.batches import BadImages, TrainingBatches
-from etpp_ssl.train.state import TrainState
 
 SIZE = (8, 8)
 

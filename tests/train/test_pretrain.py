@@ -18,10 +18,10 @@ from etpp_ssl.config import UserError
 from etpp_ssl.dist.signals import Interrupted
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.run_state import TrainState
 from etpp_ssl.tasks import mae
 from etpp_ssl.train.launch import pretrain
 from etpp_ssl.train.open import open_run
-from etpp_ssl.train.state import TrainState
 
 TIMINGS = {"seconds", "images_per_second", "data_wait_share", "probe_seconds"}
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from etpp_ssl.cli import main
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.run_state import TrainState
 from etpp_ssl.train.launch import pretrain
-from etpp_ssl.train.state import TrainState
 
 TIMINGS = {"seconds", "images_per_second", "data_wait_share", "probe_seconds"}
 COMBINED = (

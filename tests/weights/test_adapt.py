@@ -183,8 +183,8 @@ def test_a_classifiers_norm_moves_in_front_of_the_decoder() -> None:
     model = make_model(pos_embed="learned")
     _, notes = start(model, state)
     assert torch.equal(model.encoder.norm.weight, state["fc_norm.weight"])
-    assert "what stands behind the encoder is dropped (head.bias, head.weight)" in notes
-    assert "the norm behind its pooling (fc_norm) becomes the norm of every token" in notes
+    assert "what follows the encoder is dropped (head.bias, head.weight)" in notes
+    assert "the norm after its pooling (fc_norm) becomes the norm of every token" in notes
 
 
 def test_half_precision_weights_are_widened() -> None:

@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from etpp_ssl.config import UserError
 from etpp_ssl.model.pos_embed import sincos_pos_embed
 from etpp_ssl.weights.adapt_classifier import adapt_classifier
-from etpp_ssl.weights.classifier_layouts import in_timm_names
-from etpp_ssl.weights.huggingface import to_huggingface
-from etpp_ssl.weights.layouts import Weights
+from etpp_ssl.weights.layouts import Weights, in_timm_names, to_huggingface
 from etpp_ssl.weights.tensors import adapt_channels
 
 KEPT_HEAD = "its head of 5 classes is kept: they are taken for the same ones"
@@ -186,7 +184,7 @@ def test_average_pooling_has_a_new_norm_as_in_mae_and_token_pooling_keeps_it() -
     adapted, notes, fresh = start(net, state)
     assert torch.equal(adapted["fc_norm.weight"], fresh["fc_norm.weight"])
     assert [note for note in notes if "fc_norm" in note] == [
-        "the norm behind the pooling (fc_norm) is initialised anew and the pre-trained norm of every token "
+        "the norm after the pooling (fc_norm) is initialised anew and the pre-trained norm of every token "
         "is dropped, as in MAE's fine-tuning"
     ]
     for pool in ({"global_pool": "token"}, {"global_pool": "avg", "fc_norm": False}):
@@ -206,7 +204,7 @@ def test_a_classifiers_own_norm_is_kept_and_its_head_where_it_reads_the_same() -
     assert torch.equal(adapted["norm.weight"], state["fc_norm.weight"])
     assert torch.equal(adapted["head.weight"], fresh["head.weight"])
     assert notes == [
-        "the norm behind its pooling (fc_norm) becomes the norm of every token",
+        "the norm after its pooling (fc_norm) becomes the norm of every token",
         "the head is initialised anew: its own reads other features",
     ]
     token_pooled = {**published_encoder(), "head.weight": torch.zeros(5, 64), "head.bias": torch.zeros(5)}
@@ -220,7 +218,7 @@ def test_a_mae_leaves_its_decoder_behind() -> None:
     state = published_mae()
     adapted, notes, _ = start(make_net(), state)
     assert all(torch.equal(value, state[name]) for name, value in adapted.items() if "head" not in name)
-    assert notes[0].startswith("what pre-training has beside the encoder is dropped (decoder_blocks.0.attn.")
+    assert notes[0].startswith("what pre-training adds to the encoder is dropped (decoder_blocks.0.attn.")
     assert in_timm_names(state).layout == "an MAE with decoder"
 
 
@@ -230,7 +228,7 @@ def test_hugging_faces_names_are_the_same_weights_head_included() -> None:
     start(net, state)
     _, notes, _ = start(other, to_huggingface(state))
     assert differing(net.state_dict(), other.state_dict()) == set()
-    assert notes[0].startswith("what pre-training has beside the encoder is dropped (decoder_blocks.0.attn.")
+    assert notes[0].startswith("what pre-training adds to the encoder is dropped (decoder_blocks.0.attn.")
     vit = {f"vit.{name}": value for name, value in to_huggingface(published_encoder()).items()}
     head = {"classifier.weight": torch.rand(5, 64), "classifier.bias": torch.rand(5)}
     adapted, notes, _ = start(make_net(), {**vit, **head})
@@ -335,7 +333,7 @@ def test_a_table_is_of_a_square_window_or_refused(name: str, others: int) -> Non
 
 def test_a_table_of_no_square_window_is_refused() -> None:
     theirs = make_net("swin_tiny_patch4_window7_224", seed=1, img_size=(32, 16), window_size=(4, 2))
-    with pytest.raises(UserError, match="has 21 relative positions, which are no square window's"):
+    with pytest.raises(UserError, match="has 21 relative positions, not a square window's"):
         start(make_net("swin_tiny_patch4_window7_224"), theirs.state_dict())
 
 

@@ -32,9 +32,8 @@ from etpp_ssl.model.mae import ModelConfig
 from etpp_ssl.model.masking import random_masking
 from etpp_ssl.model.pos_embed import sincos_pos_embed
 from etpp_ssl.targets.pixels import PixelObjective
-from etpp_ssl.weights.huggingface import from_huggingface, to_huggingface
-from etpp_ssl.weights.layouts import load_official_mae, official_names, recognise
-from etpp_ssl.weights.tensors import shape_of
+from etpp_ssl.weights.layouts import from_huggingface, official_names, recognise, to_huggingface
+from etpp_ssl.weights.official import load_official_mae, shape_of
 
 silent = partial(load_official_mae, say=lambda line: None)
 
@@ -204,7 +203,7 @@ def test_decoder_positions_that_no_table_has_are_named() -> None:
     state["decoder_pos_embed"] = state["decoder_pos_embed"] + torch.linspace(0, 1, 8).repeat(4)
     lines: list[str] = []
     load_official_mae(state, num_heads=2, decoder_num_heads=2, say=lines.append)
-    assert "its decoder's positions are no sin-cos table, and give way to one" in lines
+    assert "its decoder's positions are not a sin-cos table; they are replaced by one" in lines
 
 
 def write_namespace(state: StateDict, file: Path) -> None:
