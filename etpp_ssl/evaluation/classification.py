@@ -6,9 +6,9 @@ Legend: B batch, n images, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +17,9 @@ from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import check_label
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.evaluation.features import evaluating, evaluation_batches, gather_rows, readable_rows
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 TOP_K = 5
 

@@ -17,11 +17,10 @@ from collections.abc import Generator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, model_validator
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,6 +43,9 @@ from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.optim.lars import Lars
 from etpp_ssl.optim.schedule import Schedule
 from etpp_ssl.randomness import keyed_torch
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 
 class LinearConfig(Config):

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from accelerate.utils import gather_object
 from pydantic import Field
 
 from etpp_ssl.config import Config, neutral
@@ -78,6 +77,8 @@ class ReconstructionProbe:
                 for name, loss in context.objective.losses(values, ids_predicted, images).items():
                     sums[name] = sums.get(name, 0.0) + loss.item() * len(rows)
                 count += len(rows)
+        from accelerate.utils import gather_object
+
         shares = gather_object([(sums, count)])
         num_images = max(1, sum(images_here for _, images_here in shares))
         # A process without a readable image knows no names.

@@ -23,8 +23,6 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from timm.layers import Mlp
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from etpp_ssl.config import Config, UserError
@@ -92,6 +90,8 @@ class MAEDecoder(nn.Module):
         base_grid: tuple[int, int],
         num_values: int,
     ) -> None:
+        from timm.models.vision_transformer import Block
+
         super().__init__()
         self.num_prefix = num_prefix
         self.run = BlockRunner()
@@ -297,6 +297,8 @@ class CrossBlock(nn.Module):
     """Pre-norm cross-attention and MLP."""
 
     def __init__(self, width: int, encoder_dim: int, num_heads: int) -> None:
+        from timm.layers import Mlp
+
         super().__init__()
         self.norm1 = layer_norm(width)
         self.attn = CrossAttention(width, encoder_dim, num_heads)

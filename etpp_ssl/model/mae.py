@@ -6,15 +6,14 @@ Legend: B batch, C channels, H, W pixels, N patches, K visible, M predicted, D w
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from etpp_ssl.config import Config, as_pair, legal_size, neutral
-from etpp_ssl.model.attention import AttentionName, use_attention
+from etpp_ssl.model.attention import AttentionName
 from etpp_ssl.model.decoders import CrossDecoder, CrossDecoderConfig, MAEDecoder, MAEDecoderConfig
 from etpp_ssl.model.encoders import (
     BlockRunner,
@@ -26,6 +25,9 @@ from etpp_ssl.model.encoders import (
 from etpp_ssl.model.mask_patterns import BlockMaskingConfig, GridMaskingConfig
 from etpp_ssl.model.masking import Masker, MaskRatioRamp, UniformMaskingConfig, num_visible, removed_ids
 from etpp_ssl.model.patches import grid_of
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 # One line here makes a new decoder or mask pattern known to recipes.
 AnyDecoder = MAEDecoderConfig | CrossDecoderConfig
@@ -124,6 +126,8 @@ class ModelConfig(Config):
             in_chans: C.
             num_values: V, numbers that the target asks for per patch.
         """
+        from etpp_ssl.model.timm_attention import use_attention
+
         architecture, args = self.encoder_args(image_size, in_chans)
         encoder = build_encoder(
             architecture, args, pos_embed=self.pos_embed, position_grid=self.position_grid

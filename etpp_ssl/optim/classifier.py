@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
-from timm.optim import Lamb
 from torch import nn
 
 from etpp_ssl.config import Config
@@ -82,6 +81,8 @@ class ClassifierOptimConfig(Config):
         if self.name == "sgd":
             return torch.optim.SGD(groups, lr=0.0, momentum=self.momentum, nesterov=True)
         if self.name == "lamb":
+            from timm.optim import Lamb
+
             # The loop clips; here it would be done a second time, and without being asked.
             lamb: torch.optim.Optimizer = Lamb(
                 groups, lr=0.0, betas=self.betas, eps=self.eps, max_grad_norm=None

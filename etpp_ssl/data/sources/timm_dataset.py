@@ -8,7 +8,6 @@ import os
 from typing import Any, Literal
 
 from PIL import Image
-from timm.data import create_dataset
 
 from etpp_ssl.config import UserError, neutral
 from etpp_ssl.data.formats.decode import from_picture, most_bytes
@@ -36,6 +35,8 @@ class TimmConfig(DataConfig):
 
     def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> TimmSource:
         """Open the "train" or the "eval" split; see `DataConfig.open`."""
+        from timm.data import create_dataset
+
         name = self.split if split == "train" else self.eval_split
         root = None if self.root is None else str(expanded(self.root))
         self._check(root)
