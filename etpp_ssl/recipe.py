@@ -11,7 +11,7 @@ import torch
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from etpp_ssl.config import Config, UserError, as_pair, legal_size, neutral
+from etpp_ssl.config import Config, UserError, as_pair, legal_size, may_change
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.curriculum.constant import ConstantConfig
 from etpp_ssl.curriculum.efficienttrain import EfficientTrainConfig
@@ -55,11 +55,11 @@ UNDECIDED_EPOCHS = 1000.0
 class CheckpointConfig(Config):
     """When to write a checkpoint, besides the last step and a signal."""
 
-    every_steps: int | None = neutral(None, ge=1)
-    every_minutes: float | None = neutral(15.0, gt=0)
-    keep: int = neutral(2, ge=1, le=10**6)
+    every_steps: int | None = may_change(None, ge=1)
+    every_minutes: float | None = may_change(15.0, gt=0)
+    keep: int = may_change(2, ge=1, le=10**6)
     """Newest checkpoints that stay."""
-    on_error: Literal["stop", "continue"] = neutral("stop")
+    on_error: Literal["stop", "continue"] = may_change("stop")
     """When the disk does not take a checkpoint, or the rows before it: end the run, or train on and try
     again when the next one is due. At the last step and after a signal the run ends in any case."""
 
@@ -67,11 +67,11 @@ class CheckpointConfig(Config):
 class NonfiniteConfig(Config):
     """What to do at a step whose loss or gradients are not finite, besides writing a dump of it."""
 
-    policy: Literal["stop", "skip", "rewind"] = neutral("stop")
+    policy: Literal["stop", "skip", "rewind"] = may_change("stop")
     """End the run; leave the step out; or go back to the newest checkpoint with a lower learning rate."""
-    lr_factor: float = neutral(0.5, gt=0, le=1)
+    lr_factor: float = may_change(0.5, gt=0, le=1)
     """What each rewind multiplies the learning rate by."""
-    max_rewinds: int = neutral(3, ge=1, le=10**6)
+    max_rewinds: int = may_change(3, ge=1, le=10**6)
     """Rewinds before the run ends after all."""
 
 
@@ -100,7 +100,7 @@ class RunRecipe(Config, ABC):
 
     task: Literal["pretrain", "finetune"] = "pretrain"
     seed: int = 0
-    output: str = neutral(...)
+    output: str = may_change(...)
     """The run folder; `~` is expanded."""
     image_size: int | tuple[int, int] = 224
     """Pixels at full resolution, one number or [height, width]."""
@@ -115,23 +115,23 @@ class RunRecipe(Config, ABC):
     budget_hours: float | None = Field(default=None, gt=0, le=1e5)
     """Wall time instead: the run measures its speed and trains as many equivalent epochs as fit. Time
     between a kill and its resume, and steps done again, do not count."""
-    baseline_epochs: float | None = neutral(None, gt=0, le=1e9)
+    baseline_epochs: float | None = may_change(None, gt=0, le=1e9)
     """Constant-resolution epochs that `plan` compares the cost with."""
     batch_size: int = Field(ge=1, le=10**6)
     """Images per optimizer step, over all processes, at full resolution; see `curriculum.large_batch`."""
-    micro_batch_size: int | None = neutral(None, ge=1)
+    micro_batch_size: int | None = may_change(None, ge=1)
     """Images per forward pass and process at most; smaller ones are accumulated to the global batch. In a
     stage with a larger batch, larger in proportion."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    log_every_steps: int = neutral(10, ge=1)
-    peer_timeout_minutes: float = neutral(30.0, gt=0)
+    log_every_steps: int = may_change(10, ge=1)
+    peer_timeout_minutes: float = may_change(30.0, gt=0)
     """Of several processes: what one waits for another before it ends the run, be it for the first step or
     for one that hangs. One that has ended is noticed at once."""
     data: Annotated[AnyData, Field(discriminator="name")]
     curriculum: Annotated[AnyCurriculum, Field(discriminator="name")] = EfficientTrainConfig()
-    checkpoint: CheckpointConfig = neutral(CheckpointConfig())
-    nonfinite: NonfiniteConfig = neutral(NonfiniteConfig())
-    tracker: TrackerConfig = neutral(TrackerConfig())
+    checkpoint: CheckpointConfig = may_change(CheckpointConfig())
+    nonfinite: NonfiniteConfig = may_change(NonfiniteConfig())
+    tracker: TrackerConfig = may_change(TrackerConfig())
 
     @field_validator("output")
     @classmethod
@@ -234,7 +234,7 @@ class Recipe(RunRecipe):
     model: ModelConfig = ModelConfig()
     target: Annotated[AnyTarget, Field(discriminator="name")] = PixelsConfig()
     optim: OptimConfig = OptimConfig()
-    probe: Annotated[AnyProbe, Field(discriminator="name", json_schema_extra={"neutral": True})] = (
+    probe: Annotated[AnyProbe, Field(discriminator="name", json_schema_extra={"may_change": True})] = (
         NoProbeConfig()
     )
 
@@ -285,7 +285,7 @@ class FinetuneRecipe(RunRecipe):
     model: ClassifierConfig = ClassifierConfig()
     augment: AugmentConfig = AugmentConfig()
     optim: ClassifierOptimConfig = ClassifierOptimConfig()
-    evaluate: EvaluateConfig = neutral(EvaluateConfig())
+    evaluate: EvaluateConfig = may_change(EvaluateConfig())
 
     @classmethod
     def with_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:

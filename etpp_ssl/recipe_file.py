@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from etpp_ssl.config import UserError, is_neutral
+from etpp_ssl.config import UserError, may_change_on_resume
 from etpp_ssl.files import read_text
 from etpp_ssl.messages import members_at, name_of, shown, shown_text, validation_sentence
 from etpp_ssl.recipe import FinetuneRecipe, Recipe, RunRecipe
@@ -206,7 +206,7 @@ def _differences(old: BaseModel, new: BaseModel, prefix: str) -> list[str]:
     found = []
     for field in type(old).model_fields:
         before, after = getattr(old, field), getattr(new, field)
-        if is_neutral(type(old), field) or before == after:
+        if may_change_on_resume(type(old), field) or before == after:
             continue
         if isinstance(before, BaseModel) and isinstance(after, BaseModel):
             found += _differences(before, after, f"{prefix}{field}.")

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from etpp_ssl.config import Config, UserError, neutral
+from etpp_ssl.config import Config, UserError, may_change
 from etpp_ssl.data.sampler import KeyedOrder
 from etpp_ssl.data.views import ProbeView
 from etpp_ssl.evaluation.base import ProbeContext
@@ -48,18 +48,20 @@ class AttentiveConfig(Config):
     """Attentive probe of the encoder as it stands: unmasked, at full resolution, in eval mode."""
 
     name: Literal["attentive"] = "attentive"
-    every_steps: int | None = neutral(None, ge=1)
+    every_steps: int | None = may_change(None, ge=1)
     """Optimizer steps between probes during pre-training; None probes at the end only."""
     epochs: int = Field(default=20, ge=1)
+    """Passes over the training images."""
     warmup_epochs: float = Field(default=1.0, ge=0)
     """Epochs over which the learning rate rises linearly from 0; then a cosine to 0."""
     base_lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate of AdamW per 256 images of the batch."""
     batch_size: int = Field(default=256, ge=2)
     """Images per step over all processes, at most the training set; what an epoch leaves over is dropped."""
-    micro_batch_size: int = neutral(256, ge=1)
+    micro_batch_size: int = may_change(256, ge=1)
     """Images per forward pass of the encoder, and process, at most."""
     weight_decay: float = Field(default=0.05, ge=0)
+    """Of AdamW."""
     num_heads: int | None = Field(default=None, ge=1)
     """Heads of the pooling layer; None takes the encoder's."""
     cache: bool = True

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from etpp_ssl.config import Config, neutral
+from etpp_ssl.config import Config, may_change
 from etpp_ssl.data.sources.splits import keyed_indices
 from etpp_ssl.evaluation.base import ProbeContext
 from etpp_ssl.evaluation.features import evaluating, evaluation_batches, readable_rows
@@ -23,11 +23,12 @@ class ReconstructionConfig(Config):
     """Held-out reconstruction loss; needs no labels."""
 
     name: Literal["reconstruction"] = "reconstruction"
-    every_steps: int | None = neutral(None, ge=1)
+    every_steps: int | None = may_change(None, ge=1)
     """Optimizer steps between probes during pre-training; None probes at the end only."""
     num_eval: int | None = Field(default=1024, ge=1)
     """Keyed draw of evaluation images; None takes all."""
     batch_size: int = Field(default=64, ge=1)
+    """Images per forward pass and process."""
 
     def build(self, context: ProbeContext) -> ReconstructionProbe:
         """The probe.

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from etpp_ssl.config import MAX_SIDE, Config, UserError, as_pair, legal_size, neutral, show_size
+from etpp_ssl.config import MAX_SIDE, Config, UserError, as_pair, legal_size, may_change, show_size
 from etpp_ssl.messages import shown
 from etpp_ssl.model.attention import AttentionName
 from etpp_ssl.model.encoders import EXPLICIT_NAME, encoder_args
@@ -36,11 +36,17 @@ class ClassifierConfig(Config):
     patch_size: int | tuple[int, int] | None = None
     """Pixels; None is the named model's own. Like the next six, for Vision Transformers only."""
     embed_dim: int | None = Field(default=None, ge=4, le=1 << 14)
+    """Width of the tokens; for `vit`, or in place of the named model's own."""
     depth: int | None = Field(default=None, ge=1, le=1000)
+    """Number of blocks; for `vit`, or in place of the named model's own."""
     num_heads: int | None = Field(default=None, ge=1)
+    """Heads per block, a divisor of `embed_dim`; for `vit`, or in place of the named model's own."""
     mlp_ratio: float | None = Field(default=None, gt=0, le=100)
+    """Width of a block's MLP over `embed_dim`; None is the named model's own, for `vit` 4."""
     class_token: bool | None = None
+    """Whether there is a cls token; None is the named model's own, for `vit` true."""
     reg_tokens: int | None = Field(default=None, ge=0, le=1024)
+    """Number of register tokens; None is the named model's own, for `vit` 0."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments for `timm.create_model`."""
     num_classes: int | None = Field(default=None, ge=1, le=10**6)
@@ -53,7 +59,7 @@ class ClassifierConfig(Config):
     head_init_std: float | None = Field(default=None, gt=0)
     """Standard deviation of the head's truncated normal initialisation (MAE's fine-tuning: 2e-5); None
     leaves timm's."""
-    attention: AttentionName = neutral("auto")
+    attention: AttentionName = may_change("auto")
     """Kernel of plain self-attention in training, as in pre-training: `fused` (torch's), `unfused` (plain
     products), or `auto`, what measured faster on the device; they differ by rounding."""
     grad_checkpointing: bool = False

@@ -36,8 +36,11 @@ class MAEDecoderConfig(Config):
 
     name: Literal["mae"] = "mae"
     embed_dim: int = Field(default=512, ge=4, le=1 << 14)
+    """Width of the decoder's tokens."""
     depth: int = Field(default=8, ge=1, le=1000)
+    """Number of blocks."""
     num_heads: int = Field(default=16, ge=1)
+    """Heads per block, a divisor of `embed_dim`."""
 
     @property
     def predict_ratio(self) -> float | None:
@@ -163,8 +166,11 @@ class CrossDecoderConfig(Config):
 
     name: Literal["cross"] = "cross"
     embed_dim: int = Field(default=512, ge=4, le=1 << 14)
+    """Width of the mask tokens."""
     depth: int = Field(default=12, ge=1, le=1000)
+    """Number of blocks."""
     num_heads: int = Field(default=16, ge=1)
+    """Heads per block, a divisor of `embed_dim`."""
     reads: Literal["blocks", "output"] = "blocks"
     """`blocks`: every decoder block reads its own learned weighted sum of the encoder's patch embedding
     and block outputs, through its own LayerNorm; the encoder's final norm then has no part in training.

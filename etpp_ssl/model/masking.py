@@ -152,7 +152,9 @@ class MaskRatioRamp(Config):
     """A mask ratio that changes linearly over the run's compute."""
 
     start: float = Field(gt=0, lt=1)
+    """Ratio at the start of the run."""
     end: float = Field(gt=0, lt=1)
+    """Ratio at its end."""
 
 
 class Pattern(Protocol):

@@ -29,6 +29,7 @@ class ClassifierOptimConfig(Config):
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
     """Share of the run's compute over which the learning rate rises linearly from 0."""
     weight_decay: float = Field(default=0.05, ge=0, le=1e4)
+    """Weight decay; biases, scales, position embeddings and tokens are exempt."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Of `adamw` and `lamb`."""
     eps: float = Field(default=1e-8, gt=0)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from etpp_ssl.config import UserError, neutral
+from etpp_ssl.config import UserError, may_change
 from etpp_ssl.data.formats.decode import from_picture, most_bytes
 from etpp_ssl.data.formats.picture import WholePicture, open_picture
 from etpp_ssl.data.sources.base import MAX_PIXELS, Bands, DataConfig, Picture, UnreadableImage
@@ -26,11 +26,13 @@ class TimmConfig(DataConfig):
     name: Literal["timm"] = "timm"
     dataset: str = ""
     """timm's name of the data set."""
-    root: str | None = neutral(None)
+    root: str | None = may_change(None)
     """Where it lies; `~` and environment variables are expanded."""
     split: str = "train"
+    """timm's name of the split to train on."""
     eval_split: str = "validation"
-    download: bool = neutral(False)
+    """timm's name of the split for evaluation."""
+    download: bool = may_change(False)
     """Let the library download it, where it can."""
 
     def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> TimmSource:
