@@ -74,11 +74,11 @@ def pretrain(
     fork: Fork = None,
 ) -> None:
     """Train, or go on from the run folder's newest checkpoint."""
-    from etpp_ssl.recipe_file import load_recipe
+    from etpp_ssl.recipe import Recipe
     from etpp_ssl.train.launch import pretrain as run_pretraining
 
     with stops():
-        run_pretraining(load_recipe(recipe, overrides or ()), fork)
+        run_pretraining(Recipe.load(recipe, overrides or ()), fork)
 
 
 @app.command()
@@ -88,17 +88,17 @@ def finetune(
     fork: Fork = None,
 ) -> None:
     """Train a classifier, from `init` or from scratch, or go on from the run folder's newest checkpoint."""
-    from etpp_ssl.recipe_file import load_finetune_recipe
+    from etpp_ssl.recipe import FinetuneRecipe
     from etpp_ssl.train.launch import finetune as run_finetuning
 
     with stops():
-        run_finetuning(load_finetune_recipe(recipe, overrides or ()), fork)
+        run_finetuning(FinetuneRecipe.load(recipe, overrides or ()), fork)
 
 
 @app.command()
 def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Print stages, learning rate, memory and cost, without training."""
-    from etpp_ssl.recipe_file import load_any_recipe
+    from etpp_ssl.recipe import load_any
     from etpp_ssl.run_folder import RunFolder
     from etpp_ssl.train.plan import plan_run
     from etpp_ssl.train.plan_table import print_plan
@@ -106,19 +106,19 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     folder = RunFolder(recipe) if os.path.isdir(recipe) else None
     # A pipe has no width; the table needs its own.
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    print_plan(plan_run(load_any_recipe(recipe, overrides or ()), folder), console)
+    print_plan(plan_run(load_any(recipe, overrides or ()), folder), console)
 
 
 @app.command()
 def evaluate(run: RunArgument, overrides: Overrides = None) -> None:
     """Evaluate a run's classifier: accuracy, calibration, recall of each class, confusion matrix."""
     from etpp_ssl.commands.evaluate import evaluate_run
-    from etpp_ssl.recipe_file import load_finetune_recipe
+    from etpp_ssl.recipe import FinetuneRecipe
     from etpp_ssl.report.confusion import write_evaluation
     from etpp_ssl.run_folder import RunFolder
 
     folder = RunFolder(run)
-    evaluated = evaluate_run(load_finetune_recipe(run, overrides or ()), folder, say)
+    evaluated = evaluate_run(FinetuneRecipe.load(run, overrides or ()), folder, say)
     if is_main_process():
         written = write_evaluation(folder.path, evaluated.result, evaluated.classes, evaluated.protocol)
         for name, value in evaluated.result.numbers().items():
@@ -132,9 +132,9 @@ def probe(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Evaluate an encoder as it stands: a run's, or with a recipe the weights of init=FILE-or-RUN."""
     from etpp_ssl.commands.probe import probe_run
     from etpp_ssl.dist.signals import Interrupted
-    from etpp_ssl.recipe_file import load_recipe
+    from etpp_ssl.recipe import Recipe
 
-    chosen = load_recipe(recipe, overrides or ())
+    chosen = Recipe.load(recipe, overrides or ())
     try:
         numbers = probe_run(chosen, recipe, say)
     except Interrupted as interrupted:
@@ -162,11 +162,11 @@ def embed(
 ) -> None:
     """Write features, labels and file names of a data set, from a run or from a recipe with init=WEIGHTS."""
     from etpp_ssl.commands.embed import embed as write_features
-    from etpp_ssl.recipe_file import load_recipe
+    from etpp_ssl.recipe import Recipe
     from etpp_ssl.run_folder import RunFolder
 
     file = write_features(
-        load_recipe(recipe, overrides or ()),
+        Recipe.load(recipe, overrides or ()),
         RunFolder(recipe) if os.path.isdir(recipe) else None,
         out,
         split=split.value,

@@ -39,19 +39,18 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-def neutral(default: Any = ..., **constraints: Any) -> Any:
-    """A field that never changes the trained weights, so a resumed run may differ in it.
+def may_change(default: Any = ..., **constraints: Any) -> Any:
+    """A field that may change on resume, because it never changes the trained weights.
 
-    "Never" is up to floating-point summation order: `micro_batch_size` is neutral in this sense, as
-    is the number of processes.
+    "Never" is up to floating-point summation order, as for `micro_batch_size`.
     """
-    return Field(default, json_schema_extra={"neutral": True}, **constraints)
+    return Field(default, json_schema_extra={"may_change": True}, **constraints)
 
 
-def is_neutral(config: type[BaseModel], field: str) -> bool:
-    """Whether `field` of `config` was declared with `neutral`."""
+def may_change_on_resume(config: type[BaseModel], field: str) -> bool:
+    """Whether `field` of `config` was declared with `may_change`."""
     extra = config.model_fields[field].json_schema_extra
-    return isinstance(extra, dict) and bool(extra.get("neutral"))
+    return isinstance(extra, dict) and bool(extra.get("may_change"))
 
 
 def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -1,108 +1,156 @@
-"""Recipes as YAML: read, overridden on the command line, compared.
-
-YAML as recipes use it: plain values, and an error before a hostile text takes memory or time.
-
-What is left out of YAML is what no recipe needs: aliases, tags and merges, keys that are no words or stand
-twice, null bytes, whole numbers of more digits than any setting has, deep nesting.
-"""
+"""Recipes as YAML files: found by path or name, read, extended, overridden, compared."""
 
 from __future__ import annotations
 
+import difflib
 import json
-import math
 import os
-import re
-from collections.abc import Hashable, Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from etpp_ssl.config import UserError, is_neutral
+from etpp_ssl.config import UserError, may_change_on_resume
 from etpp_ssl.files import read_text
 from etpp_ssl.messages import members_at, name_of, shown, shown_text, validation_sentence
-from etpp_ssl.recipe import FinetuneRecipe, Recipe, RunRecipe
+from etpp_ssl.recipe_yaml import MAX_BYTES, MAX_DEPTH, load_yaml, quoted
 
-TASKS: dict[str, type[Recipe] | type[FinetuneRecipe]] = {"pretrain": Recipe, "finetune": FinetuneRecipe}
-"""The recipe that a `task` stands for; without one it is the first."""
-AnyRecipe = TypeVar("AnyRecipe", Recipe, FinetuneRecipe)
+EXTENDS = "extends"
+"""Key of a recipe file that names the recipe whose values it takes over."""
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a pre-training recipe, or a run folder's, and apply `section.key=value` overrides.
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name: in a wheel inside of it, in a clone beside it."""
+    package = Path(__file__).parent
+    folders = (package / "recipes", package.parent / "recipes")
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
-    A run folder's recipe gets that folder as its output: it may have been moved.
+
+def find_recipe(source: str | Path, folder: Path = Path(), what: str = "recipe") -> Path:
+    """The file of a recipe: a path that exists, or else the name of a recipe that comes with the package.
+
+    Args:
+        source: path or name.
+        folder: where relative paths start.
+        what: how messages call it.
 
     Raises:
-        UserError: naming the key, its value and what would be valid, or for a recipe of another task.
+        UserError: if there is neither, with names that are close.
     """
-    return _parsed(*_read(path, overrides), Recipe)
+    if os.path.exists(folder / source):
+        return folder / source
+    known = shipped_recipes()
+    if str(source) in known:
+        return known[str(source)]
+    close = difflib.get_close_matches(Path(source).stem, known, n=3)
+    hint = f"recipes with a close name are {', '.join(close)}" if close else "`etpp recipes` lists the names"
+    raise UserError(f"{what} {shown_text(repr(str(source)))} does not exist; {hint}")
 
 
-def load_finetune_recipe(path: str | Path, overrides: Sequence[str] = ()) -> FinetuneRecipe:
-    """The same for a recipe of `etpp finetune`; see `load_recipe`."""
-    return _parsed(*_read(path, overrides), FinetuneRecipe)
+@dataclass(frozen=True)
+class RecipeText:
+    """A recipe's values as its files and overrides state them, not yet validated."""
+
+    layers: tuple[dict[str, Any], ...]
+    """Of the recipe and those that it extends, the first of them first."""
+    overrides: tuple[str, ...]
+    """`section.key=value` each."""
+    title: str
+    """How messages call it."""
+
+    @classmethod
+    def read(cls, source: str | Path, overrides: Sequence[str] = ()) -> RecipeText:
+        """Of a recipe's file or name, or of a run folder, which becomes the output: it may have been moved.
+
+        Raises:
+            UserError: if one of its files is missing, cannot be read or is not YAML, or extends itself.
+        """
+        file = find_recipe(source)
+        if os.path.isdir(file):
+            overrides = [f"output={quoted(str(file))}", *overrides]
+            file = file / "recipe.yaml"
+        return cls.of(_file_text(file, str(source)), overrides, str(file), file)
+
+    @classmethod
+    def of(
+        cls, text: str, overrides: Sequence[str] = (), title: str = "recipe", file: Path | None = None
+    ) -> RecipeText:
+        """Of YAML text.
+
+        Args:
+            text: the recipe.
+            overrides: `section.key=value` each.
+            title: how messages call it.
+            file: where the text is from; what it extends is looked for beside it, without it in the working
+                folder.
+        """
+        layers, seen, newest = [_values(text, title)], [file and file.resolve()], title
+        while EXTENDS in layers[0]:
+            named = layers[0].pop(EXTENDS)
+            what = f"{newest}: {EXTENDS}"
+            if not isinstance(named, str) or not named:
+                raise UserError(f"{what} is {shown(named)}; it must be the path or the name of a recipe")
+            base = find_recipe(named, seen[-1].parent if seen[-1] else Path(), what)
+            if base.resolve() in seen:
+                raise UserError(f"{what} {shown(named)} leads in a circle, back to {str(base)!r}")
+            seen.append(base.resolve())
+            newest = str(base)
+            layers.insert(0, _values(_file_text(base, named), newest))
+        return cls(tuple(layers), tuple(overrides), title)
+
+    def task(self, default: str) -> Any:
+        """The last value that is given for `task`."""
+        found: Any = default
+        for layer in self.layers:
+            found = layer.get("task", found)
+        for override in self.overrides:
+            if override.startswith("task="):
+                found = override.removeprefix("task=")
+        return found
+
+    def validated(self, kind: type[Kind], with_defaults: Callable[[dict[str, Any]], dict[str, Any]]) -> Kind:
+        """The recipe: what it extends, its own values above that, then the overrides.
+
+        Args:
+            kind: of recipe.
+            with_defaults: adds what is not `kind`'s own default.
+
+        Raises:
+            UserError: naming the key, its value and what would be valid.
+        """
+        values: dict[str, Any] = {}
+        for layer in self.layers:
+            values = _merged(values, layer, kind, [])
+        for override in self.overrides:
+            _apply(values, override, kind)
+        try:
+            # JSON mode is strict on scalars (no "3" for 3) and takes lists for tuples.
+            text = json.dumps(with_defaults(values), default=str)
+            return kind.model_validate_json(text, strict=True)
+        except ValidationError as error:
+            raise UserError(f"{self.title}: {validation_sentence(error, kind)}") from None
 
 
-def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | FinetuneRecipe:
-    """The same for a recipe of whatever task; see `load_recipe`."""
-    return parse_any_recipe(*_read(path, overrides))
-
-
-def parse_recipe(text: str, overrides: Sequence[str] = (), title: str = "recipe") -> Recipe:
-    """A pre-training recipe from YAML text; see `load_recipe`."""
-    return _parsed(text, overrides, title, Recipe)
-
-
-def parse_finetune_recipe(text: str, overrides: Sequence[str] = (), title: str = "recipe") -> FinetuneRecipe:
-    """A recipe of `etpp finetune` from YAML text; see `load_recipe`."""
-    return _parsed(text, overrides, title, FinetuneRecipe)
-
-
-def parse_any_recipe(
-    text: str, overrides: Sequence[str] = (), title: str = "recipe"
-) -> Recipe | FinetuneRecipe:
-    """A recipe of whatever task from YAML text; see `load_recipe`."""
-    values = _values(text, title)
-    if _task(values, overrides, title) == "finetune":
-        return _validated(values, overrides, title, FinetuneRecipe)
-    return _validated(values, overrides, title, Recipe)
-
-
-def changed_keys(old: RunRecipe, new: RunRecipe) -> list[str]:
+def changed_keys(old: BaseModel, new: BaseModel) -> list[str]:
     """Keys that differ and change the result of a run, as `section.key` with both values."""
     return _differences(old, new, "")
 
 
-def _read(path: str | Path, overrides: Sequence[str]) -> tuple[str, Sequence[str], str]:
-    """The text of a recipe or of a run folder's, the overrides, and how to call it in messages."""
-    path = Path(path)
-    is_folder = os.path.isdir(path)
-    file = path / "recipe.yaml" if is_folder else path
+def _file_text(file: Path, name: str) -> str:
     try:
-        text = read_text(file, MAX_BYTES)
+        return read_text(file, MAX_BYTES)
     except FileNotFoundError:
-        what = "is a folder without recipe.yaml" if is_folder else "does not exist"
-        raise UserError(f"recipe {str(path)!r} {what}") from None
+        raise UserError(f"recipe {name!r} is a folder without recipe.yaml") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"recipe {shown(str(path), 300)} cannot be read: {reason}") from error
-    if is_folder:
-        overrides = [f"output={quoted(str(path))}", *overrides]
-    return text, overrides, str(file)
-
-
-def _parsed(text: str, overrides: Sequence[str], title: str, kind: type[AnyRecipe]) -> AnyRecipe:
-    """A recipe that must be of one task."""
-    values = _values(text, title)
-    task = _task(values, overrides, title)
-    if TASKS[task] is not kind:
-        wanted = next(name for name, known in TASKS.items() if known is kind)
-        raise UserError(
-            f"{title} is of task {task} (for etpp {task}), but this takes recipes and runs of task {wanted}"
-        )
-    return _validated(values, overrides, title, kind)
+        raise UserError(f"recipe {shown(name, 300)} cannot be read: {reason}") from error
 
 
 def _values(text: str, title: str) -> dict[str, Any]:
@@ -110,31 +158,8 @@ def _values(text: str, title: str) -> dict[str, Any]:
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise UserError(f"{title} holds no `key: value` lines")
+        raise UserError(f"{title} does not hold `key: value` lines")
     return values
-
-
-def _task(values: dict[str, Any], overrides: Sequence[str], title: str) -> str:
-    task = values.get("task", "pretrain")
-    for override in overrides:
-        if override.startswith("task="):
-            task = override.removeprefix("task=")
-    if not isinstance(task, str) or task not in TASKS:
-        raise UserError(f"{title}: task is {shown(task)}; valid are {', '.join(TASKS)}")
-    return task
-
-
-def _validated(
-    values: dict[str, Any], overrides: Sequence[str], title: str, kind: type[AnyRecipe]
-) -> AnyRecipe:
-    for override in overrides:
-        _apply(values, override, kind)
-    try:
-        # JSON mode is strict on scalars (no "3" for 3) and takes lists for tuples.
-        text = json.dumps(kind.with_defaults(values), default=str)
-        return kind.model_validate_json(text, strict=True)
-    except ValidationError as error:
-        raise UserError(f"{title}: {validation_sentence(error, kind)}") from None
 
 
 def _read_yaml(text: str, title: str) -> Any:
@@ -142,10 +167,25 @@ def _read_yaml(text: str, title: str) -> Any:
         return load_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{title} is no valid YAML: {shown_text(reason)}") from None
+        raise UserError(f"{title} is not valid YAML: {shown_text(reason)}") from None
 
 
-def _apply(values: dict[str, Any], override: str, kind: type[RunRecipe]) -> None:
+def _merged(
+    base: dict[str, Any], above: dict[str, Any], kind: type[BaseModel], path: list[str]
+) -> dict[str, Any]:
+    """Two layers of the section at `path`; lists and values of the upper one replace those below."""
+    merged = dict(base)
+    if "name" in above:
+        _drop_stale(merged, above["name"], kind, path)
+    for key, value in above.items():
+        below = merged.get(key)
+        if isinstance(below, dict) and isinstance(value, dict):
+            value = _merged(below, value, kind, [*path, key])
+        merged[key] = value
+    return merged
+
+
+def _apply(values: dict[str, Any], override: str, kind: type[BaseModel]) -> None:
     key, equals, text = override.partition("=")
     title = f"override {shown(override)}"
     if not equals or not key:
@@ -153,7 +193,7 @@ def _apply(values: dict[str, Any], override: str, kind: type[RunRecipe]) -> None
     value = _read_yaml(text, title)
     *sections, leaf = key.split(".")
     if len(sections) > MAX_DEPTH:
-        raise UserError(f"{title}: its key has {len(sections) + 1:,} parts, and no recipe is so deep")
+        raise UserError(f"{title}: its key has {len(sections) + 1:,} parts, more than any recipe has")
     if _stands_for_a_name([*sections, leaf], value, kind):
         sections, leaf = [*sections, leaf], "name"
     node = values
@@ -165,17 +205,21 @@ def _apply(values: dict[str, Any], override: str, kind: type[RunRecipe]) -> None
             raise UserError(f"{title}: {'.'.join(sections[: depth + 1])} has no keys")
         node = child
     if leaf == "name":
-        # Another component takes the section over: keys that mean something else to it, or nothing, go.
-        by_name = {name_of(member): member for member in members_at(kind, sections)}
-        before = node.get("name", _default_section(sections, kind).get("name"))
-        old, new = by_name.get(before), by_name.get(value if isinstance(value, str) else None)
-        if old is not new and old is not None and new is not None:
-            for stale in [key for key in node if not _same_field(old, new, key)]:
-                del node[stale]
+        _drop_stale(node, value, kind, sections)
     node[leaf] = value
 
 
-def _stands_for_a_name(path: list[str], value: Any, kind: type[RunRecipe]) -> bool:
+def _drop_stale(node: dict[str, Any], name: Any, kind: type[BaseModel], path: list[str]) -> None:
+    """Component `name` takes over the section at `path`: keys that mean nothing or another thing to it go."""
+    by_name = {name_of(member): member for member in members_at(kind, path)}
+    before = node.get("name", _default_section(path, kind).get("name"))
+    old, new = (by_name.get(value) if isinstance(value, str) else None for value in (before, name))
+    if old is not new and old is not None and new is not None:
+        for stale in [key for key in node if not _same_field(old, new, key)]:
+            del node[stale]
+
+
+def _stands_for_a_name(path: list[str], value: Any, kind: type[BaseModel]) -> bool:
     """Whether `path=value` is short for `path.name=value`: a section of named components, and a word."""
     sections = members_at(kind, path)
     if len(path) == 1:
@@ -183,7 +227,7 @@ def _stands_for_a_name(path: list[str], value: Any, kind: type[RunRecipe]) -> bo
     return isinstance(value, str) and any(name_of(member) is not None for member in sections)
 
 
-def _default_section(path: list[str], kind: type[RunRecipe]) -> dict[str, Any]:
+def _default_section(path: list[str], kind: type[BaseModel]) -> dict[str, Any]:
     """What an override starts from where the recipe leaves a section to its default."""
     sections = members_at(kind, path)
     if len(sections) < 2:
@@ -206,7 +250,7 @@ def _differences(old: BaseModel, new: BaseModel, prefix: str) -> list[str]:
     found = []
     for field in type(old).model_fields:
         before, after = getattr(old, field), getattr(new, field)
-        if is_neutral(type(old), field) or before == after:
+        if may_change_on_resume(type(old), field) or before == after:
             continue
         if isinstance(before, BaseModel) and isinstance(after, BaseModel):
             found += _differences(before, after, f"{prefix}{field}.")
@@ -215,91 +259,19 @@ def _differences(old: BaseModel, new: BaseModel, prefix: str) -> list[str]:
     return found
 
 
-MAX_BYTES = 1 << 17
-"""Of a recipe. The largest one in use has a thirtieth of it; PyYAML takes seconds for so many."""
-MAX_DEPTH = 32
-MAX_DIGITS = 40
-"""Of a whole number; those of a real one cost nothing."""
+_MOVED = {
+    "load_recipe": "Recipe.load",
+    "load_finetune_recipe": "FinetuneRecipe.load",
+    "load_any_recipe": "load_any",
+    "parse_recipe": "Recipe.parse",
+    "parse_finetune_recipe": "FinetuneRecipe.parse",
+    "parse_any_recipe": "parse_any",
+}
 
 
-def load_yaml(text: str) -> Any:
-    """The value of a YAML text: dicts with text as keys, lists, text, numbers, dates, None.
-
-    Raises:
-        yaml.YAMLError: if it is no YAML, or more than recipes may hold.
-        ValueError: for a number or a date that is none.
-        RecursionError: not for a text within `MAX_BYTES`, but PyYAML is recursive.
-    """
-    if len(text) > MAX_BYTES:
-        raise yaml.YAMLError(f"it has {len(text):,} characters, more than {MAX_BYTES:,}")
-    return yaml.load(text, Loader=_Loader)
-
-
-def quoted(text: str) -> str:
-    """Any text as YAML on one line."""
-    return yaml.dump(text, default_style='"', width=math.inf).strip()
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats (plain PyYAML reads `5e-4` as a string), and none of what is named above.
-
-    A few nested aliases expand to more than any memory holds.
-    """
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()
-            raise yaml.YAMLError(f"aliases (*{event.anchor}) are not supported in recipes")
-        if getattr(self.peek_event(), "tag", None) is not None:
-            raise yaml.YAMLError(f"tags ({shown(self.peek_event().tag)}) are not supported in recipes")
-        if self.depth > MAX_DEPTH:
-            raise yaml.YAMLError(f"it is nested deeper than {MAX_DEPTH} levels")
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        line = node.start_mark.line + 1
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                raise yaml.YAMLError("merges (<<) are not supported in recipes")
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.YAMLError(f"key {shown(key)} below line {line} is no word: put it in quotes")
-            if key in seen:
-                raise yaml.YAMLError(f"key {shown(key)} stands twice below line {line}")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-    def construct_scalar(self, node: Any) -> Any:
-        value = super().construct_scalar(node)
-        odd = _ODD.search(value) if isinstance(value, str) else None
-        if odd:
-            what = "a null byte" if odd[0] == "\0" else "bytes that are no UTF-8"
-            raise yaml.YAMLError(f"{value[:40]!r} holds {what}")
-        return value
-
-    def construct_whole(self, node: Any) -> int:
-        """Python takes the square of the time for a number's digits, and base 60 is part of YAML 1.1."""
-        if len(node.value) > MAX_DIGITS:
-            raise yaml.YAMLError(f"{node.value[:10]}... is a whole number of {len(node.value):,} digits")
-        return int(self.construct_yaml_int(node))
-
-
-_ODD = re.compile("[\0\ud800-\udfff]")
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"""^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
-        |[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
-        |\.(?:inf|Inf|INF|nan|NaN|NAN))$""",
-        re.VERBOSE,
-    ),
-    list("-+0123456789."),
-)
+def __getattr__(name: str) -> Any:
+    """The readers of version 0.5, for one release."""
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{name} is now etpp_ssl.recipe.{_MOVED[name]}", DeprecationWarning, stacklevel=2)
+    return attrgetter(_MOVED[name])(import_module("etpp_ssl.recipe"))

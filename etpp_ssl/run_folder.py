@@ -32,8 +32,7 @@ from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.hours import TimePlan
 from etpp_ssl.files import read_text
 from etpp_ssl.messages import shown
-from etpp_ssl.recipe import FinetuneRecipe, Recipe
-from etpp_ssl.recipe_file import load_any_recipe, load_recipe
+from etpp_ssl.recipe import FinetuneRecipe, Recipe, load_any
 from etpp_ssl.run_state import RESUME_KEYS, check_state
 
 MODEL_FILE = "model.safetensors"
@@ -182,7 +181,7 @@ class RunFolder:
             UserError: if this is no folder of a pre-training run.
         """
         self._require()
-        return load_recipe(self.recipe_file)
+        return Recipe.load(self.recipe_file)
 
     def any_recipe(self) -> Recipe | FinetuneRecipe:
         """The same for a run of any task.
@@ -191,7 +190,7 @@ class RunFolder:
             UserError: if this is no run folder.
         """
         self._require()
-        return load_any_recipe(self.recipe_file)
+        return load_any(self.recipe_file)
 
     def checkpoints(self) -> list[Checkpoint]:
         """All checkpoints, newest first, whole or not."""

@@ -79,10 +79,10 @@ def tiny_recipe(tmp_path: Path) -> Callable[..., Recipe]:
 
     Call it with overrides as on the command line.
     """
-    from etpp_ssl.recipe_file import parse_recipe
+    from etpp_ssl.recipe import Recipe
 
     def build(*overrides: str) -> Recipe:
-        return parse_recipe(TINY, [f"output={tmp_path / 'run'}", *overrides])
+        return Recipe.parse(TINY, [f"output={tmp_path / 'run'}", *overrides])
 
     return build
 
@@ -93,9 +93,9 @@ def tiny_classifier(tmp_path: Path) -> Callable[..., FinetuneRecipe]:
 
     Call it with overrides as on the command line.
     """
-    from etpp_ssl.recipe_file import parse_finetune_recipe
+    from etpp_ssl.recipe import FinetuneRecipe
 
     def build(*overrides: str) -> FinetuneRecipe:
-        return parse_finetune_recipe(TINY_CLASSIFIER, [f"output={tmp_path / 'run'}", *overrides])
+        return FinetuneRecipe.parse(TINY_CLASSIFIER, [f"output={tmp_path / 'run'}", *overrides])
 
     return build

@@ -35,11 +35,11 @@ import json, os
 from tiny_runs import TINY
 from contracts.test_probes import CASES, MILD, build
 from etpp_ssl.dist.peers import leave
-from etpp_ssl.recipe_file import parse_recipe
+from etpp_ssl.recipe import Recipe
 
 found, data = [], ["data.num_images=15", "data.num_eval_images=3", "data.num_classes=3"]
 for name, overrides in CASES:
-    probe, model = build(parse_recipe(TINY, ["probe=" + name, *overrides, *MILD.get(name, []), *data]))
+    probe, model = build(Recipe.parse(TINY, ["probe=" + name, *overrides, *MILD.get(name, []), *data]))
     found.append(probe.run(model))
 with open({out!r} + "." + str(rank), "w") as file:
     json.dump(found, file)

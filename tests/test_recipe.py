@@ -13,31 +13,32 @@ from etpp_ssl.data.sources.folder import FolderConfig
 from etpp_ssl.model.decoders import CrossDecoderConfig, MAEDecoderConfig
 from etpp_ssl.model.mask_patterns import BlockMaskingConfig
 from etpp_ssl.model.masking import MaskRatioRamp
-from etpp_ssl.recipe_file import changed_keys, load_recipe, parse_recipe
+from etpp_ssl.recipe import Recipe
+from etpp_ssl.recipe_file import changed_keys
 
 MINIMAL = "output: runs/x\nbudget_epochs: 2\nbatch_size: 4\ndata: {name: synthetic}\n"
 
 
 @pytest.mark.parametrize("text", ["5e-4", "5.0e-4", "0.0005", "5E-4", "+5e-4"])
 def test_floats_are_read_as_yaml_1_2_writes_them(text: str) -> None:
-    assert parse_recipe(MINIMAL, [f"optim.base_lr={text}"]).optim.base_lr == 5e-4
+    assert Recipe.parse(MINIMAL, [f"optim.base_lr={text}"]).optim.base_lr == 5e-4
 
 
 def test_an_override_of_a_section_by_name_stands_for_its_name() -> None:
     stages = "curriculum: {name: efficienttrain, crop: lanczos, stages: [{bandwidth: 224, share: 1.0}]}\n"
-    recipe = parse_recipe(MINIMAL + stages, ["curriculum=constant"])
+    recipe = Recipe.parse(MINIMAL + stages, ["curriculum=constant"])
     assert recipe.curriculum == ConstantConfig(crop="lanczos")
 
 
 def test_a_new_data_source_does_not_inherit_the_old_ones_image_count() -> None:
     text = MINIMAL.replace("{name: synthetic}", "{name: synthetic, num_images: 7, crop_pct: 0.5}")
-    recipe = parse_recipe(text, ["data=folder", "data.root=/x"])
+    recipe = Recipe.parse(text, ["data=folder", "data.root=/x"])
     assert isinstance(recipe.data, FolderConfig)
     assert (recipe.data.num_images, recipe.data.crop_pct) == (None, 0.5)
 
 
 def test_overrides_reach_nested_keys_and_lists() -> None:
-    recipe = parse_recipe(
+    recipe = Recipe.parse(
         MINIMAL,
         [
             "image_size=[32, 48]",
@@ -56,41 +57,41 @@ def test_overrides_reach_nested_keys_and_lists() -> None:
     "override", ["model.decoder=cross", "model.decoder.name=cross", "model={decoder: {name: cross}}"]
 )
 def test_a_nested_section_is_taken_over_by_name_with_its_own_defaults(override: str) -> None:
-    decoder = parse_recipe(MINIMAL, [override]).model.decoder
+    decoder = Recipe.parse(MINIMAL, [override]).model.decoder
     assert decoder == CrossDecoderConfig()
 
 
 def test_a_new_decoder_keeps_what_means_the_same_to_it_and_drops_the_rest() -> None:
     text = MINIMAL + "model: {decoder: {embed_dim: 128, depth: 4}}\n"
-    cross = parse_recipe(text, ["model.decoder=cross"]).model.decoder
+    cross = Recipe.parse(text, ["model.decoder=cross"]).model.decoder
     assert cross == CrossDecoderConfig(embed_dim=128)
-    back = parse_recipe(
+    back = Recipe.parse(
         MINIMAL, ["model.decoder=cross", "model.decoder.reads=output", "model.decoder=mae"]
     ).model.decoder
     assert back == MAEDecoderConfig()
-    assert parse_recipe(MINIMAL, ["model.decoder.depth=3"]).model.decoder == MAEDecoderConfig(depth=3)
-    block = parse_recipe(MINIMAL, ["model.masking=block", "model.masking.max_side=0.4"]).model.masking
+    assert Recipe.parse(MINIMAL, ["model.decoder.depth=3"]).model.decoder == MAEDecoderConfig(depth=3)
+    block = Recipe.parse(MINIMAL, ["model.masking=block", "model.masking.max_side=0.4"]).model.masking
     assert block == BlockMaskingConfig(max_side=0.4)
-    assert parse_recipe(MINIMAL, ["model.masking=block", "model.masking=grid"]).model.masking.name == "grid"
+    assert Recipe.parse(MINIMAL, ["model.masking=block", "model.masking=grid"]).model.masking.name == "grid"
 
 
 def test_a_mask_ratio_is_a_number_or_a_ramp() -> None:
-    recipe = parse_recipe(MINIMAL, ["model.mask_ratio={start: 0.6, end: 0.8}"])
+    recipe = Recipe.parse(MINIMAL, ["model.mask_ratio={start: 0.6, end: 0.8}"])
     assert recipe.model.mask_ratio == MaskRatioRamp(start=0.6, end=0.8)
     assert recipe.model.final_mask_ratio == 0.8
-    changed = changed_keys(parse_recipe(MINIMAL), recipe)
+    changed = changed_keys(Recipe.parse(MINIMAL), recipe)
     assert [text.split(" ")[0] for text in changed] == ["model.mask_ratio"]
 
 
 def test_a_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
-    recipe = parse_recipe(MINIMAL, ["image_size=[32, 48]", "probe=knn", "optim.base_lr=1e-05",
+    recipe = Recipe.parse(MINIMAL, ["image_size=[32, 48]", "probe=knn", "optim.base_lr=1e-05",
                                     "model.decoder=cross", "model.masking=block",
                                     "model.mask_ratio={start: 0.6, end: 0.8}"])  # fmt: skip
     recipe.save(tmp_path / "recipe.yaml")
-    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert Recipe.load(tmp_path / "recipe.yaml") == recipe
     # A run that was moved goes on where it is now.
-    assert load_recipe(tmp_path) == recipe.model_copy(update={"output": str(tmp_path)})
-    assert load_recipe(tmp_path, ["output=elsewhere"]).output == "elsewhere"
+    assert Recipe.load(tmp_path) == recipe.model_copy(update={"output": str(tmp_path)})
+    assert Recipe.load(tmp_path, ["output=elsewhere"]).output == "elsewhere"
 
 
 @pytest.mark.parametrize(
@@ -161,12 +162,12 @@ def test_a_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
         (["batch_size"], ["'batch_size' is not of the form key=value"]),
         (["a: b=c"], ["unknown key"]),
         (["model.decoder.depth=1", "model.decoder.depth.deep=1"], ["model.decoder.depth has no keys"]),
-        (["model=[1"], ["no valid YAML"]),
+        (["model=[1"], ["not valid YAML"]),
     ],
 )
 def test_a_mistake_is_one_sentence_that_names_the_key(overrides: list[str], words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        parse_recipe(MINIMAL, overrides)
+        Recipe.parse(MINIMAL, overrides)
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
@@ -175,13 +176,13 @@ def test_a_mistake_is_one_sentence_that_names_the_key(overrides: list[str], word
 
 def test_a_run_folder_may_be_named_from_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/people/ada")
-    assert parse_recipe(MINIMAL, ["output=~/runs/a"]).output == "/people/ada/runs/a"
-    assert parse_recipe(MINIMAL, ["output=runs/~/a"]).output == "runs/~/a"
+    assert Recipe.parse(MINIMAL, ["output=~/runs/a"]).output == "/people/ada/runs/a"
+    assert Recipe.parse(MINIMAL, ["output=runs/~/a"]).output == "runs/~/a"
 
 
 def test_a_missing_key_is_named() -> None:
     with pytest.raises(UserError, match="batch_size is missing"):
-        parse_recipe(MINIMAL.replace("batch_size: 4\n", ""))
+        Recipe.parse(MINIMAL.replace("batch_size: 4\n", ""))
 
 
 @pytest.mark.parametrize(
@@ -200,18 +201,18 @@ def test_a_missing_key_is_named() -> None:
 )
 def test_what_is_no_recipe_is_refused(text: str) -> None:
     with pytest.raises(UserError):
-        parse_recipe(text)
+        Recipe.parse(text)
 
 
 def test_a_missing_file_and_a_folder_without_recipe_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        load_recipe(tmp_path / "no.yaml")
+        Recipe.load(tmp_path / "no.yaml")
     with pytest.raises(UserError, match=r"folder without recipe\.yaml"):
-        load_recipe(tmp_path)
+        Recipe.load(tmp_path)
 
 
 def test_only_keys_that_change_the_result_count_as_changes() -> None:
-    base = parse_recipe(MINIMAL)
+    base = Recipe.parse(MINIMAL)
     neutral = [
         "output=y",
         "data.num_workers=0",
@@ -223,8 +224,8 @@ def test_only_keys_that_change_the_result_count_as_changes() -> None:
         "log_every_steps=1",
         "baseline_epochs=9",
     ]
-    assert changed_keys(base, parse_recipe(MINIMAL, neutral)) == []
+    assert changed_keys(base, Recipe.parse(MINIMAL, neutral)) == []
     changed = changed_keys(
-        base, parse_recipe(MINIMAL, ["optim.base_lr=1e-3", "seed=1", "curriculum=constant"])
+        base, Recipe.parse(MINIMAL, ["optim.base_lr=1e-3", "seed=1", "curriculum=constant"])
     )
     assert [text.split(" ")[0] for text in changed] == ["seed", "curriculum.name", "optim.base_lr"]

@@ -32,7 +32,6 @@ from etpp_ssl.data.sources.synthetic import SyntheticConfig, SyntheticSource
 from etpp_ssl.data.views import Normalise, TrainView
 from etpp_ssl.model.masking import random_masking
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.recipe_file import parse_recipe
 from etpp_ssl.train.batches import TrainingBatches
 
 RECIPE = """
@@ -105,7 +104,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=24, help="steps per timing (default: %(default)s)")
     options = parser.parse_args()
-    recipe = parse_recipe(RECIPE)
+    recipe = Recipe.parse(RECIPE)
     if min(options.times, options.rounds, options.steps) < 1 or recipe.batch_size % options.times:
         parser.error(f"--rounds and --steps take 1 or more, --times a divisor of {recipe.batch_size}")
 

@@ -33,11 +33,11 @@ from torch import Tensor
 
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.curriculum.frequency import low_frequency_crop
-from etpp_ssl.model.attention import AttentionName, use_attention
+from etpp_ssl.model.attention import AttentionName
 from etpp_ssl.model.encoders import BlockRunner
 from etpp_ssl.model.patches import grid_of
+from etpp_ssl.model.timm_attention import use_attention
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.recipe_file import load_recipe
 from etpp_ssl.tasks.mae import MaskedAutoencoding
 from etpp_ssl.train.plan import cost_at
 
@@ -65,7 +65,7 @@ def main() -> None:
     """Parse, time, print."""
     options = _options()
     try:
-        recipe = load_recipe(options.recipe, options.overrides)
+        recipe = Recipe.load(options.recipe, options.overrides)
         recipe = recipe.model_copy(update={"batch_size": options.batch, "micro_batch_size": None})
         curriculum = recipe.build_curriculum(recipe.data.num_images or 10**6)
     except UserError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from etpp_ssl.config import show_size
-from etpp_ssl.recipe_file import load_finetune_recipe
+from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.train.plan import plan_run
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("in1k_*_etpp200.yaml"))
@@ -21,7 +21,7 @@ def main() -> None:
     print("| recipe | parameters (M) | G multiply-adds | compute of 300 epochs over the run's: area, FLOPs |")
     print("|---|---|---|---|")
     for path in RECIPES:
-        plan = plan_run(load_finetune_recipe(path))
+        plan = plan_run(FinetuneRecipe.load(path))
         costs = ", ".join(
             f"{show_size(row.stage.bandwidth)}: {row.cost.forward_flops / 2e9:.3g}" for row in plan.stages
         )

@@ -37,7 +37,7 @@ from etpp_ssl.data.sources.folder import FolderConfig, split_folder
 from etpp_ssl.dist.signals import Interrupted, StopRequest
 from etpp_ssl.files import append_line, replaced_file, write_text
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.recipe_file import changed_keys, load_recipe
+from etpp_ssl.recipe_file import changed_keys
 
 SAVE_SECONDS = 120
 
@@ -51,7 +51,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     if not is_clone(options.clone):
         parser.error(f"{options.clone} holds no models_mae.py")
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = Recipe.load(options.recipe, options.overrides)
     if recipe.curriculum.name != "constant":
         parser.error("the original has no curriculum: curriculum=constant")
     if recipe.target.name != "pixels" or not recipe.target.norm_pix:
@@ -79,7 +79,7 @@ def train(recipe: Recipe, clone: Path) -> None:
     folder = Path(recipe.output)
     settings = folder / "original.yaml"
     if settings.is_file():
-        changed = changed_keys(load_recipe(settings), recipe)
+        changed = changed_keys(Recipe.load(settings), recipe)
         if changed:
             raise UserError(f"{folder} was started with other settings: {'; '.join(changed)}")
     if (folder / "weights.pth").is_file():

@@ -38,7 +38,7 @@ from soak_plan import ALL_KINDS, KINDS, Blow, plan_blow, plan_workers
 from soak_report import blow_table, memory_faults, step_table, summary
 
 from etpp_ssl.config import UserError
-from etpp_ssl.recipe_file import load_recipe
+from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 
 REFERENCE_SHARE = 0.4
@@ -149,7 +149,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.processes < 1 or options.minutes <= 0:
         parser.error("--processes takes 1 or more, --minutes more than 0")
     try:
-        recipe = load_recipe(options.recipe, [*DEFAULTS, *options.overrides])
+        recipe = Recipe.load(options.recipe, [*DEFAULTS, *options.overrides])
         options.interval = recipe.checkpoint.every_steps
         options.folder.mkdir(parents=True, exist_ok=True)
     except (UserError, OSError) as error:

@@ -39,7 +39,7 @@ from study_file import Entry, Study, load_study, recorded
 from torch.backends.cpu import get_cpu_capability
 
 from etpp_ssl.files import append_line
-from etpp_ssl.recipe_file import load_recipe
+from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.run_state import LIBRARIES
 from etpp_ssl.train.plan import plan_run
@@ -160,7 +160,7 @@ def weights(entry: Entry, folder: RunFolder) -> Path:
 
 def describe(recipe: str, entry: Entry, folder: RunFolder) -> dict[str, Any]:
     """What a finished run was and cost."""
-    plan = plan_run(load_recipe(recipe, [*entry.overrides, f"output={folder.path}"]))
+    plan = plan_run(Recipe.load(recipe, [*entry.overrides, f"output={folder.path}"]))
     last = [row for row in folder.metrics() if "loss" in row][-1]
     return {
         "key": entry.key,

@@ -38,6 +38,7 @@ class StageSpec(Config):
     share: float
     """Share of the run's compute, in (0, 1]; the shares of all stages add up to 1."""
     replay: ReplaySpec | None = None
+    """Repeat loaded images in this stage; None loads every image anew."""
     batch_factor: float | None = Field(default=None, gt=0, le=1000)
     """Global batch over the recipe's `batch_size`; None leaves it to the curriculum's `large_batch`."""
 

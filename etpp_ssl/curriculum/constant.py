@@ -13,7 +13,9 @@ class ConstantConfig(Config):
 
     name: Literal["constant"] = "constant"
     crop: Literal["fourier", "lanczos"] = "fourier"
+    """As in `efficienttrain`; at full resolution both show the whole image."""
     replay: ReplaySpec | None = None
+    """Repeat loaded images; None loads every image anew."""
 
     def build(
         self,

@@ -47,6 +47,7 @@ class EfficientTrainConfig(Config):
     table: TableName = "general"
     """Published table, scaled to the image size; ignored where `stages` are given."""
     stages: tuple[StageSpec, ...] | None = Field(default=None, min_length=1)
+    """Stages of one's own, in order; None takes those of `table`."""
     crop: Literal["fourier", "lanczos"] = "fourier"
     """`fourier`: the definition, on the device. `lanczos`: the published code's approximation, a
     Lanczos resize in the data workers."""

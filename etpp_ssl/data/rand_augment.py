@@ -12,17 +12,19 @@ import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from timm.data.auto_augment import RandAugment as TimmRandAugment
-from timm.data.auto_augment import posterize, rand_augment_transform
 from torch import Tensor
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.sources.base import Interpolation
 from etpp_ssl.data.views import to_bands, to_tensor
 from etpp_ssl.randomness import derive_key
+
+if TYPE_CHECKING:
+    from timm.data.auto_augment import RandAugment as TimmRandAugment
 
 RAMP_STAGES = 10
 """Equal shares of compute that a ramp's magnitude is constant in."""
@@ -145,6 +147,8 @@ def global_draws(key: int) -> Iterator[None]:
 
 
 def _at_magnitude(config: str, hparams: dict[str, object], magnitude: float) -> TimmRandAugment:
+    from timm.data.auto_augment import posterize, rand_augment_transform
+
     # A string holds whole magnitudes only. timm writes what the string says into hparams.
     transform = rand_augment_transform(config, dict(hparams))
     for operation in transform.ops:
@@ -161,5 +165,7 @@ def _posterize(picture: Image.Image, bits: int, **others: object) -> Image.Image
     """
     if bits < 1:
         return Image.new(picture.mode, picture.size)
+    from timm.data.auto_augment import posterize
+
     kept: Image.Image = posterize(picture, bits)
     return kept

@@ -17,8 +17,7 @@ from etpp_ssl.config import Config, UserError, show_size
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.sampler import BatchRequest
 from etpp_ssl.messages import validation_sentence
-from etpp_ssl.recipe import FinetuneRecipe, Recipe
-from etpp_ssl.recipe_file import load_any_recipe
+from etpp_ssl.recipe import FinetuneRecipe, Recipe, load_any
 from etpp_ssl.run_folder import MODEL_FILE
 from etpp_ssl.train.dump import (
     RECIPE_FILE,
@@ -72,7 +71,7 @@ def read_dump(path: Path, overrides: Sequence[str] = ()) -> DumpedStep:
         what = f"has no {RECORD_FILE}" if path.is_dir() else "is no folder"
         raise UserError(f"{str(path)!r} is no dump of a step that is not finite: it {what}")
     record = _json(path / RECORD_FILE, DumpRecord)
-    recipe = load_any_recipe(path / RECIPE_FILE, overrides)
+    recipe = load_any(path / RECIPE_FILE, overrides)
 
     def check(where: str, images: Tensor, labels: Tensor, own: MicroBatchRecord) -> None:
         _check_fit(where, images, own, in_chans=recipe.in_chans, multiple=recipe.bandwidth_multiple)

@@ -24,7 +24,7 @@ from etpp_ssl.config import UserError
 from etpp_ssl.debug.dumped_step import DumpedBatch, DumpedStep, read_dump
 from etpp_ssl.debug.tracing import Origin, bad_gradients, plain_blocks, trace
 from etpp_ssl.dist.accelerator import open_accelerator
-from etpp_ssl.recipe import TrackerConfig
+from etpp_ssl.recipe_base import TrackerConfig
 from etpp_ssl.run_state import environment, environment_changes
 from etpp_ssl.tasks.base import Inputs, Task, forward_backward
 from etpp_ssl.train.open import bare_task

@@ -14,7 +14,7 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from etpp_ssl.config import UserError
 from etpp_ssl.dist.fsdp import fsdp_plugin, refuse_deepspeed
-from etpp_ssl.recipe import RunRecipe
+from etpp_ssl.recipe_base import RunRecipe
 
 
 def open_accelerator(recipe: RunRecipe) -> Accelerator:

@@ -5,10 +5,6 @@ patch tokens; a learned query finds it there (as in V-JEPA, Bardes et al. 2024, 
 2025, whose attentive probes differ in detail). The settings are fixed, no images are used to choose any.
 
 Legend: B batch, N tokens, D width, n images.
-
-One learned query that attends to an image's patch tokens: the head of the attentive probe.
-
-Legend: B batch, N tokens, D width, H heads, d = D / H.
 """
 
 from __future__ import annotations
@@ -16,17 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from einops import rearrange
 from pydantic import Field, model_validator
-from timm.layers import AttentionPoolLatent
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from etpp_ssl.config import Config, UserError, neutral
+from etpp_ssl.config import Config, UserError, may_change
 from etpp_ssl.data.sampler import KeyedOrder
 from etpp_ssl.data.views import ProbeView
 from etpp_ssl.evaluation.base import ProbeContext
@@ -44,25 +37,31 @@ from etpp_ssl.model.encoders import attention_heads
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.optim.groups import weight_decay_groups
 from etpp_ssl.optim.schedule import Schedule
-from etpp_ssl.randomness import keyed_torch
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
+    from etpp_ssl.evaluation.attentive_head import AttentiveHead
 
 
 class AttentiveConfig(Config):
     """Attentive probe of the encoder as it stands: unmasked, at full resolution, in eval mode."""
 
     name: Literal["attentive"] = "attentive"
-    every_steps: int | None = neutral(None, ge=1)
+    every_steps: int | None = may_change(None, ge=1)
     """Optimizer steps between probes during pre-training; None probes at the end only."""
     epochs: int = Field(default=20, ge=1)
+    """Passes over the training images."""
     warmup_epochs: float = Field(default=1.0, ge=0)
     """Epochs over which the learning rate rises linearly from 0; then a cosine to 0."""
     base_lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate of AdamW per 256 images of the batch."""
     batch_size: int = Field(default=256, ge=2)
     """Images per step over all processes, at most the training set; what an epoch leaves over is dropped."""
-    micro_batch_size: int = neutral(256, ge=1)
+    micro_batch_size: int = may_change(256, ge=1)
     """Images per forward pass of the encoder, and process, at most."""
     weight_decay: float = Field(default=0.05, ge=0)
+    """Of AdamW."""
     num_heads: int | None = Field(default=None, ge=1)
     """Heads of the pooling layer; None takes the encoder's."""
     cache: bool = True
@@ -98,30 +97,6 @@ class AttentiveConfig(Config):
         return AttentiveProbe(self, context)
 
 
-class AttentiveHead(nn.Module):
-    """Pooling, LayerNorm, linear classifier that starts at zero.
-
-    Args:
-        width: D.
-        num_heads: of the pooling layer.
-        num_classes: number of outputs.
-        seed: of the pooling layer.
-    """
-
-    def __init__(self, width: int, num_heads: int, num_classes: int, seed: int) -> None:
-        super().__init__()
-        self.pool = SharedQueryPool(width, num_heads, seed)
-        self.norm = nn.LayerNorm(width)
-        self.linear = nn.utils.skip_init(nn.Linear, width, num_classes)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, tokens_BND: Tensor) -> Tensor:
-        """float (B, N, D) to logits (B, classes)."""
-        logits: Tensor = self.linear(self.norm(self.pool(tokens_BND.float())))
-        return logits
-
-
 class _Part(NamedTuple):
     """Some images of a step, on this process: tokens (B, N, D) and labels (B,)."""
 
@@ -140,6 +115,8 @@ class AttentiveProbe:
 
     def run(self, model: MaskedAutoencoder) -> dict[str, float]:
         """Train a head from scratch and evaluate it."""
+        from etpp_ssl.evaluation.attentive_head import AttentiveHead
+
         config, context, encoder = self.config, self.context, model.encoder
         width = encoder.num_features
         num_heads = config.num_heads or attention_heads(encoder)
@@ -219,40 +196,3 @@ class AttentiveProbe:
         if not len(answers):
             raise UserError("probe=attentive: none of the evaluation images can be read")
         return {"attentive_top1": 100.0 * answers.double().mean().item()}
-
-
-class SharedQueryPool(AttentionPoolLatent):
-    """timm's `AttentionPoolLatent` without output projection and MLP, computed in another order.
-
-    The query is the same for all images, so the key projection can be applied to it instead of to the
-    tokens, and the value projection to the pooled tokens instead of to each: D * D operations per token
-    become H * D. The key's bias adds the same to all scores of a head, which the softmax removes.
-
-    Args:
-        width: D.
-        num_heads: H, a divisor of D.
-        seed: of the query and the projections, each uniform or normal with variance 1 / D.
-    """
-
-    def __init__(self, width: int, num_heads: int, seed: int) -> None:
-        super().__init__(width, out_features=0, num_heads=num_heads)
-        generator = keyed_torch(seed, "attentive-pool")
-        for parameter in self.parameters():
-            if parameter.ndim == 1:
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.normal_(parameter, std=width**-0.5, generator=generator)
-
-    def forward(self, tokens_BND: Tensor) -> Tensor:
-        """(B, N, D) to (B, D)."""
-        key, value = self.kv.weight.chunk(2)
-        query_Hd = rearrange(self.q(self.latent), "1 1 (H d) -> H d", H=self.num_heads)
-        key_HdD = rearrange(key, "(H d) D -> H d D", H=self.num_heads)
-        query_HD = (query_Hd[:, None] @ key_HdD)[:, 0] * self.scale
-        scores_BHN = query_HD @ tokens_BND.mT
-        pooled_BHD = scores_BHN.softmax(dim=-1) @ tokens_BND
-        value_HDd = rearrange(value, "(H d) D -> H D d", H=self.num_heads)
-        values_HBd = rearrange(pooled_BHD, "B H D -> H B D") @ value_HDd
-        bias = self.kv.bias.chunk(2)[1]
-        pooled: Tensor = rearrange(values_HBd, "H B d -> B (H d)") + bias
-        return pooled

@@ -6,15 +6,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, Protocol
 
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.masking import Masker
 from etpp_ssl.targets.base import Objective
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class ProbeStopped(Exception):

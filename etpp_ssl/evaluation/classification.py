@@ -6,17 +6,20 @@ Legend: B batch, n images, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from etpp_ssl.config import Config, UserError, neutral
+from etpp_ssl.config import Config, UserError, may_change
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import check_label
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.evaluation.features import evaluating, evaluation_batches, gather_rows, readable_rows
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 TOP_K = 5
 
@@ -24,14 +27,14 @@ TOP_K = 5
 class EvaluateConfig(Config):
     """When and how a classifier is evaluated: at full resolution, resized and centre-cropped."""
 
-    split: str | None = neutral("eval")
+    split: str | None = may_change("eval")
     """`eval`, the data's evaluation images, or `train`; null evaluates nothing."""
-    every_steps: int | None = neutral(None, ge=1)
+    every_steps: int | None = may_change(None, ge=1)
     """Optimizer steps between evaluations; None evaluates at the end only. No checkpoint is chosen by the
     result: what is exported is always the last one."""
-    batch_size: int = neutral(256, ge=1)
+    batch_size: int = may_change(256, ge=1)
     """Images per forward pass and process."""
-    num_bins: int = neutral(15, ge=1)
+    num_bins: int = may_change(15, ge=1)
     """Of the calibration error."""
 
 

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from accelerate import Accelerator
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError
@@ -19,6 +17,10 @@ from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches, eva
 from etpp_ssl.data.sampler import KeyedOrder, process_part
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.views import EvalView, Normalise
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from timm.models.vision_transformer import VisionTransformer
 
 Pool = Literal["token", "avg"]
 Precision = Literal["fp32", "bf16"]

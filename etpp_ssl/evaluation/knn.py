@@ -39,6 +39,7 @@ class KnnConfig(LabelledConfig):
     temperature: float | tuple[float, ...] = TEMPERATURE
     """Of the vote's weights, or a list to choose from."""
     batch_size: int = Field(default=256, ge=1)
+    """Images per forward pass and process."""
 
     @field_validator("k", "temperature")
     @classmethod

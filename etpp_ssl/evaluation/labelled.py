@@ -14,7 +14,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from etpp_ssl.config import Config, UserError, neutral
+from etpp_ssl.config import Config, UserError, may_change
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import check_same_classes, keyed_indices
 from etpp_ssl.evaluation.base import ProbeContext
@@ -40,7 +40,7 @@ class LabelledConfig(Config):
     """A probe on features of the encoder as it stands: unmasked, at full resolution, in eval mode."""
 
     name: str
-    every_steps: int | None = neutral(None, ge=1)
+    every_steps: int | None = may_change(None, ge=1)
     """Optimizer steps between probes during pre-training; None probes at the end only."""
     pool: Pool | None = None
     """cls token or mean of the patch tokens; None is the encoder's own."""

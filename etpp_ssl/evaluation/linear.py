@@ -17,15 +17,14 @@ from collections.abc import Generator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, model_validator
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from etpp_ssl.config import Config, UserError, is_neutral, neutral
+from etpp_ssl.config import Config, UserError, may_change, may_change_on_resume
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.views import ProbeView
 from etpp_ssl.evaluation.base import ProbeContext, ProbeStopped
@@ -45,24 +44,30 @@ from etpp_ssl.optim.lars import Lars
 from etpp_ssl.optim.schedule import Schedule
 from etpp_ssl.randomness import keyed_torch
 
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
 
 class LinearConfig(Config):
     """Linear probe of the encoder as it stands; the defaults are MAE's for ViT-B (50 epochs for L and H)."""
 
     name: Literal["linear"] = "linear"
-    every_steps: int | None = neutral(None, ge=1)
+    every_steps: int | None = may_change(None, ge=1)
     """Optimizer steps between probes during pre-training; None probes at the end only."""
     epochs: int = Field(default=90, ge=1)
+    """Passes over the training images."""
     warmup_epochs: float = Field(default=10.0, ge=0)
     """Epochs over which the learning rate rises linearly from 0; then a cosine to 0."""
     base_lr: float = Field(default=0.1, gt=0)
     """Peak learning rate per 256 images of the batch."""
     batch_size: int = Field(default=16384, ge=2)
     """Images per step over all processes, at most the training set; what an epoch leaves over is dropped."""
-    micro_batch_size: int = neutral(256, ge=1)
+    micro_batch_size: int = may_change(256, ge=1)
     """Images per forward pass and process at most; the head sees the whole batch at once."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Of LARS."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of LARS."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Area range of the random resized crop, which is drawn once and cut to the picture."""
     flip: bool = True
@@ -73,7 +78,7 @@ class LinearConfig(Config):
     """Keyed draw of training images; None takes all."""
     num_eval: int | None = Field(default=None, ge=1)
     """Keyed draw of evaluation images; None takes all."""
-    save_minutes: float = neutral(10.0, gt=0)
+    save_minutes: float = may_change(10.0, gt=0)
     """Between two writings of the state that `etpp probe` goes on from after an interruption."""
 
     @model_validator(mode="after")
@@ -231,7 +236,7 @@ class LinearProbe:
         context, config = self.context, self.config
         if context.folder is None:
             return None
-        protocol = {key: value for key, value in config if not is_neutral(LinearConfig, key)}
+        protocol = {key: value for key, value in config if not may_change_on_resume(LinearConfig, key)}
         black = torch.zeros(1, 1, 1, 1, dtype=torch.uint8, device=context.accelerator.device)
         key = state_key(
             encoder,

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from pydantic import Field, field_validator
 
-from etpp_ssl.config import neutral
+from etpp_ssl.config import may_change
 from etpp_ssl.evaluation.base import ProbeContext
 from etpp_ssl.evaluation.features import Features
 from etpp_ssl.evaluation.heads import Heads, Standardise, accuracies, train_heads
@@ -41,7 +41,7 @@ class LinearCachedConfig(LabelledConfig):
     """Give each feature mean 0 and variance 1 over the images that the heads are trained on."""
     knn_k: int | None = Field(default=None, ge=1)
     """Neighbours of a kNN vote on the same features, beside the heads; see `KnnConfig`. None for no vote."""
-    extract_batch_size: int = neutral(256, ge=1)
+    extract_batch_size: int = may_change(256, ge=1)
     """Images that are loaded together."""
 
     @field_validator("base_lrs")

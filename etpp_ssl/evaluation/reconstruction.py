@@ -10,10 +10,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from accelerate.utils import gather_object
 from pydantic import Field
 
-from etpp_ssl.config import Config, neutral
+from etpp_ssl.config import Config, may_change
 from etpp_ssl.data.sources.splits import keyed_indices
 from etpp_ssl.evaluation.base import ProbeContext
 from etpp_ssl.evaluation.features import evaluating, evaluation_batches, readable_rows
@@ -24,11 +23,12 @@ class ReconstructionConfig(Config):
     """Held-out reconstruction loss; needs no labels."""
 
     name: Literal["reconstruction"] = "reconstruction"
-    every_steps: int | None = neutral(None, ge=1)
+    every_steps: int | None = may_change(None, ge=1)
     """Optimizer steps between probes during pre-training; None probes at the end only."""
     num_eval: int | None = Field(default=1024, ge=1)
     """Keyed draw of evaluation images; None takes all."""
     batch_size: int = Field(default=64, ge=1)
+    """Images per forward pass and process."""
 
     def build(self, context: ProbeContext) -> ReconstructionProbe:
         """The probe.
@@ -78,6 +78,8 @@ class ReconstructionProbe:
                 for name, loss in context.objective.losses(values, ids_predicted, images).items():
                     sums[name] = sums.get(name, 0.0) + loss.item() * len(rows)
                 count += len(rows)
+        from accelerate.utils import gather_object
+
         shares = gather_object([(sums, count)])
         num_images = max(1, sum(images_here for _, images_here in shares))
         # A process without a readable image knows no names.

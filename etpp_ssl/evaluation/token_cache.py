@@ -6,9 +6,9 @@ Legend: B batch, N tokens, D width, n images.
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from etpp_ssl.config import UserError
@@ -17,6 +17,9 @@ from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.evaluation.base import ProbeContext
 from etpp_ssl.evaluation.features import gather_rows
 from etpp_ssl.evaluation.training import evaluated
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 
 def patch_tokens(encoder: VisionTransformer, images: Tensor) -> Tensor:

@@ -9,18 +9,12 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
-from timm.layers import trunc_normal_
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-import etpp_ssl.model.zoo.cswin
-import etpp_ssl.model.zoo.pvt  # noqa: F401  These two register what timm lacks.
-from etpp_ssl.config import MAX_SIDE, Config, UserError, as_pair, legal_size, neutral, show_size
+from etpp_ssl.config import MAX_SIDE, Config, UserError, as_pair, legal_size, may_change, show_size
 from etpp_ssl.messages import shown
-from etpp_ssl.model.attention import AttentionName, use_attention
-from etpp_ssl.model.drop_path import key_drop_path
+from etpp_ssl.model.attention import AttentionName
 from etpp_ssl.model.encoders import EXPLICIT_NAME, encoder_args
-from etpp_ssl.model.timm_net import accepted_arguments, build_net, check_sizes, is_vit, stride
 
 OWN_KEYS = {
     "img_size": "image_size",
@@ -42,11 +36,17 @@ class ClassifierConfig(Config):
     patch_size: int | tuple[int, int] | None = None
     """Pixels; None is the named model's own. Like the next six, for Vision Transformers only."""
     embed_dim: int | None = Field(default=None, ge=4, le=1 << 14)
+    """Width of the tokens; for `vit`, or in place of the named model's own."""
     depth: int | None = Field(default=None, ge=1, le=1000)
+    """Number of blocks; for `vit`, or in place of the named model's own."""
     num_heads: int | None = Field(default=None, ge=1)
+    """Heads per block, a divisor of `embed_dim`; for `vit`, or in place of the named model's own."""
     mlp_ratio: float | None = Field(default=None, gt=0, le=100)
+    """Width of a block's MLP over `embed_dim`; None is the named model's own, for `vit` 4."""
     class_token: bool | None = None
+    """Whether there is a cls token; None is the named model's own, for `vit` true."""
     reg_tokens: int | None = Field(default=None, ge=0, le=1024)
+    """Number of register tokens; None is the named model's own, for `vit` 0."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments for `timm.create_model`."""
     num_classes: int | None = Field(default=None, ge=1, le=10**6)
@@ -59,7 +59,7 @@ class ClassifierConfig(Config):
     head_init_std: float | None = Field(default=None, gt=0)
     """Standard deviation of the head's truncated normal initialisation (MAE's fine-tuning: 2e-5); None
     leaves timm's."""
-    attention: AttentionName = neutral("auto")
+    attention: AttentionName = may_change("auto")
     """Kernel of plain self-attention in training, as in pre-training: `fused` (torch's), `unfused` (plain
     products), or `auto`, what measured faster on the device; they differ by rounding."""
     grad_checkpointing: bool = False
@@ -112,6 +112,8 @@ class ClassifierConfig(Config):
         Raises:
             UserError: if the network is unknown, or does not take what the config asks for.
         """
+        from etpp_ssl.model.timm_net import accepted_arguments
+
         architecture, dims = self._dims(image_size, in_chans)
         accepted = accepted_arguments(architecture)
         args: dict[str, Any] = {**dims, **self.args, "in_chans": in_chans}
@@ -129,6 +131,8 @@ class ClassifierConfig(Config):
 
     def multiple(self, image_size: tuple[int, int], in_chans: int) -> tuple[int, int]:
         """Legal step of bandwidths per axis, pixels: a ViT's patch, otherwise the total stride."""
+        from etpp_ssl.model.timm_net import stride
+
         # The number of classes changes no size.
         return stride(*self.timm_args(image_size, in_chans, num_classes=2))
 
@@ -140,6 +144,8 @@ class ClassifierConfig(Config):
         Raises:
             UserError: if it cannot run at one of them, or its draws in training cannot be keyed.
         """
+        from etpp_ssl.model.timm_net import check_sizes
+
         architecture, args = self.timm_args(image_size, in_chans, num_classes=2)
         check_sizes(architecture, args, image_size=image_size, in_chans=in_chans, bandwidths=bandwidths)
 
@@ -155,6 +161,9 @@ class ClassifierConfig(Config):
         Raises:
             UserError: as `timm_args` and, for the full resolution, `check`.
         """
+        from etpp_ssl.model.timm_attention import use_attention
+        from etpp_ssl.model.timm_net import build_net
+
         self.check(image_size=image_size, in_chans=in_chans, bandwidths=())
         net = build_net(*self.timm_args(image_size, in_chans, num_classes))
         use_attention(net, self.attention)
@@ -171,6 +180,8 @@ class ClassifierConfig(Config):
 
     def _dims(self, image_size: tuple[int, int], in_chans: int) -> tuple[str, dict[str, Any]]:
         """The architecture, and the arguments of a ViT's dimensions."""
+        from etpp_ssl.model.timm_net import is_vit
+
         given = {key: getattr(self, key) for key in VIT_DIMS if getattr(self, key) is not None}
         patch = as_pair(given["patch_size"]) if "patch_size" in given else None
         vit = self.name == EXPLICIT_NAME or is_vit(self.name)
@@ -202,6 +213,8 @@ class ClassifierConfig(Config):
         return self.name, given
 
     def _init_head(self, net: nn.Module, std: float) -> None:
+        from timm.layers import trunc_normal_
+
         head = net.get_classifier()  # type: ignore[operator]
         if not isinstance(head, nn.Linear):
             raise UserError(f"model.head_init_std is {std}, but the head of {self.name} is no linear layer")
@@ -235,6 +248,8 @@ class Classifier(nn.Module):
     """
 
     def __init__(self, net: nn.Module, *, seed: int, grad_checkpointing: bool = False) -> None:
+        from etpp_ssl.model.drop_path import key_drop_path
+
         super().__init__()
         self.net = net
         self.drop_path_keys = key_drop_path(net, seed)
@@ -243,6 +258,8 @@ class Classifier(nn.Module):
     @property
     def transformer_blocks(self) -> list[nn.Module]:
         """A Vision Transformer's blocks, nearly all of its parameters; none of other networks."""
+        from timm.models.vision_transformer import VisionTransformer
+
         return list(self.net.blocks) if isinstance(self.net, VisionTransformer) else []
 
     def forward(self, images_BCHW: Tensor, positions_B: Tensor | None = None) -> Tensor:

@@ -23,8 +23,6 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from timm.layers import Mlp
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from etpp_ssl.config import Config, UserError
@@ -38,8 +36,11 @@ class MAEDecoderConfig(Config):
 
     name: Literal["mae"] = "mae"
     embed_dim: int = Field(default=512, ge=4, le=1 << 14)
+    """Width of the decoder's tokens."""
     depth: int = Field(default=8, ge=1, le=1000)
+    """Number of blocks."""
     num_heads: int = Field(default=16, ge=1)
+    """Heads per block, a divisor of `embed_dim`."""
 
     @property
     def predict_ratio(self) -> float | None:
@@ -92,6 +93,8 @@ class MAEDecoder(nn.Module):
         base_grid: tuple[int, int],
         num_values: int,
     ) -> None:
+        from timm.models.vision_transformer import Block
+
         super().__init__()
         self.num_prefix = num_prefix
         self.run = BlockRunner()
@@ -163,8 +166,11 @@ class CrossDecoderConfig(Config):
 
     name: Literal["cross"] = "cross"
     embed_dim: int = Field(default=512, ge=4, le=1 << 14)
+    """Width of the mask tokens."""
     depth: int = Field(default=12, ge=1, le=1000)
+    """Number of blocks."""
     num_heads: int = Field(default=16, ge=1)
+    """Heads per block, a divisor of `embed_dim`."""
     reads: Literal["blocks", "output"] = "blocks"
     """`blocks`: every decoder block reads its own learned weighted sum of the encoder's patch embedding
     and block outputs, through its own LayerNorm; the encoder's final norm then has no part in training.
@@ -297,6 +303,8 @@ class CrossBlock(nn.Module):
     """Pre-norm cross-attention and MLP."""
 
     def __init__(self, width: int, encoder_dim: int, num_heads: int) -> None:
+        from timm.layers import Mlp
+
         super().__init__()
         self.norm1 = layer_norm(width)
         self.attn = CrossAttention(width, encoder_dim, num_heads)

@@ -16,13 +16,10 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import timm
 import torch
 from einops import rearrange
-from timm.layers import PatchEmbed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -31,6 +28,9 @@ from etpp_ssl.config import UserError, as_pair, show_size
 from etpp_ssl.messages import shown
 from etpp_ssl.model.patches import gather_patches, grid_of
 from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_pos_embed
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,8 @@ def build_encoder(
         pos_embed: "sincos", fixed at MAE's table, or "learned".
         position_grid: patches per axis in whose units the table counts; None is the encoder's own grid.
     """
+    import timm
+
     encoder: VisionTransformer = timm.create_model(architecture, pretrained=False, **args)
     encoder.apply(init_linear)
     projection = encoder.patch_embed.proj
@@ -273,6 +275,10 @@ def attention_heads(encoder: VisionTransformer) -> int:
 @lru_cache(maxsize=8)
 def _named_model(name: str) -> VisionTransformer:
     """The named timm model on the meta device, checked to be one that we can mask."""
+    import timm
+    from timm.layers import PatchEmbed
+    from timm.models.vision_transformer import VisionTransformer
+
     known = timm.list_models()
     base = name.split(".")[0]
     if base not in known:

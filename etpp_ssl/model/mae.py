@@ -6,15 +6,14 @@ Legend: B batch, C channels, H, W pixels, N patches, K visible, M predicted, D w
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from etpp_ssl.config import Config, as_pair, legal_size, neutral
-from etpp_ssl.model.attention import AttentionName, use_attention
+from etpp_ssl.config import Config, as_pair, legal_size, may_change
+from etpp_ssl.model.attention import AttentionName
 from etpp_ssl.model.decoders import CrossDecoder, CrossDecoderConfig, MAEDecoder, MAEDecoderConfig
 from etpp_ssl.model.encoders import (
     BlockRunner,
@@ -26,6 +25,9 @@ from etpp_ssl.model.encoders import (
 from etpp_ssl.model.mask_patterns import BlockMaskingConfig, GridMaskingConfig, UniformMaskingConfig
 from etpp_ssl.model.masking import Masker, MaskRatioRamp, num_visible, removed_ids
 from etpp_ssl.model.patches import grid_of
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 # One line here makes a new decoder or mask pattern known to recipes.
 AnyDecoder = MAEDecoderConfig | CrossDecoderConfig
@@ -53,12 +55,19 @@ class ModelConfig(Config):
     patch_size: int | tuple[int, int] | None = None
     """Pixels; None is the named model's own."""
     embed_dim: int | None = Field(default=None, ge=4, le=1 << 14)
+    """Width of the tokens; for `vit`, or in place of the named model's own."""
     depth: int | None = Field(default=None, ge=1, le=1000)
+    """Number of blocks; for `vit`, or in place of the named model's own."""
     num_heads: int | None = Field(default=None, ge=1)
+    """Heads per block, a divisor of `embed_dim`; for `vit`, or in place of the named model's own."""
     mlp_ratio: float | None = Field(default=None, gt=0, le=100)
+    """Width of a block's MLP over `embed_dim`; None is the named model's own, for `vit` 4."""
     class_token: bool | None = None
+    """Whether there is a cls token; None is the named model's own, for `vit` true."""
     reg_tokens: int | None = Field(default=None, ge=0, le=1024)
+    """Number of register tokens; None is the named model's own, for `vit` 0."""
     pos_embed: Literal["sincos", "learned"] = "sincos"
+    """`sincos`: MAE's fixed table. `learned`: a parameter, initialised at random."""
     position_grid: tuple[int, int] | None = None
     """Patches per axis in whose units sin-cos positions are counted; None is the model's own grid. With
     `init` from another resolution, the grid of those weights keeps every place where they know it."""
@@ -69,14 +78,16 @@ class ModelConfig(Config):
     ] = 0.75
     """Share of the patches that is removed: a number, or `{start: ..., end: ...}`, linear over compute."""
     masking: Annotated[AnyMasking, Field(discriminator="name")] = UniformMaskingConfig()
+    """Which patches are removed: `uniform`, `block` or `grid`."""
     grad_checkpointing: bool = False
     """Recompute the blocks in the backward pass: less memory, about a third more compute."""
-    attention: AttentionName = neutral("auto")
+    attention: AttentionName = may_change("auto")
     """Kernel of the self-attention in pre-training: `fused` (torch's), `unfused` (plain products), or
     `auto`, what measured faster on the device; they differ by rounding."""
-    compiled: bool = neutral(False)
+    compiled: bool = may_change(False)
     """Run the blocks through `torch.compile`: a compilation for each stage."""
     decoder: Annotated[AnyDecoder, Field(discriminator="name")] = MAEDecoderConfig()
+    """What predicts the removed patches: `mae` or `cross`."""
 
     @field_validator("patch_size", "position_grid")
     @classmethod
@@ -124,6 +135,8 @@ class ModelConfig(Config):
             in_chans: C.
             num_values: V, numbers that the target asks for per patch.
         """
+        from etpp_ssl.model.timm_attention import use_attention
+
         architecture, args = self.encoder_args(image_size, in_chans)
         encoder = build_encoder(
             architecture, args, pos_embed=self.pos_embed, position_grid=self.position_grid

@@ -47,6 +47,7 @@ class BlockMaskingConfig(Config):
     min_side: float = Field(default=0.2, gt=0, le=1)
     """Smallest height and width of a rectangle, as shares of the grid's."""
     max_side: float = Field(default=0.5, gt=0, le=1)
+    """Largest height and width of a rectangle, as shares of the grid's."""
 
     @model_validator(mode="after")
     def _ordered(self) -> BlockMaskingConfig:

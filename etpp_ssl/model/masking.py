@@ -28,7 +28,9 @@ class MaskRatioRamp(Config):
     """A mask ratio that changes linearly over the run's compute."""
 
     start: float = Field(gt=0, lt=1)
+    """Ratio at the start of the run."""
     end: float = Field(gt=0, lt=1)
+    """Ratio at its end."""
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:

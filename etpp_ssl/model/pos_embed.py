@@ -14,7 +14,6 @@ import math
 from typing import NamedTuple
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from etpp_ssl.config import UserError
@@ -150,6 +149,8 @@ def resampled_pos_embed(
     """
     if grid == base_grid:
         return pos_embed
+    from timm.layers import resample_abs_pos_embed
+
     # Without old_size, timm takes any grid of the same number of tokens for a square one.
     resampled: Tensor = resample_abs_pos_embed(
         pos_embed, new_size=list(grid), old_size=list(base_grid), num_prefix_tokens=num_prefix

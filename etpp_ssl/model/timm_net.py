@@ -19,6 +19,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import etpp_ssl.model.zoo.cswin
+import etpp_ssl.model.zoo.pvt  # noqa: F401  These two register what timm lacks.
 from etpp_ssl.config import UserError, as_pair, show_size
 from etpp_ssl.messages import shown
 from etpp_ssl.model.drop_path import key_drop_path

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
-from timm.optim import Lamb
 from torch import nn
 
 from etpp_ssl.config import Config
@@ -30,6 +29,7 @@ class ClassifierOptimConfig(Config):
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
     """Share of the run's compute over which the learning rate rises linearly from 0."""
     weight_decay: float = Field(default=0.05, ge=0, le=1e4)
+    """Weight decay; biases, scales, position embeddings and tokens are exempt."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Of `adamw` and `lamb`."""
     eps: float = Field(default=1e-8, gt=0)
@@ -82,6 +82,8 @@ class ClassifierOptimConfig(Config):
         if self.name == "sgd":
             return torch.optim.SGD(groups, lr=0.0, momentum=self.momentum, nesterov=True)
         if self.name == "lamb":
+            from timm.optim import Lamb
+
             # The loop clips; here it would be done a second time, and without being asked.
             lamb: torch.optim.Optimizer = Lamb(
                 groups, lr=0.0, betas=self.betas, eps=self.eps, max_grad_norm=None

@@ -23,8 +23,11 @@ class OptimConfig(Config):
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
     """Share of the run's compute over which the learning rate rises linearly from 0."""
     weight_decay: float = Field(default=0.05, ge=0, le=1e4)
+    """Decoupled weight decay of AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the two moments."""
     eps: float = Field(default=1e-8, gt=0)
+    """AdamW's addend in the denominator."""
     decay_tokens: bool = True
     """Apply weight decay to the cls, register and mask tokens, as the original does (mmpretrain and
     timm exempt them). One-dimensional parameters and position embeddings are always exempt."""

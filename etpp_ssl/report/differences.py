@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from etpp_ssl.config import is_neutral
+from etpp_ssl.config import may_change_on_resume
 from etpp_ssl.recipe import Recipe
 
 ABSENT = "–"
@@ -47,7 +47,7 @@ def _flat(config: BaseModel, prefix: str = "", neutral: bool = False) -> dict[st
     found: dict[str, tuple[str, bool]] = {}
     for name in type(config).model_fields:
         value = getattr(config, name)
-        inside = neutral or is_neutral(type(config), name)
+        inside = neutral or may_change_on_resume(type(config), name)
         if isinstance(value, BaseModel):
             found |= _flat(value, f"{prefix}{name}.", inside)
         else:

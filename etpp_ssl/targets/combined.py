@@ -54,6 +54,7 @@ class CombinedConfig(Config):
 
     name: Literal["combined"] = "combined"
     parts: tuple[AnyPart, ...] = Field(default=(PixelsPart(), HogPart()), min_length=1)
+    """The targets: keys of `pixels` or `hog` each, with a `weight` and a `label`."""
 
     @field_validator("parts")
     @classmethod

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from etpp_ssl.config import RunFault, shown_bytes
 from etpp_ssl.dist.sharding import parted_like, whole_tensors
 from etpp_ssl.files import disk_fault, flush, flush_folder, take_place
-from etpp_ssl.recipe import CheckpointConfig
+from etpp_ssl.recipe_base import CheckpointConfig
 from etpp_ssl.run_folder import (
     EMA_FILE,
     MODEL_FILE,

@@ -13,7 +13,7 @@ from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.curriculum.hours import TimePlan, replan
 from etpp_ssl.data.training import TrainingImages
 from etpp_ssl.files import flush, write_text
-from etpp_ssl.recipe import RunRecipe
+from etpp_ssl.recipe_base import RunRecipe
 from etpp_ssl.recipe_file import changed_keys
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.run_state import TrainState, check_state

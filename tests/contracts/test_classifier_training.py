@@ -16,7 +16,6 @@ from classifier_families import FAMILIES
 from safetensors.torch import load_file
 
 from etpp_ssl.recipe import FinetuneRecipe
-from etpp_ssl.recipe_file import parse_finetune_recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.train.launch import finetune
 
@@ -46,7 +45,7 @@ checkpoint: {every_minutes: null, every_steps: 2}
 
 def build(family: str, output: Path, *overrides: str) -> FinetuneRecipe:
     model = {**FAMILIES[family], "drop_path": 0.2}
-    return parse_finetune_recipe(TRAINING, [f"output={output}", f"model={json.dumps(model)}", *overrides])
+    return FinetuneRecipe.parse(TRAINING, [f"output={output}", f"model={json.dumps(model)}", *overrides])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

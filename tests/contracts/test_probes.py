@@ -22,7 +22,6 @@ from etpp_ssl.dist.peers import leave
 from etpp_ssl.evaluation.base import Probe
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.recipe import AnyProbe, Recipe
-from etpp_ssl.recipe_file import parse_recipe
 from etpp_ssl.tasks.mae import build_probe
 
 NAMES = sorted({config.model_fields["name"].default for config in get_args(AnyProbe)} - {"none"})
@@ -127,7 +126,7 @@ def test_two_gloo_processes_give_the_numbers_of_one(
 def numbers_on_odd_data(name: str, overrides: list[str]) -> dict[str, float]:
     data = [*DATA, "data.num_images=241", "data.num_eval_images=81"]
     overrides = [*overrides, *MILD.get(name, [])]
-    probe, model = build(parse_recipe(TINY, [f"probe={name}", *overrides, *data]))
+    probe, model = build(Recipe.parse(TINY, [f"probe={name}", *overrides, *data]))
     return probe.run(model)
 
 

@@ -28,7 +28,7 @@ from etpp_ssl.data.streams.mix import MixedStream
 from etpp_ssl.data.streams.webdataset import WebDatasetConfig
 from etpp_ssl.data.training import Reader, open_training
 from etpp_ssl.data.views import TrainView
-from etpp_ssl.recipe import AnyStream
+from etpp_ssl.recipe_base import AnyStream
 
 SIZE = (16, 24)
 SEED = 6

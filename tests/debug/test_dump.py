@@ -20,7 +20,6 @@ from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
 from etpp_ssl.debug.reproduce import reproduce
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.recipe_file import parse_recipe
 from etpp_ssl.train import dump as dump_module
 from etpp_ssl.train.launch import pretrain
 
@@ -75,7 +74,7 @@ model: {name: vit, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2,
 def sound_dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("sound") / "run"
     with watched(dumps_at=(1,)) as seen, pytest.raises(KeyboardInterrupt):
-        pretrain(parse_recipe(SOUND, [f"output={run}"]))
+        pretrain(Recipe.parse(SOUND, [f"output={run}"]))
     dump = seen.dumps[1]
     assert dump is not None
     return dump

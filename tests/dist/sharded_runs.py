@@ -28,8 +28,7 @@ from torch.distributed.tensor import DTensor
 import etpp_ssl.dist.accelerator as setup
 import etpp_ssl.train.launch as launch
 from etpp_ssl.dist.sharding import own_parts, whole_tensors
-from etpp_ssl.recipe import FinetuneRecipe
-from etpp_ssl.recipe_file import load_any_recipe
+from etpp_ssl.recipe import FinetuneRecipe, load_any
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.train.run import Run
 from etpp_ssl.train.launch import finetune
@@ -107,7 +106,7 @@ def main(tasks: list[dict[str, Any]]) -> None:
             cut(Path(task["begins_as"]), Path(task["output"]))
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
-        recipe = load_any_recipe(Path(task["recipe"])).model_copy(update={"output": task["output"]})
+        recipe = load_any(Path(task["recipe"])).model_copy(update={"output": task["output"]})
         if isinstance(recipe, FinetuneRecipe):
             run: Run = finetune(recipe)
             plain: nn.Module = recipe.build_model(run.task.num_classes or 0)

@@ -22,7 +22,6 @@ from etpp_ssl.config import UserError
 from etpp_ssl.dist.fsdp import check_sharded, fsdp_plugin, unit_names
 from etpp_ssl.export.timm import export
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
-from etpp_ssl.recipe_file import parse_finetune_recipe, parse_recipe
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.train.launch import finetune
 from etpp_ssl.train.launch import pretrain
@@ -52,9 +51,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     for name, overrides in RUNS.items():
         settings = [f"output={root / name}", *COMMON, *overrides]
         if name == "classifier":
-            recipes[name] = parse_finetune_recipe(TINY_CLASSIFIER, settings)
+            recipes[name] = FinetuneRecipe.parse(TINY_CLASSIFIER, settings)
         else:
-            recipes[name] = parse_recipe(TINY, settings)
+            recipes[name] = Recipe.parse(TINY, settings)
         recipes[name].save(root / f"{name}.yaml")
 
     one = recipes["mae"].model_copy(update={"output": str(root / "one")})

@@ -12,7 +12,7 @@ from timm.layers import AttentionPoolLatent
 
 from etpp_ssl.config import UserError
 from etpp_ssl.evaluation import token_cache
-from etpp_ssl.evaluation.attentive import SharedQueryPool
+from etpp_ssl.evaluation.attentive_head import SharedQueryPool
 from etpp_ssl.evaluation.token_cache import TokenCache, patch_tokens
 from etpp_ssl.recipe import Recipe
 

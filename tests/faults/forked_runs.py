@@ -164,15 +164,14 @@ def _meet(file: Path, rank: int, count: int) -> None:
 
 
 def _run(order: dict[str, Any]) -> None:
-    from etpp_ssl.recipe import Recipe
-    from etpp_ssl.recipe_file import load_any_recipe
+    from etpp_ssl.recipe import Recipe, load_any
     from etpp_ssl.train.launch import finetune, pretrain
 
     if order.get("clock"):
         _turn_the_clock()
     if order.get("refused"):
         _fill_the_disk(order["refused"])
-    recipe = load_any_recipe(order["recipe"], order["overrides"])
+    recipe = load_any(order["recipe"], order["overrides"])
     # Data workers are forked from here, and are not what is killed.
     os.register_at_fork(after_in_child=disarm)
     if order.get("moment") is not None:

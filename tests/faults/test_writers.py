@@ -27,8 +27,8 @@ from etpp_ssl.data.prepare import PrepareConfig, prepare
 from etpp_ssl.evaluation.features import Features
 from etpp_ssl.evaluation.training import ProbeState
 from etpp_ssl.export import mae, timm, transformers
-from etpp_ssl.recipe import FinetuneRecipe, Recipe, RunRecipe
-from etpp_ssl.recipe_file import load_recipe
+from etpp_ssl.recipe import FinetuneRecipe, Recipe
+from etpp_ssl.recipe_base import RunRecipe
 from etpp_ssl.report.confusion import write_evaluation
 from etpp_ssl.report.viewer import write_grids
 from etpp_ssl.run_folder import RunFolder
@@ -172,7 +172,7 @@ def test_a_probe_that_cannot_be_recorded_has_its_result(runs: Runs, monkeypatch:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     said: list[str] = []
-    recipe = load_recipe(runs.encoder, ["probe=knn"])
+    recipe = Recipe.load(runs.encoder, ["probe=knn"])
     with monkeypatch.context() as patch:
         patch.setattr(probe_module, "append_line", refuse)
         numbers = probe_run(recipe, str(runs.encoder), said.append)

@@ -17,7 +17,7 @@ from etpp_ssl.data.prepare import PrepareConfig, prepare
 from etpp_ssl.data.sources.base import UnreadableImage
 from etpp_ssl.data.sources.folder import FileSource, FolderConfig
 from etpp_ssl.data.sources.shards import ShardsConfig
-from etpp_ssl.recipe_file import load_recipe
+from etpp_ssl.recipe import Recipe
 
 PICTURE = encoded(noise(), "PNG")
 
@@ -195,7 +195,7 @@ def test_paths_in_a_recipe_may_be_anything(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero"), Path("x" * 300), Path("a\0b")):
         with pytest.raises(UserError, match=r"^recipe '.*' cannot be read: ") as error:
-            load_recipe(path)
+            Recipe.load(path)
         assert "\n" not in str(error.value)
 
 

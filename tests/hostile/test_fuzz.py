@@ -23,7 +23,7 @@ from etpp_ssl.data.sources.file_list import FileListConfig
 from etpp_ssl.data.sources.folder import FolderConfig
 from etpp_ssl.data.sources.shards import ShardsConfig
 from etpp_ssl.data.views import EvalView, TrainView
-from etpp_ssl.recipe_file import parse_any_recipe
+from etpp_ssl.recipe import parse_any
 
 SECONDS = float(os.environ.get("ETPP_FUZZ_SECONDS", 5))
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
@@ -90,7 +90,7 @@ def test_a_mutated_recipe_is_a_recipe_or_one_sentence() -> None:
         if not overrides or draw.random() < 0.5:
             text = mutated_text(text, draw)
         try:
-            recipe = parse_any_recipe(text, overrides)
+            recipe = parse_any(text, overrides)
             recipe.build_curriculum(1000)
             taken += 1
         except UserError as error:

@@ -200,9 +200,9 @@ def test_a_strip_is_not_blown_up() -> None:
 
 @pytest.mark.parametrize("name", ["bomb.jpg", "bomb.png"])
 def test_reconstruct_names_the_file_that_it_cannot_show(name: str, tmp_path: Path) -> None:
-    from etpp_ssl.recipe_file import parse_recipe
+    from etpp_ssl.recipe import Recipe
 
-    recipe = parse_recipe("output: x\nbudget_epochs: 1\nbatch_size: 2\ndata: {name: folder, root: x}")
+    recipe = Recipe.parse("output: x\nbudget_epochs: 1\nbatch_size: 2\ndata: {name: folder, root: x}")
     (tmp_path / name).write_bytes(BOMBS[name](30_000, 30_000))
     with pytest.raises(UserError, match=f"image '.*{name}' cannot be read: it claims more pixels"):
         pictures_of_files([tmp_path / name], recipe, 1)

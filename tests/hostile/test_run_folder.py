@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.hours import TimePlan
-from etpp_ssl.recipe_file import load_recipe, parse_recipe
+from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.train.launch import pretrain
 
@@ -37,7 +37,7 @@ checkpoint: {every_minutes: null, every_steps: 4}
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with two checkpoints, the newest of its last step."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    pretrain(parse_recipe(TINY, [f"output={folder}"]))
+    pretrain(Recipe.parse(TINY, [f"output={folder}"]))
     return folder
 
 
@@ -152,7 +152,7 @@ def test_if_all_are_damaged_nothing_is_changed(run: Path, capsys: pytest.Capture
 
 def test_a_run_goes_on_from_the_one_before(run: Path, whole_run: Path) -> None:
     DAMAGE["state of brackets"](run)
-    done = pretrain(load_recipe(run))
+    done = pretrain(Recipe.load(run))
     assert done.state.step == RunFolder(whole_run).checkpoints()[0].step
     one, other = (load_file(newest(folder) / "model.safetensors") for folder in (run, whole_run))
     assert all(one[name].equal(other[name]) for name in other)
@@ -212,7 +212,7 @@ def test_rows_of_metrics_that_are_none_are_left_out(
     assert (tmp_path / "page.html").stat().st_size > 1000
     # Resuming cuts the file back, and what is no row goes.
     shutil.rmtree(newest(run))
-    pretrain(load_recipe(run))
+    pretrain(Recipe.load(run))
     assert [row["step"] for row in folder.metrics()] == [row["step"] for row in rows]
 
 

@@ -16,13 +16,12 @@ from etpp_ssl.model.attention import (
     FLOAT32_UNFUSED_TOKENS,
     UNFUSED_TOKENS,
     AttentionName,
-    SelfAttention,
     choose_kernel,
     unfused_attention,
-    use_attention,
 )
 from etpp_ssl.model.decoders import MAEDecoderConfig
 from etpp_ssl.model.mae import ModelConfig
+from etpp_ssl.model.timm_attention import SelfAttention, use_attention
 
 SHAPES = [(1, 1, 1, 1), (2, 5, 3, 4), (3, 10, 2, 7), (2, 37, 4, 8)]
 """(B, N, H, D)."""

@@ -7,8 +7,8 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from etpp_ssl.model.attention import use_attention
 from etpp_ssl.model.encoders import BlockRunner, call_block
+from etpp_ssl.model.timm_attention import use_attention
 
 
 def outcome(block: nn.Module, tokens: Tensor, run: BlockRunner | None) -> tuple[Tensor, list[Tensor]]:

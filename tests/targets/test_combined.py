@@ -11,7 +11,6 @@ from torch import Tensor
 from etpp_ssl.config import UserError
 from etpp_ssl.model.masking import random_masking, removed_ids
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.recipe_file import parse_recipe
 from etpp_ssl.targets.combined import CombinedConfig, CombinedObjective, HogPart, PixelsPart
 from etpp_ssl.targets.hog import HogConfig
 from etpp_ssl.targets.pixels import PixelsConfig
@@ -77,13 +76,13 @@ MINIMAL = "output: runs/x\nbudget_epochs: 2\nbatch_size: 4\ndata: {name: synthet
 
 
 def test_recipes_name_targets_as_any_other_section() -> None:
-    assert parse_recipe(MINIMAL).target == PixelsConfig()
-    assert parse_recipe(MINIMAL, ["target.norm_pix=false"]).target == PixelsConfig(norm_pix=False)
-    assert parse_recipe(MINIMAL, ["target=hog"]).target == HogConfig()
-    assert parse_recipe(MINIMAL, ["target=hog", "target.cell=[4, 8]"]).target == HogConfig(cell=(4, 8))
-    assert parse_recipe(MINIMAL, ["target=combined"]).target == CombinedConfig()
+    assert Recipe.parse(MINIMAL).target == PixelsConfig()
+    assert Recipe.parse(MINIMAL, ["target.norm_pix=false"]).target == PixelsConfig(norm_pix=False)
+    assert Recipe.parse(MINIMAL, ["target=hog"]).target == HogConfig()
+    assert Recipe.parse(MINIMAL, ["target=hog", "target.cell=[4, 8]"]).target == HogConfig(cell=(4, 8))
+    assert Recipe.parse(MINIMAL, ["target=combined"]).target == CombinedConfig()
     parts = "[{name: pixels, weight: 0.5}, {name: hog, cell: 4, label: hog4}, {name: hog}]"
-    recipe = parse_recipe(MINIMAL, ["target=combined", f"target.parts={parts}"])
+    recipe = Recipe.parse(MINIMAL, ["target=combined", f"target.parts={parts}"])
     assert recipe.target == CombinedConfig(
         parts=(PixelsPart(weight=0.5), HogPart(cell=4, label="hog4"), HogPart())
     )
@@ -127,7 +126,7 @@ def test_the_decoder_predicts_the_values_of_all_parts(tiny_recipe: Callable[...,
 )
 def test_a_mistake_is_one_sentence_that_names_the_key(overrides: list[str], words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        parse_recipe(MINIMAL, overrides)
+        Recipe.parse(MINIMAL, overrides)
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)

@@ -17,7 +17,6 @@ from PIL import Image
 from etpp_ssl.config import UserError
 from etpp_ssl.dist.signals import Interrupted
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.recipe_file import load_recipe
 
 # What of the clone the tools rely on: the constructor, the call, a block that takes qk_scale, np.float.
 STAND_IN = """
@@ -54,7 +53,7 @@ def recipe(tmp_path: Path) -> Recipe:
         folder = tmp_path / "images" / "train" / "ab"[number % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 17), (20 * number, 255 - 15 * number, 99)).save(folder / f"{number}.png")
-    return load_recipe(
+    return Recipe.load(
         "recipes/quickstart.yaml",
         [
             "data=folder", f"data.root={tmp_path / 'images'}", "data.num_workers=0", "probe=none",

@@ -13,7 +13,7 @@ from study_file import Study, load_study, recorded
 from study_report import draw, looks_of, markdown, minutes_of_common_days, with_tables
 from tiny_runs import TINY, TINY_CLASSIFIER
 
-from etpp_ssl.recipe_file import load_any_recipe
+from etpp_ssl.recipe import load_any
 
 STUDIES = sorted((Path(__file__).parents[2] / "tools" / "studies").glob("*.yaml"))
 
@@ -195,12 +195,12 @@ def test_the_runs_of_every_study_are_recipes(file: Path) -> None:
     assert set(found.controls.values()) <= {entry.arm for entry in found.entries}
     assert len({entry.key for entry in found.entries}) == len(found.entries)
     for entry in found.entries:
-        load_any_recipe(found.recipe, entry.overrides)
+        load_any(found.recipe, entry.overrides)
     for evaluation in found.evaluations.values():
         if evaluation.finetune is None:
-            load_any_recipe(found.recipe, evaluation.probe or ())
+            load_any(found.recipe, evaluation.probe or ())
         else:
-            load_any_recipe(evaluation.finetune, [*found.finetune_common, *evaluation.overrides])
+            load_any(evaluation.finetune, [*found.finetune_common, *evaluation.overrides])
     for line in found.results.read_text().splitlines() if found.results.is_file() else ():
         assert json.loads(line)["key"] in {entry.key for entry in found.entries}
 

@@ -12,7 +12,7 @@ from timm.optim import Lamb
 
 import etpp_ssl.train.checkpoint as checkpoint_module
 from etpp_ssl.config import UserError
-from etpp_ssl.recipe import CheckpointConfig
+from etpp_ssl.recipe_base import CheckpointConfig
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.train.checkpoint import (
     CheckpointClock,

@@ -187,14 +187,14 @@ def test_mistakes_are_told_in_a_sentence(tiny_classifier: Build, override: str, 
 def test_a_recipe_of_the_other_task_is_refused(
     tiny_classifier: Build, tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    from etpp_ssl.recipe_file import load_finetune_recipe, load_recipe
+    from etpp_ssl.recipe import FinetuneRecipe, Recipe
 
     tiny_recipe().save(tmp_path / "pretrain.yaml")
     tiny_classifier().save(tmp_path / "finetune.yaml")
     with pytest.raises(UserError, match=r"of task finetune .* task pretrain"):
-        load_recipe(tmp_path / "finetune.yaml")
+        Recipe.load(tmp_path / "finetune.yaml")
     with pytest.raises(UserError, match=r"of task pretrain .* task finetune"):
-        load_finetune_recipe(tmp_path / "pretrain.yaml")
+        FinetuneRecipe.load(tmp_path / "pretrain.yaml")
 
 
 def test_resuming_with_another_micro_batch_is_refused(tiny_classifier: Build) -> None:

@@ -11,8 +11,7 @@ import torch
 from rich.console import Console
 
 from etpp_ssl.curriculum.cost import count_cost
-from etpp_ssl.recipe import Recipe
-from etpp_ssl.recipe_file import load_any_recipe, load_recipe
+from etpp_ssl.recipe import Recipe, load_any
 from etpp_ssl.train.plan import plan_run
 from etpp_ssl.train.plan_table import print_plan
 
@@ -21,7 +20,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_has_a_plan_and_a_header_that_is_a_contract(path: Path) -> None:
-    recipe = load_any_recipe(path)
+    recipe = load_any(path)
     plan = plan_run(recipe)
     assert sum(stage.area_share for stage in plan.stages) == pytest.approx(1)
     assert sum(stage.flops_share for stage in plan.stages) == pytest.approx(1)
@@ -43,7 +42,7 @@ def test_every_recipe_has_a_plan_and_a_header_that_is_a_contract(path: Path) -> 
 
 def test_the_paper_recipe_has_the_published_numbers() -> None:
     path = next(p for p in RECIPES if p.stem == "in1k_vit_base_etpp400")
-    plan = plan_run(load_recipe(path))
+    plan = plan_run(Recipe.load(path))
     assert [stage.stage.bandwidth for stage in plan.stages] == [(96, 96), (160, 160), (224, 224)]
     assert [stage.columns["visible"] for stage in plan.stages] == ["9", "25", "49"]
     assert [round(stage.area_share, 3) for stage in plan.stages] == [0.2, 0.4, 0.4]
@@ -56,7 +55,7 @@ def test_the_paper_recipe_has_the_published_numbers() -> None:
 
 def test_bandwidths_of_patch_14_are_rounded_and_the_rounding_is_reported() -> None:
     path = next(p for p in RECIPES if p.stem == "in1k_vit_huge14_etpp")
-    plan = plan_run(load_recipe(path))
+    plan = plan_run(Recipe.load(path))
     assert [stage.stage.bandwidth[0] for stage in plan.stages] == [98, 154, 224]
     assert len(plan.notes) == 3
     assert "98" in plan.notes[0]
@@ -148,7 +147,7 @@ def printed(recipe: Recipe) -> str:
 
 def test_a_large_batch_shows_its_batches_peaks_and_memory() -> None:
     path = next(p for p in RECIPES if p.stem == "in1k_vit_base_etpp400")
-    recipe = load_recipe(path, ["curriculum.large_batch=tokens"])
+    recipe = Recipe.load(path, ["curriculum.large_batch=tokens"])
     plan = plan_run(recipe)
     assert [row.stage.batch_size for row in plan.stages] == [22272, 7936, 4096]
     assert [row.micro_batch for row in plan.stages] == [1392, 496, 256]

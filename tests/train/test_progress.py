@@ -9,12 +9,12 @@ from rich.console import Console
 from tiny_runs import TINY
 
 from etpp_ssl.curriculum.base import Curriculum
-from etpp_ssl.recipe_file import parse_recipe
+from etpp_ssl.recipe import Recipe
 from etpp_ssl.train.progress import Progress
 
 
 def curriculum() -> Curriculum:
-    return parse_recipe(TINY).build_curriculum(64)
+    return Recipe.parse(TINY).build_curriculum(64)
 
 
 def test_a_bar_that_is_started_again_after_a_rewind_is_the_only_one() -> None:

@@ -23,7 +23,6 @@ from etpp_ssl.commands.evaluate import evaluate_run
 from etpp_ssl.config import UserError
 from etpp_ssl.data.streams.base import StreamConfig
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
-from etpp_ssl.recipe_file import load_recipe
 from etpp_ssl.train.launch import finetune, pretrain
 from etpp_ssl.train.open import open_run
 from etpp_ssl.train.plan import plan_run
@@ -90,7 +89,7 @@ def _train_as(rank: int, port: int, recipe: Path, output: Path) -> None:
     )  # fmt: skip
     # Data workers would otherwise start as this process did, and load torch again.
     multiprocessing.set_start_method("fork", force=True)
-    pretrain(load_recipe(recipe, [f"output={output}"]))
+    pretrain(Recipe.load(recipe, [f"output={output}"]))
 
 
 def train_two(recipe: Path, output: Path) -> None:
@@ -124,7 +123,7 @@ def test_two_processes_save_where_both_stand_and_go_on_from_there(
     first, second = state_of(cut)["streams"]
     assert first["lanes"] != second["lanes"]
     with pytest.raises(UserError, match="read with processes 2 and cannot be resumed with 1"):
-        open_run(load_recipe(file, [f"output={cut}"]))
+        open_run(Recipe.load(file, [f"output={cut}"]))
     train_two(file, cut)
     assert_same(whole, cut)
 
@@ -254,5 +253,5 @@ def test_a_resolved_recipe_of_a_stream_reads_back_equal(
     for name, make in EXAMPLES.items():
         recipe = tiny_recipe(data_of(make(tmp_path / name), eval=EVAL))
         recipe.save(tmp_path / "recipe.yaml")
-        assert load_recipe(tmp_path / "recipe.yaml") == recipe
+        assert Recipe.load(tmp_path / "recipe.yaml") == recipe
         assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["data"]["name"] == name

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
-from etpp_ssl.config import Config, UserError, neutral
+from etpp_ssl.config import Config, UserError, may_change
 
 Bands = tuple[Image.Image, ...]
 """One decoded image: a single picture of mode L or RGB for 1 or 3 channels, otherwise one picture of
@@ -111,7 +111,7 @@ class ImageSource(Protocol):
 class DataConfig(Config, ABC):
     """Settings that every data source shares."""
 
-    num_images: int | None = neutral(None, ge=1, le=10**12)
+    num_images: int | None = may_change(None, ge=1, le=10**12)
     """Images in the training set, after `holdout`, `label_share` and `labels_per_class`: taken from the
     data where it is at hand, needed by `plan` where it is not, and checked when a run starts."""
     mean: tuple[float, ...] | None = None
@@ -131,12 +131,12 @@ class DataConfig(Config, ABC):
     decoder: Decoder = "pillow"
     """Who decodes JPEGs for `decode: reduced`. `simplejpeg` is faster; its pixels are Pillow's as long as
     both are built on the same libjpeg-turbo."""
-    crop_pct: float = neutral(0.875, gt=0, le=1)
+    crop_pct: float = may_change(0.875, gt=0, le=1)
     """Evaluation: the centre crop's share of the resized image's side (timm's `crop_pct`)."""
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=2**32)
     """Images of more pixels count as unreadable, before they are decoded: a few bytes can claim more than
     any memory holds."""
-    max_bad_share: float = neutral(0.01, ge=0, le=1)
+    max_bad_share: float = may_change(0.01, ge=0, le=1)
     """The run stops once more than this share of the data set turned out to be unreadable."""
     holdout: int = Field(default=0, ge=0)
     """Images, chosen by a keyed draw, that training never sees: for evaluation without a split."""
@@ -144,13 +144,13 @@ class DataConfig(Config, ABC):
     """Train on this share of each class, chosen by a keyed draw: rounded to whole images, at least one."""
     labels_per_class: int | None = Field(default=None, ge=1)
     """Train on so many images of each class, chosen by a keyed draw."""
-    description: str | None = neutral(None)
+    description: str | None = may_change(None)
     """One sentence about the data, for the model card."""
-    num_workers: int = neutral(4, ge=0, le=1024)
+    num_workers: int = may_change(4, ge=0, le=1024)
     """Data worker processes per training process; never changes a result."""
-    prefetch: int = neutral(2, ge=1, le=1024)
+    prefetch: int = may_change(2, ge=1, le=1024)
     """Batches that each worker keeps ready."""
-    stall_seconds: float | None = neutral(600.0, gt=0)
+    stall_seconds: float | None = may_change(600.0, gt=0)
     """The run ends, naming the images, when a batch has been waited for so long: in training, probes and
     evaluations, the start of the workers included. Only waiting counts, not the time between two batches.
     None waits for ever, for instance for a debugger in a data set."""

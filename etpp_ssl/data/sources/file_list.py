@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from etpp_ssl.config import UserError, neutral
+from etpp_ssl.config import UserError, may_change
 from etpp_ssl.data.sources.base import DataConfig, existing_folder
 from etpp_ssl.data.sources.folder import FileSource, expanded
 from etpp_ssl.files import read_text
@@ -22,11 +22,11 @@ class FileListConfig(DataConfig):
     """
 
     name: Literal["list"] = "list"
-    file: str = neutral(...)
+    file: str = may_change(...)
     """The list of training images; `~` and environment variables are expanded."""
-    eval_file: str | None = neutral(None)
+    eval_file: str | None = may_change(None)
     """The list of evaluation images; its class names must be among the training list's."""
-    root: str | None = neutral(None)
+    root: str | None = may_change(None)
     """Folder that the paths are relative to; by default the folder of the list."""
 
     def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> FileSource:

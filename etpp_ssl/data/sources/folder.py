@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from etpp_ssl.config import UserError, neutral
+from etpp_ssl.config import UserError, may_change
 from etpp_ssl.data.formats.decode import EXTENSIONS, decode, most_bytes
 from etpp_ssl.data.formats.picture import open_picture
 from etpp_ssl.data.sources.base import (
@@ -33,7 +33,7 @@ class FolderConfig(DataConfig):
     """
 
     name: Literal["folder"] = "folder"
-    root: str = neutral(...)
+    root: str = may_change(...)
     """The folder; `~` and environment variables are expanded."""
     split: str = "train"
     """Sub-folder of the training images, where `root` has one."""

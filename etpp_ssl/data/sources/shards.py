@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from etpp_ssl.config import neutral
+from etpp_ssl.config import may_change
 from etpp_ssl.data.sources.base import MAX_PIXELS, DataConfig, UnreadableImage
 from etpp_ssl.data.sources.folder import FileSource, split_folder
 from etpp_ssl.data.sources.shard_index import ShardIndex, open_index
@@ -27,7 +27,7 @@ class ShardsConfig(DataConfig):
     """
 
     name: Literal["shards"] = "shards"
-    root: str = neutral(...)
+    root: str = may_change(...)
     """The folder; `~` and environment variables are expanded."""
     split: str = "train"
     """Sub-folder of the training tars, where `root` has one."""

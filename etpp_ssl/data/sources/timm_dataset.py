@@ -8,9 +8,8 @@ import os
 from typing import Any, Literal
 
 from PIL import Image
-from timm.data import create_dataset
 
-from etpp_ssl.config import UserError, neutral
+from etpp_ssl.config import UserError, may_change
 from etpp_ssl.data.formats.decode import from_picture, most_bytes
 from etpp_ssl.data.formats.picture import WholePicture, open_picture
 from etpp_ssl.data.sources.base import MAX_PIXELS, Bands, DataConfig, Picture, UnreadableImage
@@ -27,15 +26,19 @@ class TimmConfig(DataConfig):
     name: Literal["timm"] = "timm"
     dataset: str = ""
     """timm's name of the data set."""
-    root: str | None = neutral(None)
+    root: str | None = may_change(None)
     """Where it lies; `~` and environment variables are expanded."""
     split: str = "train"
+    """timm's name of the split to train on."""
     eval_split: str = "validation"
-    download: bool = neutral(False)
+    """timm's name of the split for evaluation."""
+    download: bool = may_change(False)
     """Let the library download it, where it can."""
 
     def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> TimmSource:
         """Open the "train" or the "eval" split; see `DataConfig.open`."""
+        from timm.data import create_dataset
+
         name = self.split if split == "train" else self.eval_split
         root = None if self.root is None else str(expanded(self.root))
         self._check(root)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple, Protocol
 
 from pydantic import Field, model_validator
 
-from etpp_ssl.config import UserError, neutral
+from etpp_ssl.config import UserError, may_change
 from etpp_ssl.data.sources.base import DataConfig, ImageSource
 from etpp_ssl.data.sources.indexed import AnyIndexedData
 from etpp_ssl.data.sources.splits import open_split
@@ -89,10 +89,10 @@ class StreamConfig(DataConfig):
     """Class names in the order of the labels, where the data does not tell them. A classifier can do without,
     given `model.num_classes`: its evaluation images' classes then have to be in the order of the labels, and
     lend it their names."""
-    eval: Annotated[AnyIndexedData, Field(discriminator="name")] | None = neutral(None)
+    eval: Annotated[AnyIndexedData, Field(discriminator="name")] | None = may_change(None)
     """Data that is read by index, for evaluation: its "eval" part, and its "train" part for probes that
     need labelled training images. Its settings of loading and of views have no effect."""
-    num_workers: int = neutral(4, ge=0)
+    num_workers: int = may_change(4, ge=0)
     """Data worker processes per training process. The order of the images depends on it, so that a resumed
     run needs the same number (0 and 1 are the same)."""
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from itertools import count
 from typing import Any, Literal
 
-from etpp_ssl.config import UserError, listed, neutral
+from etpp_ssl.config import UserError, listed, may_change
 from etpp_ssl.data.sources.folder import printable
 from etpp_ssl.data.streams.base import Item, StreamConfig, require_library
 from etpp_ssl.data.streams.lanes import ShardSettings
@@ -24,9 +24,10 @@ class HuggingFaceSettings(ShardSettings):
     `data_files` are of. It is never downloaded as a whole."""
     config_name: str | None = None
     """The data set's configuration, where it has several."""
-    data_files: str | tuple[str, ...] | None = neutral(None)
+    data_files: str | tuple[str, ...] | None = may_change(None)
     """Files, patterns or URLs for a format."""
     split: str = "train"
+    """Which split of the data set."""
     image_column: str = "image"
     """Column of images, or of encoded files as bytes."""
     label_column: str | None = "label"

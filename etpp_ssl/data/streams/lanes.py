@@ -26,7 +26,7 @@ from typing import NamedTuple, Protocol
 import torch
 from pydantic import Field
 
-from etpp_ssl.config import Config, RunFault, UserError, neutral
+from etpp_ssl.config import Config, RunFault, UserError, may_change
 from etpp_ssl.data.streams.base import Cursor, Item
 from etpp_ssl.randomness import keyed_torch
 
@@ -57,7 +57,7 @@ class ShardSettings(Config, ABC):
 
     shuffle_buffer: int = Field(default=1000, ge=1)
     """Images that are shuffled together. Every data worker keeps so many of them, encoded, in memory."""
-    retries: int = neutral(3, ge=0)
+    retries: int = may_change(3, ge=0)
     """Times that a shard which cannot be read is opened again before the run stops."""
 
     @abstractmethod

@@ -50,6 +50,7 @@ class MixConfig(StreamConfig):
 
     name: Literal["mix"] = "mix"
     sources: tuple[AnyPart, ...]
+    """The streams, each with the keys of its own kind (`webdataset`, `huggingface`) and a `weight`."""
 
     @field_validator("sources")
     @classmethod

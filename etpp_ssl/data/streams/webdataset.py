@@ -14,7 +14,7 @@ from typing import IO, Any, Literal
 
 from pydantic import field_validator
 
-from etpp_ssl.config import UserError, neutral
+from etpp_ssl.config import UserError, may_change
 from etpp_ssl.data.sources.folder import expanded, printable
 from etpp_ssl.data.streams.base import Item, StreamConfig, require_library
 from etpp_ssl.data.streams.lanes import ShardSettings
@@ -29,7 +29,7 @@ _META = re.compile(r"__[^/]*__($|/)")
 class WebDatasetSettings(ShardSettings):
     """Which tars, and what in them is an image."""
 
-    urls: str | tuple[str, ...] = neutral(...)
+    urls: str | tuple[str, ...] = may_change(...)
     """A folder, a pattern of local files (`*`, `?`), a pattern with braces (`{0000..0127}`), or a list of
     these. URLs are opened by webdataset: `http:`, `https:` (by curl), `gs:` (by gsutil), `hf:`, and
     `pipe:COMMAND` for everything else, for instance `pipe:aws s3 cp s3://bucket/0000.tar -`. COMMAND runs
