@@ -100,8 +100,7 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Print stages, learning rate, memory and cost, without training."""
     from etpp_ssl.recipe import load_any
     from etpp_ssl.run_folder import RunFolder
-    from etpp_ssl.train.plan import plan_run
-    from etpp_ssl.train.plan_table import print_plan
+    from etpp_ssl.train.plan import plan_run, print_plan
 
     folder = RunFolder(recipe) if os.path.isdir(recipe) else None
     # A pipe has no width; the table needs its own.

@@ -20,8 +20,7 @@ from etpp_ssl.evaluation.reconstruction import ReconstructionConfig
 from etpp_ssl.model.classifier import Classifier, ClassifierConfig
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.masking import Masker
-from etpp_ssl.optim.classifier import ClassifierOptimConfig
-from etpp_ssl.optim.schedule import OptimConfig
+from etpp_ssl.optim.optimizers import ClassifierOptimConfig, OptimConfig
 from etpp_ssl.recipe_base import RunRecipe, task_of
 from etpp_ssl.recipe_file import RecipeText
 from etpp_ssl.targets.base import Objective

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 from accelerate_recipes import FOLDER, fsdp_environment, launch_arguments
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-from etpp_ssl.dist.fsdp import fsdp_plugin
+from etpp_ssl.dist.sharding import fsdp_plugin
 from etpp_ssl.run_folder import RunFolder
 
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -149,7 +149,7 @@ def test_only_a_run_that_was_stopped_is_requeued(
 
 @pytest.mark.parametrize("state", ["running", "stopped", "finished", "failed"])
 def test_the_engines_own_status_decides(state: str, bash: dict[str, str]) -> None:
-    from etpp_ssl.train import status
+    from etpp_ssl.train import records as status
 
     folder = RunFolder(bash["RUN"])
     folder.recipe_file.touch()

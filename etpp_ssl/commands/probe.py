@@ -14,8 +14,7 @@ from accelerate import Accelerator
 from etpp_ssl.config import UserError
 from etpp_ssl.data.views import Normalise
 from etpp_ssl.dist.accelerator import open_accelerator
-from etpp_ssl.dist.agreement import Agreement
-from etpp_ssl.dist.peers import leave, with_peers
+from etpp_ssl.dist.peers import Agreement, leave, with_peers
 from etpp_ssl.dist.signals import Interrupted, StopRequest
 from etpp_ssl.evaluation.base import ProbeStopped
 from etpp_ssl.files import append_line, disk_fault

@@ -13,7 +13,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from etpp_ssl.config import UserError
-from etpp_ssl.dist.fsdp import fsdp_plugin, refuse_deepspeed
+from etpp_ssl.dist.sharding import fsdp_plugin, refuse_deepspeed
 from etpp_ssl.recipe_base import RunRecipe
 
 

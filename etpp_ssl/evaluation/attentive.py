@@ -36,7 +36,7 @@ from etpp_ssl.evaluation.training import (
 from etpp_ssl.model.encoders import attention_heads
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.optim.groups import weight_decay_groups
-from etpp_ssl.optim.schedule import Schedule
+from etpp_ssl.optim.optimizers import Schedule
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer

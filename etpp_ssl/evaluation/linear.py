@@ -41,7 +41,7 @@ from etpp_ssl.evaluation.training import (
 )
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.optim.lars import Lars
-from etpp_ssl.optim.schedule import Schedule
+from etpp_ssl.optim.optimizers import Schedule
 from etpp_ssl.randomness import keyed_torch
 
 if TYPE_CHECKING:

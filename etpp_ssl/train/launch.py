@@ -11,8 +11,8 @@ from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.train.loop import train
 from etpp_ssl.train.nonfinite import NonFinite, rewind
 from etpp_ssl.train.open import open_run, prepare_run
+from etpp_ssl.train.records import write_status
 from etpp_ssl.train.run import Run
-from etpp_ssl.train.status import write_status
 from etpp_ssl.train.time_budget import decide_steps
 
 

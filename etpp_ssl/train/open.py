@@ -17,14 +17,15 @@ from torch import nn
 from etpp_ssl.config import UserError
 from etpp_ssl.data.training import TrainingImages
 from etpp_ssl.dist.accelerator import open_accelerator
-from etpp_ssl.dist.fsdp import check_sharded, prepare, sharding_in_use
 from etpp_ssl.dist.peers import with_peers
+from etpp_ssl.dist.sharding import check_sharded, prepare, sharding_in_use
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.tasks.base import Task
 from etpp_ssl.tasks.classify import Classification, open_evaluation
 from etpp_ssl.tasks.mae import MaskedAutoencoding, build_probe
+from etpp_ssl.train.batches import check_stream
 from etpp_ssl.train.checkpoint import load_checkpoint
 from etpp_ssl.train.ema import WeightAverage
 from etpp_ssl.train.memory import check_host_memory, check_replay, replay_notes
@@ -32,7 +33,6 @@ from etpp_ssl.train.metrics import MetricsFile
 from etpp_ssl.train.progress import Progress
 from etpp_ssl.train.run import Run
 from etpp_ssl.train.start import prepare_folder, starting_point
-from etpp_ssl.train.streams import check_stream
 
 
 @with_peers()

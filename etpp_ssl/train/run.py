@@ -18,18 +18,17 @@ from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.replay import Replay, ReplayPlan
 from etpp_ssl.data.sampler import RequestSampler
 from etpp_ssl.data.training import Reader, TrainingImages
-from etpp_ssl.dist.agreement import Agreement, agree_on_start
+from etpp_ssl.dist.peers import Agreement, agree_on_start
 from etpp_ssl.dist.sharding import Copies
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.run_state import TrainState, environment, environment_changes
 from etpp_ssl.tasks.base import Task
-from etpp_ssl.train.batches import TrainingBatches
+from etpp_ssl.train.batches import TrainingBatches, follow_stream, place_in_stream
 from etpp_ssl.train.ema import WeightAverage
-from etpp_ssl.train.folder_lock import FolderLock
 from etpp_ssl.train.metrics import MetricsFile
 from etpp_ssl.train.progress import Progress
-from etpp_ssl.train.streams import follow_stream, place_in_stream
+from etpp_ssl.train.start import FolderLock
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,7 @@ from sharded_runs import cut
 from tiny_runs import TINY, TINY_CLASSIFIER
 
 from etpp_ssl.config import UserError
-from etpp_ssl.dist.fsdp import check_sharded, fsdp_plugin, unit_names
+from etpp_ssl.dist.sharding import check_sharded, fsdp_plugin, unit_names
 from etpp_ssl.export.timm import export
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import Checkpoint, RunFolder

@@ -11,8 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from etpp_ssl.optim.classifier import ClassifierOptimConfig
-from etpp_ssl.optim.schedule import set_learning_rate
+from etpp_ssl.optim.optimizers import ClassifierOptimConfig, set_learning_rate
 
 CPU = torch.device("cpu")
 LR, WEIGHT_DECAY, EPS = 0.1, 0.3, 1e-8

@@ -16,9 +16,8 @@ from torch import nn
 import etpp_ssl.model.zoo.cswin
 import etpp_ssl.model.zoo.pvt  # noqa: F401  These register what timm lacks.
 from etpp_ssl.config import UserError
-from etpp_ssl.optim.classifier import ClassifierOptimConfig
 from etpp_ssl.optim.groups import layer_ids, parameter_groups
-from etpp_ssl.optim.schedule import set_learning_rate
+from etpp_ssl.optim.optimizers import ClassifierOptimConfig, set_learning_rate
 
 DECAY = 0.7
 

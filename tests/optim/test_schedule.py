@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from etpp_ssl.curriculum.efficienttrain import EfficientTrain
-from etpp_ssl.optim.schedule import OptimConfig, Schedule
+from etpp_ssl.optim.optimizers import OptimConfig, Schedule
 
 
 @given(

@@ -12,8 +12,7 @@ from rich.console import Console
 
 from etpp_ssl.curriculum.cost import count_cost
 from etpp_ssl.recipe import Recipe, load_any
-from etpp_ssl.train.plan import plan_run
-from etpp_ssl.train.plan_table import print_plan
+from etpp_ssl.train.plan import plan_run, print_plan
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 

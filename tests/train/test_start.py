@@ -13,8 +13,8 @@ import pytest
 from etpp_ssl.config import UserError
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.train.folder_lock import LOCK_FILE, FolderLock
 from etpp_ssl.train.launch import pretrain
+from etpp_ssl.train.start import LOCK_FILE, FolderLock
 
 
 def hold(folder: Path, pipe: Connection) -> None:

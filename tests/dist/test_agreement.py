@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from etpp_ssl.config import UserError
-from etpp_ssl.dist import agreement
+from etpp_ssl.dist import peers
 from etpp_ssl.recipe import Recipe
 
 
@@ -35,7 +35,7 @@ def test_machines_may_differ_in_what_changes_no_sample(
     recipe, where = tiny_recipe().model_dump(), {"step": 0, "data": "same"}
     monkeypatch.setattr(agreement, "gather_object", lambda here: [*here, {**here[0], key: value}])
     if agrees:
-        agreement.agree_on_start(two, recipe, where, is_stream=is_stream)
+        peers.agree_on_start(two, recipe, where, is_stream=is_stream)
     else:
         with pytest.raises(UserError, match=f"process 1 has opened another run than process 0: {key}"):
-            agreement.agree_on_start(two, recipe, where, is_stream=is_stream)
+            peers.agree_on_start(two, recipe, where, is_stream=is_stream)
