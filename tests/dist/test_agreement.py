@@ -33,7 +33,7 @@ def test_machines_may_differ_in_what_changes_no_sample(
 ) -> None:
     two: Any = SimpleNamespace(num_processes=2)
     recipe, where = tiny_recipe().model_dump(), {"step": 0, "data": "same"}
-    monkeypatch.setattr(agreement, "gather_object", lambda here: [*here, {**here[0], key: value}])
+    monkeypatch.setattr(peers, "gather_object", lambda here: [*here, {**here[0], key: value}])
     if agrees:
         peers.agree_on_start(two, recipe, where, is_stream=is_stream)
     else:
