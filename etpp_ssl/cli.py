@@ -280,8 +280,8 @@ def reconstruct(
     count: Annotated[int, typer.Option(min=1, help="Images of each folder, or of the run's data.")] = 8,
 ) -> None:
     """Show what a run makes of masked images: one PNG per image."""
+    from etpp_ssl.report.grid import write_grids
     from etpp_ssl.report.reconstruction import parse_bandwidth
-    from etpp_ssl.report.viewer import write_grids
 
     files = write_grids(
         run,

@@ -28,9 +28,8 @@ from etpp_ssl.data.formats.picture import WholePicture
 from etpp_ssl.data.sources.base import Bands, Picture
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.evaluation.features import extract_features, pooled_features
-from etpp_ssl.evaluation.heads import train_heads
 from etpp_ssl.evaluation.knn import knn_sweep, knn_vote
-from etpp_ssl.evaluation.linear_cached import LinearCachedConfig
+from etpp_ssl.evaluation.linear_cached import LinearCachedConfig, train_heads
 from etpp_ssl.model.mae import ModelConfig
 from etpp_ssl.randomness import keyed_numpy
 

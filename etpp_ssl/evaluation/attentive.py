@@ -9,34 +9,35 @@ Legend: B batch, N tokens, D width, n images.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from etpp_ssl.config import Config, UserError, may_change
-from etpp_ssl.data.sampler import KeyedOrder
+from etpp_ssl.config import UserError
+from etpp_ssl.data.sampler import KeyedOrder, process_part
+from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.views import ProbeView
 from etpp_ssl.evaluation.base import ProbeContext
 from etpp_ssl.evaluation.features import evaluating, gather_rows
-from etpp_ssl.evaluation.token_cache import TokenCache, patch_tokens
+from etpp_ssl.evaluation.labelled import LabelledImages
 from etpp_ssl.evaluation.training import (
     EpochSteps,
+    HeadConfig,
     epoch_steps,
     evaluated,
     frozen,
-    open_labelled,
     training_batches,
 )
 from etpp_ssl.model.encoders import attention_heads
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.optim.groups import weight_decay_groups
-from etpp_ssl.optim.optimizers import Schedule
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -44,12 +45,10 @@ if TYPE_CHECKING:
     from etpp_ssl.evaluation.attentive_head import AttentiveHead
 
 
-class AttentiveConfig(Config):
+class AttentiveConfig(HeadConfig):
     """Attentive probe of the encoder as it stands: unmasked, at full resolution, in eval mode."""
 
     name: Literal["attentive"] = "attentive"
-    every_steps: int | None = may_change(None, ge=1)
-    """Optimizer steps between probes during pre-training; None probes at the end only."""
     epochs: int = Field(default=20, ge=1)
     """Passes over the training images."""
     warmup_epochs: float = Field(default=1.0, ge=0)
@@ -58,35 +57,18 @@ class AttentiveConfig(Config):
     """Peak learning rate of AdamW per 256 images of the batch."""
     batch_size: int = Field(default=256, ge=2)
     """Images per step over all processes, at most the training set; what an epoch leaves over is dropped."""
-    micro_batch_size: int = may_change(256, ge=1)
-    """Images per forward pass of the encoder, and process, at most."""
     weight_decay: float = Field(default=0.05, ge=0)
-    """Of AdamW."""
+    """Of the head's weight matrices and its query."""
+    crop_scale: tuple[float, float] = (0.3, 1.0)
+    """Without `cache`: area range of the random resized crop."""
+    flip: bool = True
+    """Without `cache`: mirror half of the training images."""
     num_heads: int | None = Field(default=None, ge=1)
     """Heads of the pooling layer; None takes the encoder's."""
     cache: bool = True
     """True: the training images are seen in the evaluation view, and their tokens computed once and kept in
     memory, in bf16: 2 * n * N * D bytes over all processes (CIFAR-10, 64 tokens of width 128: 0.8 GB).
     False: augmented views, computed anew every epoch."""
-    crop_scale: tuple[float, float] = (0.3, 1.0)
-    """Without `cache`: area range of the random resized crop."""
-    flip: bool = True
-    """Without `cache`: mirror half of the training images."""
-    num_train: int | None = Field(default=None, ge=1)
-    """Keyed draw of training images; None takes all."""
-    num_eval: int | None = Field(default=None, ge=1)
-    """Keyed draw of evaluation images; None takes all."""
-
-    @model_validator(mode="after")
-    def _ranges(self) -> AttentiveConfig:
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"warmup_epochs is {self.warmup_epochs:g}: use less than the {self.epochs} epochs"
-            )
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale is {[low, high]}: use two shares of the area, 0 < low <= high <= 1")
-        return self
 
     def build(self, context: ProbeContext) -> AttentiveProbe:
         """The probe.
@@ -111,7 +93,7 @@ class AttentiveProbe:
     def __init__(self, config: AttentiveConfig, context: ProbeContext) -> None:
         self.config = config
         self.context = context
-        self.images = open_labelled(context, "attentive", config.num_train, config.num_eval)
+        self.images = LabelledImages.open(context, config.name).drawn(config, context.seed)
 
     def run(self, model: MaskedAutoencoder) -> dict[str, float]:
         """Train a head from scratch and evaluate it."""
@@ -138,11 +120,7 @@ class AttentiveProbe:
 
     def _train(self, head: AttentiveHead, plan: EpochSteps, parts: Iterable[_Part]) -> None:
         config = self.config
-        schedule = Schedule(
-            peak=config.base_lr * plan.batch_size / 256,
-            minimum=0.0,
-            warmup_share=config.warmup_epochs / config.epochs,
-        )
+        schedule = config.schedule(plan.batch_size)
         groups = weight_decay_groups(head, weight_decay=config.weight_decay, decay_tokens=True)
         optimizer = torch.optim.AdamW(groups, lr=0.0)
         for step, here in groupby(parts, key=lambda part: part.step):
@@ -196,3 +174,75 @@ class AttentiveProbe:
         if not len(answers):
             raise UserError("probe=attentive: none of the evaluation images can be read")
         return {"attentive_top1": 100.0 * answers.double().mean().item()}
+
+
+def patch_tokens(encoder: VisionTransformer, images: Tensor) -> Tensor:
+    """What `forward_features` gives, without the prefix tokens: (B, C, H, W) to (B, N, D)."""
+    tokens: Tensor = encoder.forward_features(images)
+    return tokens[:, encoder.num_prefix_tokens :]
+
+
+class TokenCache:
+    """bf16 patch tokens of this process's part of a source: each readable image once, in the evaluation view.
+
+    Args:
+        context: the run.
+        encoder: in eval mode.
+        source: labelled images.
+        micro_batch_size: images per forward pass.
+
+    Raises:
+        UserError: if the tokens do not fit into half of the device's memory.
+    """
+
+    def __init__(
+        self, context: ProbeContext, encoder: VisionTransformer, source: ImageSource, micro_batch_size: int
+    ) -> None:
+        accelerator = context.accelerator
+        device = accelerator.device
+        part = process_part(range(len(source)), accelerator.process_index, accelerator.num_processes)
+        self._tokens = torch.empty(0, 1, encoder.num_features, dtype=torch.bfloat16, device=device)
+        labels = [torch.empty(0, dtype=torch.int64, device=device)]
+        count = 0
+        for tokens, labels_here in evaluated(
+            context, source, partial(patch_tokens, encoder), micro_batch_size
+        ):
+            if count == 0:
+                shape = (len(part), *tokens.shape[1:])
+                _check_memory(shape, accelerator.num_processes, device)
+                # Filled in place: pieces and their concatenation would take twice the memory.
+                self._tokens = torch.empty(shape, dtype=torch.bfloat16, device=device)
+            self._tokens[count : count + len(tokens)] = tokens
+            labels.append(labels_here)
+            count += len(tokens)
+        self._labels = torch.cat(labels)
+        counts = gather_rows(torch.tensor([count], device=device), accelerator).tolist()
+        self._first = sum(counts[: accelerator.process_index])
+        self.num_images = sum(counts)
+        """Over all processes."""
+
+    def take(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Of some images, by number over all processes, those that are kept here.
+
+        Returns:
+            bf16 (B, N, D) and labels int64 (B,); B may be 0.
+        """
+        rows = [index - self._first for index in indices]
+        here = torch.tensor([row for row in rows if 0 <= row < len(self._labels)], dtype=torch.int64)
+        here = here.to(self._labels.device)
+        return self._tokens[here], self._labels[here]
+
+
+def _check_memory(shape: tuple[int, ...], num_processes: int, device: torch.device) -> None:
+    images, tokens, width = shape
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[1]
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_processes
+    needed = 2 * images * tokens * width
+    if needed > memory / 2:
+        raise UserError(
+            f"probe.cache keeps {tokens} tokens of width {width} for {images:,} images, {needed / 1e9:,.1f} "
+            f"GB in each process, more than half of its {memory / 1e9:,.1f} GB: use probe.cache=false, or a "
+            f"smaller probe.num_train"
+        )

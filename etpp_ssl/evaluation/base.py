@@ -1,4 +1,4 @@
-"""What a probe is built from, and what it offers."""
+"""What a probe is built from, what it offers, and the settings that probes share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from pydantic import Field
+
+from etpp_ssl.config import Config, may_change
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.model.mae import MaskedAutoencoder
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ProbeStopped(Exception):
-    """A long probe was asked to stop by a signal, and has written what it needs to go on."""
+    """A signal asked a long probe to stop, and the probe has written the state that it resumes from."""
 
     def __init__(self, signum: int, step: int) -> None:
         super().__init__(f"stopped by signal {signum} after step {step} of the probe")
@@ -32,7 +35,7 @@ def _never() -> AbstractContextManager[Callable[[], int]]:
 
 
 def _silent(text: str) -> None:
-    """Says nothing."""
+    """Drop a message."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,13 @@ class ProbeContext:
     stall_seconds: float | None = None
     """How long to wait for a batch; see `etpp_ssl.data.loader.batch_loader`."""
     folder: Path | None = None
-    """Where a long probe keeps its state, so that an interrupted one goes on; None keeps none."""
+    """Where a long probe keeps its state, so that an interrupted one can be resumed; None keeps none."""
     stop_signal: Callable[[], AbstractContextManager[Callable[[], int]]] = _never
-    """Entered by a long probe that has a `folder`: while it is, signals are noted instead of acted on, and
-    what it gives returns the one that any process received, or 0. That is a collective, for every process
-    to call at the same steps."""
+    """Entered by a long probe that has a `folder`. Inside, signals are recorded instead of acted on, and the
+    function that it yields returns the one that any process received, or 0. That is a collective, which
+    every process must call at the same steps."""
     say: Callable[[str], None] = _silent
-    """Told how a long probe comes along."""
+    """Told about the progress of a long probe."""
 
 
 class Probe(Protocol):
@@ -69,3 +72,20 @@ class Probe(Protocol):
         Raises:
             ProbeStopped: by a long probe, if `ProbeContext.stop_signal` gave a signal.
         """
+
+
+class ProbeConfig(Config):
+    """Settings of any probe; its `build(context)` makes the probe."""
+
+    name: str
+    every_steps: int | None = may_change(None, ge=1)
+    """Optimizer steps between probes during pre-training; None probes at the end only."""
+
+
+class LabelledConfig(ProbeConfig):
+    """Settings of a probe on labelled images: on the encoder as it stands, unmasked, at full resolution."""
+
+    num_train: int | None = Field(default=None, ge=1)
+    """Keyed draw of training images; None takes all."""
+    num_eval: int | None = Field(default=None, ge=1)
+    """Keyed draw of evaluation images; None takes all."""

@@ -105,13 +105,11 @@ def extract_features(
         On the accelerator's device, in the order of `indices`.
     """
     device = accelerator.device
-    most = min(batch_size, CPU_IMAGES) if device.type == "cpu" else batch_size
-    half = (precision or run_precision(accelerator)) == "bf16"
+    most = images_per_pass(batch_size, device)
     features = [torch.empty(0, encoder.num_features, device=device)]
     labels = [torch.empty(0, dtype=torch.int64, device=device)]
     positions = [torch.empty(0, dtype=torch.int64, device=device)]
-    # One autocast around all batches: it casts the weights once.
-    with evaluating(encoder), torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+    with forward_pass(encoder, device, precision or run_precision(accelerator)):
         for batch in evaluation_batches(
             source,
             indices,
@@ -128,6 +126,27 @@ def extract_features(
             labels.append(batch.labels[readable])
             positions.append(batch.positions[readable])
     return Features(*(gather_rows(torch.cat(rows), accelerator) for rows in (features, labels, positions)))
+
+
+def images_per_pass(batch_size: int, device: torch.device) -> int:
+    """Images that go through the encoder together: `batch_size` on an accelerator, fewer on a CPU."""
+    return min(batch_size, CPU_IMAGES) if device.type == "cpu" else batch_size
+
+
+@contextmanager
+def forward_pass(model: nn.Module, device: torch.device, precision: Precision) -> Iterator[None]:
+    """Where features are computed: eval mode, no gradients, and bf16 if that is the precision.
+
+    Enter it once around all batches: the weights are then cast to bf16 once.
+
+    Args:
+        model: in any mode, which it has again afterwards.
+        device: where the model is.
+        precision: of the forward pass.
+    """
+    half = precision == "bf16"
+    with torch.inference_mode(), evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=half):
+        yield
 
 
 def run_precision(accelerator: Accelerator) -> Precision:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from etpp_ssl.evaluation.base import ProbeContext
 from etpp_ssl.evaluation.features import Features
-from etpp_ssl.evaluation.labelled import LabelledConfig, LabelledImages, split_holdout
+from etpp_ssl.evaluation.labelled import FeatureConfig, LabelledImages, split_holdout
 from etpp_ssl.model.mae import MaskedAutoencoder
 
 TEMPERATURE = 0.07
@@ -30,8 +30,8 @@ CHUNK_IMAGES = 128
 """Test images at a time at least: with few of them the product waits for memory."""
 
 
-class KnnConfig(LabelledConfig):
-    """kNN probe; of lists for `k` and `temperature`, the pair that is best on the holdout is taken."""
+class KnnConfig(FeatureConfig):
+    """kNN probe; of lists for `k` and `temperature`, it takes the pair that is best on the holdout."""
 
     name: Literal["knn"] = "knn"
     k: int | tuple[int, ...] = 20
@@ -39,16 +39,16 @@ class KnnConfig(LabelledConfig):
     temperature: float | tuple[float, ...] = TEMPERATURE
     """Of the vote's weights, or a list to choose from."""
     batch_size: int = Field(default=256, ge=1)
-    """Images per forward pass and process."""
+    """Images that are loaded together."""
 
     @field_validator("k", "temperature")
     @classmethod
     def _positive(cls, values: float | tuple[float, ...]) -> float | tuple[float, ...]:
         if not isinstance(values, tuple):
             if values <= 0:
-                raise ValueError(f"{values} is no positive number")
+                raise ValueError(f"{values} is not a positive number")
         elif not values or min(values) <= 0:
-            raise ValueError(f"{list(values)} is no list of positive numbers")
+            raise ValueError(f"{list(values)} is not a list of positive numbers")
         return values
 
     def build(self, context: ProbeContext) -> KnnProbe:

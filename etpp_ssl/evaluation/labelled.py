@@ -1,6 +1,6 @@
-"""What the probes of extracted features share: their settings, their images, their features.
+"""Labelled images for probes, their features, and the holdout that settings are chosen on.
 
-Hyper-parameters are chosen on a held-out part of the training images, never on evaluation images.
+Settings are chosen on a held-out part of the training images, never on evaluation images.
 
 Legend: n images.
 """
@@ -14,10 +14,10 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from etpp_ssl.config import Config, UserError, may_change
+from etpp_ssl.config import UserError
 from etpp_ssl.data.sources.base import ImageSource
-from etpp_ssl.data.sources.splits import check_same_classes, keyed_indices
-from etpp_ssl.evaluation.base import ProbeContext
+from etpp_ssl.data.sources.splits import Subset, check_same_classes, keyed_indices
+from etpp_ssl.evaluation.base import LabelledConfig, ProbeContext
 from etpp_ssl.evaluation.features import Features, Pool, Precision, extract_features
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.randomness import keyed_words
@@ -36,18 +36,11 @@ SelectOn = Annotated[str, AfterValidator(_holdout_only)]
 """The images that settings are chosen on: "holdout", and nothing else, so that a recipe states it."""
 
 
-class LabelledConfig(Config):
-    """A probe on features of the encoder as it stands: unmasked, at full resolution, in eval mode."""
+class FeatureConfig(LabelledConfig):
+    """Settings of a probe on features that are extracted once."""
 
-    name: str
-    every_steps: int | None = may_change(None, ge=1)
-    """Optimizer steps between probes during pre-training; None probes at the end only."""
     pool: Pool | None = None
     """cls token or mean of the patch tokens; None is the encoder's own."""
-    num_train: int | None = Field(default=None, ge=1)
-    """Keyed draw of training images; None takes all."""
-    num_eval: int | None = Field(default=None, ge=1)
-    """Keyed draw of evaluation images; None takes all."""
     precision: Precision | None = None
     """Of the encoder's forward pass. None is bf16 in a bf16 run, otherwise fp32; bf16 on a CPU without
     units for it is many times slower than fp32."""
@@ -85,8 +78,20 @@ class LabelledImages:
         check_same_classes(train.classes, evaluation.classes)
         return cls(train, evaluation, len(train.classes))
 
+    def drawn(self, config: LabelledConfig, seed: int) -> LabelledImages:
+        """The images that a probe's settings draw, under new numbers."""
+        train = drawn_indices(self.train, "train", config.num_train, seed)
+        evaluation = drawn_indices(self.evaluation, "eval", config.num_eval, seed)
+        return LabelledImages(
+            self.train if len(train) == len(self.train) else Subset(self.train, train),
+            self.evaluation
+            if len(evaluation) == len(self.evaluation)
+            else Subset(self.evaluation, evaluation),
+            self.num_classes,
+        )
+
     def features(
-        self, model: MaskedAutoencoder, config: LabelledConfig, context: ProbeContext, batch_size: int
+        self, model: MaskedAutoencoder, config: FeatureConfig, context: ProbeContext, batch_size: int
     ) -> tuple[Features, Features]:
         """Features of the training and of the evaluation images that a probe's settings draw.
 
@@ -94,14 +99,11 @@ class LabelledImages:
             UserError: if none of them can be read.
         """
         found = []
-        for part, source, count in (
+        for split, source, count in (
             ("train", self.train, config.num_train),
             ("eval", self.evaluation, config.num_eval),
         ):
-            indices = list(range(len(source)))
-            if count is not None and count < len(source):
-                # The names of kNN's draws, which was the first probe: the same images for all of them.
-                indices = keyed_indices(len(source), count, context.seed, f"knn-{part}")
+            indices = drawn_indices(source, split, count, context.seed)
             features = extract_features(
                 model.encoder,
                 source,
@@ -116,9 +118,17 @@ class LabelledImages:
                 precision=config.precision,
             )
             if not len(features.labels):
-                raise UserError(f"probe={config.name}: none of the {len(indices)} {part} images can be read")
+                raise UserError(f"probe={config.name}: none of the {len(indices)} {split} images can be read")
             found.append(features)
         return found[0], found[1]
+
+
+def drawn_indices(source: ImageSource, split: str, count: int | None, seed: int) -> list[int]:
+    """Numbers of a keyed draw of `count` images of "train" or "eval"; all in order for None, or for fewer."""
+    if count is None or count >= len(source):
+        return list(range(len(source)))
+    # The purpose is named after kNN, the first probe: all probes draw the same images.
+    return keyed_indices(len(source), count, seed, f"knn-{split}")
 
 
 def split_holdout(training: Features, share: float, seed: int) -> tuple[Features, Features]:

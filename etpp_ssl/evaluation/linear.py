@@ -1,4 +1,4 @@
-"""Linear probe in the protocol of MAE (He et al., CVPR 2022, Appendix A.1), as its code has it.
+"""Linear probe in the protocol of MAE (He et al., CVPR 2022, Appendix A.1), as in its published code.
 
 A linear classifier behind a BatchNorm without affine, trained by LARS on augmented views of the frozen
 encoder's features. What differs from that code: the BatchNorm sees the global batch where MAE's sees the
@@ -20,77 +20,57 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from etpp_ssl.config import Config, UserError, may_change, may_change_on_resume
+from etpp_ssl.config import UserError, may_change, may_change_on_resume
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.views import ProbeView
 from etpp_ssl.evaluation.base import ProbeContext, ProbeStopped
 from etpp_ssl.evaluation.features import Pool, evaluating, gather_rows, pooled_features
+from etpp_ssl.evaluation.labelled import LabelledImages
 from etpp_ssl.evaluation.training import (
     EpochSteps,
+    HeadConfig,
     ProbeState,
     epoch_steps,
     evaluated,
     frozen,
-    open_labelled,
     state_key,
     training_batches,
 )
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.optim.lars import Lars
-from etpp_ssl.optim.optimizers import Schedule
 from etpp_ssl.randomness import keyed_torch
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
 
-class LinearConfig(Config):
+class LinearConfig(HeadConfig):
     """Linear probe of the encoder as it stands; the defaults are MAE's for ViT-B (50 epochs for L and H)."""
 
     name: Literal["linear"] = "linear"
-    every_steps: int | None = may_change(None, ge=1)
-    """Optimizer steps between probes during pre-training; None probes at the end only."""
     epochs: int = Field(default=90, ge=1)
     """Passes over the training images."""
     warmup_epochs: float = Field(default=10.0, ge=0)
     """Epochs over which the learning rate rises linearly from 0; then a cosine to 0."""
     base_lr: float = Field(default=0.1, gt=0)
-    """Peak learning rate per 256 images of the batch."""
+    """Peak learning rate of LARS per 256 images of the batch."""
     batch_size: int = Field(default=16384, ge=2)
-    """Images per step over all processes, at most the training set; what an epoch leaves over is dropped."""
-    micro_batch_size: int = may_change(256, ge=1)
-    """Images per forward pass and process at most; the head sees the whole batch at once."""
+    """Images per step over all processes, at most the training set; what an epoch leaves over is dropped.
+    The head sees the whole batch at once."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Of LARS."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of LARS."""
+    """Of the head's weights."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Area range of the random resized crop, which is drawn once and cut to the picture."""
-    flip: bool = True
-    """Mirror half of the training images."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of LARS."""
     pool: Pool | None = None
     """cls token or mean of the patch tokens; None is the encoder's own: the token where it has one."""
-    num_train: int | None = Field(default=None, ge=1)
-    """Keyed draw of training images; None takes all."""
-    num_eval: int | None = Field(default=None, ge=1)
-    """Keyed draw of evaluation images; None takes all."""
     save_minutes: float = may_change(10.0, gt=0)
-    """Between two writings of the state that `etpp probe` goes on from after an interruption."""
-
-    @model_validator(mode="after")
-    def _ranges(self) -> LinearConfig:
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"warmup_epochs is {self.warmup_epochs:g}: use less than the {self.epochs} epochs"
-            )
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale is {[low, high]}: use two shares of the area, 0 < low <= high <= 1")
-        return self
+    """Between two writings of the state that `etpp probe` resumes from after an interruption."""
 
     def build(self, context: ProbeContext) -> LinearProbe:
         """The probe.
@@ -131,16 +111,12 @@ class LinearProbe:
     def __init__(self, config: LinearConfig, context: ProbeContext) -> None:
         self.config = config
         self.context = context
-        self.images = open_labelled(context, "linear", config.num_train, config.num_eval)
+        self.images = LabelledImages.open(context, config.name).drawn(config, context.seed)
         self.plan = epoch_steps(context, len(self.images.train), config.batch_size, config.epochs)
-        self.schedule = Schedule(
-            peak=config.base_lr * self.plan.batch_size / 256,
-            minimum=0.0,
-            warmup_share=config.warmup_epochs / config.epochs,
-        )
+        self.schedule = config.schedule(self.plan.batch_size)
 
     def run(self, model: MaskedAutoencoder) -> dict[str, float]:
-        """Train a head from scratch, or from where an interrupted probe of the same encoder stood."""
+        """Train a head from scratch, or resume an interrupted probe of the same encoder."""
         device = self.context.accelerator.device
         with evaluating(model):
             head = LinearHead(model.encoder.num_features, self.images.num_classes, self.context.seed)
@@ -251,7 +227,7 @@ class LinearProbe:
 
 
 class _Report:
-    """One line an epoch; stops a probe whose loss is not finite."""
+    """Says how each epoch went, and stops a probe whose loss is not finite."""
 
     def __init__(self, context: ProbeContext, plan: EpochSteps, first_step: int) -> None:
         self.context = context
@@ -259,10 +235,10 @@ class _Report:
         self.first_step = first_step
         self.start = time.monotonic()
         if first_step:
-            context.say(f"the linear probe goes on after step {first_step} of {plan.num_steps}")
+            context.say(f"the linear probe resumes after step {first_step} of {plan.num_steps}")
 
     def step_done(self, step: int, loss: Tensor, lr: float) -> None:
-        """Note that `step` steps are done."""
+        """Record that `step` steps are done."""
         epoch, rest = divmod(step, self.plan.per_epoch)
         if rest:
             return

@@ -12,19 +12,16 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from etpp_ssl.config import Config, may_change
 from etpp_ssl.data.sources.splits import keyed_indices
-from etpp_ssl.evaluation.base import ProbeContext
+from etpp_ssl.evaluation.base import ProbeConfig, ProbeContext
 from etpp_ssl.evaluation.features import evaluating, evaluation_batches, readable_rows
 from etpp_ssl.model.mae import MaskedAutoencoder
 
 
-class ReconstructionConfig(Config):
+class ReconstructionConfig(ProbeConfig):
     """Held-out reconstruction loss; needs no labels."""
 
     name: Literal["reconstruction"] = "reconstruction"
-    every_steps: int | None = may_change(None, ge=1)
-    """Optimizer steps between probes during pre-training; None probes at the end only."""
     num_eval: int | None = Field(default=1024, ge=1)
     """Keyed draw of evaluation images; None takes all."""
     batch_size: int = Field(default=64, ge=1)
@@ -55,6 +52,8 @@ class ReconstructionProbe:
     @torch.no_grad()
     def run(self, model: MaskedAutoencoder) -> dict[str, float]:
         """Mean losses over the evaluation images, in float32."""
+        from accelerate.utils import gather_object
+
         context = self.context
         sums: dict[str, float] = {}
         count = 0
@@ -78,8 +77,6 @@ class ReconstructionProbe:
                 for name, loss in context.objective.losses(values, ids_predicted, images).items():
                     sums[name] = sums.get(name, 0.0) + loss.item() * len(rows)
                 count += len(rows)
-        from accelerate.utils import gather_object
-
         shares = gather_object([(sums, count)])
         num_images = max(1, sum(images_here for _, images_here in shares))
         # A process without a readable image knows no names.

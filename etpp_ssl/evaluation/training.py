@@ -1,7 +1,4 @@
-"""What the probes that train a head share: labelled images, keyed steps, and the frozen encoder's batches.
-
-The state of a probe that takes hours: one file, written whole or not at all.
-"""
+"""Training a head on a frozen encoder: its settings, its steps, its batches, and its state on disk."""
 
 from __future__ import annotations
 
@@ -13,20 +10,60 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from etpp_ssl.config import UserError
+from etpp_ssl.config import UserError, may_change
 from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.base import ImageSource
-from etpp_ssl.data.sources.splits import Subset, keyed_indices
 from etpp_ssl.data.views import View
-from etpp_ssl.evaluation.base import ProbeContext
+from etpp_ssl.evaluation.base import LabelledConfig, ProbeContext
 from etpp_ssl.evaluation.features import evaluation_batches, readable_rows
-from etpp_ssl.evaluation.labelled import LabelledImages
 from etpp_ssl.files import replaced_file
+from etpp_ssl.optim.optimizers import Schedule
+
+
+class HeadConfig(LabelledConfig):
+    """Settings of a probe that trains a head."""
+
+    epochs: int = Field(ge=1)
+    """Passes over the training images."""
+    warmup_epochs: float = Field(ge=0)
+    """Epochs over which the learning rate rises linearly from 0; then a cosine to 0."""
+    base_lr: float = Field(gt=0)
+    """Peak learning rate per 256 images of the batch."""
+    batch_size: int = Field(ge=2)
+    """Images per step over all processes, at most the training set; what an epoch leaves over is dropped."""
+    micro_batch_size: int = may_change(256, ge=1)
+    """Images per forward pass of the encoder, and process, at most."""
+    weight_decay: float = Field(ge=0)
+    """Of the head's weight matrices."""
+    crop_scale: tuple[float, float]
+    """Area range of the random resized crop of training images."""
+    flip: bool = True
+    """Mirror half of the training images."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> HeadConfig:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs:g}: use less than the {self.epochs} epochs"
+            )
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale is {[low, high]}: use two shares of the area, 0 < low <= high <= 1")
+        return self
+
+    def schedule(self, batch_size: int) -> Schedule:
+        """The learning rate by the share of steps done, for steps of `batch_size` images."""
+        return Schedule(
+            peak=self.base_lr * batch_size / 256,
+            minimum=0.0,
+            warmup_share=self.warmup_epochs / self.epochs,
+        )
 
 
 class ProbeStep(NamedTuple):
@@ -68,18 +105,6 @@ class EpochSteps:
         epoch, place = divmod(step, self.per_epoch)
         first = epoch * self.num_images + place * self.batch_size
         return ProbeStep(range(first, first + self.batch_size), self.image_size, step / self.num_steps)
-
-
-def open_labelled(
-    context: ProbeContext, probe: str, num_train: int | None, num_eval: int | None
-) -> LabelledImages:
-    """Open both splits, or a keyed draw of each; see `LabelledImages.open`."""
-    images = LabelledImages.open(context, probe)
-    return LabelledImages(
-        _drawn(images.train, num_train, context.seed, "knn-train"),
-        _drawn(images.evaluation, num_eval, context.seed, "knn-eval"),
-        images.num_classes,
-    )
 
 
 def epoch_steps(context: ProbeContext, num_images: int, batch_size: int, epochs: int) -> EpochSteps:
@@ -138,7 +163,7 @@ def evaluated(
     forward: Callable[[Tensor], Tensor],
     batch_size: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(what `forward` makes of normalised images, their labels) of this process's part of a source.
+    """(output of `forward` for normalised images, their labels), batch by batch, of this process's part.
 
     Each image comes once, in the evaluation view; unreadable ones are left out.
     """
@@ -164,15 +189,10 @@ def frozen(context: ProbeContext, forward: Callable[[Tensor], Tensor], images: T
         return forward(context.normalise(images)).float()
 
 
-def _drawn(source: ImageSource, count: int | None, seed: int, purpose: str) -> ImageSource:
-    if count is None or count >= len(source):
-        return source
-    # The names of kNN's draws, which was the first probe: the same images for all of them.
-    return Subset(source, keyed_indices(len(source), count, seed, purpose))
-
-
 class ProbeState:
-    """Head, optimizer and step of a probe, so that it goes on bitwise where it was interrupted.
+    """Head, optimizer and step of a probe that takes hours, so that it resumes bitwise after an interruption.
+
+    They are in one file, which is written whole or not at all.
 
     Args:
         file: where; None keeps nothing.
@@ -186,7 +206,7 @@ class ProbeState:
         self.optimizer = optimizer
 
     def load(self) -> int:
-        """Put the file's tensors, if there is one, into head and optimizer; returns its step, or 0.
+        """Restore head and optimizer from the file, if there is one; returns its step, or 0.
 
         Raises:
             UserError: if it is damaged.
@@ -225,7 +245,7 @@ class ProbeState:
                 save_file(self._tensors(), aside, metadata={"step": str(step)})
 
     def remove(self) -> None:
-        """The probe is done."""
+        """Remove the file, once the probe is done."""
         if self.file is not None:
             self.file.unlink(missing_ok=True)
 
@@ -237,7 +257,7 @@ class ProbeState:
 
 
 def state_key(encoder: nn.Module, **protocol: Any) -> str:
-    """What a state belongs to, as 12 hexadecimal digits: the encoder's tensors, and all that is named.
+    """Hash of what a state belongs to, the encoder's tensors and a protocol, as 12 hexadecimal digits.
 
     Args:
         encoder: every tensor of its state dict counts, to the last bit.

@@ -1,18 +1,20 @@
-"""The part of a run report that shows reconstructions at several checkpoints."""
+"""Reconstructions in a run report: a few images, masked, as the run's checkpoints predict them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from markupsafe import Markup
+
 from etpp_ssl.config import UserError
-from etpp_ssl.report import markup
 from etpp_ssl.report.history import History
-from etpp_ssl.report.pictures import Picture, pictures_of_run
-from etpp_ssl.report.targets import Panel, missing_picture
-from etpp_ssl.report.viewer import Shown, Viewer
+from etpp_ssl.report.markup import Captioned, image, png
+from etpp_ssl.report.panels import Panel, missing_picture
+from etpp_ssl.report.viewer import ImagePanels, InputImage, Viewer, images_of_run
 from etpp_ssl.run_folder import Checkpoint
 
 T = TypeVar("T")
@@ -23,99 +25,111 @@ MOST_SAVED = 4
 """PNGs of checkpoints that are gone, saved earlier by `etpp reconstruct`."""
 
 
-def reconstructions(histories: Sequence[History], say: Callable[[str], None]) -> str:
+@dataclass
+class RunGallery:
+    """What is shown of a run."""
+
+    name: str
+    text: str = ""
+    """What a reader must know about the panels; empty where there are none."""
+    reason: str = ""
+    """Why there are none."""
+    crops: list[Captioned] = field(default_factory=list)
+    """The first image as each stage shows it."""
+    strips: list[tuple[str, list[Captioned]]] = field(default_factory=list)
+    """The name of each image, and its panels."""
+    saved: list[Markup] = field(default_factory=list)
+    """Pictures that `etpp reconstruct` saved of checkpoints that are gone."""
+    num_saved: int = 0
+    """Steps of which there is such a picture, whether it is among `saved` or not."""
+
+
+def reconstructions(histories: Sequence[History], say: Callable[[str], None]) -> list[RunGallery]:
     """A few images of each run's data, masked, and predicted by its checkpoints."""
-    parts = []
+    galleries = []
     for history in histories:
-        parts.append(f"<h3>{markup.escape(history.name)}</h3>")
+        gallery = RunGallery(history.name)
         try:
-            parts.append(_of_run(history, say))
+            _fill(gallery, history, say)
         except UserError as error:
-            parts.append(markup.paragraph(f"Not shown: {error}."))
-        parts.append(_saved_earlier(history))
-    return markup.section("reconstructions", "Reconstructions", *parts)
+            gallery.reason = f"Not shown: {error}."
+        _add_saved(gallery, history)
+        galleries.append(gallery)
+    return galleries
 
 
-def _of_run(history: History, say: Callable[[str], None]) -> str:
+def _fill(gallery: RunGallery, history: History, say: Callable[[str], None]) -> None:
     if not history.checkpoints:
-        return markup.paragraph("There is no checkpoint yet.", "soft")
-    recipe = history.recipe
-    pictures, split = pictures_of_run(recipe, NUM_IMAGES)
-    viewer = Viewer(recipe)
+        gallery.reason = "There is no checkpoint yet."
+        return
+    images, split = images_of_run(history.folder, NUM_IMAGES)
+    viewer = Viewer.of_run(history.folder)
     chosen: list[Checkpoint] = []
-    seen: list[list[Shown]] = []
+    seen: list[list[ImagePanels]] = []
     for checkpoint in spread(history.checkpoints, MOST_CHECKPOINTS):
         if not checkpoint.path.is_dir():
             say(f"{history.name}: the run has removed its checkpoint of step {checkpoint.step} meanwhile")
             continue
         say(f"{history.name}: reconstructing at step {checkpoint.step}")
         viewer.load(checkpoint)
-        seen.append([viewer.look(picture) for picture in pictures])
+        seen.append([viewer.look(image) for image in images])
         chosen.append(checkpoint)
     if not chosen:
-        return markup.paragraph("The run has removed its checkpoints meanwhile.", "soft")
+        gallery.reason = "The run has removed its checkpoints meanwhile."
+        return
     kept = len(history.checkpoints)
     by = f"{len(chosen)} of the {kept} checkpoints" if kept > 1 else "the one checkpoint"
     sentences = [
-        f"{len(pictures)} images of the {split} data at full size, with fixed masks, predicted by "
+        f"{len(images)} images of the {split} data at full size, with fixed masks, predicted by "
         f"{by} that the run has kept",
-        *_explanation(seen[-1]),
-        missing_picture(recipe.target) or "",
-        viewer.view.caption,
+        *_explanation(seen[-1][0]),
+        missing_picture(viewer.target) or "",
+        viewer.channels.caption,
     ]
-    text = " ".join(_sentence(sentence) for sentence in sentences if sentence)
-    strips = [
-        _strip(picture, chosen, [shown[place] for shown in seen]) for place, picture in enumerate(pictures)
-    ]
-    return markup.paragraph(text) + _crops(seen[-1]) + "".join(strips)
+    gallery.text = " ".join(_sentence(sentence) for sentence in sentences if sentence)
+    gallery.crops = [_captioned(panel, seen[-1][0]) for panel in seen[-1][0].crops]
+    gallery.strips = [_strip(image, chosen, [panels[i] for panels in seen]) for i, image in enumerate(images)]
 
 
-def _explanation(seen: list[Shown]) -> list[str]:
+def _explanation(shown: ImagePanels) -> list[str]:
     """What the panels' own captions are too short for."""
     notes = {
         panel.note: "outlined" if panel.leaks else "orientations" if panel.magnified else "predictions"
-        for shown in seen[:1]
         for panel in shown.predictions
         if panel.note
     }
     return [f"{which}: {note}" for note, which in notes.items()]
 
 
-def _crops(seen: list[Shown]) -> str:
-    """The first image as each stage shows it."""
-    panels = [_panel(panel, shown) for shown in seen[:1] for panel in shown.crops]
-    if len(panels) < 2:
-        return ""
-    return f'<div class="strip">{"".join(panels)}</div>\n'
-
-
-def _strip(picture: Picture, checkpoints: list[Checkpoint], seen: list[Shown]) -> str:
-    """One image: whole, masked, in the best picture of each checkpoint, and in the leaking one."""
+def _strip(
+    shown: InputImage, checkpoints: list[Checkpoint], seen: list[ImagePanels]
+) -> tuple[str, list[Captioned]]:
+    """One image: whole, masked, in the best picture of each checkpoint, and in the one that leaks."""
     last = seen[-1]
-    panels = [_panel(last.crops[-1]._replace(note=""), last), _panel(last.masked._replace(note=""), last)]
-    for checkpoint, shown in zip(checkpoints, seen, strict=True):
-        for panel in shown.predictions[:1]:
-            note = f"loss {shown.reconstruction.loss:.3g}"
-            panels.append(_panel(panel._replace(title=f"step {checkpoint.step:,}", note=note), last))
+    panels = [last.crops[-1]._replace(note=""), last.masked._replace(note="")]
+    for checkpoint, there in zip(checkpoints, seen, strict=True):
+        note = f"loss {there.reconstruction.loss:.3g}"
+        title = f"step {checkpoint.step:,}"
+        panels += [panel._replace(title=title, note=note) for panel in there.predictions[:1]]
+    drawn = [_captioned(panel, last) for panel in panels]
     newest = f"step {checkpoints[-1].step:,}"
     for panel in [panel for panel in last.predictions if panel.leaks][:1]:
-        title = f"{newest}, leaking"
-        panels.append(_panel(panel._replace(title=title, note="true statistics"), last, "leaks"))
-    # What is not made of pixels needs its target beside it: nobody sees that in the image.
-    for panel in [panel for panel in last.predictions[1:] if panel.magnified]:
-        panels.append(_panel(panel._replace(note=newest), last))
-    name = markup.paragraph(picture.name, "soft")
-    return f'{name}<div class="strip">{"".join(panels)}</div>\n'
+        drawn.append(
+            _captioned(panel._replace(title=f"{newest}, leaking", note="true statistics"), last, "leaks")
+        )
+    # What is not made of pixels needs its target beside it, which nobody sees in the image.
+    drawn += [_captioned(p._replace(note=newest), last) for p in last.predictions[1:] if p.magnified]
+    return shown.name, drawn
 
 
-def _panel(panel: Panel, shown: Shown, kind: str = "") -> str:
+def _captioned(panel: Panel, shown: ImagePanels, kind: str = "") -> Captioned:
     whole = shown.crops[-1].picture.shape[1]
     share = 1.0 if panel.magnified else panel.picture.shape[1] / whole
-    return markup.figure(markup.image(panel.picture, panel.title, share), panel.title, panel.note, kind)
+    return Captioned(image(panel.picture, panel.title, share), panel.title, panel.note, kind)
 
 
-def _saved_earlier(history: History) -> str:
-    """PNGs of `etpp reconstruct` whose checkpoint is gone."""
+def _add_saved(gallery: RunGallery, history: History) -> None:
+    """Add PNGs of `etpp reconstruct` whose checkpoint is gone."""
     there = {checkpoint.step for checkpoint in history.checkpoints}
     files: dict[int, Path] = {}
     for file in sorted((history.folder.path / "report" / "reconstruction").glob("step-*.png")):
@@ -123,14 +137,11 @@ def _saved_earlier(history: History) -> str:
         if match and int(match[1]) not in there:
             # The first image of a step stands for all: they take much more space than the panels above.
             files.setdefault(int(match[1]), file)
-    if not files:
-        return ""
-    shown = spread(sorted(files), MOST_SAVED)
-    pictures = [markup.png(files[step].read_bytes(), f"reconstruction at step {step}") for step in shown]
-    return markup.details(
-        f"{len(shown)} of {len(files)} earlier steps, saved by etpp reconstruct; their checkpoints are gone",
-        f'<div class="saved">{"".join(pictures)}</div>',
-    )
+    gallery.num_saved = len(files)
+    gallery.saved = [
+        png(files[step].read_bytes(), f"reconstruction at step {step}")
+        for step in spread(sorted(files), MOST_SAVED)
+    ]
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:

@@ -1,16 +1,23 @@
-"""Captioned panels on one PNG, pixel for pixel."""
+"""`etpp reconstruct`: one PNG per image, with captioned panels pixel for pixel."""
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from etpp_ssl.config import UserError, show_size
+from etpp_ssl.data.views import EvalView
+from etpp_ssl.files import replaced_file
 from etpp_ssl.report.figures import FONT_SIZE, INK
-from etpp_ssl.report.targets import Panel
+from etpp_ssl.report.panels import Panel, missing_picture
+from etpp_ssl.report.reconstruction import check_bandwidth
+from etpp_ssl.report.viewer import ImagePanels, InputImage, Viewer, images_of_files, images_of_run
+from etpp_ssl.run_folder import Checkpoint, RunFolder
 
 SIDE = 224
 """Images are enlarged, by a whole number, to about this many dots."""
@@ -18,6 +25,110 @@ DPI = 100
 MARGIN, GAP, NARROWEST = 14, 18, 168
 LINE, LETTER = 15, 6.9
 """Height of a line and mean width of a letter, in dots, at `FONT_SIZE` and `DPI`."""
+
+
+def write_grids(
+    run_dir: str | Path,
+    images: Sequence[str | Path] = (),
+    *,
+    out: str | Path | None = None,
+    seed: int | None = None,
+    bandwidth: tuple[int, int] | None = None,
+    step: int | None = None,
+    count: int = 8,
+    say: Callable[[str], None] = print,
+) -> list[Path]:
+    """Write one PNG per image: its crops, the masked input, and the prediction in every way of drawing it.
+
+    Args:
+        run_dir: a run with a checkpoint.
+        images: files and folders; none takes a keyed draw of the run's evaluation images, or of its
+            training images where there are no others.
+        out: folder of the PNGs; by default `RUN/report/reconstruction`.
+        seed: of the masks; by default the run's.
+        bandwidth: (height, width) of the masked input in pixels; by default the full image.
+        step: of the checkpoint; by default the newest.
+        count: images taken of each folder, or of the run's data.
+        say: told of damaged checkpoints, of the data used and of targets without a picture.
+
+    Returns:
+        The files, in the order of the images.
+
+    Raises:
+        UserError: for a folder that is not a run or cannot be written to, or a checkpoint, an image or a
+            bandwidth that cannot be used.
+    """
+    run = RunFolder(run_dir)
+    recipe = run.recipe()
+    checkpoint = choose_checkpoint(run, step, say)
+    if bandwidth is not None:
+        check_bandwidth(bandwidth, recipe.size, recipe.patch_size)
+    if images:
+        view = EvalView(recipe.size, recipe.data.crop_pct)
+        limits = {"in_chans": recipe.in_chans, "max_pixels": recipe.data.max_pixels}
+        inputs = images_of_files([Path(image) for image in images], count, view=view, **limits)
+    else:
+        inputs, split = images_of_run(run, count)
+        say(f"{len(inputs)} images of the {split} data")
+    viewer = Viewer.of_run(run, seed)
+    viewer.load(checkpoint)
+    reason = missing_picture(viewer.target)
+    if reason is not None:
+        say(reason)
+    folder = Path(out) if out is not None else run.path / "report" / "reconstruction"
+    title = f"{run.path.absolute().name}, step {checkpoint.step:,}"
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for image in inputs:
+            shown = viewer.look(image, bandwidth)
+            rows = [shown.crops, [shown.masked, *shown.predictions]]
+            figure = grid_figure(rows, _heading(viewer, image, shown, title), enlargement(recipe.size))
+            written.append(folder / _file_name(image, checkpoint.step, bandwidth))
+            with replaced_file(written[-1]) as aside:
+                figure.savefig(aside, dpi=DPI, format="png")
+    except OSError as error:
+        raise UserError(f"{str(folder)!r} cannot be written to: {error.strerror or error}") from error
+    return written
+
+
+def choose_checkpoint(run: RunFolder, step: int | None, say: Callable[[str], None]) -> Checkpoint:
+    """The checkpoint of a step, or the newest whole one for None.
+
+    Raises:
+        UserError: if there is none, it is damaged, or the run has none of that step.
+    """
+    if step is None:
+        return run.trained(say)
+    there = run.checkpoints()
+    for checkpoint in there:
+        if checkpoint.step == step:
+            fault = checkpoint.fault()
+            if fault is not None:
+                raise UserError(f"checkpoint {str(checkpoint.path)!r} is damaged: {fault}")
+            return checkpoint
+    steps = ", ".join(str(checkpoint.step) for checkpoint in reversed(there))
+    raise UserError(
+        f"run {str(run.path)!r} has no checkpoint of step {step}; "
+        + (f"there are {steps}" if steps else "it has none yet")
+    )
+
+
+def _heading(viewer: Viewer, image: InputImage, shown: ImagePanels, run: str) -> str:
+    parts = [
+        f"{run}: {image.name}",
+        f"mask seed {viewer.masker.seed}",
+        f"loss on this image {shown.reconstruction.loss:.4g}",
+        viewer.channels.caption,
+        missing_picture(viewer.target) or "",
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def _file_name(image: InputImage, step: int, bandwidth: tuple[int, int] | None) -> str:
+    stem = re.sub(r"[^\w.-]+", "-", Path(image.name).stem, flags=re.ASCII)[:40]
+    at = "" if bandwidth is None else f"_at-{show_size(bandwidth)}"
+    return f"step-{step:08d}{at}_{image.number:06d}_{stem}.png"
 
 
 def enlargement(size: tuple[int, int]) -> int:
@@ -72,11 +183,6 @@ def grid_figure(rows: Sequence[Sequence[Panel]], heading: str, times: int) -> Fi
             left += slot + GAP
         top += row_height + GAP
     return figure
-
-
-def save_grid(figure: Figure, path: Path) -> None:
-    """Write a figure of `grid_figure` as PNG."""
-    figure.savefig(path, dpi=DPI, format="png")
 
 
 def _enlarged(panel: Panel, times: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a run folder tells of its run, finished, in progress or broken off."""
+"""What a run folder says about its run, be it finished, in progress or interrupted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 
 NOT_PROBES = {"step", "probe_seconds", "protocol", "seconds"}
-"""Keys of a probe's row that are no result."""
+"""Keys of a probe's row that are not results."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class History:
     """A run as a report reads it; lists are in the order of the steps."""
 
     name: str
-    """Unlike the names of the other runs in the report."""
+    """Different from the names of the other runs in the report."""
     folder: RunFolder
     recipe: Recipe
     rows: list[dict[str, Any]]
@@ -39,7 +39,7 @@ class History:
     environment: dict[str, str]
     """Of the newest checkpoint; empty without one."""
     curriculum: Curriculum | None
-    """None where the number of training images is not to be had; `notes` says why."""
+    """None where the number of training images is not known; `notes` says why."""
     notes: list[str] = field(default_factory=list)
     """What is missing or damaged, in sentences."""
 
@@ -59,7 +59,7 @@ def read_histories(paths: Sequence[str | Path], say: Callable[[str], None]) -> l
     """The runs in some folders, each once.
 
     Raises:
-        UserError: if there are none, or one is no run folder.
+        UserError: if there are none, or one is not a run folder.
     """
     folders = list(dict.fromkeys(Path(path).resolve() for path in paths))
     if not folders:
@@ -105,7 +105,14 @@ def _read_history(folder: RunFolder, name: str, say: Callable[[str], None]) -> H
         notes.append("there is no checkpoint yet")
     curriculum = None
     try:
-        curriculum = recipe.build_curriculum(_num_images(recipe, rows))
+        # The log comes before the data, which may be large or on another machine.
+        num_images = recipe.data.stated_images or _images_by_log(rows, recipe.size)
+        if num_images is None:
+            source = open_split(
+                recipe.data, "train", in_chans=recipe.in_chans, image_size=recipe.size, seed=recipe.seed
+            )
+            num_images = len(source)
+        curriculum = recipe.build_curriculum(num_images)
         plan = folder.plan()
         if plan is not None:
             curriculum = curriculum.laid_out(plan.segments)
@@ -138,22 +145,14 @@ def probe_keys(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [key for key in dict.fromkeys(keys) if key not in NOT_PROBES]
 
 
-def _num_images(recipe: Recipe, rows: list[dict[str, Any]]) -> int:
-    """Images in the training set: from the recipe, from what the first stage cost, or from the data.
-
-    The log comes before the data, which may be large or on another machine.
-    """
-    if recipe.data.stated_images is not None:
-        return recipe.data.stated_images
+def _images_by_log(rows: list[dict[str, Any]], image_size: tuple[int, int]) -> int | None:
+    """Images in the training set, from what the first stage cost; None if the log does not say."""
     for row in rows:
         epochs, bandwidth = number(row.get("equivalent_epochs")), row.get("bandwidth")
         if row.get("stage") == 0 and epochs and bandwidth and "images_seen" in row:
-            at_full_size = float(row["images_seen"]) * area_share(bandwidth, recipe.size)
+            at_full_size = float(row["images_seen"]) * area_share(bandwidth, image_size)
             return max(1, round(at_full_size / epochs))
-    source = open_split(
-        recipe.data, "train", in_chans=recipe.in_chans, image_size=recipe.size, seed=recipe.seed
-    )
-    return len(source)
+    return None
 
 
 def _environment(checkpoints: list[Checkpoint]) -> dict[str, str]:

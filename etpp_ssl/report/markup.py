@@ -1,103 +1,128 @@
-"""The few pieces of HTML that the report is put together from; all text is escaped here."""
+"""The template of the report's page, and the pictures and drawings that the page carries in itself.
+
+Text reaches the page through jinja2's autoescape or `Markup.format` alone; what is `Markup` is HTML already.
+"""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import matplotlib
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
 from PIL import Image
+
+from etpp_ssl.report.figures import INK
 
 SMALL = 128
 """Images with fewer pixels than this along each side are enlarged pixel by pixel, not smoothly."""
 
 
-def escape(text: object) -> str:
-    """Text between tags or in a quoted attribute."""
-    return html.escape(str(text), quote=True)
+@dataclass(frozen=True)
+class Table:
+    """A table; the first cell of a row is its heading."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    kind: str = ""
+    """A class of the style sheet."""
 
 
-def paragraph(text: str, kind: str = "") -> str:
-    """A <p> of plain text, of a class if one is given."""
-    return f"<p{_kind(kind)}>{escape(text)}</p>"
+@dataclass(frozen=True)
+class Captioned:
+    """A drawing or a picture under its caption."""
+
+    content: Markup
+    title: str
+    note: str = ""
+    kind: str = ""
+    """A class of the style sheet."""
 
 
-def section(key: str, title: str, *parts: str) -> str:
-    """A <section> with a heading that can be linked to."""
-    return f'<section id="{escape(key)}"><h2>{escape(title)}</h2>\n{"".join(parts)}</section>\n'
+def render(**values: Any) -> str:
+    """The page.
 
-
-def table(head: Sequence[object], rows: Sequence[Sequence[object]], kind: str = "") -> str:
-    """A table that scrolls sideways on a narrow screen; the first cell of a row is its heading."""
-    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        + "</tr>\n"
-        for first, *cells in rows
+    Args:
+        values: what `page.html.j2` names; a missing one is an error.
+    """
+    environment = Environment(
+        loader=PackageLoader("etpp_ssl", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    return (
-        f'<div class="scroll" tabindex="0"><table{_kind(kind)}>'
-        f"<thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
-    )
+    return environment.get_template("page.html.j2").render(values)
 
 
-def details(summary: str, *parts: str) -> str:
-    """A part that is folded away."""
-    return f"<details><summary>{escape(summary)}</summary>\n{''.join(parts)}</details>\n"
-
-
-def figure(content: str, title: str, note: str = "", kind: str = "") -> str:
-    """A <figure> around an <svg> or <img>, with its caption above."""
-    said = f"<strong>{escape(title)}</strong>" if title else ""
-    said += f" <span>{escape(note)}</span>" if note else ""
-    caption = f"<figcaption>{said}</figcaption>" if said else ""
-    return f"<figure{_kind(kind)}>{caption}{content}</figure>\n"
-
-
-def image(pixels: np.ndarray, description: str, share: float = 1.0) -> str:
+def image(pixels: np.ndarray, description: str, share: float = 1.0) -> Markup:
     """An <img> of uint8 (H, W, 3) that carries its pixels with it.
 
     Args:
         pixels: stored as they are; the style sheet enlarges them.
-        description: what it shows, for those who cannot see it.
-        share: of the place's width that it fills.
+        description: what it shows, for readers who cannot see it.
+        share: of the width available to it that it fills.
     """
     stored = io.BytesIO()
     Image.fromarray(pixels).save(stored, "PNG", optimize=True)
     height, width = pixels.shape[:2]
-    kind = _kind("small" if max(height, width) < SMALL else "")
-    attributes = f'width="{width}" height="{height}" style="width:{share:.2%}"{kind}'
+    kind = "small" if max(height, width) < SMALL else ""
+    attributes = Markup('width="{}" height="{}" style="width:{}" class="{}"').format(
+        width, height, f"{share:.2%}", kind
+    )
     return png(stored.getvalue(), description, attributes)
 
 
-def png(data: bytes, description: str, attributes: str = "") -> str:
+def png(data: bytes, description: str, attributes: Markup | None = None) -> Markup:
     """An <img> of a PNG file's bytes."""
     coded = base64.b64encode(data).decode("ascii")
-    return f'<img {attributes} alt="{escape(description)}" src="data:image/png;base64,{coded}">'
+    element = Markup('<img {} alt="{}" src="data:image/png;base64,{}">')
+    return element.format(attributes or "", description, coded)
 
 
-def tabs(name: str, pages: Sequence[tuple[str, str]]) -> str:
-    """One page out of several, chosen by radio buttons: style sheets suffice, no script is needed.
+def inline_svg(figure: Figure, key: str, description: str) -> Markup:
+    """A matplotlib figure as an <svg> that scales with the page and takes the page's text colour.
+
+    It has no ids that clash with those of other figures, and no addresses.
 
     Args:
-        name: of the group, unlike that of other groups.
-        pages: (title, content), six at most; the first is shown until another is chosen, and printed
-            if none is.
+        figure: its background is left out; whatever has the colour `INK` becomes `currentColor`.
+        key: unlike that of all other figures on the page; ids in the SVG begin with it.
+        description: what the figure shows, for readers who cannot see it.
     """
-    chooser = "".join(
-        f'<input type="radio" name="{escape(name)}" id="{escape(name)}-{place}"'
-        f"{' checked' if place == 1 else ''}>"
-        f'<label for="{escape(name)}-{place}">{escape(title)}</label>'
-        for place, (title, _) in enumerate(pages, 1)
-    )
-    bodies = "".join(
-        f'<div class="page page-{place}">{content}</div>' for place, (_, content) in enumerate(pages, 1)
-    )
-    return f'<div class="tabs">{chooser}\n{bodies}</div>\n'
+    drawn = io.StringIO()
+    # Text stays text: it is smaller than outlines, sharp, and can be searched and copied.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
+        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
+    text = drawn.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
+    text = _own_ids(text, key)
+    text = text.replace(INK, "currentColor")
+    # matplotlib lists every sans-serif font it knows of, for every text.
+    text = re.sub(r"(font(?:-family)?:[^;\"]*?)'DejaVu Sans'[^;\"]*", r"\1sans-serif", text)
+    label = html.escape(description, quote=True)
+    opening = re.compile(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>")
+    # matplotlib escapes the texts in the figure.
+    return Markup(opening.sub(lambda found: f'<svg role="img" aria-label="{label}" {found[1]}>', text))
 
 
-def _kind(kind: str) -> str:
-    return f' class="{escape(kind)}"' if kind else ""
+def _own_ids(text: str, key: str) -> str:
+    """Put the key in front of ids that something refers to, and remove all others."""
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
+
+    def rename(match: re.Match[str]) -> str:
+        return f' id="{key}-{match[1]}"' if match[1] in used else ""
+
+    text = re.sub(r'\sid="([^"]*)"', rename, text)
+    return re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", text)

@@ -1,12 +1,16 @@
-"""What a model makes of a masked image, as images with NaN where nothing is shown.
+"""A masked image and what a model predicts of it, in the target's values and as pixels; NaN is not shown.
 
-Legend: B batch, C channels, H, W pixels, h, w grid, p, q patch, N patches, K visible, M masked, V values
-per patch.
+A target of normalised pixels says a patch's pattern, not its brightness and contrast. To undo the
+normalisation with the mean and standard deviation of the removed patch itself would take both from the
+answer; the honest picture estimates them from the visible patches around.
+
+Legend: B batch, C channels, H, W pixels, h, w grid, p, q patch, K visible, M masked, V values per patch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +19,9 @@ from etpp_ssl.config import UserError, show_size
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.patches import gather_patches, grid_of, patchify, unpatchify
 from etpp_ssl.targets.base import Objective
+
+RADIUS = 1.0
+"""Standard deviation, in patches, of the Gaussian that weighs visible neighbours."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,93 @@ def place(patches_BKV: Tensor, ids: Tensor, grid: tuple[int, int], patch_size: t
     canvas_BNV = patches_BKV.new_full((batch, grid[0] * grid[1], num_values), float("nan"))
     canvas_BNV.scatter_(1, ids[:, :, None].expand(-1, -1, num_values), patches_BKV)
     return unpatchify(canvas_BNV, grid, patch_size)
+
+
+class PatchStatistics(NamedTuple):
+    """What normalising a patch takes away, float32 (B, M, 1) each."""
+
+    mean: Tensor
+    std: Tensor
+
+
+def patch_statistics(patches: Tensor) -> PatchStatistics:
+    """Mean and sqrt(var + 1e-6) over the last axis, the variance unbiased.
+
+    These are the numbers that `etpp_ssl.targets.pixels.normalise_patches` uses.
+
+    Args:
+        patches: float (B, M, V), V >= 2.
+    """
+    variance, mean = torch.var_mean(patches.float(), dim=-1, keepdim=True, unbiased=True)
+    return PatchStatistics(mean, (variance + 1e-6).sqrt())
+
+
+def neighbour_statistics(
+    visible_BKV: Tensor, ids_keep: Tensor, ids_removed: Tensor, grid: tuple[int, int]
+) -> PatchStatistics:
+    """Statistics of masked patches, estimated from the visible patches alone.
+
+    The rule: a masked patch's mean is the weighted average of the visible patches' means, and its
+    standard deviation that of their standard deviations. The weight of a visible patch at distance d is
+    exp(-d^2 / (2 RADIUS^2)); d is Euclidean, in patches between centres on the grid. The weights of each
+    masked patch are scaled to add up to 1, so one that is far from all visible patches takes the
+    nearest ones.
+
+    Args:
+        visible_BKV: float (B, K, V), the visible patches' pixels.
+        ids_keep: int64 (B, K), where they are.
+        ids_removed: int64 (B, M), the patches to estimate.
+        grid: (h, w), patches per axis.
+    """
+    visible = patch_statistics(visible_BKV)
+    distance_BMK = torch.cdist(_centres(ids_removed, grid), _centres(ids_keep, grid))
+    # A softmax divides by the sum without underflow, however far the nearest patch is.
+    weights_BMK = (-(distance_BMK**2) / (2 * RADIUS**2)).softmax(dim=-1)
+    return PatchStatistics(weights_BMK @ visible.mean, weights_BMK @ visible.std)
+
+
+def unnormalise(values_BMV: Tensor, statistics: PatchStatistics) -> Tensor:
+    """The inverse of `normalise_patches` with the given statistics: float32 (B, M, V)."""
+    return values_BMV.float() * statistics.std + statistics.mean
+
+
+def _centres(ids: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Row and column of patches, float32 (B, n, 2)."""
+    return torch.stack([ids // grid[1], ids % grid[1]], dim=-1).float()
+
+
+def predicted_pixels(target: Any, shown: Reconstruction) -> Tensor | None:
+    """The pixels that a prediction says, with honest statistics where they are normalised.
+
+    Args:
+        target: the Config of the target.
+        shown: an image and what was predicted of it.
+
+    Returns:
+        float32 (1, M, p q C), normalised as the images are; of a combined target those of its pixels part.
+        None where nothing predicts pixels.
+    """
+    if target.name == "combined":
+        found = (predicted_pixels(part, own) for part, own in parts_of(target, shown))
+        return next((pixels for pixels in found if pixels is not None), None)
+    if target.name != "pixels":
+        return None
+    if not target.norm_pix:
+        return shown.values_BMV
+    visible = shown.pixels_at(shown.ids_keep)
+    honest = neighbour_statistics(visible, shown.ids_keep, shown.ids_removed, shown.grid)
+    return unnormalise(shown.values_BMV, honest)
+
+
+def parts_of(target: Any, shown: Reconstruction) -> list[tuple[Any, Reconstruction]]:
+    """The parts of a combined target, each with the reconstruction in its own values."""
+    channels = shown.images.shape[1]
+    lengths = [part.build(patch_size=shown.patch_size, in_chans=channels).num_values for part in target.parts]
+    values, targets = shown.values_BMV.split(lengths, dim=-1), shown.target_BMV.split(lengths, dim=-1)
+    return [
+        (part, replace(shown, values_BMV=own, target_BMV=wanted))
+        for part, own, wanted in zip(target.parts, values, targets, strict=True)
+    ]
 
 
 def parse_bandwidth(text: str) -> tuple[int, int]:

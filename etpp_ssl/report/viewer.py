@@ -1,32 +1,51 @@
-"""Looking through a checkpoint: images, masks and predictions as panels, and as PNG files.
+"""Images in the eyes of a model: which are shown, what it sees of them and what it predicts, as panels.
 
 Legend: C channels, H, W pixels.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.curriculum.cost import area_share
-from etpp_ssl.files import replaced_file
-from etpp_ssl.recipe import Recipe
-from etpp_ssl.report.channels import ChannelView
-from etpp_ssl.report.grid import enlargement, grid_figure, save_grid
-from etpp_ssl.report.pictures import Crops, Picture, pictures_of_files, pictures_of_run
+from etpp_ssl.curriculum.frequency import low_frequency_crop
+from etpp_ssl.data.formats.decode import most_bytes
+from etpp_ssl.data.formats.picture import open_picture
+from etpp_ssl.data.sources.base import UnreadableImage
+from etpp_ssl.data.sources.folder import image_files, printable
+from etpp_ssl.data.sources.splits import keyed_indices, open_split
+from etpp_ssl.data.views import EvalView, Normalise, to_bands, to_tensor
+from etpp_ssl.files import read_regular
+from etpp_ssl.model.mae import MaskedAutoencoder
+from etpp_ssl.model.masking import Masker
+from etpp_ssl.report.panels import ChannelView, Panel, target_panels
 from etpp_ssl.report.reconstruction import Reconstruction, check_bandwidth, reconstruct
-from etpp_ssl.report.targets import Panel, missing_picture, target_panels
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.weights.loading import load_trained
 
 
-class Shown(NamedTuple):
+@dataclass(frozen=True)
+class InputImage:
+    """An image in the evaluation view."""
+
+    name: str
+    number: int
+    """Keys its mask; of the run's own data, the number in its split."""
+    pixels: Tensor
+    """uint8 (C, H, W)."""
+
+
+class ImagePanels(NamedTuple):
     """Everything there is to see of one image."""
 
     crops: list[Panel]
@@ -37,24 +56,51 @@ class Shown(NamedTuple):
     reconstruction: Reconstruction
 
 
+@dataclass(frozen=True)
 class Viewer:
-    """A run's model on the CPU, with whatever its images need to be shown.
+    """A model on the CPU, and what it takes to show its images."""
 
-    Args:
-        recipe: the run's.
-        seed: of the masks; None takes the recipe's, and so the masks of the reconstruction probe.
-    """
+    model: MaskedAutoencoder
+    """In eval mode."""
+    target: Any
+    """The Config of the target."""
+    masker: Masker
+    normalise: Normalise
+    channels: ChannelView
+    image_size: tuple[int, int]
+    """(H, W)."""
+    bandwidths: list[tuple[int, int]]
+    """Of the curriculum's stages."""
+    lanczos: bool
+    """Whether an image is brought to a bandwidth by a Lanczos resize instead of a low-frequency crop."""
 
-    def __init__(self, recipe: Recipe, seed: int | None = None) -> None:
-        self.recipe = recipe
-        self.seed = recipe.seed if seed is None else seed
-        self.crops = Crops(recipe)
-        self.view = ChannelView(*recipe.data.statistics(recipe.in_chans))
-        self.objective = recipe.build_objective()
+    @classmethod
+    def of_run(cls, run: RunFolder, seed: int | None = None) -> Viewer:
+        """A run's model, without its weights yet.
+
+        Args:
+            run: the run.
+            seed: of the masks; None takes the run's, and so the masks of the reconstruction probe.
+
+        Raises:
+            UserError: if this is not a run folder.
+        """
+        recipe = run.recipe()
+        mean, std = recipe.data.statistics(recipe.in_chans)
         with torch.random.fork_rng(devices=[]):
-            self.model = recipe.build_model().eval()
-        # The steps depend on the number of images, the bandwidths do not.
-        self.bandwidths = [stage.bandwidth for stage in recipe.build_curriculum(1).stages]
+            model = recipe.build_model().eval()
+        seed = recipe.seed if seed is None else seed
+        return cls(
+            model=model,
+            target=recipe.target,
+            masker=recipe.model.masker(patch_size=recipe.patch_size, seed=seed),
+            normalise=Normalise(mean, std, torch.device("cpu")),
+            channels=ChannelView(mean, std),
+            image_size=recipe.size,
+            # The steps depend on the number of images, the bandwidths do not.
+            bandwidths=[stage.bandwidth for stage in recipe.build_curriculum(1).stages],
+            lanczos=recipe.curriculum.crop == "lanczos",
+        )
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Take a checkpoint's weights.
@@ -64,147 +110,124 @@ class Viewer:
         """
         load_trained(self.model, checkpoint)
 
-    def look(self, picture: Picture, bandwidth: tuple[int, int] | None = None) -> Shown:
+    def look(self, image: InputImage, bandwidth: tuple[int, int] | None = None) -> ImagePanels:
         """Show an image to the model, masked, at a bandwidth; None is the full image.
 
+        The mask is the one that the reconstruction probe draws for the image's number.
+
         Raises:
-            UserError: for a bandwidth that does not serve, or leaves no visible or no masked patch.
+            UserError: for a bandwidth that is not a whole number of patches within the image, or leaves no
+                visible or no masked patch.
         """
-        recipe = self.recipe
-        bandwidth = bandwidth or recipe.size
-        check_bandwidth(bandwidth, recipe.size, recipe.patch_size)
-        images = self.crops(picture, bandwidth)
-        shown = reconstruct(self.model, self.objective, images, self._visible(picture.number, bandwidth))
-        removed = shown.grid[0] * shown.grid[1] - shown.ids_keep.shape[1]
-        note = f"{removed} of {shown.grid[0] * shown.grid[1]} patches removed"
-        at = "" if bandwidth == recipe.size else f", bandwidth {show_size(bandwidth)}"
-        return Shown(
-            self.crops_of(picture),
-            Panel(f"masked input{at}", note, self.view(shown.visible())),
-            target_panels(recipe.target, shown, self.view),
-            shown,
+        bandwidth = bandwidth or self.image_size
+        check_bandwidth(bandwidth, self.image_size, self.model.patch_size)
+        seen = self.crop(image, bandwidth)
+        ids_keep = self.masker.everything(torch.tensor([image.number]), bandwidth).ids_keep
+        objective = self.target.build(patch_size=self.model.patch_size, in_chans=seen.shape[1])
+        found = reconstruct(self.model, objective, seen, ids_keep)
+        num_patches = found.grid[0] * found.grid[1]
+        note = f"{num_patches - ids_keep.shape[1]} of {num_patches} patches removed"
+        at = "" if bandwidth == self.image_size else f", bandwidth {show_size(bandwidth)}"
+        return ImagePanels(
+            self.crops(image),
+            Panel(f"masked input{at}", note, self.channels(found.visible())),
+            target_panels(self.target, found, self.channels),
+            found,
         )
 
-    def _visible(self, number: int, bandwidth: tuple[int, int]) -> Tensor:
-        """Ids of the visible patches, as the reconstruction probe draws them for image `number`."""
-        masker = self.recipe.model.masker(patch_size=self.recipe.patch_size, seed=self.seed)
-        return masker.everything(torch.tensor([number]), bandwidth).ids_keep
+    def crop(self, image: InputImage, bandwidth: tuple[int, int]) -> Tensor:
+        """What the model sees of an image at a bandwidth, normalised: float32 (1, C, Bh, Bw)."""
+        pixels = image.pixels
+        if self.lanczos and bandwidth != self.image_size:
+            bands = to_bands(pixels)
+            pixels = to_tensor(tuple(b.resize(bandwidth[::-1], Image.Resampling.LANCZOS) for b in bands))
+        return low_frequency_crop(self.normalise(pixels[None]), bandwidth)
 
-    def crops_of(self, picture: Picture) -> list[Panel]:
+    def crops(self, image: InputImage) -> list[Panel]:
         """The image at every bandwidth of the curriculum; last the image itself."""
-        full = self.recipe.size
-        panels = []
+        full, panels = self.image_size, []
         for bandwidth in dict.fromkeys([*self.bandwidths, full]):
-            whole = bandwidth == full
-            share = area_share(bandwidth, full)
-            panels.append(
-                Panel(
-                    f"image, {show_size(full)}" if whole else f"bandwidth {show_size(bandwidth)}",
-                    "all frequencies" if whole else f"{share:.0%} of the pixels",
-                    self.view(self.crops(picture, bandwidth)[0]),
-                )
-            )
+            if bandwidth == full:
+                title, note = f"image, {show_size(full)}", "all frequencies"
+            else:
+                title = f"bandwidth {show_size(bandwidth)}"
+                note = f"{area_share(bandwidth, full):.0%} of the pixels"
+            panels.append(Panel(title, note, self.channels(self.crop(image, bandwidth)[0])))
         return panels
 
 
-def write_grids(
-    run_dir: str | Path,
-    images: Sequence[str | Path] = (),
-    *,
-    out: str | Path | None = None,
-    seed: int | None = None,
-    bandwidth: tuple[int, int] | None = None,
-    step: int | None = None,
-    count: int = 8,
-    say: Callable[[str], None] = print,
-) -> list[Path]:
-    """One PNG per image: its crops, the masked input, and the prediction in every honest and other way.
+def images_of_run(run: RunFolder, count: int) -> tuple[list[InputImage], str]:
+    """A few images of a run's own data, and the split they are from: "evaluation" or "training".
+
+    A keyed draw, since the first images of sorted class folders are all of one class. Unreadable ones
+    are passed over.
+
+    Raises:
+        UserError: if the data is not there.
+    """
+    recipe = run.recipe()
+    opened = partial(
+        open_split, recipe.data, in_chans=recipe.in_chans, image_size=recipe.size, seed=recipe.seed
+    )
+    try:
+        source, split = opened("eval"), "evaluation"
+    except UserError:
+        source, split = opened("train"), "training"
+    view = EvalView(recipe.size, recipe.data.crop_pct)
+    images: list[InputImage] = []
+    # As many again in reserve for unreadable ones.
+    for index in keyed_indices(len(source), 2 * count, recipe.seed, "pictures"):
+        try:
+            pixels = view(source.open(index), index, recipe.size)
+        except UnreadableImage:
+            continue
+        images.append(InputImage(source.name(index), index, pixels))
+        if len(images) == count:
+            break
+    if not images:
+        raise UserError(f"no image of the {split} data can be read")
+    return images, split
+
+
+def images_of_files(
+    paths: Sequence[Path], count: int, *, view: EvalView, in_chans: int, max_pixels: int
+) -> list[InputImage]:
+    """Images from files, and up to `count` from each folder, numbered in this order.
 
     Args:
-        run_dir: a run with a checkpoint.
-        images: files and folders; none takes a keyed draw of the run's evaluation images, or of its
-            training images where there are no others.
-        out: folder of the PNGs; by default `RUN/report/reconstruction`.
-        seed: of the masks; by default the run's.
-        bandwidth: (height, width) of the masked input in pixels; by default the full image.
-        step: of the checkpoint; by default the newest.
-        count: images taken of each folder, or of the run's data.
-        say: told of damaged checkpoints, of the data used and of targets without a picture.
-
-    Returns:
-        The files, in the order of the images.
+        paths: files and folders.
+        count: images of a folder at most.
+        view: how they are resized and cropped.
+        in_chans: C.
+        max_pixels: larger images are refused; see `data.max_pixels`.
 
     Raises:
-        UserError: for a folder that is no run, a checkpoint, image or bandwidth that does not serve, or
-            a folder that cannot be written to.
+        UserError: if a path does not exist, a folder has no images, or an image cannot be read or has
+            other channels than `in_chans`.
     """
-    run = RunFolder(run_dir)
-    recipe = run.recipe()
-    checkpoint = choose_checkpoint(run, step, say)
-    if bandwidth is not None:
-        check_bandwidth(bandwidth, recipe.size, recipe.patch_size)
-    if images:
-        pictures = pictures_of_files([Path(image) for image in images], recipe, count)
-    else:
-        pictures, split = pictures_of_run(recipe, count)
-        say(f"{len(pictures)} images of the {split} data")
-    viewer = Viewer(recipe, seed)
-    viewer.load(checkpoint)
-    reason = missing_picture(recipe.target)
-    if reason is not None:
-        say(reason)
-    folder = Path(out) if out is not None else run.path / "report" / "reconstruction"
-    title = f"{run.path.absolute().name}, step {checkpoint.step:,}"
-    written = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for picture in pictures:
-            shown = viewer.look(picture, bandwidth)
-            rows = [shown.crops, [shown.masked, *shown.predictions]]
-            heading = _heading(viewer, picture, shown, title)
-            written.append(folder / _file_name(picture, checkpoint.step, bandwidth))
-            with replaced_file(written[-1]) as aside:
-                save_grid(grid_figure(rows, heading, enlargement(recipe.size)), aside)
-    except OSError as error:
-        raise UserError(f"{str(folder)!r} cannot be written to: {error.strerror or error}") from error
-    return written
+    images = []
+    for number, file in enumerate(_files(paths, count)):
+        try:
+            data = read_regular(file, most_bytes(max_pixels, in_chans))
+            pixels = view(open_picture(data, in_chans, max_pixels), number, view.image_size)
+        except (OSError, UnreadableImage) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"image {str(file)!r} cannot be read: {reason}") from error
+        images.append(InputImage(printable(str(file)), number, pixels))
+    return images
 
 
-def choose_checkpoint(run: RunFolder, step: int | None, say: Callable[[str], None]) -> Checkpoint:
-    """The checkpoint of a step, or the newest whole one for None.
-
-    Raises:
-        UserError: if there is none, it is damaged, or the run has none of that step.
-    """
-    if step is None:
-        return run.trained(say)
-    there = run.checkpoints()
-    for checkpoint in there:
-        if checkpoint.step == step:
-            fault = checkpoint.fault()
-            if fault is not None:
-                raise UserError(f"checkpoint {str(checkpoint.path)!r} is damaged: {fault}")
-            return checkpoint
-    steps = ", ".join(str(checkpoint.step) for checkpoint in reversed(there))
-    raise UserError(
-        f"run {str(run.path)!r} has no checkpoint of step {step}; "
-        + (f"there are {steps}" if steps else "it has none yet")
-    )
-
-
-def _heading(viewer: Viewer, picture: Picture, shown: Shown, run: str) -> str:
-    recipe = viewer.recipe
-    parts = [
-        f"{run}: {picture.name}",
-        f"mask seed {viewer.seed}",
-        f"loss on this image {shown.reconstruction.loss:.4g}",
-        viewer.view.caption,
-        missing_picture(recipe.target) or "",
-    ]
-    return "; ".join(part for part in parts if part)
-
-
-def _file_name(picture: Picture, step: int, bandwidth: tuple[int, int] | None) -> str:
-    stem = re.sub(r"[^\w.-]+", "-", Path(picture.name).stem, flags=re.ASCII)[:40]
-    at = "" if bandwidth is None else f"_at-{show_size(bandwidth)}"
-    return f"step-{step:08d}{at}_{picture.number:06d}_{stem}.png"
+def _files(paths: Sequence[Path], count: int) -> Iterator[Path]:
+    for path in paths:
+        if os.path.isdir(path):
+            try:
+                inside = sorted(image_files(path))[:count]
+            except OSError as error:
+                raise UserError(f"image folder {str(path)!r} cannot be read: {error.strerror}") from error
+            if not inside:
+                raise UserError(f"image folder {str(path)!r} has no images in it")
+            yield from (path / name for name in inside)
+        elif os.path.exists(path):
+            yield path
+        else:
+            raise UserError(f"image {str(path)!r} does not exist")

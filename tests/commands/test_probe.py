@@ -123,6 +123,6 @@ def test_a_signal_ends_a_long_probe_with_its_state_and_the_same_command_goes_on(
     capsys.readouterr()
     assert run(arguments) == 0
     said = capsys.readouterr()
-    assert "goes on after step" in said.err
+    assert "resumes after step" in said.err
     assert "linear_top1" in said.out
     assert not list(report.glob("*linear_probe-*"))

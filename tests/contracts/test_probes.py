@@ -32,6 +32,8 @@ QUICK = {
     "attentive": ["probe.batch_size=24", "probe.base_lr=3e-2"],
 }
 """Overrides that make a probe of some name quick on tiny data."""
+FEW_EPOCHS = {"linear": ["probe.epochs=4", "probe.warmup_epochs=1"], "attentive": ["probe.epochs=4"]}
+"""Where nothing has to be learnt."""
 MILD = {"linear": ["probe.base_lr=1"]}
 """The rate at which few images are learnt quickly magnifies rounding, too."""
 SWEPT = {"knn": ["probe.k=[1, 5, 20]", "probe.temperature=[0.02, 0.07]"]}
@@ -63,7 +65,7 @@ def build(recipe: Recipe) -> tuple[Probe, MaskedAutoencoder]:
 def test_it_is_deterministic_and_leaves_everything_as_it_was(
     name: str, overrides: list[str], training: bool, tiny_recipe: Callable[..., Recipe]
 ) -> None:
-    probe, model = build(tiny_recipe(f"probe={name}", *overrides))
+    probe, model = build(tiny_recipe(f"probe={name}", *overrides, *FEW_EPOCHS.get(name, [])))
     model.train(training)
     model.encoder.blocks[0].train(not training)
     modes = [module.training for module in model.modules()]
@@ -97,7 +99,7 @@ def test_it_beats_chance_on_images_that_differ_by_class(
 def test_labels_that_say_nothing_are_not_learnt(
     name: str, overrides: list[str], tiny_recipe: Callable[..., Recipe]
 ) -> None:
-    probe, model = build(tiny_recipe(f"probe={name}", *overrides, *DATA))
+    probe, model = build(tiny_recipe(f"probe={name}", *overrides, *FEW_EPOCHS.get(name, []), *DATA))
     # An encoder that gives every image the same features knows nothing.
     for parameter in model.encoder.parameters():
         parameter.data.zero_()
@@ -125,7 +127,7 @@ def test_two_gloo_processes_give_the_numbers_of_one(
 
 def numbers_on_odd_data(name: str, overrides: list[str]) -> dict[str, float]:
     data = [*DATA, "data.num_images=241", "data.num_eval_images=81"]
-    overrides = [*overrides, *MILD.get(name, [])]
+    overrides = [*overrides, *FEW_EPOCHS.get(name, []), *MILD.get(name, [])]
     probe, model = build(Recipe.parse(TINY, [f"probe={name}", *overrides, *data]))
     return probe.run(model)
 

@@ -11,9 +11,9 @@ from probe_data import build, leaves_everything_as_it_was, with_workers, write_c
 from timm.layers import AttentionPoolLatent
 
 from etpp_ssl.config import UserError
-from etpp_ssl.evaluation import token_cache
+from etpp_ssl.evaluation import attentive
+from etpp_ssl.evaluation.attentive import TokenCache, patch_tokens
 from etpp_ssl.evaluation.attentive_head import SharedQueryPool
-from etpp_ssl.evaluation.token_cache import TokenCache, patch_tokens
 from etpp_ssl.recipe import Recipe
 
 QUICK = ["probe=attentive", "probe.epochs=20", "probe.batch_size=12", "probe.base_lr=1e-1"]
@@ -110,7 +110,7 @@ def test_mistakes_get_a_sentence(tiny_recipe: Callable[..., Recipe], monkeypatch
         probe.run(model)
     with pytest.raises(UserError, match="warmup_epochs is 1"):
         tiny_recipe("probe=attentive", "probe.epochs=1")
-    monkeypatch.setattr(token_cache.os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(attentive.os, "sysconf", lambda name: 100)
     probe, model = build(tiny_recipe(*SHORT))
     with pytest.raises(UserError, match=r"use probe\.cache=false"):
         probe.run(model)

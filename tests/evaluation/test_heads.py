@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from etpp_ssl.evaluation.heads import Heads, Standardise, accuracies, cross_entropy_gradient, train_heads
+from etpp_ssl.evaluation.linear_cached import (
+    Heads,
+    Standardise,
+    accuracies,
+    cross_entropy_gradient,
+    train_heads,
+)
 from etpp_ssl.randomness import keyed_torch
 
 SETTINGS = [(0.5, 0.0), (0.05, 0.1), (2.0, 1e-3)]
@@ -110,7 +116,7 @@ def test_accuracy_is_a_plain_count(top: int, monkeypatch: pytest.MonkeyPatch) ->
             plain[number] += label in sorted(range(CLASSES), key=lambda c: -logits[c])[:top]
     expected = [100 * count / 31 for count in plain]
     for values in (1, 40, 1 << 20):
-        monkeypatch.setattr("etpp_ssl.evaluation.heads.CHUNK_VALUES", values)
+        monkeypatch.setattr("etpp_ssl.evaluation.linear_cached.CHUNK_VALUES", values)
         assert accuracies(heads, features, labels, top).tolist() == pytest.approx(expected)
 
 

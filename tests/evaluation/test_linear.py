@@ -158,7 +158,7 @@ def test_an_interrupted_probe_goes_on_bitwise_and_removes_its_state(
     probe, _ = build(tiny_recipe(*SHORT), folder=tmp_path, say=said.append)
     found = trained_head(monkeypatch, lambda: probe.run(model)).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert "goes on after step 5 of 8" in said[0]
+    assert "resumes after step 5 of 8" in said[0]
     assert not list(tmp_path.iterdir())
 
 

@@ -30,7 +30,7 @@ from etpp_ssl.export import mae, timm, transformers
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.recipe_base import RunRecipe
 from etpp_ssl.report.confusion import write_evaluation
-from etpp_ssl.report.viewer import write_grids
+from etpp_ssl.report.grid import write_grids
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.train.checkpoint import save_checkpoint
 

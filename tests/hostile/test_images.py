@@ -19,10 +19,10 @@ from etpp_ssl.data.formats.decode import MAX_SCANS, decode, from_picture
 from etpp_ssl.data.formats.picture import open_picture
 from etpp_ssl.data.prepare import PrepareConfig, prepare
 from etpp_ssl.data.recode import RecodeConfig
-from etpp_ssl.data.sources.base import Decoder, UnreadableImage
+from etpp_ssl.data.sources.base import MAX_PIXELS, Decoder, UnreadableImage
 from etpp_ssl.data.sources.folder import FolderConfig
 from etpp_ssl.data.views import EvalView, TrainView
-from etpp_ssl.report.pictures import pictures_of_files
+from etpp_ssl.report.viewer import images_of_files
 
 SIZE = (24, 32)
 DECODERS: tuple[Decoder, ...] = ("pillow", "simplejpeg")
@@ -200,12 +200,9 @@ def test_a_strip_is_not_blown_up() -> None:
 
 @pytest.mark.parametrize("name", ["bomb.jpg", "bomb.png"])
 def test_reconstruct_names_the_file_that_it_cannot_show(name: str, tmp_path: Path) -> None:
-    from etpp_ssl.recipe import Recipe
-
-    recipe = Recipe.parse("output: x\nbudget_epochs: 1\nbatch_size: 2\ndata: {name: folder, root: x}")
     (tmp_path / name).write_bytes(BOMBS[name](30_000, 30_000))
     with pytest.raises(UserError, match=f"image '.*{name}' cannot be read: it claims more pixels"):
-        pictures_of_files([tmp_path / name], recipe, 1)
+        images_of_files([tmp_path / name], 1, view=EvalView(SIZE, 1.0), in_chans=3, max_pixels=MAX_PIXELS)
 
 
 def test_what_simplejpeg_would_decode_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:

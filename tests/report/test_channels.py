@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from etpp_ssl.data.views import Normalise
-from etpp_ssl.report.channels import BLANK, ChannelView
+from etpp_ssl.report.panels import BLANK, ChannelView
 
 
 def levels(channels: int) -> torch.Tensor:

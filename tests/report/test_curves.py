@@ -26,7 +26,7 @@ from etpp_ssl.report.curves import (
 )
 from etpp_ssl.report.figures import INK
 from etpp_ssl.report.history import read_histories
-from etpp_ssl.report.svg import inline_svg
+from etpp_ssl.report.markup import inline_svg
 
 BY_KEY = {quantity.key: quantity for quantity in QUANTITIES}
 STEPS = XAxis("step", "steps", "optimizer steps")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from etpp_ssl.report.glyphs import orientation_glyphs
+from etpp_ssl.report.panels import orientation_glyphs
 
 
 def lit_angle(picture: np.ndarray) -> float:

@@ -10,9 +10,8 @@ import pytest
 
 from etpp_ssl.config import UserError
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.report.differences import ABSENT, differences
 from etpp_ssl.report.history import History, distinct_names, probe_keys, read_histories
-from etpp_ssl.report.stage_rows import duration, stage_rows, stage_titles
+from etpp_ssl.report.tables import ABSENT, STAGE_TITLES, differing_keys, duration, stage_rows
 
 
 def read(*folders: Path) -> list[History]:
@@ -33,7 +32,7 @@ def test_a_finished_run_is_read_whole(run: Path) -> None:
 def test_stage_rows_add_up_to_the_run(run: Path) -> None:
     (history,) = read(run)
     assert history.curriculum is not None
-    rows = [dict(zip(stage_titles(), row, strict=True)) for row in stage_rows(history)]
+    rows = [dict(zip(STAGE_TITLES, row, strict=True)) for row in stage_rows(history)]
     assert [row["bandwidth"] for row in rows] == ["8x12", "12x16", "16x24"]
     assert [int(row["steps"]) for row in rows] == [stage.num_steps for stage in history.curriculum.stages]
     assert sum(int(row["images"]) for row in rows) == history.curriculum.num_samples
@@ -111,17 +110,17 @@ def test_differences_name_every_key_that_is_not_the_same(tiny_recipe: Callable[.
         tiny_recipe("output=b", "curriculum=constant", "optim.base_lr=1e-3", "data.num_workers=2"),
         tiny_recipe("output=c", "model.decoder.depth=2"),
     ]
-    found = {d.key: d for d in differences(recipes)}
+    found = {d.key: d for d in differing_keys(recipes)}
     assert found["optim.base_lr"].values == ["0.02", "0.001", "0.02"]
     assert found["model.decoder.depth"].values == ["1", "1", "2"]
     assert found["curriculum.name"].values == ["efficienttrain", "constant", "efficienttrain"]
     assert json.loads(found["curriculum.stages"].values[0])[0] == {"bandwidth": [8, 12], "share": 0.2}
     assert found["curriculum.stages"].values[1] == ABSENT
     assert found["probe.k"].values == ["20", ABSENT, ABSENT]
-    assert {key for key, d in found.items() if d.neutral} >= {"data.num_workers", "probe.name", "probe.k"}
-    assert not found["optim.base_lr"].neutral
+    assert {key for key, d in found.items() if d.may_change} >= {"data.num_workers", "probe.name", "probe.k"}
+    assert not found["optim.base_lr"].may_change
     # Unset in one component and absent from the others: nothing to tell.
     assert not {"output", "probe.num_train", "seed"} & set(found)
-    order = [d.neutral for d in differences(recipes)]
+    order = [d.may_change for d in differing_keys(recipes)]
     assert order == sorted(order)
-    assert differences(recipes[:1] * 2) == []
+    assert differing_keys(recipes[:1] * 2) == []

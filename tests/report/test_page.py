@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -192,7 +193,21 @@ def test_probes_of_other_weights_are_told_by_what_was_loaded(run: Path) -> None:
         '{"step": 6, "knn_top1": 51.25}\n{"init": "theirs.pth", "knn_top1": 49.75}\n'
     )
     text = outline(write_report([run], say=lambda _: None)).text
-    assert "by etpp probeweightsknn_top1\n651.25\ntheirs.pth49.75\n" in text
+    assert re.search(r"by etpp probe\s+weightsknn_top1\s+651\.25\s+theirs\.pth49\.75\s", text)
+
+
+def test_what_a_log_says_is_text_and_not_markup(run: Path) -> None:
+    odd = "</td></pre><script>'\"\\g<0>&lt;"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [{**line, f"loss_{odd}": 0.5, odd: 2.0} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "report").mkdir(exist_ok=True)
+    later = {"init": odd, f"top {odd}": 51.25, "protocol": {f"key {odd}": odd}}
+    (run / "report" / "probes.jsonl").write_text(json.dumps(later) + "\n")
+    text = outline(write_report([run], say=lambda _: None)).text
+    # The label of the curves, a probe during training, one by etpp probe, and its protocol.
+    for words in (f"part of the loss: {odd}", f"last {odd}", f"top {odd}", f"key {odd} {odd}"):
+        assert words in text
 
 
 @pytest.mark.parametrize(

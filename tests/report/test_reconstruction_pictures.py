@@ -14,18 +14,27 @@ from einops import rearrange
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.sources.splits import keyed_indices, open_split
+from etpp_ssl.data.views import EvalView
 from etpp_ssl.model.patches import gather_patches, patchify
-from etpp_ssl.report.channels import BLANK, ChannelView
-from etpp_ssl.report.glyphs import orientation_glyphs
-from etpp_ssl.report.reconstruction import Reconstruction, check_bandwidth, parse_bandwidth, place
-from etpp_ssl.report.targets import (
+from etpp_ssl.report.panels import (
+    BLANK,
     GLYPH_PIXELS,
+    ChannelView,
     histogram_panels,
     missing_picture,
+    orientation_glyphs,
     target_panels,
 )
-from etpp_ssl.report.unnormalise import neighbour_statistics, unnormalise
-from etpp_ssl.report.viewer import Viewer
+from etpp_ssl.report.reconstruction import (
+    Reconstruction,
+    check_bandwidth,
+    neighbour_statistics,
+    parse_bandwidth,
+    place,
+    predicted_pixels,
+    unnormalise,
+)
+from etpp_ssl.report.viewer import InputImage, Viewer
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.targets.pixels import PixelsConfig, normalise_patches
 
@@ -94,6 +103,23 @@ def test_the_honest_picture_knows_nothing_of_the_removed_pixels() -> None:
     np.testing.assert_array_equal(before[0].picture, expected)
 
 
+def test_predicted_pixels_are_what_the_honest_panel_shows_and_none_of_other_targets() -> None:
+    combined = pytest.importorskip("etpp_ssl.targets.combined").CombinedConfig()
+    shown = example()
+    pixels = predicted_pixels(PixelsConfig(), shown)
+    assert pixels is not None
+    panel = target_panels(PixelsConfig(), shown, VIEW)[0].picture
+    np.testing.assert_array_equal(VIEW(shown.pasted(pixels)), panel)
+    plain = example(norm_pix=False)
+    assert predicted_pixels(PixelsConfig(norm_pix=False), plain) is plain.values_BMV
+    wanted = combined.build(patch_size=PATCH, in_chans=3).target(shown.images, shown.ids_removed)
+    both = replace(shown, values_BMV=wanted, target_BMV=wanted)
+    torch.testing.assert_close(predicted_pixels(combined, both), pixels)
+    assert predicted_pixels(SimpleNamespace(name="hog"), shown) is None
+    assert predicted_pixels(combined.model_copy(update={"parts": combined.parts[1:]}), replace(
+        shown, values_BMV=wanted[:, :, 36:], target_BMV=wanted[:, :, 36:])) is None  # fmt: skip
+
+
 def test_plain_pixels_have_one_way_of_being_shown() -> None:
     panels = target_panels(PixelsConfig(norm_pix=False), example(norm_pix=False), VIEW)
     assert len(panels) == 2
@@ -159,16 +185,14 @@ def test_a_combined_target_is_drawn_part_by_part() -> None:
 
 
 def test_loss_and_masks_are_those_of_the_reconstruction_probe(trained_run: Callable[[str], Path]) -> None:
-    from etpp_ssl.report.pictures import EvalView, Picture
-
     folder = RunFolder(trained_run("normalised"))
     recipe = folder.recipe()
-    viewer = Viewer(recipe)
+    viewer = Viewer.of_run(folder)
     viewer.load(folder.trained(print))
     source = open_split(recipe.data, "eval", in_chans=3, image_size=recipe.size, seed=recipe.seed)
     view = EvalView(recipe.size, recipe.data.crop_pct)
     losses = [
-        viewer.look(Picture("", index, view(source.open(index), index, recipe.size))).reconstruction.loss
+        viewer.look(InputImage("", index, view(source.open(index), index, recipe.size))).reconstruction.loss
         for index in keyed_indices(len(source), 6, recipe.seed, "heldout")
     ]
     probed = [row["heldout_loss"] for row in folder.metrics() if "heldout_loss" in row]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from etpp_ssl.model.masking import random_masking, removed_ids
-from etpp_ssl.report.unnormalise import neighbour_statistics, patch_statistics, unnormalise
+from etpp_ssl.report.reconstruction import neighbour_statistics, patch_statistics, unnormalise
 from etpp_ssl.targets.pixels import normalise_patches
 
 GRIDS = [(3, 5), (1, 4), (7, 2)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,9 @@ from PIL import Image
 from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
 from etpp_ssl.data.views import to_bands
-from etpp_ssl.report.grid import DPI, enlargement, grid_figure
-from etpp_ssl.report.pictures import Crops, Picture, pictures_of_run
-from etpp_ssl.report.targets import Panel
-from etpp_ssl.report.viewer import Viewer, write_grids
+from etpp_ssl.report.grid import DPI, enlargement, grid_figure, write_grids
+from etpp_ssl.report.panels import Panel
+from etpp_ssl.report.viewer import InputImage, Viewer, images_of_run
 from etpp_ssl.run_folder import RunFolder
 
 KINDS = ["normalised", "plain pixels, one channel", "five channels", "lanczos"]
@@ -51,9 +51,9 @@ def test_a_grid_per_image_for_any_run(
 def test_what_is_shown_of_an_image(kind: str, trained_run: Callable[[str], Path]) -> None:
     folder = RunFolder(trained_run(kind))
     recipe = folder.recipe()
-    viewer = Viewer(recipe)
+    viewer = Viewer.of_run(folder)
     viewer.load(folder.trained(print))
-    (picture,), _ = pictures_of_run(recipe, 1)
+    (picture,), _ = images_of_run(folder, 1)
     shown = viewer.look(picture)
     sizes = list(dict.fromkeys(stage.bandwidth for stage in recipe.build_curriculum(64).stages))
     assert [panel.picture.shape[:2] for panel in shown.crops] == sizes
@@ -69,14 +69,14 @@ def test_what_is_shown_of_an_image(kind: str, trained_run: Callable[[str], Path]
 
 
 def test_lanczos_runs_show_what_their_workers_made(trained_run: Callable[[str], Path]) -> None:
-    recipe = RunFolder(trained_run("lanczos")).recipe()
-    (picture,), _ = pictures_of_run(recipe, 1)
+    folder = RunFolder(trained_run("lanczos"))
+    (picture,), _ = images_of_run(folder, 1)
+    viewer = Viewer.of_run(folder)
     small = to_bands(picture.pixels)[0].resize((12, 8), Image.Resampling.LANCZOS)
-    shown = Viewer(recipe).crops_of(picture)[0].picture
+    shown = viewer.crops(picture)[0].picture
     np.testing.assert_allclose(shown.astype(int), np.asarray(small).astype(int), atol=1)
-    curriculum = recipe.curriculum.model_copy(update={"crop": "fourier"})
-    fourier = recipe.model_copy(update={"curriculum": curriculum})
-    assert not torch.allclose(Crops(recipe)(picture, (8, 12)), Crops(fourier)(picture, (8, 12)), atol=1e-2)
+    fourier = replace(viewer, lanczos=False)
+    assert not torch.allclose(viewer.crop(picture, (8, 12)), fourier.crop(picture, (8, 12)), atol=1e-2)
 
 
 def test_options_choose_checkpoint_bandwidth_and_mask(run: Path, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_damaged_and_missing_checkpoints_are_named(run: Path) -> None:
     (file,) = write_grids(run, count=1, say=said.append)
     assert f"step-{others[0].step:08d}" in file.name
     assert "falling back" in said[0]
-    viewer = Viewer(RunFolder(run).recipe())
+    viewer = Viewer.of_run(RunFolder(run))
     shutil.rmtree(others[0].path)
     with pytest.raises(UserError, match="cannot be read"):
         viewer.load(others[0])
@@ -199,9 +199,9 @@ def test_panels_are_drawn_pixel_for_pixel_and_captions_stay_apart(size: tuple[in
 
 
 def test_the_number_of_an_image_chooses_its_mask(trained_run: Callable[[str], Path]) -> None:
-    recipe = RunFolder(trained_run("normalised")).recipe()
-    viewer = Viewer(recipe)
-    (picture,), _ = pictures_of_run(recipe, 1)
-    other = Picture(picture.name, picture.number + 1, picture.pixels)
+    folder = RunFolder(trained_run("normalised"))
+    viewer = Viewer.of_run(folder)
+    (picture,), _ = images_of_run(folder, 1)
+    other = InputImage(picture.name, picture.number + 1, picture.pixels)
     masks = [viewer.look(shown).reconstruction.ids_keep.tolist() for shown in (picture, other)]
     assert masks[0] != masks[1]
