@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from etpp_ssl.encoder_sources import load
     from etpp_ssl.recipe import FinetuneRecipe, Recipe
     from etpp_ssl.report.decoding import Reconstructed
-    from etpp_ssl.train.finetune import finetune
-    from etpp_ssl.train.pretrain import pretrain
+    from etpp_ssl.train.launch import finetune, pretrain
 
 __version__ = "0.5.1"
 __all__ = [
@@ -41,9 +40,9 @@ _MODULES = {
     "Recipe": "recipe",
     "Reconstructed": "report.decoding",
     "UserError": "config",
-    "finetune": "train.finetune",
+    "finetune": "train.launch",
     "load": "encoder_sources",
-    "pretrain": "train.pretrain",
+    "pretrain": "train.launch",
 }
 """Where each public name is defined."""
 

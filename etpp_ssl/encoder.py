@@ -226,7 +226,7 @@ class Encoder:
         at = self._size(bandwidth, "bandwidth")
         check_bandwidth(at, self.image_size, self.patch_size)
         image = _one(image)
-        if decoding.crop == "lanczos" and at != self.image_size and not isinstance(image, Tensor):
+        if decoding.lanczos and at != self.image_size and not isinstance(image, Tensor):
             bands = to_bands(self._view(image, 0, self.image_size))
             small = tuple(band.resize(at[::-1], Image.Resampling.LANCZOS) for band in bands)
             crop = self._normalised(to_tensor(small))

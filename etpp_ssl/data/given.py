@@ -15,7 +15,7 @@ from torch import Tensor
 from etpp_ssl.config import UserError
 from etpp_ssl.data.formats.decode import from_array, from_picture, most_bytes
 from etpp_ssl.data.formats.picture import WholePicture, open_picture
-from etpp_ssl.data.sources.base import Picture, UnreadableImage
+from etpp_ssl.data.sources.base import Bands, Picture, UnreadableImage
 from etpp_ssl.data.views import EvalView
 from etpp_ssl.files import read_regular
 
@@ -75,5 +75,21 @@ def _picture(image: AnyImage, number: int, in_chans: int, max_pixels: int) -> Pi
     if isinstance(image, Image.Image):
         return WholePicture(from_picture(image, in_chans, max_pixels))
     if isinstance(image, np.ndarray):
-        return WholePicture(from_array(image, in_chans))
+        return WholePicture(_of_array(image, in_chans))
     raise UserError(f"image {number} is of type {type(image).__name__}; {KINDS}")
+
+
+def _of_array(array: np.ndarray, in_chans: int) -> Bands:
+    try:
+        return from_array(array, in_chans)
+    except UnreadableImage as error:
+        hint = ""
+        if array.dtype.kind == "f":
+            hint = "; normalised values are given as a tensor (C, H, W)"
+        elif (
+            in_chans in (1, 3)
+            and array.dtype == np.uint8
+            and (array.ndim == 2 or array.shape[2:] in ((3,), (4,)))
+        ):
+            hint = "; PIL.Image.fromarray(array) makes an image of it, whose channels are converted"
+        raise UnreadableImage(f"{error}{hint}") from error

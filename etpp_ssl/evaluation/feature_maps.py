@@ -93,6 +93,8 @@ def tokens_of(net: Any, images: Tensor, own_size: tuple[int, int]) -> Tensor:
         UserError: if the network does not run at this size.
     """
     size = (images.shape[-2], images.shape[-1])
+    # Somebody may have halved the model.
+    images = images.to(next(net.parameters()).dtype)
     if size == own_size:
         return _forward(net, images)
     check_whole(size, map_stride(net))

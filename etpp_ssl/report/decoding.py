@@ -49,8 +49,8 @@ class Decoding:
     target: Any
     """The Config of the target; see `etpp_ssl.targets`."""
     masker: Masker
-    crop: str = "fourier"
-    """How images are brought to a bandwidth; see `curriculum.crop` of recipes."""
+    lanczos: bool = False
+    """Whether an image is brought to a bandwidth by a Lanczos resize instead of a low-frequency crop."""
 
     def reconstruct(
         self, image: Tensor, seed: int, mean: tuple[float, ...], std: tuple[float, ...]

@@ -216,10 +216,10 @@ def from_array(array: np.ndarray, in_chans: int) -> Bands:
     Raises:
         UnreadableImage: for another shape or type.
     """
-    if array.ndim == 2:
-        array = array[:, :, None]
-    if array.ndim != 3 or array.shape[2] != in_chans or 0 in array.shape:
-        raise UnreadableImage(f"its shape is {array.shape}, not (height, width, {in_chans})")
+    shape = array.shape
+    array = array[:, :, None] if array.ndim == 2 else array
+    if array.ndim != 3 or array.shape[2] != in_chans or 0 in shape:
+        raise UnreadableImage(f"its shape is {shape}, not (height, width, {in_chans})")
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:
         array = array >> 8
     elif array.dtype != np.uint8:
