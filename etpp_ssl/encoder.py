@@ -19,7 +19,7 @@ from etpp_ssl.data.given import AnyImage, each, viewed
 from etpp_ssl.data.sources.base import MAX_PIXELS
 from etpp_ssl.data.views import EvalView, Normalise, to_bands, to_tensor
 from etpp_ssl.evaluation.feature_maps import check_pool, check_whole, map_of, map_stride, pooled, tokens_of
-from etpp_ssl.evaluation.features import Pool, Precision, forward_pass, images_per_pass
+from etpp_ssl.evaluation.features import Pool, Precision, evaluating, forward_pass, images_per_pass
 from etpp_ssl.messages import shown
 from etpp_ssl.report.decoding import Decoding, Reconstructed
 from etpp_ssl.report.reconstruction import check_bandwidth
@@ -236,7 +236,8 @@ class Encoder:
                 wanted = (self.in_chans, *self.image_size)
                 raise UserError(f"the tensor is {tuple(seen.shape)}; to be reconstructed it must be {wanted}")
             crop = low_frequency_crop(seen, at)
-        return decoding.reconstruct(crop, seed, self.mean, self.std)
+        with evaluating(decoding.model):
+            return decoding.reconstruct(crop, seed, self.mean, self.std)
 
     def _size(self, size: Any, name: str = "size") -> tuple[int, int]:
         """(H, W) of what a caller gives for it; `image_size` of None."""

@@ -19,15 +19,18 @@ from etpp_ssl.encoder_timm import encoder_of_export, encoder_of_file, encoder_of
 from etpp_ssl.evaluation.features import Precision
 from etpp_ssl.files import read_text
 from etpp_ssl.messages import shown, shown_text
-from etpp_ssl.model.masking import Masker, UniformMaskingConfig
+from etpp_ssl.model.mask_patterns import UniformMaskingConfig
+from etpp_ssl.model.masking import Masker
 from etpp_ssl.model.timm_net import build_net
+from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.report.decoding import Decoding
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.targets.pixels import PixelsConfig
-from etpp_ssl.weights.layouts import load_official_mae, recognise
-from etpp_ssl.weights.loading import FILES_OF_A_FOLDER, MAX_CONFIG_BYTES
-from etpp_ssl.weights.reading import FINE_TUNED, load_weights, read_state_dict
+from etpp_ssl.weights.layouts import recognise
+from etpp_ssl.weights.loading import FILES_OF_A_FOLDER, MAX_CONFIG_BYTES, load_trained
+from etpp_ssl.weights.official import load_official_mae
+from etpp_ssl.weights.reading import read_state_dict
 
 
 def load(
@@ -130,11 +133,8 @@ def _of_run(run: RunFolder, step: str | None) -> Encoder:
     if isinstance(recipe, FinetuneRecipe):
         net, classes = _classifier(recipe, checkpoint)
         return Encoder(net, origin=f"the classifier of {origin}", classes=classes, **described)
-    with torch.random.fork_rng(devices=[]):
-        trained = recipe.build_model()
-    trained.load_state_dict(
-        load_weights(trained.state_dict(), checkpoint.model(), f"checkpoint {checkpoint.path}")
-    )
+    trained = freshly_initialised(recipe.seed, recipe.build_model)
+    load_trained(trained, checkpoint)
     decoding = Decoding(trained, recipe.target, recipe.build_masker(), recipe.curriculum.crop == "lanczos")
     return Encoder(trained.encoder, origin=origin, decoding=decoding, **described)
 
@@ -154,13 +154,11 @@ def _checkpoint(run: RunFolder, step: str | None) -> Checkpoint:
 
 def _classifier(recipe: FinetuneRecipe, checkpoint: Checkpoint) -> tuple[nn.Module, list[str] | None]:
     """A run's classifier as timm builds it, and its classes."""
-    classes = [str(name) for name in checkpoint.state().get("classes") or ()] or None
-    args = recipe.model.timm_args(recipe.size, recipe.in_chans, recipe.num_classes(classes))
-    with torch.random.fork_rng(devices=[]):
-        net = build_net(*args)
-    tensors = checkpoint.average() or checkpoint.model()
-    named = {name.removeprefix(FINE_TUNED): value for name, value in tensors.items()}
-    net.load_state_dict(load_weights(net.state_dict(), named, f"checkpoint {checkpoint.path}"))
+    classes = checkpoint.classes() or None
+    architecture, args = recipe.model.timm_args(recipe.size, recipe.in_chans, recipe.num_classes(classes))
+    net = freshly_initialised(recipe.seed, lambda: build_net(architecture, args))
+    # In checkpoints its tensors are those of a `Classifier`, named net.*.
+    load_trained(nn.ModuleDict({"net": net}), checkpoint)
     return net, classes
 
 

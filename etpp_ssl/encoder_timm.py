@@ -21,7 +21,7 @@ from etpp_ssl.encoder import Encoder
 from etpp_ssl.messages import shown, shown_text
 from etpp_ssl.model.timm_net import is_vit, size_switch
 from etpp_ssl.model.zoo.swin import make_resizable
-from etpp_ssl.weights.classifier_layouts import in_timm_names
+from etpp_ssl.weights.layouts import in_timm_names
 from etpp_ssl.weights.loading import load_classifier_init
 from etpp_ssl.weights.reading import load_weights, read_state_dict
 

@@ -21,7 +21,6 @@ import etpp_ssl
 from etpp_ssl.cli import main
 from etpp_ssl.commands.embed import read_embeddings
 from etpp_ssl.model.encoders import encode_visible
-from etpp_ssl.recipe_file import parse_finetune_recipe, parse_recipe
 from etpp_ssl.report.pictures import pictures_of_files
 from etpp_ssl.report.viewer import Viewer
 from etpp_ssl.run_folder import RunFolder
@@ -67,14 +66,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pretrained") / "run"
-    etpp_ssl.pretrain(parse_recipe(TINY, [f"output={folder}", "budget_epochs=0.5"]))
+    etpp_ssl.pretrain(etpp_ssl.Recipe.parse(TINY, [f"output={folder}", "budget_epochs=0.5"]))
     return folder
 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finetuned") / "run"
-    etpp_ssl.finetune(parse_finetune_recipe(TINY_CLASSIFIER, [f"output={folder}", "budget_epochs=0.5"]))
+    etpp_ssl.finetune(
+        etpp_ssl.FinetuneRecipe.parse(TINY_CLASSIFIER, [f"output={folder}", "budget_epochs=0.5"])
+    )
     return folder
 
 
@@ -192,7 +193,7 @@ def test_exports_and_files_give_the_bits_of_their_run(images: Path, tmp_path: Pa
     folder = tmp_path / "run"
     keys = ["image_size=32", "model.patch_size=8", "model.embed_dim=192", "model.num_heads=3"]
     decoder = ["model.decoder.embed_dim=32", "model.decoder.num_heads=16", "curriculum=constant"]
-    etpp_ssl.pretrain(parse_recipe(TINY, [f"output={folder}", "budget_epochs=0.2", *keys, *decoder]))
+    etpp_ssl.pretrain(etpp_ssl.Recipe.parse(TINY, [f"output={folder}", "budget_epochs=0.2", *keys, *decoder]))
     encoder, file = etpp_ssl.load(folder), images / "train" / "wide.png"
     features = encoder.embed(file)
     expected = encoder.reconstruct(file, 16, seed=1)
@@ -316,7 +317,7 @@ def test_what_an_encoder_does_not_take_is_told_in_a_sentence(
 
 def test_channels_that_an_encoder_lacks_are_refused_and_named(images: Path, tmp_path: Path) -> None:
     keys = ["in_chans=5", "target=hog", "target.cell=4", "budget_epochs=0.2", f"output={tmp_path / 'run'}"]
-    etpp_ssl.pretrain(parse_recipe(TINY, keys))
+    etpp_ssl.pretrain(etpp_ssl.Recipe.parse(TINY, keys))
     encoder = etpp_ssl.load(tmp_path / "run")
     with pytest.raises(
         etpp_ssl.UserError, match=r"wide\.png' cannot be read: it has 3 bands, but in_chans is 5"

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from etpp_ssl.config import UserError
-from etpp_ssl.evaluation.features import evaluating
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.masking import Masker
 from etpp_ssl.report.reconstruction import reconstruct
@@ -46,6 +45,7 @@ class Decoding:
     """What belongs to an encoder that can reconstruct."""
 
     model: MaskedAutoencoder
+    """In eval mode."""
     target: Any
     """The Config of the target; see `etpp_ssl.targets`."""
     masker: Masker
@@ -69,8 +69,7 @@ class Decoding:
         masker = replace(self.masker, seed=seed)
         ids = masker.everything(torch.tensor([0]), (image.shape[-2], image.shape[-1])).ids_keep
         objective = self.target.build(patch_size=self.model.patch_size, in_chans=len(mean))
-        with evaluating(self.model.to(image.device)):
-            shown = reconstruct(self.model, objective, image[None], ids.to(image.device))
+        shown = reconstruct(self.model.to(image.device), objective, image[None], ids.to(image.device))
         pixels = predicted_pixels(self.target, shown)
         if pixels is None:
             raise UserError(
