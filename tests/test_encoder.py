@@ -353,3 +353,16 @@ def test_recipes_are_read_by_their_class(tmp_path: Path) -> None:
         etpp_ssl.FinetuneRecipe.load(file)
     for name in etpp_ssl.__all__:
         assert getattr(etpp_ssl, name) is not None
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+    keys = [f"output={tmp_path / 'run'}", "budget_epochs=0.5", "checkpoint.every_steps=1"]
+    etpp_ssl.pretrain(etpp_ssl.Recipe.parse(TINY, keys))
+    newest, before = RunFolder(tmp_path / "run").checkpoints()
+    (newest.path / "model.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match="falling back to the one before") as warned:
+        encoder = etpp_ssl.load(tmp_path / "run")
+    assert warned[0].filename == __file__
+    assert f"step {before.step} of run" in repr(encoder)
+    with pytest.raises(etpp_ssl.UserError, match=r"is damaged: model\.safetensors has 0 bytes"):
+        etpp_ssl.load(newest.path)
