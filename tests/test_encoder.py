@@ -242,7 +242,7 @@ def test_weights_of_a_named_model_and_names_of_timm(images: Path, tmp_path: Path
 
 
 BAD_SOURCES: list[tuple[Callable[[Path], Any], str]] = [
-    (lambda at: 3, "load takes a path or the name of a timm model, not a int"),
+    (lambda at: 3, "load takes a path or the name of a timm model; this is of type int"),
     (lambda at: at / "nowhere", "nowhere' does not exist, and timm has no model of that name"),
     (lambda at: "vit_bas_patch16_224", "close names: vit_base_patch16_224"),
     (lambda at: at / "empty", "empty' is neither a run nor an export: it has no recipe.yaml, and no model"),
