@@ -66,7 +66,8 @@ def load(
         UserError: if there is nothing to open, or it is damaged, refused, or not understood.
     """
     if not isinstance(source, str | os.PathLike):
-        raise UserError(f"load takes a path or the name of a timm model; this is of type {type(source).__name__}")
+        kind = type(source).__name__
+        raise UserError(f"load takes a path or the name of a timm model; this is of type {kind}")
     if precision not in (None, "fp32", "bf16"):
         raise UserError(f"precision is {shown(precision)}; valid are 'fp32', 'bf16' and None")
     path = Path(source).expanduser()
