@@ -20,9 +20,9 @@ from tiny_runs import TINY, TINY_CLASSIFIER
 import etpp_ssl
 from etpp_ssl.cli import main
 from etpp_ssl.commands.embed import read_embeddings
+from etpp_ssl.data.views import EvalView
 from etpp_ssl.model.encoders import encode_visible
-from etpp_ssl.report.pictures import pictures_of_files
-from etpp_ssl.report.viewer import Viewer
+from etpp_ssl.report.viewer import Viewer, images_of_files
 from etpp_ssl.run_folder import RunFolder
 
 SIZE = (16, 24)
@@ -171,10 +171,11 @@ def test_reconstructions_are_those_of_etpp_reconstruct(
     text = (folder / "recipe.yaml").read_text().replace("crop: fourier", f"crop: {crop}")
     (folder / "recipe.yaml").write_text(text)
     file = images / "train" / "turned.jpg"
-    viewer = Viewer(RunFolder(folder).recipe(), seed=5)
+    viewer = Viewer.of_run(RunFolder(folder), seed=5)
     viewer.load(RunFolder(folder).trained(print))
-    (picture,) = pictures_of_files([file], viewer.recipe, 1)
-    expected = viewer.look(picture, (8, 12))
+    view = EvalView(SIZE, crop_pct=0.875)
+    (given,) = images_of_files([file], 1, view=view, in_chans=3, max_pixels=10**6)
+    expected = viewer.look(given, (8, 12))
     shown = etpp_ssl.load(folder).reconstruct(file, bandwidth=(8, 12), seed=5)
     assert shown.loss == expected.reconstruction.loss
     for array in (shown.image, shown.masked, shown.reconstruction):

@@ -15,8 +15,7 @@ from torch import Tensor
 from etpp_ssl.config import UserError
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.masking import Masker
-from etpp_ssl.report.reconstruction import reconstruct
-from etpp_ssl.report.targets import predicted_pixels
+from etpp_ssl.report.reconstruction import predicted_pixels, reconstruct
 
 
 class Reconstructed(NamedTuple):
