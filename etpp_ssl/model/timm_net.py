@@ -42,12 +42,18 @@ def build_net(architecture: str, args: dict[str, Any]) -> nn.Module:
     Raises:
         UserError: if timm does not know the name or refuses the arguments.
     """
-    resizes_itself = DYNAMIC_SIZE in accepted_arguments(architecture)
-    # Swin's own switch pads windows; ours leaves the stock network as it is.
-    switch = {DYNAMIC_SIZE: True} if resizes_itself and not _is_swin(architecture) else {}
-    net = _create(architecture, **args, **switch)
+    net = _create(architecture, **args, **size_switch(architecture))
     make_resizable(net)
     return net
+
+
+def size_switch(architecture: str) -> dict[str, bool]:
+    """timm's argument that has a network resample its positions, where it takes it.
+
+    Swin's own switch pads windows; `make_resizable` leaves the stock network as it is.
+    """
+    resizes_itself = DYNAMIC_SIZE in accepted_arguments(architecture) and not _is_swin(architecture)
+    return {DYNAMIC_SIZE: True} if resizes_itself else {}
 
 
 def accepted_arguments(architecture: str) -> frozenset[str]:

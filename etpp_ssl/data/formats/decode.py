@@ -67,7 +67,7 @@ def decode(data: bytes, in_chans: int, max_pixels: int = MAX_PIXELS) -> Bands:
     """
     with one_line_reasons():
         if data.startswith(b"\x93NUMPY"):
-            return _from_array(_load_array(data, max_pixels), in_chans)
+            return from_array(_load_array(data, max_pixels), in_chans)
         with open_image(data, max_pixels) as image:
             return _from_image(image, in_chans, max_pixels)
 
@@ -206,11 +206,20 @@ def _load_array(data: bytes, max_pixels: int) -> np.ndarray:
     return array
 
 
-def _from_array(array: np.ndarray, in_chans: int) -> Bands:
-    if array.ndim == 2:
-        array = array[:, :, None]
-    if array.ndim != 3 or array.shape[2] != in_chans or 0 in array.shape:
-        raise UnreadableImage(f"its shape is {array.shape}, not (height, width, {in_chans})")
+def from_array(array: np.ndarray, in_chans: int) -> Bands:
+    """An array's channels, as `decode` gives those of a `.npy` file.
+
+    Args:
+        array: (H, W) or (H, W, C), uint8 or uint16, of which the high byte is kept.
+        in_chans: C.
+
+    Raises:
+        UnreadableImage: for another shape or type.
+    """
+    shape = array.shape
+    array = array[:, :, None] if array.ndim == 2 else array
+    if array.ndim != 3 or array.shape[2] != in_chans or 0 in shape:
+        raise UnreadableImage(f"its shape is {shape}, not (height, width, {in_chans})")
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:
         array = array >> 8
     elif array.dtype != np.uint8:

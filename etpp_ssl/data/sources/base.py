@@ -188,16 +188,21 @@ class DataConfig(Config, ABC):
         Raises:
             UserError: if their number is not that of the channels.
         """
-        default_mean, default_std = {
-            1: ((0.449,), (0.226,)),
-            3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        }.get(in_chans, ((0.5,) * in_chans, (0.25,) * in_chans))
+        default_mean, default_std = default_statistics(in_chans)
         for key, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) != in_chans:
                 raise UserError(f"data.{key} has {len(values)} numbers, but in_chans is {in_chans}")
         if self.std is not None and min(self.std) <= 0:
             raise UserError(f"data.std is {list(self.std)}: standard deviations are positive")
         return self.mean or default_mean, self.std or default_std
+
+
+def default_statistics(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) per channel, of values in [0, 1]: ImageNet's for 1 or 3 channels, else 0.5 and 0.25."""
+    return {
+        1: ((0.449,), (0.226,)),
+        3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    }.get(in_chans, ((0.5,) * in_chans, (0.25,) * in_chans))
 
 
 def existing_folder(key: str, path: Path) -> Path:

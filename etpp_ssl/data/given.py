@@ -1,0 +1,95 @@
+"""Images that a caller hands over, from Python: files, PIL images, arrays and tensors.
+
+Legend: N images, C channels, H, W pixels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from etpp_ssl.config import UserError
+from etpp_ssl.data.formats.decode import from_array, from_picture, most_bytes
+from etpp_ssl.data.formats.picture import WholePicture, open_picture
+from etpp_ssl.data.sources.base import Bands, Picture, UnreadableImage
+from etpp_ssl.data.views import EvalView
+from etpp_ssl.files import read_regular
+
+AnyImage = str | os.PathLike | Image.Image | np.ndarray | Tensor
+"""A file, a PIL image, an array (H, W) or (H, W, C) of uint8 or uint16, or normalised values (C, H, W)."""
+KINDS = (
+    "an image is a path, a PIL image, an array (H, W) or (H, W, C) of uint8 or uint16, or a float tensor "
+    "(C, H, W) of normalised values"
+)
+
+
+def each(images: AnyImage | Iterable[AnyImage]) -> Iterator[AnyImage]:
+    """The images of one or several; an array (N, H, W, C) and a tensor (N, C, H, W) are N images.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    is_batch = isinstance(images, np.ndarray | Tensor) and images.ndim == 4
+    if isinstance(images, AnyImage) and not is_batch:
+        yield images
+    elif isinstance(images, Iterable):
+        yield from images
+    else:
+        raise UserError(f"images is of type {type(images).__name__}; {KINDS}; several of them are a list")
+
+
+def viewed(image: AnyImage, number: int, view: EvalView, *, in_chans: int, max_pixels: int) -> Tensor:
+    """An image's evaluation view, read as a data source reads its files.
+
+    Args:
+        image: a file, a PIL image or an array.
+        number: of the image among those given, which names it in messages.
+        view: how it is resized and cropped.
+        in_chans: C; see `etpp_ssl.data.formats.decode.decode` for what becomes of other channels.
+        max_pixels: larger files and PIL images are refused.
+
+    Returns:
+        uint8 (C, H, W).
+
+    Raises:
+        UserError: naming the file, or the number of the image, if it cannot be read so.
+    """
+    try:
+        return view(_picture(image, number, in_chans, max_pixels), number, view.image_size)
+    except UserError:
+        raise
+    except (OSError, ValueError, UnreadableImage) as error:
+        name = repr(os.fspath(image)) if isinstance(image, str | os.PathLike) else str(number)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"image {name} cannot be read: {reason}") from error
+
+
+def _picture(image: AnyImage, number: int, in_chans: int, max_pixels: int) -> Picture:
+    if isinstance(image, str | os.PathLike):
+        data = read_regular(os.path.expanduser(image), most_bytes(max_pixels, in_chans))
+        return open_picture(data, in_chans, max_pixels)
+    if isinstance(image, Image.Image):
+        return WholePicture(from_picture(image, in_chans, max_pixels))
+    if isinstance(image, np.ndarray):
+        return WholePicture(_of_array(image, in_chans))
+    raise UserError(f"image {number} is of type {type(image).__name__}; {KINDS}")
+
+
+def _of_array(array: np.ndarray, in_chans: int) -> Bands:
+    try:
+        return from_array(array, in_chans)
+    except UnreadableImage as error:
+        hint = ""
+        if array.dtype.kind == "f":
+            hint = "; normalised values are given as a tensor (C, H, W)"
+        elif (
+            in_chans in (1, 3)
+            and array.dtype == np.uint8
+            and (array.ndim == 2 or array.shape[2:] in ((3,), (4,)))
+        ):
+            hint = "; PIL.Image.fromarray(array) makes an image of it, whose channels are converted"
+        raise UnreadableImage(f"{error}{hint}") from error

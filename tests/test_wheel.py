@@ -1,0 +1,71 @@
+"""The wheel, without the clone: the lines that the documents show a notebook user."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_runs import TINY
+
+ROOT = Path(__file__).parents[1]
+LINES = """
+import sys
+import etpp_ssl
+assert etpp_ssl.__file__.startswith(sys.argv[1]), etpp_ssl.__file__
+recipe = etpp_ssl.Recipe.load("tiny.yaml", ["budget_epochs=0.3"])
+run = etpp_ssl.pretrain(recipe)
+encoder = etpp_ssl.load("run")
+features = encoder.embed(["a.jpg", "b.tif"])
+maps = encoder.patches("a.jpg")
+shown = encoder.reconstruct("a.jpg", bandwidth=(12, 16), seed=0)
+print(tuple(features.shape), tuple(maps.shape), shown.reconstruction.shape, type(encoder.model).__name__)
+print(encoder.mean, encoder.std, encoder.classes, tuple(encoder.transform("a.jpg").shape))
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the wheel holds, in a folder; built from a copy, for building writes beside the sources."""
+    copy, target = (tmp_path_factory.mktemp(name) for name in ("sources", "installed"))
+    for name in ("pyproject.toml", "README.md", "etpp_ssl", "recipes"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, copy / name)
+    build = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
+    built = subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = (copy / "dist").glob("etpp_ssl-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    return target
+
+
+def test_the_lines_of_the_python_interface_run_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("output: unused", "output: run"))
+    values = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    for name in ("a.jpg", "b.tif"):
+        Image.fromarray(values).save(tmp_path / name)
+    finished = subprocess.run(
+        [sys.executable, "-c", LINES, str(installed)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    shapes, described = finished.stdout.splitlines()[-2:]
+    assert shapes == "(2, 16) (4, 6, 16) (12, 16, 3) VisionTransformer"
+    assert described == "(0.485, 0.456, 0.406) (0.229, 0.224, 0.225) None (3, 16, 24)"
+
+
+def test_the_wheel_is_typed(installed: Path) -> None:
+    assert (installed / "etpp_ssl" / "py.typed").is_file()
