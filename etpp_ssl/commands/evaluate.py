@@ -1,4 +1,4 @@
-"""Evaluating a classifier that is there already."""
+"""`etpp evaluate`: the accuracy of a trained classifier."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.views import Normalise
 from etpp_ssl.dist.accelerator import open_accelerator
 from etpp_ssl.dist.peers import leave, with_peers
 from etpp_ssl.evaluation.classification import ClassificationResult
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe
-from etpp_ssl.run_folder import Checkpoint, RunFolder
+from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.tasks.classify import open_evaluation
 from etpp_ssl.weights.loading import load_trained
 
 
 class Evaluated(NamedTuple):
-    """What an evaluation found."""
+    """The result of an evaluation."""
 
     result: ClassificationResult
     classes: list[str]
@@ -32,24 +31,26 @@ def evaluate_run(recipe: FinetuneRecipe, folder: RunFolder, say: Callable[[str],
     """Evaluate a run's newest checkpoint: its moving average, where the run keeps one.
 
     Args:
-        recipe: the run's own, with whatever was overridden (`evaluate.split`, `data.root` ...).
+        recipe: the run's own, with overrides (`evaluate.split`, `data.root` ...).
         folder: the run.
         say: told of damaged checkpoints.
 
     Raises:
-        UserError: if there is no checkpoint, the data has other classes, or the model is another.
+        UserError: if there is no checkpoint, the data has other classes, or the weights do not fit the
+            recipe's model.
     """
     if recipe.evaluate.split is None:
         raise UserError("evaluate.split is null; choose a split, for instance evaluate.split=eval")
     checkpoint = folder.trained(say)
-    classes = classes_of(checkpoint)
+    classes = checkpoint.classes()
+    if not classes:
+        raise UserError(f"checkpoint {checkpoint.path} is not of a classifier: it has no classes")
     accelerator = open_accelerator(recipe)
     num_classes = recipe.num_classes(classes)
     model = freshly_initialised(recipe.seed, partial(recipe.build_model, num_classes))
     load_trained(model, checkpoint)
     model.to(accelerator.device)
-    mean, std = recipe.data.statistics(recipe.in_chans)
-    normalise = Normalise(mean, std, accelerator.device)
+    normalise = recipe.normaliser(accelerator.device)
     evaluation = open_evaluation(recipe, accelerator, normalise, classes, num_classes)
     assert evaluation is not None
     protocol = {
@@ -63,15 +64,3 @@ def evaluate_run(recipe: FinetuneRecipe, folder: RunFolder, say: Callable[[str],
     result = evaluation.run(model)
     leave(accelerator)
     return Evaluated(result, classes, protocol)
-
-
-def classes_of(checkpoint: Checkpoint) -> list[str]:
-    """The class names that a classifier's checkpoint remembers, in the order of its outputs.
-
-    Raises:
-        UserError: if it is no classifier's.
-    """
-    classes = checkpoint.state().get("classes")
-    if not classes:
-        raise UserError(f"checkpoint {checkpoint.path} is no classifier's: it has no classes")
-    return [str(name) for name in classes]

@@ -1,4 +1,4 @@
-"""Probing a run that is there already, or anybody's weights."""
+"""`etpp probe`: what an encoder has learnt, a run's or one of other weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from typing import Any
 from accelerate import Accelerator
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.views import Normalise
 from etpp_ssl.dist.accelerator import open_accelerator
 from etpp_ssl.dist.peers import Agreement, leave, with_peers
 from etpp_ssl.dist.signals import Interrupted, StopRequest
 from etpp_ssl.evaluation.base import ProbeStopped
 from etpp_ssl.files import append_line, disk_fault
-from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
@@ -34,17 +32,17 @@ def probe_run(recipe: Recipe, source: str, say: Callable[[str], None]) -> dict[s
     output folder where `source` is a recipe.
 
     Args:
-        recipe: with a probe and whatever else was overridden; the run's own where `source` is a run.
-        source: the run's folder, or the recipe's file: then the weights are those of `init`, or without it
-            those of the run in the recipe's output folder.
-        say: told what is probed, and how a long probe comes along.
+        recipe: with a probe and other overrides; the run's own where `source` is a run.
+        source: the run's folder or a recipe's file. With a recipe, the weights are those of `init`, or where
+            that is null those of the run in the recipe's output folder.
+        say: told what is probed, and about the progress of a long probe.
 
     Returns:
         The probe's named numbers.
 
     Raises:
-        UserError: if the recipe names no probe, the data does not serve it, there are no weights, or the
-            model is another.
+        UserError: if the recipe names no probe, the data has no labels that the probe needs, there are no
+            weights, or they do not fit the recipe's model.
         Interrupted: after SIGTERM or SIGINT during a long probe, once its state is written.
     """
     if recipe.probe.name == "none":
@@ -54,17 +52,23 @@ def probe_run(recipe: Recipe, source: str, say: Callable[[str], None]) -> dict[s
     accelerator = open_accelerator(recipe)
     talk = say if accelerator.is_main_process else _silent
     model = freshly_initialised(recipe.seed, recipe.build_model)
-    weights = _load_init(model, init, talk) if init is not None else _load_newest(model, folder, talk)
+    weights: dict[str, Any]
+    if init is not None:
+        load_init(model, init, talk)
+        weights = {"init": init}
+    else:
+        checkpoint = folder.trained(talk)
+        load_trained(model, checkpoint)
+        weights = {"step": checkpoint.step}
     model.to(accelerator.device)
-    mean, std = recipe.data.statistics(recipe.in_chans)
     report = folder.path / "report"
     probe = build_probe(
         recipe,
         accelerator,
-        Normalise(mean, std, accelerator.device),
+        recipe.normaliser(accelerator.device),
         recipe.build_objective(),
         folder=report,
-        stop_signal=lambda: _noted_signal(accelerator),
+        stop_signal=lambda: _recorded_signal(accelerator),
         say=talk,
     )
     assert probe is not None
@@ -80,7 +84,7 @@ def probe_run(recipe: Recipe, source: str, say: Callable[[str], None]) -> dict[s
 
 
 def _record(file: Path, row: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Append a result; a disk that does not take it costs no result, which is printed in any case."""
+    """Append a result. One that cannot be written is not lost, since it is printed in any case."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         append_line(file, json.dumps(row))
@@ -89,39 +93,28 @@ def _record(file: Path, row: dict[str, Any], say: Callable[[str], None]) -> None
 
 
 def _init_of(recipe: Recipe, source: str, folder: RunFolder) -> str | None:
-    """What to load, or None for the newest checkpoint in the folder."""
+    """Weights to load, or None for the newest checkpoint in the folder."""
     if not os.path.isdir(source):
         if recipe.init is None and not folder.exists():
             raise UserError(
-                f"there are no weights to probe: init is null, and {recipe.output!r} is no run folder; give "
-                f"init=FILE-or-RUN, or the folder of a run instead of a recipe"
+                f"there are no weights to probe: init is null, and {recipe.output!r} is not a run folder; "
+                f"give init=FILE-or-RUN, or the folder of a run instead of a recipe"
             )
         return recipe.init
     if recipe.init != folder.recipe().init:
         raise UserError(
-            f"init is {recipe.init!r}, but of a run its own checkpoint is probed; other weights are probed "
-            f"with a recipe: etpp probe RECIPE init={recipe.init}"
+            f"init is {recipe.init!r}, but for a run its own checkpoint is probed; to probe other weights, "
+            f"give a recipe: etpp probe RECIPE init={recipe.init}"
         )
     return None
 
 
-def _load_newest(model: MaskedAutoencoder, folder: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
-    checkpoint = folder.trained(say)
-    load_trained(model, checkpoint)
-    return {"step": checkpoint.step}
-
-
-def _load_init(model: MaskedAutoencoder, init: str, say: Callable[[str], None]) -> dict[str, Any]:
-    load_init(model, init, say)
-    return {"init": init}
-
-
 @contextmanager
-def _noted_signal(accelerator: Accelerator) -> Iterator[Callable[[], int]]:
+def _recorded_signal(accelerator: Accelerator) -> Iterator[Callable[[], int]]:
     agreement = Agreement(accelerator)
     with StopRequest() as request:
         yield lambda: agreement.reach(request.signum, False)[0]
 
 
 def _silent(text: str) -> None:
-    """The other processes."""
+    """Drop a message, on all processes but the main one."""

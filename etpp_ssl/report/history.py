@@ -12,7 +12,6 @@ from typing import Any
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.curriculum.cost import area_share
-from etpp_ssl.data.sources.splits import open_split
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 
@@ -108,10 +107,7 @@ def _read_history(folder: RunFolder, name: str, say: Callable[[str], None]) -> H
         # The log comes before the data, which may be large or on another machine.
         num_images = recipe.data.stated_images or _images_by_log(rows, recipe.size)
         if num_images is None:
-            source = open_split(
-                recipe.data, "train", in_chans=recipe.in_chans, image_size=recipe.size, seed=recipe.seed
-            )
-            num_images = len(source)
+            num_images = len(recipe.open_split("train"))
         curriculum = recipe.build_curriculum(num_images)
         plan = folder.plan()
         if plan is not None:

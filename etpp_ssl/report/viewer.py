@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from etpp_ssl.data.formats.decode import most_bytes
 from etpp_ssl.data.formats.picture import open_picture
 from etpp_ssl.data.sources.base import UnreadableImage
 from etpp_ssl.data.sources.folder import image_files, printable
-from etpp_ssl.data.sources.splits import keyed_indices, open_split
+from etpp_ssl.data.sources.splits import keyed_indices
 from etpp_ssl.data.views import EvalView, Normalise, to_bands, to_tensor
 from etpp_ssl.files import read_regular
 from etpp_ssl.model.mae import MaskedAutoencoder
@@ -86,7 +85,6 @@ class Viewer:
             UserError: if this is not a run folder.
         """
         recipe = run.recipe()
-        mean, std = recipe.data.statistics(recipe.in_chans)
         with torch.random.fork_rng(devices=[]):
             model = recipe.build_model().eval()
         seed = recipe.seed if seed is None else seed
@@ -94,8 +92,8 @@ class Viewer:
             model=model,
             target=recipe.target,
             masker=recipe.model.masker(patch_size=recipe.patch_size, seed=seed),
-            normalise=Normalise(mean, std, torch.device("cpu")),
-            channels=ChannelView(mean, std),
+            normalise=recipe.normaliser(torch.device("cpu")),
+            channels=ChannelView(*recipe.data.statistics(recipe.in_chans)),
             image_size=recipe.size,
             # The steps depend on the number of images, the bandwidths do not.
             bandwidths=[stage.bandwidth for stage in recipe.build_curriculum(1).stages],
@@ -166,13 +164,10 @@ def images_of_run(run: RunFolder, count: int) -> tuple[list[InputImage], str]:
         UserError: if the data is not there.
     """
     recipe = run.recipe()
-    opened = partial(
-        open_split, recipe.data, in_chans=recipe.in_chans, image_size=recipe.size, seed=recipe.seed
-    )
     try:
-        source, split = opened("eval"), "evaluation"
+        source, split = recipe.open_split("eval"), "evaluation"
     except UserError:
-        source, split = opened("train"), "training"
+        source, split = recipe.open_split("train"), "training"
     view = EvalView(recipe.size, recipe.data.crop_pct)
     images: list[InputImage] = []
     # As many again in reserve for unreadable ones.

@@ -77,7 +77,7 @@ def test_a_recipe_with_init_probes_those_weights(
     assert len(rows(out)) == len(sources)
 
     assert run(["probe", str(folder), f"init={out}", *ATTENTIVE]) == 2
-    assert "of a run its own checkpoint is probed" in capsys.readouterr().err
+    assert "for a run its own checkpoint is probed" in capsys.readouterr().err
 
 
 def test_two_gloo_processes_give_the_numbers_of_one_without_a_cache(

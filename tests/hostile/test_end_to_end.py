@@ -13,11 +13,11 @@ import pytest
 from hostile_images import BOMBS, ODD, encoded, noise
 
 from etpp_ssl.cli import main
-from etpp_ssl.commands.embed import read_embeddings
 from etpp_ssl.data.prepare import PrepareConfig, prepare
 from etpp_ssl.data.sources.file_list import FileListConfig
 from etpp_ssl.data.sources.folder import FolderConfig
 from etpp_ssl.data.sources.shards import ShardsConfig
+from etpp_ssl.evaluation.embeddings import read_embeddings
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 
