@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ranks import Server
 
 from etpp_ssl.cli import main
 from etpp_ssl.recipe import Recipe
@@ -81,19 +80,14 @@ def test_a_recipe_with_init_probes_those_weights(
 
 
 def test_two_gloo_processes_give_the_numbers_of_one_without_a_cache(
-    recipe_file: Path, tmp_path: Path
+    recipe_file: Path, tmp_path: Path, ranks: Server
 ) -> None:
     # With one, and for the other probes: tests/contracts/test_probes.py.
     overrides = [*ATTENTIVE, "probe.cache=false"]
     assert run(["pretrain", str(recipe_file)]) == 0
     arguments = ["probe", str(recipe_file), f"init={tmp_path / 'run'}", "data.num_eval_images=25", *overrides]
     assert run([*arguments, f"output={tmp_path / '1'}"]) == 0
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
-         "etpp_ssl", *arguments, f"output={tmp_path / '2'}"],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ranks.run([*arguments, f"output={tmp_path / '2'}"], 2)
     ((one,), (two,)) = (rows(tmp_path / str(count)) for count in (1, 2))
     numbers = [key for key in one if key not in ("init", "protocol")]
     assert numbers
@@ -102,21 +96,18 @@ def test_two_gloo_processes_give_the_numbers_of_one_without_a_cache(
 
 
 def test_a_signal_ends_a_long_probe_with_its_state_and_the_same_command_goes_on(
-    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ranks: Server
 ) -> None:
     assert run(["pretrain", str(recipe_file)]) == 0
     arguments = ["probe", str(tmp_path / "run"), *LINEAR, "probe.epochs=150", "probe.save_minutes=1e-4"]
-    job = subprocess.Popen(
-        [sys.executable, "-m", "etpp_ssl", *arguments, "data.num_workers=1"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+    (job,) = ranks.start([*arguments, "data.num_workers=1"], 1)
     report = tmp_path / "run" / "report"
     deadline = time.time() + 60
-    while not list(report.glob("linear_probe-*")) and job.poll() is None and time.time() < deadline:
+    while not list(report.glob("linear_probe-*")) and job.code is None and time.time() < deadline:
         time.sleep(0.01)
     os.killpg(job.pid, signal.SIGTERM)
-    output, _ = job.communicate(timeout=60)
-    assert job.returncode == 75, output
+    assert job.wait(60) == 75, job.text
+    output = job.text
     assert "goes on from there" in output
     assert "Traceback" not in output
     assert len(list(report.glob("linear_probe-*"))) == 1

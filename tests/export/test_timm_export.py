@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tiny_runs import TINY
 
 from etpp_ssl.config import UserError
 from etpp_ssl.evaluation.features import pooled_features
@@ -25,16 +27,16 @@ ELSEWHERE = """
 import sys
 import timm, torch
 from safetensors.torch import load_file, save_file
-folder = sys.argv[1]
-model = timm.create_model("local-dir:" + folder, pretrained=True).eval()
-images = load_file(folder + "/../images.safetensors")["images"]
-with torch.inference_mode():
-    features = model(images)
+for folder in sys.argv[1:]:
+    model = timm.create_model("local-dir:" + folder, pretrained=True).eval()
+    images = load_file(folder + "/../images.safetensors")["images"]
+    with torch.inference_mode():
+        features = model(images)
+    config = timm.data.resolve_data_config({}, model=model)
+    print(tuple(config["mean"]), tuple(config["std"]), end=" ")
+    print(config["input_size"], config["crop_pct"], config["interpolation"])
+    save_file({"features": features.contiguous()}, folder + "/../features.safetensors")
 assert "etpp_ssl" not in sys.modules
-config = timm.data.resolve_data_config({}, model=model)
-print(tuple(config["mean"]), tuple(config["std"]), end=" ")
-print(config["input_size"], config["crop_pct"], config["interpolation"])
-save_file({"features": features.contiguous()}, folder + "/../features.safetensors")
 """
 
 CASES = {
@@ -49,41 +51,47 @@ CASES = {
 }
 
 
-@pytest.fixture
-def features_elsewhere(tmp_path: Path) -> Callable[[Path, torch.Tensor], tuple[torch.Tensor, str]]:
-    def load(folder: Path, images: torch.Tensor) -> tuple[torch.Tensor, str]:
+class Exported(NamedTuple):
+    """A run, what its export gives in stock timm, and what it gives here."""
+
+    recipe: Recipe
+    theirs: torch.Tensor
+    printed: str
+    ours: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
+    """All `CASES`, opened by one other interpreter."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    folders, recipes, ours = [], [], []
+    for number, (overrides, pool) in enumerate(CASES.values()):
+        recipe = Recipe.parse(TINY, [f"output={elsewhere / str(number)}", "budget_epochs=0.3", *overrides])
+        run = pretrain(recipe)
+        folder = export(run.folder.path, pool=pool)
+        assert folder == run.folder.path / "export" / "timm"
+        images = torch.randn(3, recipe.in_chans, *recipe.size, generator=torch.Generator().manual_seed(0))
         save_file({"images": images}, folder.parent / "images.safetensors")
-        done = subprocess.run(
-            [sys.executable, "-c", ELSEWHERE, str(folder)],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return load_file(folder.parent / "features.safetensors")["features"], done.stdout
+        with torch.inference_mode():
+            ours.append(pooled_features(run.bare_model.eval().encoder, images, pool))
+        folders.append(folder)
+        recipes.append(recipe)
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *map(str, folders)],
+        cwd=elsewhere, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    theirs = [load_file(folder.parent / "features.safetensors")["features"] for folder in folders]
+    found = zip(recipes, theirs, done.stdout.splitlines(), ours, strict=True)
+    return {name: Exported(*values) for name, values in zip(CASES, found, strict=True)}
 
-    return load
 
-
-@pytest.mark.parametrize(("overrides", "pool"), CASES.values(), ids=CASES)
-def test_timm_gives_our_features_to_the_last_bit(
-    overrides: list[str],
-    pool: str | None,
-    tiny_recipe: Callable[..., Recipe],
-    features_elsewhere: Callable[[Path, torch.Tensor], tuple[torch.Tensor, str]],
-) -> None:
-    run = pretrain(tiny_recipe("budget_epochs=0.3", *overrides))
-    folder = export(run.folder.path, pool=pool)
-    assert folder == run.folder.path / "export" / "timm"
-    torch.manual_seed(0)
-    images = torch.randn(3, run.recipe.in_chans, *run.recipe.size)
-    theirs, printed = features_elsewhere(folder, images)
-    with torch.inference_mode():
-        ours = pooled_features(run.bare_model.eval().encoder, images, pool)
+@pytest.mark.parametrize("case", CASES)
+def test_timm_gives_our_features_to_the_last_bit(case: str, exported: dict[str, Exported]) -> None:
+    recipe, theirs, printed, ours = exported[case]
     assert torch.equal(theirs, ours)
-    mean, std = run.recipe.data.statistics(run.recipe.in_chans)
-    expected = (mean, std, (run.recipe.in_chans, 16, 24), 0.875, "bicubic")
+    mean, std = recipe.data.statistics(recipe.in_chans)
+    expected = (mean, std, (recipe.in_chans, 16, 24), 0.875, "bicubic")
     assert printed.strip() == " ".join(str(value) for value in expected)
 
 

@@ -188,6 +188,7 @@ def test_names_and_recipes_are_text_and_not_markup(run: Path) -> None:
 
 
 def test_probes_of_other_weights_are_told_by_what_was_loaded(run: Path) -> None:
+    remove_log(run)
     (run / "report").mkdir(exist_ok=True)
     (run / "report" / "probes.jsonl").write_text(
         '{"step": 6, "knn_top1": 51.25}\n{"init": "theirs.pth", "knn_top1": 49.75}\n'
@@ -223,6 +224,8 @@ def test_what_a_log_says_is_text_and_not_markup(run: Path) -> None:
 def test_a_mistake_is_one_sentence_and_exit_code_2(
     arguments: list[str], words: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # Its figures take time, and are not what is written.
+    remove_log(run)
     with pytest.raises(SystemExit) as done:
         main(["report", *(argument.format(tmp=tmp_path, run=run) for argument in arguments)])
     assert done.value.code == 2
