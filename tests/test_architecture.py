@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "debug": {*ABOVE, "tasks", "train", "debug"},
     "commands": {*ABOVE, "tasks", "train", "commands"},
     "export": {*BASE, *SIBLINGS, "recipe", "run_folder", "weights", "export"},
-    "report": {*BASE, *SIBLINGS, "recipe", "run_folder", "weights", "report"},
+    "report": {*BASE, *SIBLINGS, "evaluation", "recipe", "run_folder", "weights", "report"},
     "encoder": {*BASE, *SIBLINGS, "evaluation", "report"},
     "encoder_timm": {*BASE, *SIBLINGS, "encoder", "weights"},
     "encoder_sources": {*ABOVE, "encoder", "encoder_timm", "report"},

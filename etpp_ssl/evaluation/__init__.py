@@ -1,1 +1,1 @@
-"""Is it learning? Frozen features, kNN, held-out reconstruction."""
+"""Evaluation of encoders and classifiers: probes on frozen features, held-out losses, accuracies."""

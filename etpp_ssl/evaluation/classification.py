@@ -35,12 +35,12 @@ class EvaluateConfig(Config):
     batch_size: int = may_change(256, ge=1)
     """Images per forward pass and process."""
     num_bins: int = may_change(15, ge=1)
-    """Of the calibration error."""
+    """Number of bins of the calibration error."""
 
 
 @dataclass(frozen=True)
 class ClassificationResult:
-    """What an evaluation found."""
+    """The result of an evaluation."""
 
     num_images: int
     """n, images evaluated."""
@@ -66,7 +66,7 @@ class ClassificationResult:
         return sum(known) / len(known)
 
     def numbers(self) -> dict[str, float | int | None]:
-        """What fits on a row of metrics."""
+        """All scalars, as in a row of metrics."""
         return {
             "top1": self.top1,
             "top5": self.top5,
@@ -134,7 +134,7 @@ class ClassifierEvaluation:
 
 
 def image_rows(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
-    """What an image adds to the result.
+    """Per image, the numbers that `summary` needs.
 
     Args:
         logits_BK: float32.

@@ -27,12 +27,12 @@ Precision = Literal["fp32", "bf16"]
 """Of the forward pass; the features themselves are float32 in any case."""
 
 CPU_IMAGES = 64
-"""Images per forward pass on a CPU at most. More are no faster, and the activations of a small ViT then
-pass 32 MB, from where on glibc maps each of them anew and a third of the time goes to page faults."""
+"""Images per forward pass on a CPU at most. More are not faster: the activations of a small ViT then exceed
+32 MB, above which glibc maps each of them anew, and a third of the time is spent on page faults."""
 
 
 class Features(NamedTuple):
-    """What is known about some images."""
+    """Features and labels of n images."""
 
     features: Tensor
     """float32 (n, D)."""

@@ -25,9 +25,9 @@ from etpp_ssl.model.mae import MaskedAutoencoder
 TEMPERATURE = 0.07
 """DINO's."""
 CHUNK_BYTES = 1 << 27
-"""Similarities that are kept at once, as long as they are those of `CHUNK_IMAGES`."""
+"""Memory for similarities, exceeded only where `CHUNK_IMAGES` need more."""
 CHUNK_IMAGES = 128
-"""Test images at a time at least: with few of them the product waits for memory."""
+"""Test images at a time at least; with fewer, memory bandwidth limits the product."""
 
 
 class KnnConfig(FeatureConfig):

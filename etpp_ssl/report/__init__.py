@@ -1,1 +1,1 @@
-"""Pictures of what the model sees and of what a run did."""
+"""Reports about runs: reconstructions, curves, tables and the figures of the curriculum."""

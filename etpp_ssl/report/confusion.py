@@ -1,4 +1,4 @@
-"""What an evaluation of a classifier leaves on disk: its numbers, and the confusion matrix twice.
+"""The files of a classifier's evaluation: its numbers, and the confusion matrix as a table and as a picture.
 
     evaluation.json   protocol, numbers, and recall of each class
     confusion.csv     images by true class (row) and predicted class (column)
@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -21,11 +21,11 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
 
 from etpp_ssl.config import UserError
+from etpp_ssl.evaluation.classification import ClassificationResult
 from etpp_ssl.files import replaced, write_json
-from etpp_ssl.report.figures import FAINT, FONT_SIZE, INK
+from etpp_ssl.report.figures import FAINT, FONT_SIZE, INK, dress
 from etpp_ssl.run_folder import EVALUATION_FILE, RunFolder
 
 CORNER = "true class \\ predicted class"
@@ -46,37 +46,14 @@ SHARES = (0, 1, 5, 10, 25, 50, 75, 100)
 """Per cent, marked on the colour bar."""
 
 
-class Evaluation(Protocol):
-    """What is written of an evaluation's result."""
-
-    @property
-    def num_images(self) -> int:
-        """Images evaluated."""
-
-    @property
-    def top1(self) -> float:
-        """Per cent."""
-
-    @property
-    def recall(self) -> tuple[float | None, ...]:
-        """(K,), per cent; None for a class without images."""
-
-    @property
-    def confusion(self) -> Tensor:
-        """int64 (K, K)."""
-
-    def numbers(self) -> dict[str, float | int | None]:
-        """All scalars by name."""
-
-
 def write_evaluation(
-    folder: Path, result: Evaluation, classes: Sequence[str], protocol: Mapping[str, Any]
+    folder: Path, result: ClassificationResult, classes: Sequence[str], protocol: Mapping[str, Any]
 ) -> Path:
     """Write an evaluation into a run's folder; an earlier one is replaced.
 
     Args:
         folder: the run's.
-        result: what the evaluation found.
+        result: of the evaluation.
         classes: names in the order of the model's outputs; outputs beyond them are called `class <number>`.
         protocol: checkpoint, weights, split and whatever else the numbers depend on; for JSON.
 
@@ -187,8 +164,8 @@ def _dress(axes: Axes, names: Sequence[str]) -> None:
     """Names or numbers along both axes, and what the axes are."""
     axes.set_xlabel("predicted class", fontsize=FONT_SIZE, color=INK)
     axes.set_ylabel("true class", fontsize=FONT_SIZE, color=INK)
-    axes.spines[:].set_color(FAINT)
-    axes.tick_params(length=2, color=FAINT, labelcolor=INK, labelsize=FONT_SIZE - 1)
+    dress(axes, FONT_SIZE - 1)
+    axes.tick_params(length=2)
     if len(names) > MOST_NAMED:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(10, integer=True))

@@ -11,21 +11,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from etpp_ssl.report.figures import COLOURS, FAINT, FONT_SIZE, INK
+from etpp_ssl.report.figures import COLOURS, FAINT, FONT_SIZE, INK, dress
 from etpp_ssl.report.history import History, number, probe_keys
 
 MOST_POINTS = 400
-"""Of a curve; longer logs are averaged down to about this many."""
+"""Points of a curve; longer logs are averaged down to about this many."""
 FEW_POINTS = 12
-"""Curves of no more are marked point by point: one row alone has no line."""
+"""Curves of at most so many points have a mark at each: a single row has no line."""
 PALETTE = (COLOURS[1], COLOURS[0], *COLOURS[2:], INK)
 FIGURE_SIZE = (4.4, 2.4)
-"""Inches; drawn so that the text is still read when a phone shows the width in 360 pixels."""
+"""Inches; the text stays readable when a phone shows the width in 360 pixels."""
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something that a row of the log measures."""
+    """A measurement in the rows of the log."""
 
     key: str
     label: str
@@ -35,7 +35,7 @@ class Quantity:
     """Whether points of long logs are means; otherwise the last value stands for its neighbours."""
     from_zero: bool = False
     broken: bool = False
-    """Whether the curve starts anew at each stage, since values of two stages do not compare."""
+    """Whether the curve is interrupted between stages, because their values are not comparable."""
 
 
 QUANTITIES = (
@@ -49,7 +49,7 @@ QUANTITIES = (
 
 @dataclass(frozen=True)
 class XAxis:
-    """What curves are drawn over."""
+    """The x axis of curves."""
 
     key: str
     title: str
@@ -58,7 +58,7 @@ class XAxis:
 
 
 def quantities(histories: Sequence[History]) -> list[Quantity]:
-    """What the runs' logs measure, the losses of a combined target's parts included."""
+    """All quantities in the runs' logs, including the losses of a combined target's parts."""
     keys = dict.fromkeys(key for history in histories for row in history.rows for key in row)
     parts = [key for key in keys if key.startswith("loss_")]
     whole, *others = QUANTITIES
@@ -86,7 +86,7 @@ def x_axes(histories: Sequence[History]) -> list[XAxis]:
 
 
 def colour_of(index: int) -> str:
-    """Of the run at `index` in a report."""
+    """The colour of the run at `index` in a report."""
     return PALETTE[index % len(PALETTE)]
 
 
@@ -158,7 +158,7 @@ def _value(row: dict[str, Any], key: str) -> float | None:
 
 
 def _probe_positions(history: History, rows: list[dict[str, Any]], x_axis: XAxis) -> np.ndarray:
-    """Where probes stand on an axis: their rows know the step alone."""
+    """Positions of probes on an axis, interpolated from their steps."""
     steps = np.array([row["step"] for row in rows], dtype=float)
     known = [(row["step"], x) for row in history.rows if (x := number(row.get(x_axis.key))) is not None]
     if x_axis.key == "step" or not known:
@@ -183,9 +183,8 @@ def _empty(x_label: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=FIGURE_SIZE, layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(x_label, size=FONT_SIZE, color=INK)
-    axes.tick_params(labelsize=FONT_SIZE, color=FAINT, labelcolor=INK)
+    dress(axes)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.grid(color=FAINT, lw=0.5, alpha=0.5)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_locator(MaxNLocator(5))

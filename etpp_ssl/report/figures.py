@@ -24,7 +24,7 @@ from etpp_ssl.curriculum.cost import area_share
 from etpp_ssl.curriculum.frequency import low_frequency_crop
 
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-"""Told apart by colour-blind readers too (Okabe and Ito), on white and on a grey spectrum."""
+"""The palette of Okabe and Ito, which colour-blind readers can distinguish, on white and on grey."""
 
 INK = "#222222"
 FAINT = "#b0b0b0"
@@ -198,14 +198,19 @@ def _dress_stages(figure: Figure, curricula: list[Curriculum]) -> None:
     rate_axes.set_xlim(0, 100)
     changes = {100 * stage.progress for curriculum in curricula for stage in curriculum.stages[1:]}
     for axes in figure.axes:
-        axes.tick_params(labelsize=FONT_SIZE, color=FAINT, labelcolor=INK)
+        dress(axes)
         axes.yaxis.label.set(size=FONT_SIZE, color=INK)
         axes.xaxis.label.set(size=FONT_SIZE, color=INK)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(FAINT)
         for change in changes:
             axes.axvline(change, color=FAINT, lw=0.8, ls=":", zorder=0)
     figure.align_ylabels()
+
+
+def dress(axes: Axes, font_size: float = FONT_SIZE) -> None:
+    """Draw the frame faintly, and the numbers along it in ink."""
+    axes.tick_params(labelsize=font_size, color=FAINT, labelcolor=INK)
+    axes.spines[:].set_color(FAINT)
 
 
 def _far_enough(values: list[int], distance: float) -> bool:
@@ -263,8 +268,8 @@ def _show_spectrum(axes: Axes, image: Tensor, sizes: list[tuple[int, int]]) -> N
         axes.add_patch(Rectangle(corner, columns, rows, fill=False, edgecolor=colour, linewidth=2))
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
-    axes.tick_params(labelsize=FONT_SIZE - 1, color=FAINT, labelcolor=INK, pad=2)
-    axes.spines[:].set_color(FAINT)
+    dress(axes, FONT_SIZE - 1)
+    axes.tick_params(pad=2)
     axes.set_xlabel("cycles per image width", size=FONT_SIZE - 1, color=INK, labelpad=2)
     axes.set_ylabel("cycles per image height", size=FONT_SIZE - 1, color=INK, labelpad=1)
 

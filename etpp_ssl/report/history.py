@@ -72,7 +72,7 @@ def read_histories(paths: Sequence[str | Path], say: Callable[[str], None]) -> l
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """Folder names, with as many parents in front as it takes to tell them apart."""
+    """Folder names, each with as many parents as make it unique."""
     names = []
     for folder in folders:
         others = [other for other in folders if other != folder]

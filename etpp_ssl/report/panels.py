@@ -29,8 +29,7 @@ from etpp_ssl.targets.pixels import PixelsConfig
 GLYPH_PIXELS = 16
 """Side of a histogram cell in a picture."""
 BLANK = (208, 236)
-"""Grey levels, as a checkerboard, of what is not there (NaN): no grey alone would be told from
-an image's own."""
+"""Grey levels of the checkerboard that stands for missing pixels (NaN), which no image looks like."""
 
 
 class Panel(NamedTuple):
@@ -41,9 +40,9 @@ class Panel(NamedTuple):
     picture: np.ndarray
     """uint8 (H, W, 3)."""
     magnified: bool = False
-    """Drawn larger than the image already: not to be enlarged with it."""
+    """Whether it is drawn larger than the image already, and so not enlarged with it."""
     leaks: bool = False
-    """Made with what only the removed patches know."""
+    """Whether it is made with what only the removed patches know."""
 
 
 class ChannelView:
