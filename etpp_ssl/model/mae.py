@@ -141,6 +141,10 @@ class ModelConfig(Config):
         encoder = build_encoder(
             architecture, args, pos_embed=self.pos_embed, position_grid=self.position_grid
         )
+        return self.around(encoder, num_values)
+
+    def around(self, encoder: VisionTransformer, num_values: int) -> MaskedAutoencoder:
+        """The model around an encoder of its own, for V values per patch, with a new decoder; see `build`."""
         position_grid = self.position_grid or tuple(encoder.patch_embed.grid_size)
         decoder = self.decoder.build(
             encoder_dim=encoder.embed_dim,
