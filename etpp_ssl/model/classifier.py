@@ -11,10 +11,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from etpp_ssl.config import MAX_SIDE, Config, UserError, as_pair, legal_size, may_change, show_size
+from etpp_ssl.config import MAX_SIDE, UserError, may_change, show_size
 from etpp_ssl.messages import shown
 from etpp_ssl.model.attention import AttentionName
-from etpp_ssl.model.encoders import EXPLICIT_NAME, encoder_args
+from etpp_ssl.model.encoders import EXPLICIT_NAME, VIT_DIMS, EncoderConfig, encoder_args
 
 OWN_KEYS = {
     "img_size": "image_size",
@@ -24,29 +24,14 @@ OWN_KEYS = {
     "global_pool": "model.global_pool",
 }
 """Arguments of timm that have a key of their own in a recipe."""
-VIT_DIMS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "reg_tokens")
 
 
-class ClassifierConfig(Config):
-    """A timm classifier by name, or a ViT by explicit dimensions."""
+class ClassifierConfig(EncoderConfig):
+    """A timm classifier by name, or a ViT by explicit dimensions, which only Vision Transformers have."""
 
     name: str = "vit_base_patch16_224"
     """Any timm classifier whose size can change, or `vit` with `patch_size`, `embed_dim`, `depth` and
     `num_heads`."""
-    patch_size: int | tuple[int, int] | None = None
-    """Pixels; None is the named model's own. Like the next six, for Vision Transformers only."""
-    embed_dim: int | None = Field(default=None, ge=4, le=1 << 14)
-    """Width of the tokens; for `vit`, or in place of the named model's own."""
-    depth: int | None = Field(default=None, ge=1, le=1000)
-    """Number of blocks; for `vit`, or in place of the named model's own."""
-    num_heads: int | None = Field(default=None, ge=1)
-    """Heads per block, a divisor of `embed_dim`; for `vit`, or in place of the named model's own."""
-    mlp_ratio: float | None = Field(default=None, gt=0, le=100)
-    """Width of a block's MLP over `embed_dim`; None is the named model's own, for `vit` 4."""
-    class_token: bool | None = None
-    """Whether there is a cls token; None is the named model's own, for `vit` true."""
-    reg_tokens: int | None = Field(default=None, ge=0, le=1024)
-    """Number of register tokens; None is the named model's own, for `vit` 0."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments for `timm.create_model`."""
     num_classes: int | None = Field(default=None, ge=1, le=10**6)
@@ -65,11 +50,6 @@ class ClassifierConfig(Config):
     grad_checkpointing: bool = False
     """Recompute blocks in the backward pass: less memory, about a third more compute. BatchNorm's running
     statistics then take in each batch twice."""
-
-    @field_validator("patch_size")
-    @classmethod
-    def _size(cls, size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
-        return None if size is None else legal_size(size)
 
     @field_validator("args")
     @classmethod
@@ -182,8 +162,8 @@ class ClassifierConfig(Config):
         """The architecture, and the arguments of a ViT's dimensions."""
         from etpp_ssl.model.timm_net import is_vit
 
-        given = {key: getattr(self, key) for key in VIT_DIMS if getattr(self, key) is not None}
-        patch = as_pair(given["patch_size"]) if "patch_size" in given else None
+        given = self.given_dims()
+        patch = given.get("patch_size")
         vit = self.name == EXPLICIT_NAME or is_vit(self.name)
         misplaced = [key for key in VIT_DIMS if vit and key in self.args]
         if misplaced:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from etpp_ssl.config import Config, UserError
 from etpp_ssl.model.attention import CrossAttention
-from etpp_ssl.model.encoders import BlockRunner, init_linear
+from etpp_ssl.model.blocks import BlockRunner
+from etpp_ssl.model.encoders import init_linear
 from etpp_ssl.model.pos_embed import SincosTables
 
 MLP_RATIO = 4

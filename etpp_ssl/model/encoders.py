@@ -9,68 +9,61 @@ Legend: B batch, C channels, H, W pixels, N patches or tokens, K visible patches
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from etpp_ssl.config import UserError, as_pair, show_size
+from etpp_ssl.config import Config, UserError, as_pair, legal_size, show_size
 from etpp_ssl.messages import shown
+from etpp_ssl.model.blocks import PLAIN, BlockRunner
 from etpp_ssl.model.patches import gather_patches, grid_of
 from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_pos_embed
 
-<<<<<<< HEAD
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
-
-@dataclass(frozen=True)
-class BlockRunner:
-    """How a stack of blocks is run; no choice changes a result beyond rounding.
-
-    Args:
-        grad_checkpointing: recompute each block in the backward pass.
-        compiled: run blocks through `torch.compile`. All blocks of one kind share a graph, so a stage
-            compiles one for the encoder and one for the decoder.
-    """
-
-    grad_checkpointing: bool = False
-    compiled: bool = False
-
-    def __call__(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """`block(*inputs)`: tokens, (B, N, D) to (B, N, D), and what else a block reads."""
-        run = _compiled() if self.compiled else call_block
-        if self.grad_checkpointing:
-            output: Tensor = checkpoint(run, block, *inputs, use_reentrant=False)
-            return output
-        return run(block, *inputs)
-
-
-def call_block(block: nn.Module, *inputs: Tensor) -> Tensor:
-    """The plain call, through the module, so that hooks (FSDP's among them) see it."""
-    output: Tensor = block(*inputs)
-    return output
-
-
-@cache
-def _compiled() -> Callable[..., Tensor]:
-    # Shapes change with the stage only; torch's default would make the second stage's graph dynamic.
-    return torch.compile(call_block, dynamic=False)
-
-
-=======
->>>>>>> 3b4fa67 (model: one docstring per file in plain words; sample_ids instead of positions for the samples' numbers)
 EXPLICIT_NAME = "vit"
 EXPLICIT_ARCHITECTURE = "vit_base_patch16_224"
 """timm's name for a ViT of explicit dimensions, which its arguments give."""
+VIT_DIMS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "reg_tokens")
 MAX_PATCHES = 1 << 18
 """512 x 512; attention needs memory for the square of their number."""
+
+
+class EncoderConfig(Config):
+    """A Vision Transformer by timm name or by explicit dimensions."""
+
+    name: str = "vit_base_patch16_224"
+    """A timm model, or `vit` with explicit dimensions."""
+    patch_size: int | tuple[int, int] | None = None
+    """Pixels; None is the named model's own."""
+    embed_dim: int | None = Field(default=None, ge=4, le=1 << 14)
+    """Width of the tokens; for `vit`, or in place of the named model's own."""
+    depth: int | None = Field(default=None, ge=1, le=1000)
+    """Number of blocks; for `vit`, or in place of the named model's own."""
+    num_heads: int | None = Field(default=None, ge=1)
+    """Heads per block, a divisor of `embed_dim`; for `vit`, or in place of the named model's own."""
+    mlp_ratio: float | None = Field(default=None, gt=0, le=100)
+    """Width of a block's MLP over `embed_dim`; None is the named model's own, for `vit` 4."""
+    class_token: bool | None = None
+    """Whether there is a cls token; None is the named model's own, for `vit` true."""
+    reg_tokens: int | None = Field(default=None, ge=0, le=1024)
+    """Number of register tokens; None is the named model's own, for `vit` 0."""
+
+    @field_validator("patch_size")
+    @classmethod
+    def _legal_patch(cls, size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+        return None if size is None else legal_size(size)
+
+    def given_dims(self) -> dict[str, Any]:
+        """The dimensions that are given, by key; `patch_size` as (p, q)."""
+        given = {key: getattr(self, key) for key in VIT_DIMS if getattr(self, key) is not None}
+        return given | ({"patch_size": as_pair(given["patch_size"])} if "patch_size" in given else {})
 
 
 def encoder_args(
@@ -193,40 +186,6 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-@dataclass(frozen=True)
-class BlockRunner:
-    """How transformer blocks are run in training; no choice changes a result beyond rounding.
-
-    Args:
-        grad_checkpointing: recompute each block in the backward pass.
-        compiled: run blocks through `torch.compile`. All blocks of one kind share a graph, so each stage
-            compiles one for the encoder and one for the decoder.
-    """
-
-    grad_checkpointing: bool = False
-    compiled: bool = False
-
-    def __call__(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """`block(*inputs)`: tokens (B, N, D), and what else the block reads, to tokens (B, N, D)."""
-        run = _compiled() if self.compiled else call_block
-        if self.grad_checkpointing:
-            output: Tensor = checkpoint(run, block, *inputs, use_reentrant=False)
-            return output
-        return run(block, *inputs)
-
-
-def call_block(block: nn.Module, *inputs: Tensor) -> Tensor:
-    """The plain call, through the module, so that hooks such as FSDP's run."""
-    output: Tensor = block(*inputs)
-    return output
-
-
-@cache
-def _compiled() -> Callable[..., Tensor]:
-    # Shapes change only between stages; torch's default would make the second stage's graph dynamic.
-    return torch.compile(call_block, dynamic=False)
-
-
 def num_prefix_positions(encoder: VisionTransformer) -> int:
     """Rows of timm's `pos_embed` that belong to prefix tokens."""
     return 0 if encoder.no_embed_class else int(encoder.num_prefix_tokens)
@@ -251,7 +210,7 @@ def encode_visible(
     ids_keep: Tensor,
     *,
     positions: Tensor | None = None,
-    run: BlockRunner = BlockRunner(),
+    run: BlockRunner = PLAIN,
     block_outputs: list[Tensor] | None = None,
 ) -> Tensor:
     """Encode the visible patches only: the tokens that a ViT gives when it sees nothing else.
@@ -307,15 +266,11 @@ def attention_heads(encoder: VisionTransformer) -> int:
 
 @lru_cache(maxsize=8)
 def _named_model(name: str) -> VisionTransformer:
-<<<<<<< HEAD
-    """The named timm model on the meta device, checked to be one that we can mask."""
+    """The named timm model on the meta device, if it is one that can be masked."""
     import timm
     from timm.layers import PatchEmbed
     from timm.models.vision_transformer import VisionTransformer
 
-=======
-    """The named timm model on the meta device, if it is one that can be masked."""
->>>>>>> 3b4fa67 (model: one docstring per file in plain words; sample_ids instead of positions for the samples' numbers)
     known = timm.list_models()
     base = name.split(".")[0]
     if base not in known:
