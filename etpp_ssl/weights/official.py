@@ -157,7 +157,9 @@ def shape_of(
     side = math.isqrt(pos_embed.shape[1] - prefix)
     grid = known or (table.grid if table else (side, side))
     if grid[0] * grid[1] != pos_embed.shape[1] - prefix:
-        what = "are no square grid" if image_size is None else f"are not those of {show_size(image_size)} px"
+        what = (
+            "are not a square grid" if image_size is None else f"are not those of {show_size(image_size)} px"
+        )
         raise UserError(
             f"{source} has {pos_embed.shape[1] - prefix} patch positions, which {what}; "
             f"image_size=(height, width) must be given"

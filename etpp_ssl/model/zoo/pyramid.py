@@ -68,7 +68,7 @@ class Pyramid(nn.Module):
         stage_names: of the four modules that hold the stages' blocks.
 
     Raises:
-        UserError: for a size that is no multiple of 32, or another pooling.
+        UserError: for a size that is not a multiple of 32, or another pooling.
     """
 
     pools: ClassVar[tuple[str, ...]] = ("avg", "")
