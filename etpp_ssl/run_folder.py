@@ -115,7 +115,7 @@ class Checkpoint:
 
         Raises:
             OSError: if it cannot be read.
-            ValueError: if it holds no object.
+            ValueError: if it does not hold an object.
         """
         return read_object(self.path / STATE_FILE, MAX_STATE_BYTES)
 
@@ -168,7 +168,7 @@ class RunFolder:
             return TimePlan.from_json(read_object(self.plan_file, MAX_STATE_BYTES))
         except (OSError, ValueError) as error:
             reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
-            raise UserError(f"{str(self.plan_file)!r} is no plan: {reason}") from error
+            raise UserError(f"{str(self.plan_file)!r} is not a plan: {reason}") from error
 
     def exists(self) -> bool:
         """Whether a run was started here."""
@@ -178,7 +178,7 @@ class RunFolder:
         """The recipe the run was started with.
 
         Raises:
-            UserError: if this is no folder of a pre-training run.
+            UserError: if this is not the folder of a pre-training run.
         """
         self._require()
         return Recipe.load(self.recipe_file)
@@ -187,7 +187,7 @@ class RunFolder:
         """The same for a run of any task.
 
         Raises:
-            UserError: if this is no run folder.
+            UserError: if this is not a run folder.
         """
         self._require()
         return load_any(self.recipe_file)
@@ -234,7 +234,7 @@ class RunFolder:
         """The newest whole checkpoint of a run that has one.
 
         Raises:
-            UserError: if this is no run folder or it has no checkpoint yet.
+            UserError: if this is not a run folder, or it has no checkpoint yet.
         """
         self._require()
         checkpoint = self.newest(warn)
@@ -246,7 +246,7 @@ class RunFolder:
         if not self.exists():
             what = "has no recipe.yaml" if os.path.isdir(self.path) else "does not exist"
             what = "is a file" if os.path.isfile(self.path) else what
-            raise UserError(f"{str(self.path)!r} is no run folder: it {what}")
+            raise UserError(f"{str(self.path)!r} is not a run folder: it {what}")
 
     def metrics(self) -> list[dict[str, Any]]:
         """Rows of `metrics.jsonl`, each with a `step`; other lines, such as one cut short, are left out."""

@@ -1,6 +1,6 @@
-"""Attention in training, by the kernel that is fastest on the device; what is computed stays the same.
+"""Kernels of attention in training: the one that is fastest on the device; the results differ by rounding.
 
-Legend: B batch, H heads, N tokens, M tokens that ask, D head width, E = H D.
+Legend: B batch, H heads, N tokens, M query tokens, D head width, E = H D.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch.nn import functional as F
 AttentionName = Literal["auto", "fused", "unfused"]
 
 FLOAT32_UNFUSED_TOKENS = 64
-"""In float32 on a CPU the unfused kernel is taken up to so many tokens. Measured on whole steps
+"""Most tokens for which a CPU takes the unfused kernel in float32. Measured on whole steps
 (`tools/bench_step.py --attention fused,unfused`): with AVX2 it saved 11 to 16 % at 5 to 37 tokens, with
 AVX-512 nothing; at 197 tokens it cost 6 %."""
 UNFUSED_TOKENS = 1024
-"""`auto` keeps no attention matrices longer than this: they would take more memory than the activations."""
+"""Most tokens for which `auto` keeps attention matrices: larger ones need more memory than activations."""
 
 
 class Choice(NamedTuple):

@@ -11,10 +11,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from etpp_ssl.config import MAX_SIDE, Config, UserError, as_pair, legal_size, may_change, show_size
+from etpp_ssl.config import MAX_SIDE, UserError, may_change, show_size
 from etpp_ssl.messages import shown
 from etpp_ssl.model.attention import AttentionName
-from etpp_ssl.model.encoders import EXPLICIT_NAME, encoder_args
+from etpp_ssl.model.encoders import EXPLICIT_NAME, VIT_DIMS, EncoderConfig, encoder_args
 
 OWN_KEYS = {
     "img_size": "image_size",
@@ -24,29 +24,14 @@ OWN_KEYS = {
     "global_pool": "model.global_pool",
 }
 """Arguments of timm that have a key of their own in a recipe."""
-VIT_DIMS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "reg_tokens")
 
 
-class ClassifierConfig(Config):
-    """A timm classifier by name, or a ViT by explicit dimensions."""
+class ClassifierConfig(EncoderConfig):
+    """A timm classifier by name, or a ViT by explicit dimensions, which only Vision Transformers have."""
 
     name: str = "vit_base_patch16_224"
     """Any timm classifier whose size can change, or `vit` with `patch_size`, `embed_dim`, `depth` and
     `num_heads`."""
-    patch_size: int | tuple[int, int] | None = None
-    """Pixels; None is the named model's own. Like the next six, for Vision Transformers only."""
-    embed_dim: int | None = Field(default=None, ge=4, le=1 << 14)
-    """Width of the tokens; for `vit`, or in place of the named model's own."""
-    depth: int | None = Field(default=None, ge=1, le=1000)
-    """Number of blocks; for `vit`, or in place of the named model's own."""
-    num_heads: int | None = Field(default=None, ge=1)
-    """Heads per block, a divisor of `embed_dim`; for `vit`, or in place of the named model's own."""
-    mlp_ratio: float | None = Field(default=None, gt=0, le=100)
-    """Width of a block's MLP over `embed_dim`; None is the named model's own, for `vit` 4."""
-    class_token: bool | None = None
-    """Whether there is a cls token; None is the named model's own, for `vit` true."""
-    reg_tokens: int | None = Field(default=None, ge=0, le=1024)
-    """Number of register tokens; None is the named model's own, for `vit` 0."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments for `timm.create_model`."""
     num_classes: int | None = Field(default=None, ge=1, le=10**6)
@@ -65,11 +50,6 @@ class ClassifierConfig(Config):
     grad_checkpointing: bool = False
     """Recompute blocks in the backward pass: less memory, about a third more compute. BatchNorm's running
     statistics then take in each batch twice."""
-
-    @field_validator("patch_size")
-    @classmethod
-    def _size(cls, size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
-        return None if size is None else legal_size(size)
 
     @field_validator("args")
     @classmethod
@@ -130,7 +110,7 @@ class ClassifierConfig(Config):
         return architecture, args
 
     def multiple(self, image_size: tuple[int, int], in_chans: int) -> tuple[int, int]:
-        """Legal step of bandwidths per axis, pixels: a ViT's patch, otherwise the total stride."""
+        """What divides every legal bandwidth, per axis in pixels: a ViT's patch, or the total stride."""
         from etpp_ssl.model.timm_net import stride
 
         # The number of classes changes no size.
@@ -139,7 +119,7 @@ class ClassifierConfig(Config):
     def check(
         self, *, image_size: tuple[int, int], in_chans: int, bandwidths: Iterable[tuple[int, int]]
     ) -> None:
-        """Make sure that the network can be trained at full resolution and at every bandwidth of a run.
+        """Check that the network can be trained at full resolution and at every bandwidth of a run.
 
         Raises:
             UserError: if it cannot run at one of them, or its draws in training cannot be keyed.
@@ -182,8 +162,8 @@ class ClassifierConfig(Config):
         """The architecture, and the arguments of a ViT's dimensions."""
         from etpp_ssl.model.timm_net import is_vit
 
-        given = {key: getattr(self, key) for key in VIT_DIMS if getattr(self, key) is not None}
-        patch = as_pair(given["patch_size"]) if "patch_size" in given else None
+        given = self.given_dims()
+        patch = given.get("patch_size")
         vit = self.name == EXPLICIT_NAME or is_vit(self.name)
         misplaced = [key for key in VIT_DIMS if vit and key in self.args]
         if misplaced:
@@ -201,7 +181,7 @@ class ClassifierConfig(Config):
         if given and not vit:
             key = next(iter(given))
             raise UserError(
-                f"model.{key} is for Vision Transformers, and {self.name} is none: arguments of other "
+                f"model.{key} is for Vision Transformers, and {self.name} is not one: arguments of other "
                 "networks stand in model.args"
             )
         if patch is not None:
@@ -217,14 +197,16 @@ class ClassifierConfig(Config):
 
         head = net.get_classifier()  # type: ignore[operator]
         if not isinstance(head, nn.Linear):
-            raise UserError(f"model.head_init_std is {std}, but the head of {self.name} is no linear layer")
+            raise UserError(
+                f"model.head_init_std is {std}, but the head of {self.name} is not a linear layer"
+            )
         trunc_normal_(head.weight, std=std)
         if head.bias is not None:
             nn.init.zeros_(head.bias)
 
 
 def _beyond(value: Any, largest: int) -> bool:
-    """Whether there is a larger number in a value of a recipe: the network would never be built."""
+    """Whether a recipe's value holds a larger number, with which no network could be built."""
     if isinstance(value, dict | list | tuple):
         values = value.values() if isinstance(value, dict) else value
         return len(value) > largest or any(_beyond(inner, largest) for inner in values)
@@ -234,12 +216,12 @@ def _beyond(value: Any, largest: int) -> bool:
 class Classifier(nn.Module):
     """A timm network whose drop-path is keyed by sample, at any bandwidth.
 
-    `net` has stock timm's state dict, at base shapes. In evaluation at base size it is stock timm to the
+    `net` has stock timm's state dict, at base shapes. In evaluation at base size it equals stock timm to the
     last bit.
 
-    Results follow the samples and not the batches they come in, with one exception: BatchNorm in training
-    takes the statistics of the micro-batch on its process (they are not synchronised), so networks that
-    have it depend on the micro-batch size and on the number of processes.
+    Results depend on the samples, not on their batches, with one exception: BatchNorm in training takes the
+    statistics of the micro-batch on its process (they are not synchronised), so networks that have it depend
+    on the micro-batch size and on the number of processes.
 
     Args:
         net: from `etpp_ssl.model.timm_net.build_net`.
@@ -262,25 +244,25 @@ class Classifier(nn.Module):
 
         return list(self.net.blocks) if isinstance(self.net, VisionTransformer) else []
 
-    def forward(self, images_BCHW: Tensor, positions_B: Tensor | None = None) -> Tensor:
+    def forward(self, images_BCHW: Tensor, sample_ids_B: Tensor | None = None) -> Tensor:
         """Logits.
 
         Args:
             images_BCHW: float (B, C, H, W), H and W multiples of the network's stride.
-            positions_B: int64 (B,), the samples' numbers in the run; needed in training with drop-path.
+            sample_ids_B: int64 (B,), the samples' numbers in the run; needed in training with drop-path.
 
         Returns:
             (B, num_classes).
 
         Raises:
-            UserError: in training with drop-path, without positions.
+            UserError: in training with drop-path, without sample numbers.
         """
         keys = self.drop_path_keys
-        if positions_B is not None:
-            positions_B = positions_B.to(images_BCHW.device)
-        keys.set_positions(positions_B)
+        if sample_ids_B is not None:
+            sample_ids_B = sample_ids_B.to(images_BCHW.device)
+        keys.set_sample_ids(sample_ids_B)
         logits: Tensor = self.net(images_BCHW)
         if self.grad_checkpointing and logits.requires_grad:
-            # Blocks are recomputed in this pass's backward, when another pass may have come in between.
-            logits.register_hook(lambda _: keys.set_positions(positions_B))
+            # The backward pass recomputes blocks, maybe after another forward pass.
+            logits.register_hook(lambda _: keys.set_sample_ids(sample_ids_B))
         return logits

@@ -1,20 +1,17 @@
-"""MAE's decoder, asked for the masked patches only.
+"""Decoders: MAE's small ViT over all tokens, and CrossMAE's, whose mask tokens read the encoder only.
 
-The original puts mask tokens where patches were removed, restores the order and predicts every patch.
-Attention does not see the order and the loss does not see visible patches, so ours appends the mask
-tokens and runs the final norm and projection on them alone: the same numbers for less work.
+Both predict the masked patches alone. The original MAE puts mask tokens where patches were removed, restores
+the order and predicts every patch. Attention does not depend on the order and the loss ignores visible
+patches, so `MAEDecoder` appends the mask tokens and runs the last norm and projection on them only: the same
+numbers for less work.
 
-Legend: B batch, K visible, M predicted, P prefix tokens, D encoder width, E decoder width, V values.
+In `CrossDecoder` a block is cross-attention and an MLP, without self-attention. The prediction of a patch
+then depends on the encoder's tokens and the patch's position only, so any subset of the masked patches can be
+predicted at a proportional cost (Fu et al., "Rethinking Patch Dependence for Masked Autoencoders", arXiv
+2401.14391, section 3).
 
-CrossMAE's decoder: mask tokens read the encoder's tokens and never each other.
-
-Each block is cross-attention and an MLP, without self-attention, so the prediction of a patch depends on
-nothing but the encoder's tokens and the patch's own position, and any subset of the masked patches can be
-predicted for a proportional cost (Fu et al., "Rethinking Patch Dependence for Masked Autoencoders",
-arXiv 2401.14391, section 3).
-
-Legend: B batch, M predicted, T = P + K encoder tokens (prefix tokens, then visible patches), L encoder
-blocks, F decoder blocks, A heads, D encoder width, E decoder width, V values.
+Legend: B batch, K visible, M predicted, P prefix tokens, T = P + K encoder tokens (prefix tokens, then
+visible patches), L encoder blocks, F decoder blocks, D encoder width, E decoder width, V values.
 """
 
 from __future__ import annotations
@@ -27,8 +24,12 @@ from torch import Tensor, nn
 
 from etpp_ssl.config import Config, UserError
 from etpp_ssl.model.attention import CrossAttention
-from etpp_ssl.model.encoders import BlockRunner, init_linear
+from etpp_ssl.model.blocks import BlockRunner
+from etpp_ssl.model.encoders import init_linear
 from etpp_ssl.model.pos_embed import SincosTables
+
+MLP_RATIO = 4
+"""Of CrossMAE's blocks."""
 
 
 class MAEDecoderConfig(Config):
@@ -63,7 +64,7 @@ class MAEDecoderConfig(Config):
     ) -> MAEDecoder:
         """The decoder for an encoder of width D, P prefix tokens and V values per patch.
 
-        `encoder_depth` serves decoders that read every encoder block; this one does not.
+        `encoder_depth` is for decoders that read every encoder block; this one does not.
 
         Raises:
             UserError: for a width that its heads or the sin-cos positions do not divide.
@@ -119,8 +120,8 @@ class MAEDecoder(nn.Module):
     def forward(self, tokens: Tensor, ids_keep: Tensor, ids_predict: Tensor, grid: tuple[int, int]) -> Tensor:
         """Predict.
 
-        Mask tokens attend to each other, so MAE's predictions are those of all masked patches together;
-        asked for a subset, the others' mask tokens are not there.
+        Mask tokens attend to each other, so MAE's own predictions need all masked patches in `ids_predict`;
+        for a subset, the other mask tokens are absent.
 
         Args:
             tokens: (B, P + K, D) from the encoder, after its final norm.
@@ -141,24 +142,6 @@ class MAEDecoder(nn.Module):
             tokens = self.run(block, tokens)
         prediction: Tensor = self.head(self.norm(tokens[:, tokens.shape[1] - num_masked :]))
         return prediction
-
-
-def check_width(embed_dim: int, num_heads: int) -> None:
-    """Raise a UserError for a decoder width that its heads or the sin-cos positions do not divide."""
-    if embed_dim % num_heads:
-        raise UserError(
-            f"model.decoder.num_heads {num_heads} does not divide model.decoder.embed_dim {embed_dim}"
-        )
-    if embed_dim % 4:
-        raise UserError(f"model.decoder.embed_dim {embed_dim} is no multiple of 4 (sin-cos positions)")
-
-
-def layer_norm(width: int, **kwargs: object) -> nn.LayerNorm:
-    """MAE's LayerNorm, eps 1e-6."""
-    return nn.LayerNorm(width, eps=1e-6, **kwargs)  # type: ignore[arg-type]
-
-
-MLP_RATIO = 4
 
 
 class CrossDecoderConfig(Config):
@@ -195,7 +178,7 @@ class CrossDecoderConfig(Config):
     ) -> CrossDecoder:
         """The decoder for an encoder of width D and L blocks, and V values per patch.
 
-        `num_prefix` serves decoders that tell prefix tokens from patches; this one attends to all alike.
+        `num_prefix` is for decoders that treat prefix tokens differently; this one attends to all alike.
 
         Raises:
             UserError: for a width that its heads or the sin-cos positions do not divide.
@@ -281,8 +264,8 @@ class CrossDecoder(nn.Module):
 class BlockMixture(nn.Module):
     """What each decoder block reads: a learned weighted sum of all encoder blocks' outputs, normalised.
 
-    The weights start as normal(0, 1 / (L + 1)) in variance, as CrossMAE's, neither positive nor summing
-    to one.
+    The weights start as normal(0) with variance 1 / (L + 1), as CrossMAE's; they need not be positive or sum
+    to 1.
     """
 
     def __init__(self, encoder_dim: int, encoder_depth: int, decoder_depth: int) -> None:
@@ -293,7 +276,7 @@ class BlockMixture(nn.Module):
 
     def forward(self, outputs: list[Tensor]) -> list[Tensor]:
         """From L + 1 tensors (B, T, D) to F of them, one per decoder block."""
-        # One product for all decoder blocks reads the encoder's outputs once instead of F times.
+        # One product for all decoder blocks reads the encoder's outputs once, not F times.
         stacked = torch.stack(outputs).flatten(1)
         mixed_FBTD = (self.weight @ stacked).unflatten(1, outputs[0].shape)
         return [norm(mixed) for norm, mixed in zip(self.norms, mixed_FBTD, strict=True)]
@@ -316,3 +299,18 @@ class CrossBlock(nn.Module):
         queries = queries + self.attn(self.norm1(queries), memory)
         result: Tensor = queries + self.mlp(self.norm2(queries))
         return result
+
+
+def check_width(embed_dim: int, num_heads: int) -> None:
+    """Raise a UserError for a decoder width that its heads or the sin-cos positions do not divide."""
+    if embed_dim % num_heads:
+        raise UserError(
+            f"model.decoder.num_heads {num_heads} does not divide model.decoder.embed_dim {embed_dim}"
+        )
+    if embed_dim % 4:
+        raise UserError(f"model.decoder.embed_dim {embed_dim} is not a multiple of 4 (sin-cos positions)")
+
+
+def layer_norm(width: int, **kwargs: object) -> nn.LayerNorm:
+    """MAE's LayerNorm, eps 1e-6."""
+    return nn.LayerNorm(width, eps=1e-6, **kwargs)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
 """Drop-path (stochastic depth) whose draws are keyed by the sample, in any timm network.
 
-timm draws from torch's global generator, so that its draws depend on everything drawn before: on the batch
-size, on the process, on where a run was resumed. Here a decision is a function of (seed, number of the
-module in the network, position of the sample), with the rates and the scaling of timm.
+timm draws from torch's global generator, so its draws depend on all draws before: on the batch size, on the
+process, on where a run was resumed. Here a decision is a function of the seed, the module's number in the
+network and the sample's number in the run. Rates and scaling are timm's.
 
 Legend: B batch, M drop-path modules of the network.
 """
@@ -19,11 +19,11 @@ from etpp_ssl.randomness import keyed_words
 
 PURPOSE = "drop_path"
 _BITS = 63
-"""Of a word; with the sign bit left out, comparisons of int64 are those of the unsigned number."""
+"""Of a word: without the sign bit, int64 compares like the unsigned number."""
 
 
 class DropPathKeys:
-    """What all drop-path modules of a network share: the seed, and which samples are in the batch.
+    """What all drop-path modules of a network share: the seed, and the samples in the batch.
 
     Args:
         seed: the run's seed.
@@ -33,39 +33,39 @@ class DropPathKeys:
     def __init__(self, seed: int, num_modules: int) -> None:
         self.seed = seed
         self.num_modules = num_modules
-        self._positions_B: Tensor | None = None
+        self._sample_ids_B: Tensor | None = None
         self._words: Tensor | None = None
 
-    def set_positions(self, positions_B: Tensor | None) -> None:
-        """Say which samples, int64 (B,), the next forward pass or recomputation is about."""
-        self._positions_B = positions_B
+    def set_sample_ids(self, sample_ids_B: Tensor | None) -> None:
+        """Set the samples, int64 (B,), of the next forward pass or recomputation."""
+        self._sample_ids_B = sample_ids_B
         self._words = None
 
     def words(self, column: int, num_samples: int) -> Tensor:
         """Random words in [0, 2^63), int64 (B,), for one drop-path decision per sample.
 
         Raises:
-            UserError: if the positions are missing, or are not one for each sample.
+            UserError: if the samples' numbers are missing, or are not one for each row.
         """
-        if self._positions_B is None:
+        if self._sample_ids_B is None:
             raise UserError(
-                "drop-path is keyed by sample: pass positions_B to Classifier.forward in training"
+                "drop-path is keyed by sample: pass sample_ids_B to Classifier.forward in training"
             )
-        if len(self._positions_B) != num_samples:
+        if len(self._sample_ids_B) != num_samples:
             raise UserError(
-                f"drop-path sees {num_samples} rows for {len(self._positions_B)} positions_B: it must be "
-                "applied to whole samples, with one position for each"
+                f"drop-path sees {num_samples} rows for {len(self._sample_ids_B)} sample_ids_B: it must be "
+                "applied to whole samples, with one number for each"
             )
         if self._words is None or column >= self._words.shape[1]:
-            # One mix for all modules; more columns only for modules that are called more than once.
+            # One draw for all modules; more columns only for modules that are called more than once.
             num_draws = self.num_modules * (column // self.num_modules + 1)
-            words = keyed_words(self.seed, PURPOSE, self._positions_B, num_draws)
+            words = keyed_words(self.seed, PURPOSE, self._sample_ids_B, num_draws)
             self._words = words & ((1 << _BITS) - 1)
         return self._words[:, column]
 
 
 class KeyedDropPath(DropPath):
-    """timm's drop-path with keyed draws; `key_drop_path` makes them.
+    """timm's drop-path with keyed draws; `key_drop_path` turns timm's modules into it.
 
     A module that a block calls several times in its forward pass draws anew each time, as timm's does.
     """
@@ -100,10 +100,10 @@ def drop_threshold(drop_prob: float) -> int:
 def key_drop_path(net: nn.Module, seed: int) -> DropPathKeys:
     """Key every active timm DropPath of a network, in place, in the order of `net.modules()`.
 
-    The modules change their class, as `torch.nn.utils.parametrize` does it: names and hooks stay.
+    The modules change their class, as `torch.nn.utils.parametrize` does: names and hooks stay.
 
     Returns:
-        The keys to give each batch's positions to.
+        The keys, which must be told each batch's samples.
     """
     named = [(name, cast(KeyedDropPath, m)) for name, m in net.named_modules() if type(m) is DropPath]
     active = [(name, module) for name, module in named if module.drop_prob > 0]
@@ -111,8 +111,8 @@ def key_drop_path(net: nn.Module, seed: int) -> DropPathKeys:
     for number, (name, module) in enumerate(active):
         module.__class__ = KeyedDropPath
         module.keys, module.number, module.calls = keys, number, 0
-        # A recomputation (gradient checkpointing) runs whole blocks again: they count from 0 as well. Any
-        # module above may be the one that is called, because some call the parts of others themselves.
+        # A recomputation (gradient checkpointing) runs whole blocks again, which must count from 0, too. Any
+        # module above may be the one that is called, because some call the parts of others directly.
         path = name.split(".")
         for length in range(len(path)):
             above = net.get_submodule(".".join(path[:length]))
@@ -126,7 +126,7 @@ def drop_path_rates(net: nn.Module) -> dict[str, float]:
 
 
 class _CountAnew:
-    """A hook in front of a block that starts to count the calls of its drop-path; it can be copied."""
+    """A forward pre-hook of a block that resets its drop-path's count of calls; it can be copied."""
 
     def __init__(self, module: KeyedDropPath) -> None:
         self.module = module

@@ -1,77 +1,69 @@
-"""The encoder: an unmodified timm VisionTransformer, also over visible patches at any grid.
+"""The encoder: an unmodified timm VisionTransformer, which pre-training runs on visible patches at any grid.
 
-timm's own forward serves features and export; `encode_visible` is its fast twin for pre-training,
-which gathers the visible patches before the patch projection. The test compares the two.
+Features and exports use timm's own forward. `encode_visible` is its fast equivalent for pre-training: it
+gathers the visible patches before the patch projection. The test compares the two.
 
-Legend: B batch, C channels, H, W pixels, N patches, K visible patches, P prefix tokens, D width.
-
-Running timm's transformer blocks in pre-training: recomputed in the backward pass, or compiled.
-
-Legend: B batch, N tokens, D width.
+Legend: B batch, C channels, H, W pixels, N patches or tokens, K visible patches, P prefix tokens, D width.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from etpp_ssl.config import UserError, as_pair, show_size
+from etpp_ssl.config import Config, UserError, as_pair, legal_size, show_size
 from etpp_ssl.messages import shown
+from etpp_ssl.model.blocks import PLAIN, BlockRunner
 from etpp_ssl.model.patches import gather_patches, grid_of
 from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_pos_embed
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
-
-@dataclass(frozen=True)
-class BlockRunner:
-    """How a stack of blocks is run; no choice changes a result beyond rounding.
-
-    Args:
-        grad_checkpointing: recompute each block in the backward pass.
-        compiled: run blocks through `torch.compile`. All blocks of one kind share a graph, so a stage
-            compiles one for the encoder and one for the decoder.
-    """
-
-    grad_checkpointing: bool = False
-    compiled: bool = False
-
-    def __call__(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """`block(*inputs)`: tokens, (B, N, D) to (B, N, D), and what else a block reads."""
-        run = _compiled() if self.compiled else call_block
-        if self.grad_checkpointing:
-            output: Tensor = checkpoint(run, block, *inputs, use_reentrant=False)
-            return output
-        return run(block, *inputs)
-
-
-def call_block(block: nn.Module, *inputs: Tensor) -> Tensor:
-    """The plain call, through the module, so that hooks (FSDP's among them) see it."""
-    output: Tensor = block(*inputs)
-    return output
-
-
-@cache
-def _compiled() -> Callable[..., Tensor]:
-    # Shapes change with the stage only; torch's default would make the second stage's graph dynamic.
-    return torch.compile(call_block, dynamic=False)
-
-
 EXPLICIT_NAME = "vit"
 EXPLICIT_ARCHITECTURE = "vit_base_patch16_224"
-"""What a ViT of explicit dimensions is registered as in timm; its `model_args` say the rest."""
+"""timm's name for a ViT of explicit dimensions, which its arguments give."""
+VIT_DIMS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "reg_tokens")
 MAX_PATCHES = 1 << 18
-"""512 x 512; attention takes the square of their number."""
+"""512 x 512; attention needs memory for the square of their number."""
+
+
+class EncoderConfig(Config):
+    """A Vision Transformer by timm name or by explicit dimensions."""
+
+    name: str = "vit_base_patch16_224"
+    """A timm model, or `vit` with explicit dimensions."""
+    patch_size: int | tuple[int, int] | None = None
+    """Pixels; None is the named model's own."""
+    embed_dim: int | None = Field(default=None, ge=4, le=1 << 14)
+    """Width of the tokens; for `vit`, or in place of the named model's own."""
+    depth: int | None = Field(default=None, ge=1, le=1000)
+    """Number of blocks; for `vit`, or in place of the named model's own."""
+    num_heads: int | None = Field(default=None, ge=1)
+    """Heads per block, a divisor of `embed_dim`; for `vit`, or in place of the named model's own."""
+    mlp_ratio: float | None = Field(default=None, gt=0, le=100)
+    """Width of a block's MLP over `embed_dim`; None is the named model's own, for `vit` 4."""
+    class_token: bool | None = None
+    """Whether there is a cls token; None is the named model's own, for `vit` true."""
+    reg_tokens: int | None = Field(default=None, ge=0, le=1024)
+    """Number of register tokens; None is the named model's own, for `vit` 0."""
+
+    @field_validator("patch_size")
+    @classmethod
+    def _legal_patch(cls, size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+        return None if size is None else legal_size(size)
+
+    def given_dims(self) -> dict[str, Any]:
+        """The dimensions that are given, by key; `patch_size` as (p, q)."""
+        given = {key: getattr(self, key) for key in VIT_DIMS if getattr(self, key) is not None}
+        return given | ({"patch_size": as_pair(given["patch_size"])} if "patch_size" in given else {})
 
 
 def encoder_args(
@@ -84,19 +76,19 @@ def encoder_args(
 ) -> tuple[str, dict[str, Any]]:
     """timm's architecture name and the keyword arguments that build the encoder.
 
-    They are also what an export writes, so that timm rebuilds the same network: no classifier, the
-    final norm on every token (MAE's decoder reads all of them), cls token or average pooling.
+    Exports write them, too, so that timm rebuilds the same network: no classifier, the final norm on every
+    token (MAE's decoder reads all of them), cls token or average pooling.
 
     Args:
         name: a timm VisionTransformer, or "vit" with all of `dims` given.
         image_size: (H, W) in pixels at full resolution.
         patch_size: (p, q) in pixels, or None for the named model's own.
         in_chans: C.
-        dims: overrides of embed_dim, depth, num_heads, mlp_ratio, class_token, reg_tokens; None
-            values are the named model's own.
+        dims: overrides of embed_dim, depth, num_heads, mlp_ratio, class_token, reg_tokens; None values
+            are the named model's own.
 
     Raises:
-        UserError: for a name that timm does not know or that is no plain VisionTransformer, missing
+        UserError: for a name that timm does not know or that is not a plain VisionTransformer, missing
             dims, or a patch that does not divide the image.
     """
     architecture = EXPLICIT_ARCHITECTURE if name == EXPLICIT_NAME else name
@@ -137,7 +129,7 @@ def encoder_args(
         "reg_tokens": given.get("reg_tokens", probe.num_reg_tokens),
         "num_classes": 0,
         "global_pool": "token" if class_token else "avg",
-        # Otherwise timm moves the norm behind the average pooling, away from the tokens.
+        # Otherwise timm moves the norm after the average pooling, away from the tokens.
         "fc_norm": False,
     }
     return architecture, args
@@ -162,7 +154,7 @@ def build_encoder(
     encoder: VisionTransformer = timm.create_model(architecture, pretrained=False, **args)
     encoder.apply(init_linear)
     projection = encoder.patch_embed.proj
-    # MAE views the projection as the linear layer that it is.
+    # MAE initialises the projection as a linear layer.
     nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
     if projection.bias is not None:
         nn.init.zeros_(projection.bias)
@@ -173,7 +165,7 @@ def build_encoder(
         raise UserError(f"model.name {architecture} has no absolute position embedding to train with")
     if pos_embed == "sincos":
         if encoder.embed_dim % 4:
-            raise UserError(f"model.embed_dim {encoder.embed_dim} is no multiple of 4 (sin-cos positions)")
+            raise UserError(f"model.embed_dim {encoder.embed_dim} is not a multiple of 4 (sin-cos positions)")
         grid = tuple(encoder.patch_embed.grid_size)
         table = sincos_pos_embed(grid, position_grid or grid, encoder.embed_dim)
         prefix = num_prefix_positions(encoder)
@@ -218,10 +210,10 @@ def encode_visible(
     ids_keep: Tensor,
     *,
     positions: Tensor | None = None,
-    run: BlockRunner = BlockRunner(),
+    run: BlockRunner = PLAIN,
     block_outputs: list[Tensor] | None = None,
 ) -> Tensor:
-    """Encode the visible patches only: the tokens that a ViT gives when it is fed nothing else.
+    """Encode the visible patches only: the tokens that a ViT gives when it sees nothing else.
 
     Args:
         encoder: a plain timm VisionTransformer.
@@ -274,7 +266,7 @@ def attention_heads(encoder: VisionTransformer) -> int:
 
 @lru_cache(maxsize=8)
 def _named_model(name: str) -> VisionTransformer:
-    """The named timm model on the meta device, checked to be one that we can mask."""
+    """The named timm model on the meta device, if it is one that can be masked."""
     import timm
     from timm.layers import PatchEmbed
     from timm.models.vision_transformer import VisionTransformer
@@ -284,7 +276,7 @@ def _named_model(name: str) -> VisionTransformer:
     if base not in known:
         close = difflib.get_close_matches(base, timm.list_models("*vit*"), n=3)
         hint = f"; close names: {', '.join(close)}" if close else ""
-        raise UserError(f"model.name {shown(name)} is no timm model{hint}")
+        raise UserError(f"model.name {shown(name)} is not a timm model{hint}")
     try:
         with torch.device("meta"):
             model = timm.create_model(name, pretrained=False)

@@ -12,11 +12,12 @@ import torch
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from etpp_ssl.config import Config, as_pair, legal_size, may_change
+from etpp_ssl.config import as_pair, legal_size, may_change
 from etpp_ssl.model.attention import AttentionName
+from etpp_ssl.model.blocks import BlockRunner
 from etpp_ssl.model.decoders import CrossDecoder, CrossDecoderConfig, MAEDecoder, MAEDecoderConfig
 from etpp_ssl.model.encoders import (
-    BlockRunner,
+    EncoderConfig,
     build_encoder,
     encode_visible,
     encoder_args,
@@ -47,25 +48,11 @@ class Prediction(NamedTuple):
     """int64 (B, M): which patches of the grid these are."""
 
 
-class ModelConfig(Config):
+class ModelConfig(EncoderConfig):
     """Encoder by timm name or by explicit dimensions, masking, and decoder."""
 
     name: str = "vit_base_patch16_224"
     """A timm VisionTransformer, or `vit` with `patch_size`, `embed_dim`, `depth` and `num_heads`."""
-    patch_size: int | tuple[int, int] | None = None
-    """Pixels; None is the named model's own."""
-    embed_dim: int | None = Field(default=None, ge=4, le=1 << 14)
-    """Width of the tokens; for `vit`, or in place of the named model's own."""
-    depth: int | None = Field(default=None, ge=1, le=1000)
-    """Number of blocks; for `vit`, or in place of the named model's own."""
-    num_heads: int | None = Field(default=None, ge=1)
-    """Heads per block, a divisor of `embed_dim`; for `vit`, or in place of the named model's own."""
-    mlp_ratio: float | None = Field(default=None, gt=0, le=100)
-    """Width of a block's MLP over `embed_dim`; None is the named model's own, for `vit` 4."""
-    class_token: bool | None = None
-    """Whether there is a cls token; None is the named model's own, for `vit` true."""
-    reg_tokens: int | None = Field(default=None, ge=0, le=1024)
-    """Number of register tokens; None is the named model's own, for `vit` 0."""
     pos_embed: Literal["sincos", "learned"] = "sincos"
     """`sincos`: MAE's fixed table. `learned`: a parameter, initialised at random."""
     position_grid: tuple[int, int] | None = None
@@ -89,10 +76,10 @@ class ModelConfig(Config):
     decoder: Annotated[AnyDecoder, Field(discriminator="name")] = MAEDecoderConfig()
     """What predicts the removed patches: `mae` or `cross`."""
 
-    @field_validator("patch_size", "position_grid")
+    @field_validator("position_grid")
     @classmethod
-    def _size(cls, size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
-        return None if size is None else legal_size(size)
+    def _legal_grid(cls, grid: tuple[int, int] | None) -> tuple[int, int] | None:
+        return None if grid is None else as_pair(legal_size(grid))
 
     @field_validator("decoder", "masking", mode="before")
     @classmethod
@@ -113,13 +100,10 @@ class ModelConfig(Config):
 
     def encoder_args(self, image_size: tuple[int, int], in_chans: int) -> tuple[str, dict[str, Any]]:
         """timm's name and arguments of the encoder; see `etpp_ssl.model.encoders.encoder_args`."""
-        dims = ("embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "reg_tokens")
+        dims = self.given_dims()
+        patch = dims.pop("patch_size", None)
         return encoder_args(
-            name=self.name,
-            image_size=image_size,
-            patch_size=None if self.patch_size is None else as_pair(self.patch_size),
-            in_chans=in_chans,
-            dims={key: getattr(self, key) for key in dims},
+            name=self.name, image_size=image_size, patch_size=patch, in_chans=in_chans, dims=dims
         )
 
     def resolved_patch(self, image_size: tuple[int, int], in_chans: int) -> tuple[int, int]:
@@ -135,12 +119,16 @@ class ModelConfig(Config):
             in_chans: C.
             num_values: V, numbers that the target asks for per patch.
         """
-        from etpp_ssl.model.timm_attention import use_attention
-
         architecture, args = self.encoder_args(image_size, in_chans)
         encoder = build_encoder(
             architecture, args, pos_embed=self.pos_embed, position_grid=self.position_grid
         )
+        return self.around(encoder, num_values)
+
+    def around(self, encoder: VisionTransformer, num_values: int) -> MaskedAutoencoder:
+        """The model around an encoder of its own, for V values per patch, with a new decoder; see `build`."""
+        from etpp_ssl.model.timm_attention import use_attention
+
         position_grid = self.position_grid or tuple(encoder.patch_embed.grid_size)
         decoder = self.decoder.build(
             encoder_dim=encoder.embed_dim,

@@ -29,9 +29,9 @@ class UniformMaskingConfig(Config):
 
     name: Literal["uniform"] = "uniform"
 
-    def visible_ids(self, positions_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
+    def visible_ids(self, sample_ids_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
         """Ids of the visible patches of a grid of (h, w), int64 (B, K), ascending in each row."""
-        return random_masking(positions_B, grid[0] * grid[1], num_keep, seed)
+        return random_masking(sample_ids_B, grid[0] * grid[1], num_keep, seed)
 
 
 class BlockMaskingConfig(Config):
@@ -55,13 +55,13 @@ class BlockMaskingConfig(Config):
             raise ValueError(f"min_side {self.min_side:g} is larger than max_side {self.max_side:g}")
         return self
 
-    def visible_ids(self, positions_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
+    def visible_ids(self, sample_ids_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
         """Ids of the visible patches of a grid of (h, w), int64 (B, K), ascending in each row."""
-        return block_masking(positions_B, grid, num_keep, seed, sides=(self.min_side, self.max_side))
+        return block_masking(sample_ids_B, grid, num_keep, seed, sides=(self.min_side, self.max_side))
 
 
 def block_masking(
-    positions_B: Tensor,
+    sample_ids_B: Tensor,
     grid: tuple[int, int],
     num_keep: int,
     seed: int,
@@ -74,7 +74,7 @@ def block_masking(
     until N - K are gone. Where all rectangles together do not reach so many, the rest is drawn uniformly.
 
     Args:
-        positions_B: int64 (B,), the samples' numbers in the run; the result is on their device.
+        sample_ids_B: int64 (B,), the samples' numbers in the run; the result is on their device.
         grid: (h, w) patches.
         num_keep: K, 0 < K < N.
         seed: the run's seed.
@@ -85,16 +85,16 @@ def block_masking(
     """
     num_patches = grid[0] * grid[1]
     num_rectangles = rectangles_needed(grid, num_keep, sides)
-    words = (keyed_words(seed, "mask-blocks", positions_B, 4 * num_rectangles) & _POSITIVE).unflatten(
+    words = (keyed_words(seed, "mask-blocks", sample_ids_B, 4 * num_rectangles) & _POSITIVE).unflatten(
         1, (-1, 4)
     )
     rows_BRh = _interval(words[..., 0], words[..., 1], grid[0], sides)
     columns_BRw = _interval(words[..., 2], words[..., 3], grid[1], sides)
     covered_BRN = (rows_BRh[..., :, None] & columns_BRw[..., None, :]).flatten(2)
     # Ranks fall from R to 1, so the largest is the first rectangle's; 0 where none covers the patch.
-    ranks_R = torch.arange(num_rectangles, 0, -1, dtype=torch.int16, device=positions_B.device)
+    ranks_R = torch.arange(num_rectangles, 0, -1, dtype=torch.int16, device=sample_ids_B.device)
     first_BN = num_rectangles - (covered_BRN * ranks_R[:, None]).amax(dim=1).to(torch.int64)
-    order_BN = keyed_order(first_BN, keyed_words(seed, "mask", positions_B, num_patches))
+    order_BN = keyed_order(first_BN, keyed_words(seed, "mask", sample_ids_B, num_patches))
     return order_BN[:, num_patches - num_keep :].sort(dim=1).values
 
 
@@ -140,16 +140,16 @@ class GridMaskingConfig(Config):
 
     name: Literal["grid"] = "grid"
 
-    def visible_ids(self, positions_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
+    def visible_ids(self, sample_ids_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
         """Ids of the visible patches of a grid of (h, w), int64 (B, K), ascending in each row."""
-        return grid_masking(positions_B, grid, num_keep, seed)
+        return grid_masking(sample_ids_B, grid, num_keep, seed)
 
 
-def grid_masking(positions_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
+def grid_masking(sample_ids_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
     """Ids of the visible patches, a function of (seed, sample) and the grid alone.
 
     Args:
-        positions_B: int64 (B,), the samples' numbers in the run; the result is on their device.
+        sample_ids_B: int64 (B,), the samples' numbers in the run; the result is on their device.
         grid: (h, w) patches.
         num_keep: K, 0 < K < N.
         seed: the run's seed.
@@ -159,13 +159,13 @@ def grid_masking(positions_B: Tensor, grid: tuple[int, int], num_keep: int, seed
     """
     num_patches = grid[0] * grid[1]
     strides = lattice_strides(grid, num_keep)
-    phases_B2 = keyed_words(seed, "mask-phase", positions_B, 2) & _POSITIVE
+    phases_B2 = keyed_words(seed, "mask-phase", sample_ids_B, 2) & _POSITIVE
     rows, columns = (
-        torch.arange(length, device=positions_B.device) % stride == phases_B2[:, axis, None] % stride
+        torch.arange(length, device=sample_ids_B.device) % stride == phases_B2[:, axis, None] % stride
         for axis, (length, stride) in enumerate(zip(grid, strides, strict=True))
     )
     off_lattice_BN = ~(rows[:, :, None] & columns[:, None, :]).flatten(1)
-    words_BN = keyed_words(seed, "mask", positions_B, num_patches)
+    words_BN = keyed_words(seed, "mask", sample_ids_B, num_patches)
     order_BN = keyed_order(off_lattice_BN.to(torch.int64), words_BN)
     return order_BN[:, :num_keep].sort(dim=1).values
 

@@ -94,11 +94,11 @@ class MaskCounts(NamedTuple):
         return self._replace(num_predict=self.num_patches - self.num_keep)
 
 
-def random_masking(positions_B: Tensor, num_patches: int, num_keep: int, seed: int) -> Tensor:
+def random_masking(sample_ids_B: Tensor, num_patches: int, num_keep: int, seed: int) -> Tensor:
     """Ids of the visible patches, uniform over all subsets, a function of (seed, sample) alone.
 
     Args:
-        positions_B: int64 (B,), the samples' numbers in the run; the result is on their device.
+        sample_ids_B: int64 (B,), the samples' numbers in the run; the result is on their device.
         num_patches: N.
         num_keep: K, 0 < K < N.
         seed: the run's seed.
@@ -106,7 +106,7 @@ def random_masking(positions_B: Tensor, num_patches: int, num_keep: int, seed: i
     Returns:
         ids_keep, int64 (B, K), ascending in each row.
     """
-    words_BN = keyed_words(seed, "mask", positions_B, num_patches)
+    words_BN = keyed_words(seed, "mask", sample_ids_B, num_patches)
     return words_BN.argsort(dim=1)[:, :num_keep].sort(dim=1).values
 
 
@@ -121,12 +121,12 @@ def removed_ids(ids_keep: Tensor, num_patches: int) -> Tensor:
 
 
 def predicted_ids(
-    positions_B: Tensor, ids_removed: Tensor, num_predict: int, num_patches: int, seed: int
+    sample_ids_B: Tensor, ids_removed: Tensor, num_predict: int, num_patches: int, seed: int
 ) -> Tensor:
     """A uniform subset of the masked patches, a function of (seed, sample) and the mask alone.
 
     Args:
-        positions_B: int64 (B,), the samples' numbers in the run.
+        sample_ids_B: int64 (B,), the samples' numbers in the run.
         ids_removed: int64 (B, R).
         num_predict: M, 0 < M <= R; the subset of a smaller M is part of a larger one's.
         num_patches: N.
@@ -137,7 +137,7 @@ def predicted_ids(
     """
     if num_predict == ids_removed.shape[1]:
         return ids_removed
-    words_BN = keyed_words(seed, "predict", positions_B, num_patches)
+    words_BN = keyed_words(seed, "predict", sample_ids_B, num_patches)
     chosen_BM = words_BN.gather(1, ids_removed).argsort(dim=1)[:, :num_predict]
     return ids_removed.gather(1, chosen_BM).sort(dim=1).values
 
@@ -145,7 +145,7 @@ def predicted_ids(
 class Pattern(Protocol):
     """A rule for where the visible patches lie; the Configs in `mask_patterns` are patterns."""
 
-    def visible_ids(self, positions_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
+    def visible_ids(self, sample_ids_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
         """Ids of the visible patches of a grid of (h, w), int64 (B, K), ascending in each row."""
 
 
@@ -194,23 +194,23 @@ class Masker:
         for progress in span:
             self.counts(bandwidth, progress)
 
-    def __call__(self, positions_B: Tensor, bandwidth: tuple[int, int], progress: float) -> Mask:
+    def __call__(self, sample_ids_B: Tensor, bandwidth: tuple[int, int], progress: float) -> Mask:
         """The masks of a step.
 
         Args:
-            positions_B: int64 (B,), the samples' numbers in the run; the masks are on their device.
+            sample_ids_B: int64 (B,), the samples' numbers in the run; the masks are on their device.
             bandwidth: (height, width) of the low-frequency crop in pixels.
             progress: share of the run's compute that is spent, in [0, 1].
         """
-        return self._draw(positions_B, bandwidth, self.counts(bandwidth, progress))
+        return self._draw(sample_ids_B, bandwidth, self.counts(bandwidth, progress))
 
-    def everything(self, positions_B: Tensor, bandwidth: tuple[int, int]) -> Mask:
+    def everything(self, sample_ids_B: Tensor, bandwidth: tuple[int, int]) -> Mask:
         """The masks at the end of the run, with every masked patch predicted: for evaluation."""
-        return self._draw(positions_B, bandwidth, self.counts(bandwidth, 1.0).everything)
+        return self._draw(sample_ids_B, bandwidth, self.counts(bandwidth, 1.0).everything)
 
-    def _draw(self, positions_B: Tensor, bandwidth: tuple[int, int], counts: MaskCounts) -> Mask:
+    def _draw(self, sample_ids_B: Tensor, bandwidth: tuple[int, int], counts: MaskCounts) -> Mask:
         num_patches, num_keep, num_predict = counts
         grid = grid_of(bandwidth, self.patch_size)
-        ids_keep = self.pattern.visible_ids(positions_B, grid, num_keep, self.seed)
+        ids_keep = self.pattern.visible_ids(sample_ids_B, grid, num_keep, self.seed)
         ids_removed = removed_ids(ids_keep, num_patches)
-        return Mask(ids_keep, predicted_ids(positions_B, ids_removed, num_predict, num_patches, self.seed))
+        return Mask(ids_keep, predicted_ids(sample_ids_B, ids_removed, num_predict, num_patches, self.seed))

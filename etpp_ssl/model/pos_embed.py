@@ -42,7 +42,7 @@ def sincos_pos_embed(grid: tuple[int, int], base_grid: tuple[int, int], dim: int
         float32 (N, D), N = h w, row by row.
 
     Raises:
-        UserError: if D is no multiple of 4.
+        UserError: if D is not a multiple of 4.
     """
     if dim % 4:
         raise UserError(f"sin-cos positions need a width that is a multiple of 4, not {dim}")

@@ -1,7 +1,7 @@
-"""Any timm network for supervised work: what it takes, its stride, and the sizes at which it runs.
+"""Any timm network for supervised training: its arguments, its stride, and the sizes at which it runs.
 
-Questions are answered on torch's meta device, where a network has shapes and no numbers: in about a tenth
-of a second, whatever its size.
+Everything is found out on torch's meta device, where a network has shapes and no numbers: this takes about a
+tenth of a second, whatever the network's size.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def check_sizes(
     in_chans: int,
     bandwidths: Iterable[tuple[int, int]],
 ) -> None:
-    """Run the network's training pass at full resolution and at each bandwidth, without numbers.
+    """Run the network's training pass at full resolution and at each bandwidth, on the meta device.
 
     Args:
         architecture, args: for `build_net`.
@@ -105,11 +105,11 @@ def check_sizes(
         bandwidths: (H, W) of each.
 
     Raises:
-        UserError: if it cannot run at one of them, or draws random numbers that are not keyed.
+        UserError: if it cannot run at one of them, or draws random numbers that cannot be keyed.
     """
     net = meta_net(architecture, args)
     keys = key_drop_path(net, seed=0)
-    keys.set_positions(torch.zeros(2, dtype=torch.int64, device="meta"))
+    keys.set_sample_ids(torch.zeros(2, dtype=torch.int64, device="meta"))
     for size in dict.fromkeys([image_size, *bandwidths]):
         images = torch.empty(2, in_chans, *size, device="meta")
         draws = _SeededDraws()
@@ -142,7 +142,7 @@ def meta_net(architecture: str, args: dict[str, Any]) -> nn.Module:
 
 
 class _SeededDraws(TorchDispatchMode):
-    """Notes the operators that draw from torch's generator."""
+    """Collects the operators that draw from torch's generator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ def _named(architecture: str) -> nn.Module:
     if not timm.is_model(base):
         close = difflib.get_close_matches(base, timm.list_models(), n=3)
         hint = f"; close names: {', '.join(close)}" if close else ""
-        raise UserError(f"model.name {shown(architecture)} is no timm model{hint}")
+        raise UserError(f"model.name {shown(architecture)} is not a timm model{hint}")
     with torch.device("meta"):
         return _create(architecture)
 

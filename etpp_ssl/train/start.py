@@ -134,7 +134,7 @@ def starting_point(
         return None, TrainState()
     saved = start.state()
     try:
-        check_state(saved, start.step)
+        state = check_state(saved, start.step)
     except ValueError as error:
         raise UserError(f"checkpoint {str(start.path)!r} cannot be gone on from: {error}") from error
     if saved["data"] != source.fingerprint() and not forked:
@@ -142,7 +142,6 @@ def starting_point(
             f"the data is not what run {str(folder.path)!r} was started with: files were added, removed or "
             f"renamed; use --fork {folder.path} with another output to go on with these"
         )
-    state = TrainState.from_json(saved["state"])
     if not forked:
         say(f"resuming {folder.path} at step {state.step}")
         return start, state

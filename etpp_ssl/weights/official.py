@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from etpp_ssl.config import UserError, listed, show_size
 from etpp_ssl.model.decoders import MAEDecoderConfig
@@ -90,7 +90,13 @@ def load_official_mae(
         mask_ratio=mask_ratio,
         decoder=decoder,
     )
-    model = _build(config, shape, num_values, fc_norm="encoder.fc_norm.weight" in tensors)
+    architecture, args = config.encoder_args(shape.image_size, shape.in_chans)
+    if "encoder.fc_norm.weight" in tensors:
+        args = {**args, "global_pool": "avg", "fc_norm": True}
+    encoder = build_encoder(
+        architecture, args, pos_embed=config.pos_embed, position_grid=config.position_grid
+    )
+    model = config.around(encoder, num_values)
     expected = model.state_dict()
     if not weights.has_decoder:
         tensors = {**{k: v for k, v in expected.items() if k.startswith("decoder.")}, **tensors}
@@ -151,7 +157,9 @@ def shape_of(
     side = math.isqrt(pos_embed.shape[1] - prefix)
     grid = known or (table.grid if table else (side, side))
     if grid[0] * grid[1] != pos_embed.shape[1] - prefix:
-        what = "are no square grid" if image_size is None else f"are not those of {show_size(image_size)} px"
+        what = (
+            "are not a square grid" if image_size is None else f"are not those of {show_size(image_size)} px"
+        )
         raise UserError(
             f"{source} has {pos_embed.shape[1] - prefix} patch positions, which {what}; "
             f"image_size=(height, width) must be given"
@@ -202,29 +210,3 @@ def _decoder_of(
     blocks = {int(m[1]) for name in tensors if (m := re.match(r"decoder\.blocks\.(\d+)\.", name))}
     config = MAEDecoderConfig(embed_dim=width, depth=max(blocks) + 1, num_heads=heads)
     return config, tensors[needed[2]].shape[0]
-
-
-def _build(config: ModelConfig, shape: Shape, num_values: int, *, fc_norm: bool) -> MaskedAutoencoder:
-    if not fc_norm:
-        return config.build(image_size=shape.image_size, in_chans=shape.in_chans, num_values=num_values)
-    architecture, args = config.encoder_args(shape.image_size, shape.in_chans)
-    args = {**args, "global_pool": "avg", "fc_norm": True}
-    encoder = build_encoder(
-        architecture, args, pos_embed=config.pos_embed, position_grid=config.position_grid
-    )
-    assert isinstance(encoder.norm, nn.Identity)
-    decoder = config.decoder.build(
-        encoder_dim=encoder.embed_dim,
-        encoder_depth=len(encoder.blocks),
-        num_prefix=encoder.num_prefix_tokens,
-        base_grid=config.position_grid or shape.grid,
-        num_values=num_values,
-    )
-    fixed = config.pos_embed == "sincos"
-    return MaskedAutoencoder(
-        encoder,
-        decoder,
-        mask_ratio=config.final_mask_ratio,
-        fixed_positions=fixed,
-        position_grid=config.position_grid,
-    )

@@ -88,7 +88,7 @@ def state_dict_in(content: Any, source: str) -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in found if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(
-            f"{source} holds no state dict: no tensor at the top or under {' or '.join(WRAPPERS)}"
+            f"{source} does not hold a state dict: no tensor at the top or under {' or '.join(WRAPPERS)}"
         )
     return without_prefix(tensors, "module.")
 

@@ -228,7 +228,7 @@ PLANS: dict[str, bytes] = {
 def test_a_plan_that_is_none_is_a_sentence(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for content in PLANS.values():
         (run / "plan.json").write_bytes(content)
-        with pytest.raises(UserError, match=r"plan\.json' is no plan: ") as caught:
+        with pytest.raises(UserError, match=r"plan\.json' is not a plan: ") as caught:
             RunFolder(run).plan()
         assert "\n" not in str(caught.value)
     with pytest.raises(SystemExit) as stop:

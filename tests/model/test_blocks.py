@@ -7,7 +7,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from etpp_ssl.model.encoders import BlockRunner, call_block
+from etpp_ssl.model.blocks import BlockRunner, call_block
 from etpp_ssl.model.timm_attention import use_attention
 
 

@@ -121,9 +121,9 @@ def test_settings_that_cannot_be_are_named(settings: dict[str, Any], sentence: s
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"name": "resnet5O"}, "model.name 'resnet5O' is no timm model; close names: .*resnet50"),
+        ({"name": "resnet5O"}, "model.name 'resnet5O' is not a timm model; close names: .*resnet50"),
         ({"name": "vit"}, "embed_dim, model.depth, model.num_heads, model.patch_size must be given"),
-        ({"name": "resnet18", "depth": 3}, "model.depth is for Vision Transformers, and resnet18 is none"),
+        ({"name": "resnet18", "depth": 3}, "model.depth is for Vision Transformers, and resnet18 is not one"),
         ({"name": "densenet121", "drop_path": 0.1}, "model.drop_path is 0.1, but densenet121 has none"),
         ({"name": "deit_tiny_patch16_224", "patch_size": 7}, "model.patch_size 7 does not divide image_size"),
         ({"name": "resnet18", "args": {"nonsense": 1}}, "resnet18 cannot be built: .*nonsense"),

@@ -150,7 +150,7 @@ def test_the_defaults_are_maes_imagenet_decoder() -> None:
     ("width", "heads", "message"),
     [
         (12, 5, r"model\.decoder\.num_heads 5 does not divide model\.decoder\.embed_dim 12"),
-        (6, 3, r"model\.decoder\.embed_dim 6 is no multiple of 4"),
+        (6, 3, r"model\.decoder\.embed_dim 6 is not a multiple of 4"),
     ],
 )
 def test_a_width_that_does_not_divide_gets_a_sentence(width: int, heads: int, message: str) -> None:

@@ -54,7 +54,7 @@ def test_decisions_and_scaling_are_the_definition(rate: float) -> None:
     net = Branches(rate).train()
     keys = key_drop_path(net, seed=3)
     positions = torch.arange(-2, 4000, 7)
-    keys.set_positions(positions)
+    keys.set_sample_ids(positions)
     factors = net(torch.ones(len(positions)))
     assert keys.num_modules == 2
     # Columns: module 0 and 1 at their first call, then both at their second.
@@ -70,7 +70,7 @@ def test_the_keep_rate_is_right_and_modules_calls_and_seeds_are_independent() ->
     decisions = []
     for seed in (0, 1):
         net = Branches(rate).train()
-        key_drop_path(net, seed).set_positions(torch.arange(num))
+        key_drop_path(net, seed).set_sample_ids(torch.arange(num))
         factors = net(torch.ones(num))
         decisions.append((factors[:, [0, 1, 4, 5]] > 0).double())
     dropped = torch.cat(decisions, dim=1)
@@ -105,9 +105,9 @@ def test_training_without_positions_or_with_too_few_is_an_error() -> None:
     model = make_classifier().train()
     images, positions = batch()
     model(images, positions)
-    with pytest.raises(UserError, match="pass positions_B"):
+    with pytest.raises(UserError, match="pass sample_ids_B"):
         model(images)
-    with pytest.raises(UserError, match="6 rows for 5 positions_B"):
+    with pytest.raises(UserError, match="6 rows for 5 sample_ids_B"):
         model(images, positions[:5])
     make_classifier(drop_path=0.0).train()(images)
 
@@ -133,7 +133,7 @@ def test_recomputed_blocks_draw_the_same_again(together: bool) -> None:
 
 def test_a_module_that_a_block_calls_twice_is_recomputed_right() -> None:
     net = Branches(0.5).train()
-    key_drop_path(net, seed=0).set_positions(torch.arange(50))
+    key_drop_path(net, seed=0).set_sample_ids(torch.arange(50))
     scale = torch.ones(50, requires_grad=True)
     factors = checkpoint(net, scale.exp(), use_reentrant=False)
     factors.square().sum().backward()
@@ -156,7 +156,7 @@ class Reaching(nn.Module):
 
 def test_calls_are_counted_anew_whoever_makes_them() -> None:
     net = Reaching().train()
-    key_drop_path(net, seed=0).set_positions(torch.arange(50))
+    key_drop_path(net, seed=0).set_sample_ids(torch.arange(50))
     first = net(torch.ones(50))
     assert torch.equal(net(torch.ones(50)), first)
     assert not torch.equal(first[0], first[1])
@@ -187,7 +187,7 @@ def test_every_active_module_of_a_network_is_keyed_once_and_in_order() -> None:
 
 def test_half_precision_scales_as_timm_does() -> None:
     net = Branches(0.3).train()
-    key_drop_path(net, seed=0).set_positions(torch.arange(40))
+    key_drop_path(net, seed=0).set_sample_ids(torch.arange(40))
     factors = net(torch.ones(40, 1, dtype=torch.bfloat16))
     assert factors.dtype is torch.bfloat16
     assert set(factors[:, 0].unique().tolist()) == {0.0, float(torch.ones(1).bfloat16().div_(0.7))}

@@ -274,7 +274,7 @@ def test_given_dimensions_replace_the_named_models_own() -> None:
     ],
 )
 def test_an_unknown_name_gets_close_names(name: str, close: str) -> None:
-    with pytest.raises(UserError, match=rf"model\.name '{name}' is no timm model.*{close}"):
+    with pytest.raises(UserError, match=rf"model\.name '{name}' is not a timm model.*{close}"):
         arguments(name, (224, 224), None)
 
 
@@ -328,6 +328,6 @@ def test_heads_that_do_not_divide_the_width_get_a_sentence() -> None:
 
 def test_a_width_without_sincos_positions_gets_a_sentence_unless_they_are_learned() -> None:
     chosen = arguments("vit", embed_dim=18, num_heads=3)
-    with pytest.raises(UserError, match=r"model\.embed_dim 18 is no multiple of 4"):
+    with pytest.raises(UserError, match=r"model\.embed_dim 18 is not a multiple of 4"):
         build_encoder(*chosen, pos_embed="sincos")
     assert build_encoder(*chosen, pos_embed="learned").embed_dim == 18

@@ -271,14 +271,14 @@ def test_a_rectangular_patch_trains() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "vit_smal_patch16_224"}, r"is no timm model; close names: .*vit_small_patch16"),
+        ({"name": "vit_smal_patch16_224"}, r"is not a timm model; close names: .*vit_small_patch16"),
         ({"name": "resnet50"}, r"'resnet50' is a ResNet, not a plain .*close names: vit_"),
         ({"name": "swin_tiny_patch4_window7_224"}, "is a SwinTransformer, not a plain Vision"),
         ({"embed_dim": None, "depth": None}, r"model\.embed_dim, model\.depth must be given"),
         ({"patch_size": None}, r"model\.patch_size must be given"),
         ({"patch_size": 8}, r"model\.patch_size 8 does not divide the image height 20"),
         ({"num_heads": 3}, r"model\.num_heads 3 does not divide model\.embed_dim 16"),
-        ({"embed_dim": 18, "num_heads": 3}, r"model\.embed_dim 18 is no multiple of 4"),
+        ({"embed_dim": 18, "num_heads": 3}, r"model\.embed_dim 18 is not a multiple of 4"),
         ({"decoder": {"embed_dim": 12, "num_heads": 5}}, r"model\.decoder\.num_heads 5 does not"),
     ],
 )

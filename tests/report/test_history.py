@@ -98,7 +98,7 @@ def test_a_run_given_twice_is_read_once_and_names_differ(run: Path, tmp_path: Pa
 
 
 def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is no run folder: it has no recipe\.yaml"):
+    with pytest.raises(UserError, match=r"is not a run folder: it has no recipe\.yaml"):
         read(run, tmp_path)
     with pytest.raises(UserError, match="at least one run folder"):
         read()

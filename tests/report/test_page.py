@@ -214,9 +214,9 @@ def test_what_a_log_says_is_text_and_not_markup(run: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["{tmp}/nowhere"], "is no run folder: it does not exist"),
-        (["{run}", "{tmp}"], "is no run folder: it has no recipe.yaml"),
-        (["{run}/recipe.yaml"], "is no run folder: it is a file"),
+        (["{tmp}/nowhere"], "is not a run folder: it does not exist"),
+        (["{run}", "{tmp}"], "is not a run folder: it has no recipe.yaml"),
+        (["{run}/recipe.yaml"], "is not a run folder: it is a file"),
         (["{run}", "--out", "{run}/recipe.yaml/page.html"], "page.html' cannot be written"),
         (["{run}", "--out", "{run}"], "run' cannot be written"),
     ],

@@ -124,8 +124,8 @@ def test_training_images_are_shown_where_there_are_no_others(run: Path, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["{tmp}/nowhere"], "is no run folder: it does not exist"),
-        (["{tmp}"], "is no run folder: it has no recipe.yaml"),
+        (["{tmp}/nowhere"], "is not a run folder: it does not exist"),
+        (["{tmp}"], "is not a run folder: it has no recipe.yaml"),
         (["{run}", "{tmp}/nowhere.png"], "nowhere.png' does not exist"),
         (["{run}", "{tmp}/empty"], "empty' has no images in it"),
         (["{run}", "{tmp}/text.png"], "text.png' cannot be read: it is in no known image format"),

@@ -115,7 +115,7 @@ def test_it_ends_on_time_and_gives_stages_their_shares(
     assert plan.curriculum.segments == run.curriculum.segments
     assert not plan_run(hours_recipe(seconds=360), run.folder).decided
     run.folder.plan_file.write_text("{}")
-    with pytest.raises(UserError, match=r"plan\.json' is no plan"):
+    with pytest.raises(UserError, match=r"plan\.json' is not a plan"):
         plan_run(run.recipe, run.folder)
 
 

@@ -306,7 +306,7 @@ def test_weights_that_do_not_serve_are_one_sentence(tmp_path: Path) -> None:
         "deeper": (published_encoder(depth=3), "blocks.2.norm1.weight is not part of the model"),
         "channels": (published_encoder(in_chans=6), "in_chans is 3, but the weights are for 6 channels"),
         "grid": (published_encoder(grid=(3, 5), learned=True), "15 learned positions and nothing says"),
-        "empty": ({"epoch": 3}, "holds no state dict"),
+        "empty": ({"epoch": 3}, "does not hold a state dict"),
     }
     for name, (content, words) in contents.items():
         torch.save(content, tmp_path / f"{name}.pth")

@@ -143,7 +143,7 @@ def test_heads_follow_the_rule_unless_they_are_given() -> None:
 
 def test_a_rectangle_of_learned_positions_is_never_guessed() -> None:
     state = published_encoder(grid=(3, 5), learned=True)
-    with pytest.raises(UserError, match="15 patch positions, which are no square grid"):
+    with pytest.raises(UserError, match="15 patch positions, which are not a square grid"):
         silent(state, num_heads=4)
     with pytest.raises(UserError, match="15 patch positions, which are not those of 16x20 px"):
         silent(state, num_heads=4, image_size=(16, 20))
@@ -279,7 +279,7 @@ def test_what_is_no_checkpoint_is_told_in_one_sentence(tmp_path: Path) -> None:
         "nowhere.pth": "No such file",
         "cut.pth": "cannot be read as a file of torch.save",
         "page.pth": "neither safetensors nor a file of torch.save",
-        "empty.pth": "holds no state dict",
+        "empty.pth": "does not hold a state dict",
     }.items():
         with pytest.raises(UserError, match=words) as caught:
             load_official_mae(tmp_path / name)

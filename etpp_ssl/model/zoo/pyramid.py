@@ -14,7 +14,7 @@ from timm.layers import global_pool_nlc, trunc_normal_
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError, as_pair, show_size
-from etpp_ssl.model.encoders import BlockRunner
+from etpp_ssl.model.blocks import BlockRunner
 
 STRIDES = (4, 8, 16, 32)
 """Pixels per token and axis in each stage, of both papers."""
@@ -68,7 +68,7 @@ class Pyramid(nn.Module):
         stage_names: of the four modules that hold the stages' blocks.
 
     Raises:
-        UserError: for a size that is no multiple of 32, or another pooling.
+        UserError: for a size that is not a multiple of 32, or another pooling.
     """
 
     pools: ClassVar[tuple[str, ...]] = ("avg", "")

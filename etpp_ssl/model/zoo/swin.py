@@ -1,13 +1,13 @@
 """Swin Transformer at any bandwidth: windows shrink with the image, parameters stay at base size.
 
-A window of w patches at full resolution covers a part of the scene; at bandwidth B the same part is
-w B / B_full patches wide: B / 32 for windows of 7 at 224 pixels. So the attention of every stage looks at
-the same region throughout a curriculum, and no window is padded. timm's own `dynamic_img_size` keeps
-windows of w patches and pads them.
+A window of w patches at full resolution covers a part of the scene. At bandwidth B the same part is w B /
+B_full patches wide: B / 32 for windows of 7 at 224 pixels. So the attention of every stage sees the same
+region throughout a curriculum, and no window is padded. timm's own `dynamic_img_size` keeps windows of w
+patches and pads them.
 
-Relative positions follow: a patch at bandwidth B is B_full / B base patches wide, so d patches apart are
-d B_full / B base patches apart, and the table is read there, resampled in the forward pass. The table, its
-gradient and its optimizer state stay at base size. At base size everything is timm's own code.
+Relative positions follow: a patch at bandwidth B is B_full / B base patches wide, so an offset of d patches
+is one of d B_full / B base patches, where the table is read, resampled in the forward pass. The table, its
+gradient and its optimizer state stay at base size. At base size, timm's own code runs.
 
 Legend: B batch, H, W patches of a stage, C width, h, w patches of a window, N = h w, G heads.
 """
@@ -25,13 +25,13 @@ from torch import Tensor, nn
 Pair = tuple[int, int]
 
 _CUBIC = -0.5
-"""Parameter of the cubic kernel: that of torch's antialiased bicubic, which position embeddings take too."""
+"""Parameter of the cubic kernel: torch's for antialiased bicubic, as used for position embeddings."""
 _MASKED = -100.0
-"""What timm adds to the scores of patches that a cyclic shift has made neighbours."""
+"""What timm adds to the scores of patches that only a cyclic shift made neighbours."""
 
 
 class WindowView(NamedTuple):
-    """How windows look at a stage that is not at its base size; the fields are per axis."""
+    """The windows of a stage that is not at its base size; the fields are per axis."""
 
     window: Pair
     """Patches of a window."""
@@ -44,7 +44,7 @@ class WindowView(NamedTuple):
 def window_at(base_window: int, base_grid: int, grid: int) -> int:
     """Patches of a window along one axis: base_window * grid / base_grid, as a divisor of the grid.
 
-    Where that is no divisor, the one nearest by ratio; of two equally near ones the larger.
+    If that is not a divisor, the nearest divisor by ratio; of two equally near ones the larger.
     """
     asked = base_window * grid / base_grid
     divisors = [size for size in range(1, grid + 1) if grid % size == 0]
@@ -54,7 +54,7 @@ def window_at(base_window: int, base_grid: int, grid: int) -> int:
 def make_resizable(net: nn.Module) -> None:
     """Let every Swin Transformer below `net` take images of any size, in place.
 
-    timm's modules change their class, as `torch.nn.utils.parametrize` does it: parameters, their names
+    timm's modules change their class, as `torch.nn.utils.parametrize` does: parameters, their names
     and shapes, and the result at base size are stock timm's.
     """
     for module in net.modules():
@@ -111,7 +111,7 @@ class ResizableWindowAttention(WindowAttention):
             mask: (windows, N, N), added to the scores, or None.
             view: the windows' size and spacing; None are those of the table.
         """
-        # timm's forward pass asks for the bias by a method without arguments.
+        # timm's forward pass gets the bias from a method without arguments.
         self.view = view
         try:
             return super().forward(x, mask)  # type: ignore[no-any-return]
@@ -131,9 +131,9 @@ class ResizableWindowAttention(WindowAttention):
 def resampled_table(table: Tensor, base_window: Pair, view: WindowView) -> Tensor:
     """The table of relative positions for windows of another size and spacing.
 
-    An entry of offset d patches is read at d base_grid / grid base patches, bicubic and antialiased (every
-    base entry is used, and so trained, at every bandwidth). Offsets beyond the table, which only windows
-    larger than at full resolution can have, take its last entry's place.
+    The entry for an offset of d patches is read at d base_grid / grid base patches, bicubic and antialiased,
+    so that every base entry is used, and trained, at every bandwidth. Offsets beyond the table, which only
+    windows larger than at full resolution have, take its last entry.
 
     Args:
         table: ((2 H - 1) (2 W - 1), G) for base windows of H x W patches, row by row.
@@ -150,7 +150,7 @@ def resampled_table(table: Tensor, base_window: Pair, view: WindowView) -> Tenso
         for axis in (0, 1)
     )
     square = rearrange(table, "(a b) g -> a b g", b=2 * base_window[1] - 1)
-    # Products and sums, because autocast would take a matrix product to half precision.
+    # Products and sums, because autocast would run a matrix product in half precision.
     down_ybg = (rows[:, :, None, None] * square.float()).sum(dim=1)
     both_yxg = (columns[:, :, None] * down_ybg[:, None]).sum(dim=2)
     return both_yxg.flatten(0, 1).to(table.dtype)
@@ -169,7 +169,7 @@ def offset_weights(window: int, base_window: int, grid: int, base_grid: int, dev
         offsets = torch.arange(1 - window, window, dtype=torch.float64) * spacing
         base_offsets = torch.arange(1 - base_window, base_window, dtype=torch.float64)
         centres = offsets.clamp(1 - base_window, base_window - 1)
-        # Where entries lie closer than in the base nothing is averaged.
+        # Entries that lie closer than in the base are interpolated, not averaged.
         weights = _cubic((centres[:, None] - base_offsets) / max(spacing, 1.0))
         return (weights / weights.sum(dim=1, keepdim=True)).float().to(device)
 
@@ -193,7 +193,7 @@ def shift_mask(window: Pair, shift: Pair, grid: Pair, device: torch.device) -> T
         float32 (windows, N, N), 0 or -100.
     """
     with torch.inference_mode(False):
-        # Along an axis, the last `shift` places hold what came from the other end.
+        # Along an axis, the last `shift` places hold patches from the other end.
         wrapped = [torch.arange(grid[axis]) >= grid[axis] - shift[axis] for axis in (0, 1)]
         part = wrapped[0][:, None].long() * 2 + wrapped[1]
         parts = rearrange(part, "(i h) (j w) -> (i j) (h w)", h=window[0], w=window[1])
