@@ -90,7 +90,7 @@ def markdown(study: Study, rows: Sequence[dict[str, Any]]) -> str:
     tables = [table(study, groups, chosen) for chosen in (several, single) if chosen]
     if len(tables) > 1:
         summary = f"<summary>What was run with one seed (rows: {len(single)})</summary>"
-        tables[1] = "\n".join(["<details>", summary, "", tables[1], "", "</details>"])
+        tables[1] = "\n".join(["<details markdown>", summary, "", tables[1], "", "</details>"])
     reached = reaching(study, groups)
     return "\n\n".join([*tables, *(["\n".join(reached)] if reached else [])]) + "\n"
 
