@@ -33,7 +33,7 @@ PATCH = 16
 
 
 def positions_figure(image: Tensor) -> Figure:
-    """Where the patches of 224 and of 96 pixels lie in one scene, and the position embedding at their centres.
+    """Where patches lie in a scene at bandwidths 224 and 96, and the position embedding at their centres.
 
     Args:
         image: float (3, 224, 224) in [0, 1].
@@ -61,7 +61,9 @@ def positions_figure(image: Tensor) -> Figure:
     for bandwidth, colour, marker in ((224, BLUE, "o"), (96, ORANGE, "s")):
         grid = bandwidth // PATCH
         values = sincos_pos_embed((1, grid), (1, base), 64)[:, wave]
-        curve.plot(patch_centres(grid, base), values, marker, color=colour, ms=6, label=f"bandwidth {bandwidth}")
+        curve.plot(
+            patch_centres(grid, base), values, marker, color=colour, ms=6, label=f"bandwidth {bandwidth}"
+        )
     curve.set_title("one wave of the position embedding", fontsize=SIZE, color=INK)
     curve.set_xlabel("position, in patches of the base grid", fontsize=SIZE - 1, color=INK)
     curve.legend(fontsize=SIZE - 1, frameon=False)
@@ -89,7 +91,9 @@ def targets_figure(image: Tensor) -> Figure:
     objective = HogConfig().build(patch_size=(PATCH, PATCH), in_chans=3)
     everything = torch.arange(grid * grid)[None]
     hog = objective.target((crop[None] - 0.5) / 0.25, everything)[0]
-    cells = hog.view(grid, grid, 2, 2, 3, 9).mean(4).permute(4, 0, 2, 1, 3).reshape(9, 2 * grid, 2 * grid).numpy()
+    cells = (
+        hog.view(grid, grid, 2, 2, 3, 9).mean(4).permute(4, 0, 2, 1, 3).reshape(9, 2 * grid, 2 * grid).numpy()
+    )
     cells[:, np.repeat(np.repeat(_is_kept(ids_keep, grid), 2, 0), 2, 1)] = np.nan
 
     shown = (
@@ -143,16 +147,22 @@ def budget_figure(curricula: dict[str, Curriculum]) -> Figure:
                 (images, seen, count / 1e6, f"{count / 1e6:.0f}"),
             ):
                 axes.barh(row, length, left=start, height=0.62, color=colours[side], edgecolor="white")
-                axes.text(start + length / 2, row, text, ha="center", va="center", fontsize=SIZE - 1.5, color=INK)
+                axes.text(
+                    start + length / 2, row, text, ha="center", va="center", fontsize=SIZE - 1.5, color=INK
+                )
             spent, seen = spent + share, seen + count / 1e6
     compute.set_yticks(range(len(names)), names)
     compute.set_xlabel("share of compute (%)", fontsize=SIZE - 1, color=INK)
-    images.set_xlabel("images seen (millions), 400 equivalent epochs of ImageNet-1K", fontsize=SIZE - 1, color=INK)
+    images.set_xlabel(
+        "images seen (millions), 400 equivalent epochs of ImageNet-1K", fontsize=SIZE - 1, color=INK
+    )
     for axes in (compute, images):
         plain(axes)
         axes.tick_params(left=False)
     handles = [images.barh(0, 0, color=colour) for colour in colours.values()]
-    labels = [f"{side} px: {100 * area_share((side, side), (224, 224)):.0f} % of the cost" for side in colours]
+    labels = [
+        f"{side} px: {100 * area_share((side, side), (224, 224)):.0f} % of the cost" for side in colours
+    ]
     figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=SIZE - 1.5, frameon=False)
     return figure
 
@@ -176,7 +186,9 @@ def randomness_figure() -> Figure:
     axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=SIZE - 1)
     axes.set_xticks(list(numbers))
     axes.tick_params(length=0, labelsize=SIZE - 1)
-    axes.set_xlabel("number of the sample in the run; colour: the number that was drawn for it", fontsize=SIZE - 1)
+    axes.set_xlabel(
+        "number of the sample in the run; colour: the number that was drawn for it", fontsize=SIZE - 1
+    )
     for line in np.arange(0.5, 11.5):
         axes.axvline(line, color="white", lw=2)
     for line in np.arange(0.5, 5.5):

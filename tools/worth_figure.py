@@ -65,7 +65,16 @@ def worth_figure() -> Figure:
         minutes, values = [p.minutes for p in found], [p.accuracy for p in found]
         spreads = [p.spread for p in found]
         axes.errorbar(
-            minutes, values, spreads, color=colour, linestyle=line, marker="o", ms=6, lw=2, capsize=3, elinewidth=1
+            minutes,
+            values,
+            spreads,
+            color=colour,
+            linestyle=line,
+            marker="o",
+            ms=6,
+            lw=2,
+            capsize=3,
+            elinewidth=1,
         )
         if len(found) == 1:
             axes.axhline(values[0], color=colour, linestyle=line, lw=1.2, zorder=0)
