@@ -68,11 +68,13 @@ def run_command(line: str, extra: dict[str, list[str]]) -> None:
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         subprocess.run(["bash", "-ec", line], check=True, env=environment)
         return
+    code = 0
     try:
         main([*words[1:], *extra.get(" ".join(words[:2]), [])])
     except SystemExit as ended:
-        assert ended.code in (0, None), line
+        code = int(ended.code or 0)
     forget_accelerate()
+    assert code == 0, line
 
 
 def forget_accelerate() -> None:
