@@ -16,6 +16,7 @@ import textwrap
 import types
 from collections.abc import Callable, Iterator
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -63,6 +64,7 @@ def main() -> None:
             sys.exit(f"{file} is not what the code says now; write it anew: python tools/make_reference.py")
 
 
+@cache
 def pages() -> dict[str, str]:
     """The generated pages by file name."""
     return {"keys.md": keys_page(), "commands.md": commands_page()}
@@ -203,6 +205,7 @@ def name_of(config: type[BaseModel]) -> str:
     return str(field.default) if field is not None else config.__name__
 
 
+@cache
 def meanings(config: type[BaseModel]) -> dict[str, str]:
     """The docstrings below the fields of a Config and of those it derives from."""
     found: dict[str, str] = {}
