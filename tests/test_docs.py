@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from make_reference import pages
+from ranks import Server
 from worth_figure import ARMS, points
 
 from etpp_ssl.cli import main
@@ -61,9 +62,15 @@ def commands(script: str) -> Iterator[str]:
             yield line
 
 
-def run_command(line: str, extra: dict[str, list[str]]) -> None:
-    """A line of a page: `etpp` in this process, which has imported torch; everything else by bash."""
+TORCHRUN = ["torchrun", "--nproc_per_node", "2", "-m", "etpp_ssl"]
+
+
+def run_command(line: str, extra: dict[str, list[str]], ranks: Server | None) -> None:
+    """A line of a page, in processes that have imported torch where it is `etpp`; everything else by bash."""
     words = shlex.split(line, comments=True)
+    if ranks is not None and words[: len(TORCHRUN)] == TORCHRUN:
+        ranks.run(words[len(TORCHRUN) :], 2, before=f"import os; os.chdir({os.getcwd()!r})")
+        return
     if words[0] != "etpp":
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         subprocess.run(["bash", "-ec", line], check=True, env=environment)
@@ -86,13 +93,13 @@ def forget_accelerate() -> None:
         GradientState._reset_state()
 
 
-def run_page(page: Path) -> None:
+def run_page(page: Path, ranks: Server | None = None) -> None:
     """Run the bash and Python blocks of a page in this folder, in order; Python blocks share their names."""
     extra, names = overrides(page), {"__name__": "tutorial"}
     for block in blocks(page):
         if block.language == "bash":
             for line in commands(block.text):
-                run_command(line, extra)
+                run_command(line, extra, ranks)
         elif block.language == "python" and not block.title:
             exec(compile(block.text, str(page), "exec"), names)
             forget_accelerate()
@@ -109,10 +116,10 @@ def test_own_data_then_finetune_and_probe_run_as_written(
     assert Path("runs/photos_finetuned/export/timm/model.safetensors").is_file()
 
 
-def test_many_gpus_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_gpus_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: Server) -> None:
     monkeypatch.chdir(tmp_path)
     Path("recipes").symlink_to(ROOT / "recipes")
-    run_page(TUTORIALS / "many-gpus.md")
+    run_page(TUTORIALS / "many-gpus.md", ranks)
     assert Path("runs/longer/status.json").is_file()
 
 
