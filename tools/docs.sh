@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Build the documentation site into site/. A broken link, or a reference page that is not what the code says
 # now, ends it with an error; `tools/docs.sh --write` writes the reference pages anew first.
-# Look at it: xdg-open site/index.html, or while writing: mkdocs serve -f tools/mkdocs.yml
+# Look at it: python -m http.server --directory site (a browser disables the search of pages that are files),
+# or while writing: mkdocs serve -f tools/mkdocs.yml
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/setup.sh
