@@ -20,7 +20,7 @@ from etpp_ssl.model.masking import random_masking, removed_ids
 from etpp_ssl.model.patches import patchify
 from etpp_ssl.model.pos_embed import patch_centres, sincos_pos_embed
 from etpp_ssl.randomness import keyed_random
-from etpp_ssl.report.glyphs import orientation_glyphs
+from etpp_ssl.report.panels import orientation_glyphs
 from etpp_ssl.targets.hog import HogConfig
 from etpp_ssl.targets.pixels import normalise_patches
 
