@@ -156,8 +156,8 @@ exec({"".join(python)!r})
 for line in {others!r}:
     assert pytest.main(line) == 0, line
 """
-    helper = tmp_path / "tests_driver.py"
-    helper.write_text(
+    driver_module = tmp_path / "tests_driver.py"
+    driver_module.write_text(
         "import sys\nfrom etpp_ssl.cli import main\n\n\ndef forget_accelerate():\n"
         "    from accelerate.state import AcceleratorState, GradientState\n\n"
         "    AcceleratorState._reset_state(reset_partial_state=True)\n    GradientState._reset_state()\n"
