@@ -1,8 +1,10 @@
-"""Draw the pictures of the documentation: crop.png and stages.png, from nothing but code.
+"""Draw the pictures of the documentation, from nothing but code and the results of the CIFAR-10 study.
 
     python tools/make_figures.py [--image PATH] [--out DIR]
 
-Both are twice as fine as the width at which a page shows them (about 830 pixels), on white.
+Writes crop, stages, positions, targets, budget, randomness and worth (the README's) as PNG. All are twice as
+fine as the width at which a page shows them (about 830 pixels), on white. The figures of whole studies are
+drawn by `tools/study_report.py`.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from concept_figures import budget_figure, positions_figure, randomness_figure, targets_figure
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import Tensor
+from worth_figure import worth_figure
 
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.curriculum.constant import Constant
@@ -35,7 +39,7 @@ def main() -> None:
     """Parse, draw, save, and say what was written."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--image", type=Path, help="a picture of your own instead of the synthetic one")
-    default = Path(__file__).parent / "figures"
+    default = Path(__file__).parents[1] / "docs" / "figures"
     parser.add_argument("--out", type=Path, default=default, help="folder (default: %(default)s)")
     options = parser.parse_args()
 
@@ -44,6 +48,11 @@ def main() -> None:
     save_small(crop_figure(image, BANDWIDTHS), options.out / "crop.png", num_colours=128)
     stages = stages_figure(published_curricula(), OptimConfig().schedule(RUN["batch_size"]))
     save_small(stages, options.out / "stages.png", num_colours=64)
+    save_small(positions_figure(image), options.out / "positions.png", num_colours=128)
+    save_small(targets_figure(image), options.out / "targets.png", num_colours=128)
+    save_small(budget_figure(published_curricula()), options.out / "budget.png", num_colours=64)
+    save_small(randomness_figure(), options.out / "randomness.png", num_colours=64)
+    save_small(worth_figure(), options.out / "worth.png", num_colours=64)
 
 
 def published_curricula() -> dict[str, Curriculum]:

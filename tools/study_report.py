@@ -1,9 +1,9 @@
 """Table and figure of a study's results, as far as they are recorded.
 
-    python tools/study_report.py tools/studies/cifar10.yaml [--into README.md]
+    python tools/study_report.py tools/studies/cifar10.yaml [--into docs/study/index.md]
 
 Writes the tables as Markdown beside the study file, and between the lines `<!-- study NAME -->` and
-`<!-- end of study NAME -->` of another file, and the figure to tools/figures/. What was run with several
+`<!-- end of study NAME -->` of another file, and the figure to docs/figures/. What was run with several
 seeds comes first, what was run with one is folded. A mean is over seeds, with the standard deviation where
 there are several; differences from an arm's control, in brackets, are paired by seed, at equal share of the
 budget. A last table says which of the budgets that were run, with as many seeds, is the cheapest one to reach
@@ -40,7 +40,7 @@ def main() -> None:
     """Parse, read, write, and say what was written."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, help="a study file")
-    parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
+    parser.add_argument("--figures", type=Path, default=Path(__file__).parents[1] / "docs" / "figures")
     parser.add_argument("--into", type=Path, metavar="FILE", help="Markdown that shows the tables, too")
     options = parser.parse_args()
     study = load_study(options.study)
@@ -90,7 +90,7 @@ def markdown(study: Study, rows: Sequence[dict[str, Any]]) -> str:
     tables = [table(study, groups, chosen) for chosen in (several, single) if chosen]
     if len(tables) > 1:
         summary = f"<summary>What was run with one seed (rows: {len(single)})</summary>"
-        tables[1] = "\n".join(["<details>", summary, "", tables[1], "", "</details>"])
+        tables[1] = "\n".join(["<details markdown>", summary, "", tables[1], "", "</details>"])
     reached = reaching(study, groups)
     return "\n\n".join([*tables, *(["\n".join(reached)] if reached else [])]) + "\n"
 

@@ -126,7 +126,7 @@ def test_differences_are_paired_by_seed_and_the_last_result_of_a_seed_counts(stu
         "| constant | 1 | 2 | 1,000 | 2 | 1.5 ± 0.0 | 2.0 ± 0.0 | 42.00 ± 2.83 |",
         "| other | 1 | 2 | 1,000 | 2 | 1.5 ± 0.0 | 2.0 ± 0.0 | 62.75 ± 24.40 (+1.50) |",
         "",
-        "<details>",
+        "<details markdown>",
         "<summary>What was run with one seed (rows: 1)</summary>",
         "",
         *lines[:2],
@@ -245,15 +245,15 @@ evaluate:
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
-def test_what_the_readme_shows_is_what_the_results_say(file: Path) -> None:
-    readme = (file.parents[2] / "README.md").read_text()
+def test_what_the_study_page_shows_is_what_the_results_say(file: Path) -> None:
+    page = (file.parents[2] / "docs" / "study" / "index.md").read_text()
     found = load_study(file)
     tables = markdown(found, recorded(found.results))
     if found.results.is_file():
         assert file.with_suffix(".md").read_text() == tables
-        assert with_tables(readme, file.stem, tables) == readme
+        assert with_tables(page, file.stem, tables) == page
     with pytest.raises(ValueError, match="no <!-- study absent -->"):
-        with_tables(readme, "absent", tables)
+        with_tables(page, "absent", tables)
 
 
 def test_no_two_arms_look_alike() -> None:
