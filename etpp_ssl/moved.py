@@ -1,0 +1,163 @@
+"""Modules of version 0.5 under their old names, for one release, with a DeprecationWarning."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+NEW_HOMES = {
+    "commands.embed": "engine.embed",
+    "commands.evaluate": "engine.evaluate",
+    "commands.probe": "engine.probe",
+    "data.augmentation": "data.erasing data.mixup",
+    "data.formats.decode": "data.decode",
+    "data.formats.picture": "data.picture",
+    "data.recode": "data.recode_pool",
+    "data.sources.base": "data.images",
+    "data.sources.file_list": "data.file_list",
+    "data.sources.folder": "data.folder",
+    "data.sources.indexed": "data.indexed",
+    "data.sources.shard_index": "data.shard_index",
+    "data.sources.shard_writer": "data.shard_writer",
+    "data.sources.shards": "data.shards",
+    "data.sources.splits": "data.splits",
+    "data.sources.synthetic": "data.synthetic",
+    "data.sources.timm_dataset": "data.timm_dataset",
+    "data.streams.base": "data.stream",
+    "data.streams.huggingface": "data.huggingface",
+    "data.streams.lanes": "data.lanes",
+    "data.streams.loader": "data.stream_loader",
+    "data.streams.mix": "data.mix",
+    "data.streams.webdataset": "data.webdataset",
+    "data.views": "data.augment data.probe_view",
+    "debug.dumped_step": "engine.dumped_step",
+    "debug.report": "engine.replay_report",
+    "debug.reproduce": "engine.replay_nan",
+    "debug.tracing": "engine.tracing",
+    "dist.accelerator": "engine.accelerator",
+    "dist.peers": "engine.agreement engine.peers engine.same_start",
+    "dist.sharding": "engine.fsdp engine.sharding",
+    "dist.signals": "engine.signals",
+    "evaluation.attentive": "evaluation.token_cache",
+    "evaluation.attentive_head": "evaluation.attention_pool",
+    "evaluation.labelled": "evaluation.selection",
+    "evaluation.linear_cached": "evaluation.heads",
+    "evaluation.training": "evaluation.state",
+    "export.card": "export.classifier_card",
+    "export.folder": "export.plain",
+    "export.timm": "export.classifier",
+    "files": "atomic regular_file",
+    "messages": "sentences",
+    "model.decoders": "model.cross_decoder model.decoder",
+    "model.encoders": "model.vit",
+    "model.mask_patterns": "model.block_masking model.grid_masking",
+    "model.masking": "model.masker",
+    "model.zoo.cswin": "model.cswin",
+    "model.zoo.pvt": "model.pvt",
+    "model.zoo.pyramid": "model.pyramid",
+    "model.zoo.swin": "model.swin",
+    "optim.groups": "optim.layer_decay",
+    "optim.optimizers": "optim.classifier optim.schedule",
+    "recipe_yaml": "recipe_text",
+    "report.markup": "report.svg",
+    "report.panels": "report.channels report.glyphs report.targets",
+    "report.reconstruction": "report.unnormalise",
+    "report.tables": "report.differences report.sections report.stage_rows",
+    "report.viewer": "report.pictures",
+    "run_state": "engine.state",
+    "targets.base": "objective.base",
+    "targets.combined": "objective.combined",
+    "targets.hog": "objective.hog",
+    "targets.pixels": "objective.pixels",
+    "tasks.classify": "objective.labels",
+    "tasks.mae_plan": "engine.decoder_cost engine.kernels",
+    "train.batches": "engine.feed engine.streams",
+    "train.checkpoint": "engine.checkpoint engine.rotation",
+    "train.dump": "engine.dump",
+    "train.ema": "engine.ema",
+    "train.launch": "engine.conduct engine.finetune engine.pretrain",
+    "train.memory": "engine.host_memory engine.replay_memory",
+    "train.metrics": "engine.metrics",
+    "train.nonfinite": "engine.nonfinite",
+    "train.open": "engine.classifier_run engine.run",
+    "train.plan": "engine.classifier_plan engine.plan engine.plan_table",
+    "train.progress": "engine.progress",
+    "train.records": "engine.records engine.status",
+    "train.start": "engine.folder_lock engine.start",
+    "train.time_budget": "engine.budget",
+    "weights.adapt": "model.adapt",
+    "weights.adapt_classifier": "model.adapt_classifier model.adapt_head",
+    "weights.layouts": "model.classifier_layouts model.huggingface model.interop",
+    "weights.loading": "engine.initial_classifier engine.initial_weights engine.stored_weights",
+    "weights.official": "model.architecture",
+    "weights.reading": "model.state_dict model.weights_file",
+    "weights.tensors": "model.adapt_tensors",
+}
+"""Module -> the modules of 0.5 that have become it, or that have become it for the most part."""
+
+OTHER_NAMES = {
+    "engine.base_run.BaseRun": "train.run.Run",
+    "engine.classifier_plan.plan_classifier": "train.plan.plan_run",
+    "engine.classifier_plan.print_classifier_plan": "train.plan.print_plan",
+    "engine.classifier_run.ClassifierRun": "train.run.Run",
+    "engine.classifier_run.open_classifier_run": "train.open.open_run",
+    "engine.classifier_run.open_evaluation": "tasks.classify.open_evaluation",
+    "engine.conduct.conduct": "train.launch.launch",
+    "engine.feed.Feed": "train.batches.TrainingBatches",
+    "engine.nonfinite.Guard": "train.nonfinite.NonFiniteCheck",
+    "engine.replay_nan.replay_nan": "debug.reproduce.reproduce",
+    "engine.replay_nan.Replayed": "debug.reproduce.Reproduction",
+    "engine.replay_report.print_replay": "debug.report.print_report",
+    "engine.replay_report.write_replay": "debug.report.write_report",
+    "engine.run.build_probe": "tasks.mae.build_probe",
+    "engine.run.Run": "train.run.Run",
+    "report.pictures.Picture": "report.viewer.InputImage",
+}
+"""Names that have changed, or that stand elsewhere than most of their module."""
+
+_HOMES = {old: new for new, olds in NEW_HOMES.items() for old in olds.split()}
+_PACKAGES = {"engine": "train", "objective": "targets"}
+
+
+class _OldModules(MetaPathFinder, Loader):
+    """Makes a module of an old name that hands on to the new one; asked last, for what is not there."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        old = fullname.removeprefix("etpp_ssl.")
+        if old in _PACKAGES or old in _HOMES or old == "engine.base_run":
+            return ModuleSpec(fullname, self, is_package=old in _PACKAGES)
+        return None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__.removeprefix("etpp_ssl.")
+        if old in _PACKAGES:
+            return
+        new = _HOMES.get(old, "train.run")
+        warnings.warn(
+            f"etpp_ssl.{old} has become etpp_ssl.{new}; the old name goes with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+
+        def __getattr__(name: str) -> Any:  # noqa: N807
+            home, _, called = OTHER_NAMES.get(f"{old}.{name}", f"{new}.{name}").rpartition(".")
+            return getattr(importlib.import_module(f"etpp_ssl.{home}"), called)
+
+        module.__dict__["__getattr__"] = __getattr__
+
+
+def install() -> None:
+    """Let the old names be imported."""
+    if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
+        sys.meta_path.append(_OldModules())
