@@ -8,8 +8,9 @@ import shutil
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from io import TextIOWrapper
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from etpp_ssl.config import UserError, shown_bytes
 from etpp_ssl.curriculum.base import Curriculum
@@ -22,11 +23,6 @@ from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.run_state import TrainState, check_state
 from etpp_ssl.train.checkpoint import checkpoint_bytes, clear_leftovers
 from etpp_ssl.train.metrics import MetricsFile
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks.
-    fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".lock"
 
@@ -45,7 +41,7 @@ class FolderLock:
         self.path = folder / LOCK_FILE
         self.held = False
         """Whether the folder is this process's; where there are no locks, whether it has asked."""
-        self._file: TextIOWrapper | None = None
+        self._lock = FileLock(self.path, timeout=0, fallback_to_soft=False)
 
     def acquire(self) -> None:
         """Take the lock, where there is a folder; nothing happens if it is held already.
@@ -58,37 +54,28 @@ class FolderLock:
         """
         if self.held or not os.path.isdir(self.path.parent):
             return
-        if fcntl is None:
-            self.held = True
-            return
-        file = self.path.open("a+", encoding="utf-8")
+        self.path.open("a").close()
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            holder = file.read(200).strip() or "another process"
-            file.close()
+            self._lock.acquire()
+        except Timeout as error:
+            holder = self.path.read_text(encoding="utf-8", errors="replace")[:200].strip()
             raise UserError(
-                f"run {str(self.path.parent)!r} is being trained by {holder}; stop that first, or choose "
-                f"another output"
+                f"run {str(self.path.parent)!r} is being trained by {holder or 'another process'}; stop that "
+                f"first, or choose another output"
             ) from error
-        except OSError:
-            file.close()
+        except (OSError, NotImplementedError):
             self.held = True
             return
-        self._file, self.held = file, True
+        self.held = True
         # Only for the message; on a full disk the lock holds all the same.
         with suppress(OSError):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            self.path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
 
     def release(self) -> None:
         """Give the lock back, where it is held."""
-        if self._file is not None:
-            with suppress(OSError):
-                self._file.close()
-        self._file, self.held = None, False
+        with suppress(OSError):
+            self._lock.release()
+        self.held = False
 
 
 def starting_point(
