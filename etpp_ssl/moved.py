@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -117,6 +117,12 @@ OTHER_NAMES = {
     "engine.replay_report.write_replay": "debug.report.write_report",
     "engine.run.build_probe": "tasks.mae.build_probe",
     "engine.run.Run": "train.run.Run",
+    "engine.stored_weights.read_stored": "weights.loading.read_init",
+    "model.attention.SelfAttention": "model.timm_attention.SelfAttention",
+    "model.attention.use_attention": "model.timm_attention.use_attention",
+    "model.interop.load_official_mae": "weights.official.load_official_mae",
+    "model.masking.UniformMaskingConfig": "model.mask_patterns.UniformMaskingConfig",
+    "model.masking.keyed_order": "model.mask_patterns.keyed_order",
     "report.pictures.Picture": "report.viewer.InputImage",
 }
 """Names that have changed, or that stand elsewhere than most of their module."""
@@ -155,6 +161,28 @@ class _OldModules(MetaPathFinder, Loader):
             return getattr(importlib.import_module(f"etpp_ssl.{home}"), called)
 
         module.__dict__["__getattr__"] = __getattr__
+
+
+def names_of(module: str) -> Callable[[str], Any]:
+    """A `__getattr__` for a module that is where it was, but has given up names of 0.5.
+
+    Args:
+        module: without `etpp_ssl.`.
+    """
+
+    def __getattr__(name: str) -> Any:  # noqa: N807
+        new = OTHER_NAMES.get(f"{module}.{name}")
+        if new is None:
+            raise AttributeError(f"module 'etpp_ssl.{module}' has no attribute {name!r}")
+        warnings.warn(
+            f"etpp_ssl.{module}.{name} has become etpp_ssl.{new}; the old name goes with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        home, _, called = new.rpartition(".")
+        return getattr(importlib.import_module(f"etpp_ssl.{home}"), called)
+
+    return __getattr__
 
 
 def install() -> None:

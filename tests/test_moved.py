@@ -62,6 +62,13 @@ def test_a_public_name_is_where_it_was(path: str) -> None:
     assert callable(getattr(importlib.import_module(f"etpp_ssl.{module}"), name))
 
 
+def test_a_name_that_left_its_module_is_warned_about() -> None:
+    masking = importlib.import_module("etpp_ssl.model.masking")
+    with pytest.warns(DeprecationWarning, match=r"keyed_order has become etpp_ssl\.model\.mask_patterns"):
+        assert callable(masking.keyed_order)
+    assert not hasattr(masking, "nothing")
+
+
 def test_what_is_not_there_is_an_error_as_ever() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"etpp_ssl\.engine\.nothing"):
         importlib.import_module("etpp_ssl.engine.nothing")

@@ -5,13 +5,15 @@ Legend: B batch, H heads, N tokens, M query tokens, D head width, E = H D.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from etpp_ssl import moved
 
 AttentionName = Literal["auto", "fused", "unfused"]
 
@@ -135,3 +137,7 @@ def _scaled_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     # With beta = 0 the addend is not read.
     addend = a.new_empty(1) if out is None else out
     return torch.baddbmm(addend, a, b, beta=0, alpha=width**-0.5, out=out)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.names_of("model.attention")

@@ -10,12 +10,13 @@ Legend: B batch, N patches, K kept (visible) patches, R = N - K removed patches,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from etpp_ssl import moved
 from etpp_ssl.config import Config, UserError
 from etpp_ssl.model.patches import grid_of
 from etpp_ssl.randomness import keyed_words
@@ -214,3 +215,7 @@ class Masker:
         ids_keep = self.pattern.visible_ids(sample_ids_B, grid, num_keep, self.seed)
         ids_removed = removed_ids(ids_keep, num_patches)
         return Mask(ids_keep, predicted_ids(sample_ids_B, ids_removed, num_predict, num_patches, self.seed))
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.names_of("model.masking")

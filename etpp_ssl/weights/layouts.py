@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from etpp_ssl.config import UserError, listed
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.pos_embed import sincos_pos_embed, sincos_table
-from etpp_ssl.weights.reading import FINE_TUNED, without_prefix
+from etpp_ssl.weights.reading import FINE_TUNED, read_state_dict, without_prefix
 
 _HEADS = ("head", "pooler", "classifier")
 _DECODER_NAMES = {
@@ -137,6 +138,11 @@ def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") 
     return Weights(
         tensors, layout, tuple(notes), decoder_position_grid=table.position_grid if table else None
     )
+
+
+def read_weights(path: str | Path) -> Weights:
+    """`recognise` of a file; see `read_state_dict` for what is read and what is refused."""
+    return recognise(read_state_dict(path), repr(str(path)))
 
 
 def in_timm_names(state_dict: Mapping[str, Tensor], source: str = "the state dict") -> Weights:

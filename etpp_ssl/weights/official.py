@@ -22,8 +22,8 @@ from etpp_ssl.model.decoders import MAEDecoderConfig
 from etpp_ssl.model.encoders import build_encoder
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.pos_embed import sincos_table
-from etpp_ssl.weights.layouts import Weights, recognise
-from etpp_ssl.weights.reading import load_weights, read_state_dict, require_finite, state_dict_in
+from etpp_ssl.weights.layouts import Weights, read_weights, recognise
+from etpp_ssl.weights.reading import load_weights, require_finite, state_dict_in
 from etpp_ssl.weights.tensors import HEADS_OF_WIDTH
 
 MAE_DECODER_HEADS = 16
@@ -68,8 +68,7 @@ def load_official_mae(
         require_finite(given, where)
         weights = recognise(given, where)
     else:
-        where = repr(str(source))
-        weights = recognise(read_state_dict(source), where)
+        where, weights = repr(str(source)), read_weights(source)
     lines = [f"{where} is {weights.layout}", *weights.notes]
     tensors = weights.tensors
     strange = [k for k in tensors if k.startswith("encoder.") and not _PLAIN_ENCODER.fullmatch(k)]
