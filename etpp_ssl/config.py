@@ -27,7 +27,7 @@ class RunFault(UserError):
     """Something failed while a run was going that its recipe is not to blame for, told in one sentence.
 
     A full disk, a data worker, another process, a loss that is not finite. The command line exits with
-    code 1; the newest checkpoint is intact, and the same command goes on from there.
+    code 1; the newest checkpoint is intact, and the same command resumes from it.
     """
 
     exit_code = 1

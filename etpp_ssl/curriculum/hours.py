@@ -2,7 +2,7 @@
 
 A plan gives every stage its share of compute, in as many steps as fill the time. It is made again at
 every end of a stage, and at fixed points within the long ones, from the seconds that were really spent:
-the past stays, progress goes on from where it is, and what is left of it is spread over what is left of
+the past stays, progress continues from where it is, and what is left of it is spread over what is left of
 the time. So the learning rate, a function of progress, does not jump.
 """
 
@@ -21,7 +21,7 @@ from etpp_ssl.curriculum.segments import Segment, segments_from, whole_steps
 LARGEST_SHARE = 1 / 8
 """Stages are cut into equal segments of at most this share of the run's compute. What a surprise costs is
 taken from what is left: found out at the end of a long stage, it would starve the stage after it. The
-run's last segment is cut once more, since no other could make good for its error."""
+run's last segment is cut again, since no later one could make up for its error."""
 
 
 @dataclass(frozen=True)

@@ -65,11 +65,11 @@ def read_dump(path: Path, overrides: Sequence[str] = ()) -> DumpedStep:
         overrides: of its recipe, as `section.key=value`.
 
     Raises:
-        UserError: if it is no dump, damaged, or does not fit the recipe.
+        UserError: if it is not a dump, is damaged, or does not fit the recipe.
     """
     if not (path / RECORD_FILE).is_file():
-        what = f"has no {RECORD_FILE}" if path.is_dir() else "is no folder"
-        raise UserError(f"{str(path)!r} is no dump of a step that is not finite: it {what}")
+        what = f"has no {RECORD_FILE}" if path.is_dir() else "is not a folder"
+        raise UserError(f"{str(path)!r} is not a dump of a step that is not finite: it {what}")
     record = _json(path / RECORD_FILE, DumpRecord)
     recipe = load_any(path / RECIPE_FILE, overrides)
 

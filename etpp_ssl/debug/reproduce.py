@@ -128,7 +128,7 @@ def reproduce(path: Path, overrides: Sequence[str] = ()) -> Reproduction:
         overrides: of its recipe: what might help. The micro-batches and their bandwidth are the dump's.
 
     Raises:
-        UserError: if it is no dump, or does not fit the overridden recipe or this device.
+        UserError: if it is not a dump, or does not fit the overridden recipe or this device.
     """
     step = read_dump(path, overrides)
     accelerator = open_accelerator(step.recipe.model_copy(update={"tracker": TrackerConfig()}))

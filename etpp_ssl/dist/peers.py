@@ -148,11 +148,11 @@ def lost_peer(error: BaseException) -> PeerLost | None:
     if _SILENT.search(text):
         return PeerLost(
             "another process did not answer within peer_timeout_minutes; it may hang, or have been stopped; "
-            "the same command goes on from the newest checkpoint"
+            "the same command resumes from the newest checkpoint"
         )
     if _ENDED.search(text):
         return PeerLost(
-            f"another process ended ({_words_of_others()}); the same command goes on from the newest "
+            f"another process ended ({_words_of_others()}); the same command resumes from the newest "
             f"checkpoint"
         )
     return None

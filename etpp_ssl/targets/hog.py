@@ -144,7 +144,7 @@ def _histograms(padded: Tensor, cell: tuple[int, int], bins: int) -> Tensor:
     *leading, height, width = gx.shape
     count, rows, columns = math.prod(leading), height // cell[0], width // cell[1]
     length = (gx * gx).addcmul_(gy, gy).sqrt_()
-    # From -bins to bins. A NaN has no bin; it goes on in its length.
+    # From -bins to bins. A NaN has no bin; it stays in its length.
     level = torch.atan2(gx, gy).div_(math.pi).mul_(bins).floor_().nan_to_num_(0.0)
 
     # One scatter over all cells at once, modulo pi afterwards: the levels of a cell have slots of

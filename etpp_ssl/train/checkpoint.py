@@ -53,7 +53,7 @@ def clear_leftovers(folder: RunFolder, step: int) -> None:
 
     Args:
         folder: the run's folder.
-        step: where the run goes on; later checkpoints go.
+        step: where the run resumes; later checkpoints are removed.
 
     Raises:
         OSError: if that fails.
@@ -70,7 +70,7 @@ def clear_leftovers(folder: RunFolder, step: int) -> None:
 
 
 def what_is_left(folder: RunFolder) -> str:
-    """What there is to go on from, and whether the disk is too full for another one of its size."""
+    """What there is to resume from, and whether the disk is too full for another one of its size."""
     whole = next((checkpoint for checkpoint in folder.checkpoints() if checkpoint.fault() is None), None)
     if whole is None:
         return "there is none before it"

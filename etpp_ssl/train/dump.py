@@ -82,8 +82,8 @@ class DumpRecord(Config):
 def write_dump(run: Run, step: int, batches: list[Batch]) -> Path | None:
     """Write weights and batches of a step; every process must call it.
 
-    The folder is written aside and renamed; the newest `KEPT` stay. One that cannot be written is told of
-    in one line, and ends no run.
+    The folder is written aside and renamed; the newest `KEPT` stay. One that cannot be written
+    costs one line of warning, and no run ends for it.
 
     Args:
         run: the run, whose weights are still those that the step started with.

@@ -25,12 +25,12 @@ class MetricsFile:
     """Appends rows and passes them on to accelerate's trackers; only the main process writes.
 
     Rows that the disk does not take wait in memory and are written, in order, once it does: a full disk is
-    told of when it begins and when it ends. `flush` is where it ends a run.
+    reported when it begins and when it ends. `flush` is where it ends a run.
 
     Args:
         folder: the run's.
         accelerator: the run's.
-        say: told of a disk or a tracker that takes no rows.
+        say: is told of a disk or a tracker that takes no rows.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class MetricsFile:
         self._tracker_failed = False
 
     def cut_back(self, step: int) -> None:
-        """Forget rows after `step`: the run goes on from there and writes them again.
+        """Forget rows after `step`: the run resumes there and writes them again.
 
         Raises:
             OSError: if the file cannot be shortened.
@@ -119,7 +119,7 @@ class Meter:
     def __init__(self, accelerator: Accelerator, state: TrainState) -> None:
         self.accelerator = accelerator
         self.state = state
-        # Over all processes, step after step, in the order that a resumed run goes on with.
+        # Over all processes, step after step, in the order that a resumed run keeps.
         self._sums = {
             name: torch.tensor(value, dtype=torch.float32, device=accelerator.device)
             for name, value in {"loss": state.loss_sum, **state.part_sums}.items()

@@ -173,7 +173,7 @@ class NonFiniteCheck:
 def rewind(run: Run, fault: NonFinite) -> None:
     """Bring a run back to its newest checkpoint, with a lower learning rate; every process must call it.
 
-    The factor is a part of the state, so a run that is killed and resumed later goes on with it. One that is
+    The factor is a part of the state, so a run that is killed and resumed keeps it. One that is
     killed before its next checkpoint meets the same step again, and goes back again.
 
     Args:

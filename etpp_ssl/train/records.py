@@ -34,7 +34,7 @@ def log_row(run: Run, stage: Stage, meter: Meter, lr: float) -> None:
     state, curriculum = run.state, run.curriculum
     speed = meter.row()
     if "loss" not in speed:
-        return  # Each step was told of when it was left out.
+        return  # Each step was reported when it was left out.
     epochs = curriculum.equivalent_epochs_after(state.step)
     row = {
         "step": state.step,
@@ -86,14 +86,14 @@ def save(run: Run, *, required: bool = False) -> bool:
 
     Args:
         run: the run.
-        required: whether the run cannot go on without it, whatever `checkpoint.on_error` says; so it is at
+        required: whether the run ends without it, whatever `checkpoint.on_error` says, as at
             the run's end.
 
     Returns:
         Whether it is written.
 
     Raises:
-        RunFault: on all processes, if it is not, and the run is not to go on without it.
+        RunFault: on all processes, if it is not written and the run ends for it.
     """
     is_main = run.accelerator.is_main_process
     average = None if run.average is None else run.average.state_dict()
@@ -118,7 +118,7 @@ def save(run: Run, *, required: bool = False) -> bool:
         ending = RunFault(fault)
         ending.everywhere = True
         raise ending
-    run.progress.say(f"warning: {fault}; training goes on, and the next checkpoint tries again")
+    run.progress.say(f"warning: {fault}; training continues, and the next checkpoint tries again")
     return False
 
 
@@ -142,7 +142,7 @@ def _write(run: Run, files: Mapping[str, Mapping[str, Tensor]]) -> None:
 def write_status(run: Run, state: RunState, *, exit_code: int | None = None, message: str = "") -> None:
     """Say in the run folder how the run stands; only the main process writes, and only where it trains.
 
-    `stopped` means that it was asked to stop and that its checkpoint is written: the same command goes on.
+    `stopped` means that it was asked to stop and that its checkpoint is written: the same command resumes.
     torchrun turns the exit code 75 of its processes into its own 1, so a script looks here. The step of a
     `running` run is that of its start or of its newest checkpoint; if its process (`host`, `pid`) is gone, it
     was killed.

@@ -94,19 +94,19 @@ def starting_point(
         source: the training images.
         curriculum: its stages.
         fork: another run folder to start from where `folder` has no checkpoint.
-        say: told of damaged checkpoints and of what was chosen.
+        say: is told of damaged checkpoints and of what was chosen.
 
     Raises:
         UserError: if the folder's run has another recipe, other data or no readable checkpoint, the forked
-            run has no step of this recipe left, or a budget in hours cannot go on from it.
+            run has no step of this recipe left, or a budget in hours cannot be continued from it.
     """
     start = None
     if folder.exists():
         changed = changed_keys(folder.any_recipe(), recipe)
         if changed:
             raise UserError(
-                f"run {str(folder.path)!r} was started with other settings: {'; '.join(changed)}; go on "
-                f"with the old ones, or use --fork {folder.path} with another output"
+                f"run {str(folder.path)!r} was started with other settings: {'; '.join(changed)}; keep "
+                f"the old ones, or use --fork {folder.path} with another output"
             )
         start = folder.newest(say)
     elif os.path.isdir(folder.path) and not all(_is_leftover(path) for path in folder.path.iterdir()):
@@ -123,11 +123,11 @@ def starting_point(
     try:
         state = check_state(saved, start.step)
     except ValueError as error:
-        raise UserError(f"checkpoint {str(start.path)!r} cannot be gone on from: {error}") from error
+        raise UserError(f"checkpoint {str(start.path)!r} cannot be resumed: {error}") from error
     if saved["data"] != source.fingerprint() and not forked:
         raise UserError(
             f"the data is not what run {str(folder.path)!r} was started with: files were added, removed or "
-            f"renamed; use --fork {folder.path} with another output to go on with these"
+            f"renamed; use --fork {folder.path} with another output to continue with these"
         )
     if not forked:
         say(f"resuming {folder.path} at step {state.step}")
@@ -160,7 +160,7 @@ def _plan_of_fork(
     if plan is None or plan.stages != curriculum.portions:
         what = "no plan in hours" if plan is None else "a plan of other stages"
         raise UserError(
-            f"budget_hours {hours:g} cannot go on from {start.path}, which has {what}; give budget_epochs"
+            f"budget_hours {hours:g} cannot continue {start.path}, which has {what}; give budget_epochs"
         )
     if plan.hours == hours:
         return plan

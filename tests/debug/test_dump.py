@@ -109,7 +109,7 @@ def text(file: str, content: str) -> Callable[[Path], None]:
 
 RANK, META = "rank-0.safetensors", "rank-0.json"
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no record": (lambda dump: (dump / "dump.json").unlink(), "is no dump of a step that is not finite"),
+    "no record": (lambda dump: (dump / "dump.json").unlink(), "is not a dump of a step that is not finite"),
     "no recipe": (lambda dump: (dump / "recipe.yaml").unlink(), "does not exist"),
     "no weights": (lambda dump: (dump / "model.safetensors").unlink(), "model.safetensors' cannot be read"),
     "no part": (lambda dump: (dump / RANK).unlink(), "rank-0.safetensors' cannot be read"),
@@ -161,7 +161,7 @@ def test_overrides_that_do_not_fit_are_one_sentence(sound_dump: Path) -> None:
     }.items():
         with pytest.raises(UserError, match=re.escape(told)):
             reproduce(sound_dump, [override])
-    with pytest.raises(UserError, match="is no dump of a step that is not finite: it is no folder"):
+    with pytest.raises(UserError, match="is not a dump of a step that is not finite: it is not a folder"):
         reproduce(sound_dump / "dump.json")
 
 
@@ -170,5 +170,5 @@ def test_the_command_refuses_what_is_no_dump(tmp_path: Path, capsys: pytest.Capt
         main(["replay-nan", str(tmp_path)])
     assert end.value.code == 2
     assert capsys.readouterr().err == (
-        f"etpp: error: {str(tmp_path)!r} is no dump of a step that is not finite: it has no dump.json\n"
+        f"etpp: error: {str(tmp_path)!r} is not a dump of a step that is not finite: it has no dump.json\n"
     )

@@ -112,8 +112,8 @@ def test_it_goes_on_where_the_recipe_says_so(
         pretrain(goes_on)
     told = [line for line in capfd.readouterr().err.splitlines() if "No space left" in line]
     assert len(told) == 2
-    assert "there is none before it; training goes on, and the next checkpoint tries again" in told[0]
-    assert "the newest one, of step 6, is intact; training goes on" in told[1]
+    assert "there is none before it; training continues, and the next checkpoint tries again" in told[0]
+    assert "the newest one, of step 6, is intact; training continues" in told[1]
     folder = RunFolder(tmp_path / "run")
     assert steps_of(folder) == [6, 12, pretrain(goes_on).curriculum.num_steps]
     assert_as_undisturbed(folder, goes_on, tmp_path)

@@ -167,7 +167,7 @@ def test_keys_that_are_missing_are_a_sentence(run: Path, capsys: pytest.CaptureF
     assert stop.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("etpp: error: checkpoint ")
-    assert line.endswith("cannot be gone on from: state.json: environment is missing or damaged")
+    assert line.endswith("cannot be resumed: state.json: environment is missing or damaged")
 
 
 def test_tensors_of_another_model_are_a_sentence(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

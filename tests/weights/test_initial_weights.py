@@ -1,4 +1,4 @@
-"""`init`: a run goes on from anybody's weights, and says what it made of them."""
+"""`init`: a run starts from anybody's weights, and says what it made of them."""
 
 from __future__ import annotations
 
