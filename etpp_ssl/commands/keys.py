@@ -9,6 +9,7 @@ import ast
 import difflib
 import inspect
 import json
+import re
 import textwrap
 import types
 from collections.abc import Iterator
@@ -47,23 +48,24 @@ class Key(NamedTuple):
 
 
 class Section(NamedTuple):
-    """The keys of one Config in its place in a recipe."""
+    """The keys of one Config in its place in a recipe, or those that several Configs have in one place."""
 
     path: str
     """`model.decoder`, or "" for the top level."""
     name: str | None
-    """Of the component, where the section's `name` chooses among several; "any" for the keys of all."""
+    """Of the component, where the section's `name` chooses it among several."""
     tasks: tuple[str, ...]
     """Of the recipes that have it."""
     meaning: str
-    """First sentence of the Config's docstring."""
+    """The Config's docstring on one line, or what there is to choose."""
     keys: tuple[Key, ...]
 
     @property
     def title(self) -> str:
-        """`data: folder`, for instance."""
-        title = self.path or "top level"
-        return f"{title}: {self.name}" if self.name else title
+        """`data`, or `data=folder` as an override spells it."""
+        if not self.path:
+            return f"task={self.name}" if self.name else "top level"
+        return f"{self.path}={self.name}" if self.name else self.path
 
 
 def sections(section: str | None = None) -> list[Section]:
@@ -75,21 +77,22 @@ def sections(section: str | None = None) -> list[Section]:
     Raises:
         UserError: for a path that no recipe has, with those that are close.
     """
-    found: dict[tuple[str, str | None, tuple[Key, ...], str], tuple[str, ...]] = {}
-    for task, kind in TASKS.items():
-        for part in _sections_of([kind], "", (task,), changeable=False):
-            place = (part.path, part.name, part.keys, part.meaning)
-            found[place] = (*found.get(place, ()), task)
-    order = list(dict.fromkeys(path for path, *_ in found))
-    merged = sorted(
-        (Section(path, name, tasks, meaning, keys) for (path, name, keys, meaning), tasks in found.items()),
-        key=lambda part: order.index(part.path),
-    )
+    told: dict[type[BaseModel], str] = {}
+    found = list(_tables(dict(TASKS), "", tuple(TASKS), changeable=False))
+    for key in dict.fromkeys(key for kind in TASKS.values() for key in kind.model_fields):
+        having = {task: kind for task, kind in TASKS.items() if key in kind.model_fields}
+        by_members: dict[tuple[type[BaseModel], ...], tuple[str, ...]] = {}
+        for task, kind in having.items():
+            members = tuple(models_in(kind.model_fields[key].annotation))
+            by_members[members] = (*by_members.get(members, ()), task)
+        for members, tasks in by_members.items():
+            changeable = all(may_change_on_resume(having[task], key) for task in tasks)
+            found += _walk(members, key, tasks, changeable, told)
     if section is None:
-        return merged
-    chosen = [part for part in merged if part.path == section or part.path.startswith(f"{section}.")]
+        return found
+    chosen = [part for part in found if part.path == section or part.path.startswith(f"{section}.")]
     if not chosen:
-        known = [path for path in order if path]
+        known = list(dict.fromkeys(part.path for part in found if part.path))
         close = difflib.get_close_matches(section, known, n=3) or known
         raise UserError(f"section {section!r} is not known; did you mean {', '.join(close)}?")
     return chosen
@@ -102,57 +105,75 @@ def print_keys(section: str | None, console: Console) -> None:
         UserError: as `sections`.
     """
     for part in sections(section):
-        table = Table(title=part.title, caption=part.meaning, title_justify="left", caption_justify="left")
+        console.print(f"[bold]{escape(_titled(part, '{}'))}[/]\n{escape(part.meaning)}")
+        table = Table()
         for column, share in (("key", 3), ("type", 2), ("default", 2), ("meaning", 6), ("resume", 1)):
             table.add_column(column, ratio=share, overflow="fold")
         for key in part.keys:
-            table.add_row(*(escape(text) for text in key[:4]), "may change" if key.may_change else "fixed")
-        console.print(table, "")
+            table.add_row(*(escape(text) for text in key[:4]), "may change" if key.may_change else "")
+        console.print(*([table] if part.keys else []), "")
 
 
 def markdown_reference(section: str | None = None) -> str:
-    """The reference as Markdown: a heading and a table for each section."""
+    """The reference as Markdown: a heading of the second level for each section, of the third for a name."""
     lines: list[str] = []
     for part in sections(section):
-        whose = f" (`task: {part.tasks[0]}`)" if len(part.tasks) < len(TASKS) else ""
-        lines += [f"## {_code(part)}{whose}", "", part.meaning, ""]
+        lines += [f"{'###' if part.name else '##'} {_titled(part, '`{}`')}", "", part.meaning, ""]
         if part.keys:
-            lines += ["| Key | Type | Default | Meaning | May change on resume |", "|---|---|---|---|---|"]
+            lines += ["| key | type | default | resume | meaning |", "|---|---|---|---|---|"]
         for key in part.keys:
-            may_change = "yes" if key.may_change else "no"
-            cells = (f"`{key.path}`", key.type, f"`{key.default}`", key.meaning, may_change)
+            cells = (f"`{key.path}`", key.type, key.default, "yes" if key.may_change else "", key.meaning)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        lines.append("")
+        lines += [""] * bool(part.keys)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _code(part: Section) -> str:
-    path = f"`{part.path}`" if part.path else "Top level"
-    if part.name is None:
-        return path
-    return f"{path}, any name" if part.name == "any" else f"{path}: `{part.name}`"
+def _titled(part: Section, code: str) -> str:
+    whose = f" of {part.tasks[0]} recipes" if part.path and len(part.tasks) < len(TASKS) else ""
+    return (code.format(part.title) if part.path or part.name else "Top level") + whose
 
 
-def _sections_of(
-    members: list[type[BaseModel]], path: str, tasks: tuple[str, ...], *, changeable: bool
+def _walk(
+    members: tuple[type[BaseModel], ...],
+    path: str,
+    tasks: tuple[str, ...],
+    changeable: bool,
+    told: dict[type[BaseModel], str],
 ) -> Iterator[Section]:
     """The section at `path`, which can hold each of `members`, then those inside of it."""
-    keys = [_keys_of(member, path, changeable) for member in members]
-    shared = tuple(key for key in keys[0] if all(key in others for others in keys[1:]))
-    if len(members) > 1 and shared:
-        yield Section(path, "any", tasks, "Keys that all of them have.", shared)
-    for member, own in zip(members, keys, strict=True):
-        name = str(name_of(member)) if len(members) > 1 else None
-        rest = own if len(members) == 1 else tuple(key for key in own if key not in shared)
-        yield Section(path, name, tasks, _first_sentence(member), rest)
-    inside: dict[str, tuple[list[type[BaseModel]], bool]] = {}
+    if not members:
+        return
+    if told.keys() >= set(members):
+        yield Section(path, None, tasks, f"Has the keys of {told[members[0]]}.", ())
+        return
+    told.update(dict.fromkeys(members, path))
+    named = {str(name_of(member)): member for member in members}
+    yield from _tables(named, path, tasks, changeable=changeable)
+    inside: dict[str, tuple[tuple[type[BaseModel], ...], bool]] = {}
     for member in members:
         for key, field in member.model_fields.items():
-            below = inside.setdefault(key, ([], changeable or may_change_on_resume(member, key)))[0]
-            below += [model for model in models_in(field.annotation) if model not in below]
+            below, may_change = inside.get(key, ((), changeable or may_change_on_resume(member, key)))
+            inside[key] = tuple(dict.fromkeys((*below, *models_in(field.annotation)))), may_change
     for key, (below, may_change) in inside.items():
-        if below:
-            yield from _sections_of(below, f"{path}.{key}".lstrip("."), tasks, changeable=may_change)
+        yield from _walk(below, f"{path}.{key}", tasks, may_change, told)
+
+
+def _tables(
+    named: dict[str, type[BaseModel]], path: str, tasks: tuple[str, ...], *, changeable: bool
+) -> Iterator[Section]:
+    """What the Configs at `path` have in common, and what each has beside that."""
+    keys = {name: _keys_of(member, path, changeable) for name, member in named.items()}
+    if len(named) == 1:
+        ((name, member),) = named.items()
+        yield Section(path, None, tasks, _told_of(member), keys[name])
+        return
+    first, *others = keys.values()
+    shared = tuple(key for key in first if all(key in other for other in others))
+    choice = "task" if not path else f"{path}.name"
+    yield Section(path, None, tasks, f"{choice} is one of {', '.join(named)}.", shared)
+    for name, member in named.items():
+        rest = tuple(key for key in keys[name] if key not in shared)
+        yield Section(path, name, (name,) if not path else tasks, _told_of(member), rest)
 
 
 def _keys_of(member: type[BaseModel], path: str, changeable: bool) -> tuple[Key, ...]:
@@ -188,13 +209,13 @@ def docstrings(config: type[BaseModel]) -> dict[str, str]:
             if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
                 continue
             if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                found[field.target.id] = " ".join(str(text.value.value).split())
+                found[field.target.id] = _plain(str(text.value.value))
     return found
 
 
 def _type_text(annotation: Any, metadata: list[Any]) -> str:
     bounds = [
-        f"{sign} {getattr(item, bound)}"
+        f"{sign} {getattr(item, bound):,}".removesuffix(".0")
         for bound, sign in SIGNS.items()
         for item in metadata
         if getattr(item, bound, None) is not None
@@ -219,7 +240,7 @@ def _plain_type(annotation: Any) -> str:
         return "mapping"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
-    plain: dict[Any, str] = {type(None): "null", str: "text", bool: "true or false", int: "whole number"}
+    plain: dict[Any, str] = {type(None): "null", str: "text", bool: "true or false", int: "integer"}
     return plain.get(annotation, "number")
 
 
@@ -241,6 +262,10 @@ def _default_item(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value)
 
 
-def _first_sentence(config: type[BaseModel]) -> str:
-    text = " ".join((inspect.getdoc(config) or "").split())
-    return text.split(". ")[0].removesuffix(".") + "."
+def _told_of(config: type[BaseModel]) -> str:
+    return _plain((inspect.getdoc(config) or "").split("\n\nRaises:")[0])
+
+
+def _plain(text: str) -> str:
+    """A docstring on one line, in the words of YAML."""
+    return re.sub(r"\bNone\b", "null", " ".join(text.split()))
