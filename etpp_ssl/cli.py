@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-import sys
-import traceback
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import Progress as Bar
 
-from etpp_ssl.cli_end import end, is_main_process, is_one_of_several, say, stops, tell
+from etpp_ssl.cli_end import (
+    endings,
+    is_main_process,
+    is_one_of_several,
+    no_garbage,
+    say,
+    short_process,
+    stops,
+    table_console,
+)
 from etpp_ssl.config import UserError
 
 # Idle OpenMP threads sleep instead of spinning: on a machine that others use too (data workers among
@@ -34,7 +38,7 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe (YAML), or the folder of a run.")
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, a recipe's name, or the folder of a run.")
 ]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.")]
 Overrides = Annotated[
@@ -43,53 +47,27 @@ Overrides = Annotated[
 ]
 
 Fork = Annotated[Path | None, typer.Option(help="Start from this run's newest checkpoint, in a new folder.")]
-
-
-class Target(StrEnum):
-    """Formats to export to."""
-
-    timm = "timm"
-    mae = "mae"
-    transformers = "transformers"
-
-
-class Pool(StrEnum):
-    """How an encoder makes one vector of an image."""
-
-    token = "token"
-    avg = "avg"
-
-
-class Split(StrEnum):
-    """Parts of a data set."""
-
-    train = "train"
-    eval = "eval"
+Pool = Literal["token", "avg"]
+"""How an encoder makes one vector of an image."""
 
 
 @app.command()
-def pretrain(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    fork: Fork = None,
-) -> None:
-    """Train, or go on from the run folder's newest checkpoint."""
-    from etpp_ssl.recipe import Recipe
-    from etpp_ssl.train.launch import pretrain as run_pretraining
+def pretrain(recipe: RecipeArgument, overrides: Overrides = None, fork: Fork = None) -> None:
+    """Train, or resume from the run folder's newest checkpoint."""
+    with no_garbage():
+        from etpp_ssl.recipe import Recipe
+        from etpp_ssl.train.launch import pretrain as run_pretraining
 
     with stops():
         run_pretraining(Recipe.load(recipe, overrides or ()), fork)
 
 
 @app.command()
-def finetune(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    fork: Fork = None,
-) -> None:
-    """Train a classifier, from `init` or from scratch, or go on from the run folder's newest checkpoint."""
-    from etpp_ssl.recipe import FinetuneRecipe
-    from etpp_ssl.train.launch import finetune as run_finetuning
+def finetune(recipe: RecipeArgument, overrides: Overrides = None, fork: Fork = None) -> None:
+    """Train a classifier, from `init` or from scratch, or resume from the run folder's newest checkpoint."""
+    with no_garbage():
+        from etpp_ssl.recipe import FinetuneRecipe
+        from etpp_ssl.train.launch import finetune as run_finetuning
 
     with stops():
         run_finetuning(FinetuneRecipe.load(recipe, overrides or ()), fork)
@@ -98,14 +76,33 @@ def finetune(
 @app.command()
 def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Print stages, learning rate, memory and cost, without training."""
-    from etpp_ssl.recipe import load_any
-    from etpp_ssl.run_folder import RunFolder
-    from etpp_ssl.train.plan import plan_run, print_plan
+    with short_process() as alone:
+        from etpp_ssl.commands.plan import show_plan
 
-    folder = RunFolder(recipe) if os.path.isdir(recipe) else None
-    # A pipe has no width; the table needs its own.
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    print_plan(plan_run(load_any(recipe, overrides or ()), folder), console)
+        show_plan(recipe, overrides or (), table_console(), alone=alone)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A recipe to print.")] = None,
+) -> None:
+    """List the recipes that come with etpp, or print one: etpp recipes NAME > mine.yaml."""
+    from etpp_ssl.commands.recipes import print_recipes
+
+    print_recipes(name)
+
+
+@app.command()
+def keys(
+    section: Annotated[
+        str | None, typer.Argument(metavar="[SECTION]", help="Such as model or curriculum.stages.")
+    ] = None,
+) -> None:
+    """Print the keys of a recipe: type, default, meaning, and whether a resumed run may change them."""
+    with short_process():
+        from etpp_ssl.commands.keys import print_keys
+
+        print_keys(section, table_console())
 
 
 @app.command()
@@ -130,16 +127,11 @@ def evaluate(run: RunArgument, overrides: Overrides = None) -> None:
 def probe(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Evaluate an encoder as it stands: a run's, or with a recipe the weights of init=FILE-or-RUN."""
     from etpp_ssl.commands.probe import probe_run
-    from etpp_ssl.dist.signals import Interrupted
     from etpp_ssl.recipe import Recipe
 
     chosen = Recipe.load(recipe, overrides or ())
-    try:
+    with stops("probe"):
         numbers = probe_run(chosen, recipe, say)
-    except Interrupted as interrupted:
-        if is_main_process():
-            say(f"etpp: probe {interrupted}; the same command goes on from there")
-        raise typer.Exit(interrupted.exit_code) from None
     if is_main_process():
         protocol = " ".join(f"{k}={v}" for k, v in chosen.probe.model_dump().items() if v is not None)
         for name, value in numbers.items():
@@ -153,7 +145,7 @@ def embed(
     out: Annotated[
         Path | None, typer.Option(help="File to write; by default RUN/embeddings/<split>.safetensors.")
     ] = None,
-    split: Annotated[Split, typer.Option(help="Part of the data set.")] = Split.train,
+    split: Annotated[Literal["train", "eval"], typer.Option(help="Part of the data set.")] = "train",
     pool: Annotated[
         Pool | None, typer.Option(help="cls token or mean of the patch tokens; by default the encoder's own.")
     ] = None,
@@ -168,8 +160,8 @@ def embed(
         Recipe.load(recipe, overrides or ()),
         RunFolder(recipe) if os.path.isdir(recipe) else None,
         out,
-        split=split.value,
-        pool=pool.value if pool is not None else None,
+        split=split,
+        pool=pool,
         batch_size=batch_size,
         say=say,
     )
@@ -180,7 +172,7 @@ def embed(
 @app.command()
 def export(
     run: RunArgument,
-    to: Annotated[Target, typer.Option(help="Format.")] = Target.timm,
+    to: Annotated[Literal["timm", "mae", "transformers"], typer.Option(help="Format.")] = "timm",
     out: Annotated[Path | None, typer.Option(help="Folder to write; by default RUN/export/<format>.")] = None,
     pool: Annotated[
         Pool | None, typer.Option(help="Pooling of an encoder exported to timm; by default its own.")
@@ -192,16 +184,14 @@ def export(
     """Write a run's weights as a folder that timm, the original MAE code or transformers loads."""
     from etpp_ssl.export import mae, timm, transformers
 
-    if pool is not None and to is not Target.timm:
-        raise UserError(f"--pool {pool.value} is for --to timm; a folder of {to.value} gives all tokens")
-    if to is Target.timm:
-        folder = timm.export(
-            run, out, pool=pool.value if pool is not None else None, license_name=license, say=say
-        )
+    if pool is not None and to != "timm":
+        raise UserError(f"--pool {pool} is for --to timm; a folder of {to} gives all tokens")
+    if to == "timm":
+        folder = timm.export(run, out, pool=pool, license_name=license, say=say)
     else:
-        write = mae.export if to is Target.mae else transformers.export
+        write = mae.export if to == "mae" else transformers.export
         folder = write(run, out, license_name=license, say=say)
-    print(f"{to.value}: {folder}")
+    print(f"{to}: {folder}")
 
 
 @app.command()
@@ -231,33 +221,23 @@ def prepare(
 
     Bytes are copied as they are, unless --size or --quality is given.
     """
-    from etpp_ssl.data.prepare import from_options
-    from etpp_ssl.data.prepare import prepare as prepare_shards
+    from etpp_ssl.commands.prepare import prepare_shards
 
-    config = from_options(
-        size=size,
-        quality=quality,
-        skip_bad=skip_bad,
-        max_pixels=max_pixels,
-        shard_mb=shard_mb,
-        workers=workers,
-    )
     try:
-        with Bar(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-            task = bar.add_task("prepare", total=None)
-            splits = prepare_shards(
-                src, dst, config, lambda done, total: bar.update(task, completed=done, total=total)
-            )
-    except KeyboardInterrupt:
-        say("etpp: interrupted; the same command goes on from the last finished shard")
-        raise typer.Exit(130) from None
-    for split in splits:
-        for name, reason in split.bad:
-            say(f"etpp: {'left out' if skip_bad else 'kept as it is'}: {name!r}: {reason}")
-        print(
-            f"{split.folder}: {split.images:,} images in {split.shards} shards, {split.size / 1e6:,.1f} MB, "
-            f"{len(split.bad)} bad"
+        prepare_shards(
+            src,
+            dst,
+            say,
+            size=size,
+            quality=quality,
+            skip_bad=skip_bad,
+            max_pixels=max_pixels,
+            shard_mb=shard_mb,
+            workers=workers,
         )
+    except KeyboardInterrupt:
+        say("etpp: interrupted; the same command continues after the last finished shard")
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -324,7 +304,7 @@ def replay_nan(
     from etpp_ssl.debug.reproduce import reproduce
 
     found = reproduce(dump, overrides or ())
-    print_report(found, Console(width=None if sys.stdout.isatty() else 140, highlight=False))
+    print_report(found, table_console())
     if json is not None:
         write_report(found, json)
     raise typer.Exit(0 if found.reproduced else 1)
@@ -332,13 +312,5 @@ def replay_nan(
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run a command; a user's mistake is one line on stderr and exit code 2, a fault of a run code 1."""
-    try:
+    with endings(process_ends=arguments is None):
         return app(args=arguments)
-    except UserError as error:
-        tell(error)
-        end(error.exit_code)
-    except Exception:
-        if not is_one_of_several():
-            raise
-        traceback.print_exc()
-        end(1)

@@ -36,7 +36,9 @@ class RunFault(UserError):
 class Config(BaseModel):
     """Immutable settings of one component; unknown keys are errors, so a typo cannot be ignored."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, defer_build=True
+    )
 
 
 def may_change(default: Any = ..., **constraints: Any) -> Any:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 _Built = TypeVar("_Built")
 _MASK = (1 << 64) - 1
@@ -66,6 +67,38 @@ def freshly_initialised(seed: int, build: Callable[[], _Built]) -> _Built:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_key(seed, "init") >> 1)
         return build()
+
+
+class ShapesOnly(TorchFunctionMode):
+    """A context in which networks are built on the meta device, and not initialised.
+
+    `torch.device("meta")` alone runs every draw and fill of the initialisation, to no effect, in most of the
+    time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._meta = torch.device("meta")
+
+    def __enter__(self) -> ShapesOnly:
+        self._meta.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._meta.__exit__(*error)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FILLS and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+_FILLS = {
+    getattr(Tensor, f"{name}_")
+    for name in ("add", "clamp", "copy", "div", "erfinv", "fill", "mul", "normal", "sub", "uniform", "zero")
+}
 
 
 def keyed_words(seed: int, purpose: str, positions_B: Tensor, num_draws: int) -> Tensor:

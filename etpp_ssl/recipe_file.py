@@ -44,14 +44,17 @@ def find_recipe(source: str | Path, folder: Path = Path(), what: str = "recipe")
     Raises:
         UserError: if there is neither, with names that are close.
     """
-    if os.path.exists(folder / source):
-        return folder / source
+    return folder / source if os.path.exists(folder / source) else find_shipped(source, what)
+
+
+def find_shipped(name: str | Path, what: str = "recipe") -> Path:
+    """The file of a recipe that comes with the package; see `find_recipe`."""
     known = shipped_recipes()
-    if str(source) in known:
-        return known[str(source)]
-    close = difflib.get_close_matches(Path(source).stem, known, n=3)
+    if str(name) in known:
+        return known[str(name)]
+    close = difflib.get_close_matches(Path(name).stem, known, n=3)
     hint = f"recipes with a close name are {', '.join(close)}" if close else "`etpp recipes` lists the names"
-    raise UserError(f"{what} {shown_text(repr(str(source)))} does not exist; {hint}")
+    raise UserError(f"{what} {shown_text(repr(str(name)))} does not exist; {hint}")
 
 
 @dataclass(frozen=True)

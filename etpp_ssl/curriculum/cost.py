@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,24 @@ def count_cost(loss: Callable[[], Tensor], model: nn.Module) -> Cost:
             saved += storage.nbytes() // tensor.element_size()
         return tensor
 
-    counter = FlopCounterMode(display=False)
+    counter = _Flops()
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = loss()
-        forward_flops = counter.get_total_flops()
+        forward_flops = counter.total
         result.backward()
-    return Cost(flops=counter.get_total_flops(), forward_flops=forward_flops, saved_values=saved)
+    return Cost(flops=counter.total, forward_flops=forward_flops, saved_values=saved)
+
+
+class _Flops(TorchDispatchMode):
+    """Counts what `FlopCounterMode` counts, by its formulas, in less time: not by module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result

@@ -17,22 +17,21 @@ forward pass to the end of its backward pass, because models read some of them o
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import TypeVar
-import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
+
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import convert_outputs_to_fp32
-from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch import Tensor, nn
+
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.base import Stage
 from etpp_ssl.data.sampler import micro_batch_of, process_part
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -51,7 +50,7 @@ def whole_tensors(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Ten
     # The order of a state dict is the model's; that of an optimizer's is its own.
     for name in sorted(tensors):
         tensor = tensors[name]
-        if isinstance(tensor, DTensor):
+        if _in_parts(tensor):
             tensor = tensor.full_tensor()
             tensor = tensor.cpu() if keep else tensor
         if keep:
@@ -66,8 +65,10 @@ def parted_like(tensor: Tensor, own: Tensor) -> Tensor:
         tensor: whole; the main process's is the one that counts.
         own: tells how. One that is whole itself, or of another shape, leaves the tensor whole.
     """
-    if not isinstance(own, DTensor) or own.shape != tensor.shape:
+    if not _in_parts(own) or own.shape != tensor.shape:
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements)
 
 
@@ -75,7 +76,7 @@ def parted_like(tensor: Tensor, own: Tensor) -> Tensor:
 def own_parts(model: nn.Module) -> dict[str, Tensor]:
     """What this process holds of a model's `state_dict`; writing to it changes the model. No collective."""
     return {
-        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        name: tensor.to_local() if _in_parts(tensor) else tensor
         for name, tensor in model.state_dict().items()
     }
 
@@ -116,7 +117,7 @@ class Copies:
 
 def _gathered(model: nn.Module) -> dict[str, Tensor]:
     return {
-        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+        name: tensor.full_tensor() if _in_parts(tensor) else tensor.clone()
         for name, tensor in model.state_dict().items()
     }
 
@@ -166,6 +167,8 @@ def fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
         )
     if precision == "fp16":
         raise UserError("precision fp16 does not go together with FSDP2; use bf16 or fp32")
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
     halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return FullyShardedDataParallelPlugin(mixed_precision_policy=halved if precision == "bf16" else None)
 
@@ -276,3 +279,9 @@ def check_sharded(
 
 def _set(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
+
+
+def _in_parts(tensor: Tensor) -> TypeGuard[DTensor]:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)

@@ -23,6 +23,7 @@ from etpp_ssl.messages import shown
 from etpp_ssl.model.blocks import PLAIN, BlockRunner
 from etpp_ssl.model.patches import gather_patches, grid_of
 from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_pos_embed
+from etpp_ssl.randomness import ShapesOnly
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -278,7 +279,7 @@ def _named_model(name: str) -> VisionTransformer:
         hint = f"; close names: {', '.join(close)}" if close else ""
         raise UserError(f"model.name {shown(name)} is not a timm model{hint}")
     try:
-        with torch.device("meta"):
+        with ShapesOnly():
             model = timm.create_model(name, pretrained=False)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise UserError(f"model.name {name!r} cannot be built: {error}") from error

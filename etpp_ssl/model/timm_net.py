@@ -25,6 +25,7 @@ from etpp_ssl.config import UserError, as_pair, show_size
 from etpp_ssl.messages import shown
 from etpp_ssl.model.drop_path import key_drop_path
 from etpp_ssl.model.zoo.swin import make_resizable
+from etpp_ssl.randomness import ShapesOnly
 
 DYNAMIC_SIZE = "dynamic_img_size"
 """timm's argument of networks that resample their position embedding in the forward pass."""
@@ -137,7 +138,7 @@ def check_sizes(
 
 def meta_net(architecture: str, args: dict[str, Any]) -> nn.Module:
     """The network of `build_net` on the meta device, in training mode."""
-    with torch.device("meta"):
+    with ShapesOnly():
         return build_net(architecture, args).train()
 
 
@@ -163,7 +164,7 @@ def _named(architecture: str) -> nn.Module:
         close = difflib.get_close_matches(base, timm.list_models(), n=3)
         hint = f"; close names: {', '.join(close)}" if close else ""
         raise UserError(f"model.name {shown(architecture)} is not a timm model{hint}")
-    with torch.device("meta"):
+    with ShapesOnly():
         return _create(architecture)
 
 

@@ -13,6 +13,7 @@ from etpp_ssl.model.attention import AttentionName, choose_kernel
 from etpp_ssl.model.decoders import CrossDecoder
 from etpp_ssl.model.mae import AnyDecoder, MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.masking import MaskCounts
+from etpp_ssl.randomness import ShapesOnly
 
 
 def decoder_flops(
@@ -33,7 +34,7 @@ def decoder_flops(
     """
     encoder = model.encoder
     prefix, width = encoder.num_prefix_tokens, encoder.embed_dim
-    with torch.device("meta"):
+    with ShapesOnly():
         decoder = config.build(
             encoder_dim=width,
             encoder_depth=len(encoder.blocks),

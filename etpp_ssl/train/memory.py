@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Sequence
 
 import psutil
-import torch
 from torch import nn
 
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.curriculum.base import Curriculum, Stage
 from etpp_ssl.data.replay import buffer_bytes
 from etpp_ssl.data.views import TrainView, intermediate_size
+from etpp_ssl.randomness import ShapesOnly
 
 BYTES_PER_VALUE = 4
 """A model is built in float32, on the host."""
@@ -41,7 +41,7 @@ def check_host_memory(
     Raises:
         UserError: if one does not fit.
     """
-    with torch.device("meta"):
+    with ShapesOnly():
         model = build()
     values = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     free = psutil.virtual_memory().available

@@ -16,6 +16,7 @@ from etpp_ssl.curriculum.base import Curriculum, Stage
 from etpp_ssl.curriculum.cost import Cost, area_share, count_cost
 from etpp_ssl.curriculum.hours import TimePlan
 from etpp_ssl.data.sampler import micro_batch_of
+from etpp_ssl.randomness import ShapesOnly
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.tasks.base import Inputs, Task
@@ -180,7 +181,7 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
 
 
 def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    with torch.device("meta"):
+    with ShapesOnly():
         return build().train()
 
 

@@ -1,0 +1,271 @@
+"""`etpp keys`: every key of a recipe with type, default, meaning and whether it may change on resume.
+
+All of it is read from the Configs: annotations, defaults, and the text below each field.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import json
+import re
+import textwrap
+import types
+from collections.abc import Iterator
+from functools import cache
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from etpp_ssl.config import UserError, may_change_on_resume
+from etpp_ssl.messages import models_in, name_of
+from etpp_ssl.recipe import FinetuneRecipe, Recipe
+
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+"""Of pydantic's bounds, in the order in which they are shown."""
+TASKS: dict[str, type[BaseModel]] = {"pretrain": Recipe, "finetune": FinetuneRecipe}
+
+
+class Key(NamedTuple):
+    """One key of a recipe."""
+
+    path: str
+    """`section.key`, as overrides name it."""
+    type: str
+    """What it takes, in the words of YAML."""
+    default: str
+    """As YAML, or "required"."""
+    meaning: str
+    """The text below the field."""
+    may_change: bool
+    """Whether a resumed run may have another value."""
+
+
+class Section(NamedTuple):
+    """The keys of one Config in its place in a recipe, or those that several Configs have in one place."""
+
+    path: str
+    """`model.decoder`, or "" for the top level."""
+    name: str | None
+    """Of the component, where the section's `name` chooses it among several."""
+    tasks: tuple[str, ...]
+    """Of the recipes that have it."""
+    meaning: str
+    """The Config's docstring on one line, or what there is to choose."""
+    keys: tuple[Key, ...]
+
+    @property
+    def title(self) -> str:
+        """`data`, or `data=folder` as an override spells it."""
+        if not self.path:
+            return f"task={self.name}" if self.name else "top level"
+        return f"{self.path}={self.name}" if self.name else self.path
+
+
+def sections(section: str | None = None) -> list[Section]:
+    """The sections of recipes in the order of their keys.
+
+    Args:
+        section: only those at or below this path, such as `model` or `model.decoder`; None is all of them.
+
+    Raises:
+        UserError: for a path that no recipe has, with those that are close.
+    """
+    told: dict[type[BaseModel], str] = {}
+    found = list(_tables(dict(TASKS), "", tuple(TASKS), changeable=False))
+    for key in dict.fromkeys(key for kind in TASKS.values() for key in kind.model_fields):
+        having = {task: kind for task, kind in TASKS.items() if key in kind.model_fields}
+        by_members: dict[tuple[type[BaseModel], ...], tuple[str, ...]] = {}
+        for task, kind in having.items():
+            members = tuple(models_in(kind.model_fields[key].annotation))
+            by_members[members] = (*by_members.get(members, ()), task)
+        for members, tasks in by_members.items():
+            changeable = all(may_change_on_resume(having[task], key) for task in tasks)
+            found += _walk(members, key, tasks, changeable, told)
+    if section is None:
+        return found
+    chosen = [part for part in found if part.path == section or part.path.startswith(f"{section}.")]
+    if not chosen:
+        known = list(dict.fromkeys(part.path for part in found if part.path))
+        close = difflib.get_close_matches(section, known, n=3) or known
+        raise UserError(f"section {section!r} is not known; did you mean {', '.join(close)}?")
+    return chosen
+
+
+def print_keys(section: str | None, console: Console) -> None:
+    """Print the reference, or a section of it, as tables.
+
+    Raises:
+        UserError: as `sections`.
+    """
+    for part in sections(section):
+        console.print(f"[bold]{escape(_titled(part, '{}'))}[/]\n{escape(part.meaning)}")
+        table = Table()
+        for column, share in (("key", 3), ("type", 2), ("default", 2), ("meaning", 6), ("resume", 1)):
+            table.add_column(column, ratio=share, overflow="fold")
+        for key in part.keys:
+            table.add_row(*(escape(text) for text in key[:4]), "may change" if key.may_change else "")
+        console.print(*([table] if part.keys else []), "")
+
+
+def markdown_reference(section: str | None = None) -> str:
+    """The reference as Markdown: a heading of the second level for each section, of the third for a name."""
+    lines: list[str] = []
+    for part in sections(section):
+        lines += [f"{'###' if part.name else '##'} {_titled(part, '`{}`')}", "", part.meaning, ""]
+        if part.keys:
+            lines += ["| key | type | default | resume | meaning |", "|---|---|---|---|---|"]
+        for key in part.keys:
+            cells = (f"`{key.path}`", key.type, key.default, "yes" if key.may_change else "", key.meaning)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines += [""] * bool(part.keys)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _titled(part: Section, code: str) -> str:
+    whose = f" of {part.tasks[0]} recipes" if part.path and len(part.tasks) < len(TASKS) else ""
+    return (code.format(part.title) if part.path or part.name else "Top level") + whose
+
+
+def _walk(
+    members: tuple[type[BaseModel], ...],
+    path: str,
+    tasks: tuple[str, ...],
+    changeable: bool,
+    told: dict[type[BaseModel], str],
+) -> Iterator[Section]:
+    """The section at `path`, which can hold each of `members`, then those inside of it."""
+    if not members:
+        return
+    if told.keys() >= set(members):
+        yield Section(path, None, tasks, f"Has the keys of {told[members[0]]}.", ())
+        return
+    told.update(dict.fromkeys(members, path))
+    named = {str(name_of(member)): member for member in members}
+    yield from _tables(named, path, tasks, changeable=changeable)
+    inside: dict[str, tuple[tuple[type[BaseModel], ...], bool]] = {}
+    for member in members:
+        for key, field in member.model_fields.items():
+            below, may_change = inside.get(key, ((), changeable or may_change_on_resume(member, key)))
+            inside[key] = tuple(dict.fromkeys((*below, *models_in(field.annotation)))), may_change
+    for key, (below, may_change) in inside.items():
+        yield from _walk(below, f"{path}.{key}", tasks, may_change, told)
+
+
+def _tables(
+    named: dict[str, type[BaseModel]], path: str, tasks: tuple[str, ...], *, changeable: bool
+) -> Iterator[Section]:
+    """What the Configs at `path` have in common, and what each has beside that."""
+    keys = {name: _keys_of(member, path, changeable) for name, member in named.items()}
+    if len(named) == 1:
+        ((name, member),) = named.items()
+        yield Section(path, None, tasks, _told_of(member), keys[name])
+        return
+    first, *others = keys.values()
+    shared = tuple(key for key in first if all(key in other for other in others))
+    choice = "task" if not path else f"{path}.name"
+    yield Section(path, None, tasks, f"{choice} is one of {', '.join(named)}.", shared)
+    for name, member in named.items():
+        rest = tuple(key for key in keys[name] if key not in shared)
+        yield Section(path, name, (name,) if not path else tasks, _told_of(member), rest)
+
+
+def _keys_of(member: type[BaseModel], path: str, changeable: bool) -> tuple[Key, ...]:
+    texts = docstrings(member)
+    return tuple(
+        Key(
+            f"{path}.{key}".lstrip("."),
+            _type_text(field.annotation, field.metadata),
+            _default_text(field),
+            texts.get(key, ""),
+            changeable or may_change_on_resume(member, key),
+        )
+        for key, field in member.model_fields.items()
+        if not _is_own_name(key, field)
+    )
+
+
+def _is_own_name(key: str, field: FieldInfo) -> bool:
+    """Whether it is the `name` by which a recipe chooses the component."""
+    return key == "name" and get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
+
+
+@cache
+def docstrings(config: type[BaseModel]) -> dict[str, str]:
+    """The text below each field of a Config, its bases' included, on one line each."""
+    found: dict[str, str] = {}
+    for kind in reversed(config.__mro__):
+        if not issubclass(kind, BaseModel) or kind is BaseModel:
+            continue
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, text in zip(tree.body, tree.body[1:], strict=False):
+            if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+                continue
+            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found[field.target.id] = _plain(str(text.value.value))
+    return found
+
+
+def _type_text(annotation: Any, metadata: list[Any]) -> str:
+    bounds = [
+        f"{sign} {getattr(item, bound):,}".removesuffix(".0")
+        for bound, sign in SIGNS.items()
+        for item in metadata
+        if getattr(item, bound, None) is not None
+    ]
+    text = _plain_type(annotation)
+    return f"{text}, {', '.join(bounds)}" if bounds else text
+
+
+def _plain_type(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_text(arguments[0], list(arguments[1:]))
+    if origin is Literal:
+        return " or ".join(json.dumps(value).strip('"') for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_plain_type(part) for part in arguments))
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return f"list of {_plain_type(arguments[0])}"
+        return f"[{', '.join(_plain_type(part) for part in arguments)}]"
+    if origin is dict:
+        return "mapping"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    plain: dict[Any, str] = {type(None): "null", str: "text", bool: "true or false", int: "integer"}
+    return plain.get(annotation, "number")
+
+
+def _default_text(field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True)
+    if default is PydanticUndefined:
+        return "required"
+    if isinstance(default, BaseModel):
+        named = name_of(type(default))
+        return str(named) if named is not None and len(models_in(field.annotation)) > 1 else "its defaults"
+    if isinstance(default, tuple):
+        return "[" + ", ".join(_default_item(item) for item in default) + "]"
+    return _default_item(default)
+
+
+def _default_item(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return str(name_of(type(value)))
+    return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def _told_of(config: type[BaseModel]) -> str:
+    return _plain((inspect.getdoc(config) or "").split("\n\nRaises:")[0])
+
+
+def _plain(text: str) -> str:
+    """A docstring on one line, in the words of YAML."""
+    return re.sub(r"\bNone\b", "null", " ".join(text.split()))
