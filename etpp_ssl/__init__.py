@@ -13,8 +13,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from etpp_ssl import moved
-
 if TYPE_CHECKING:
     from etpp_ssl.config import UserError
     from etpp_ssl.encoder import Encoder
@@ -47,8 +45,6 @@ _MODULES = {
     "pretrain": "train.launch",
 }
 """Where each public name is defined."""
-
-moved.install()
 
 
 def __getattr__(name: str) -> Any:

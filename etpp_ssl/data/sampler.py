@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from etpp_ssl.messages import shown_text
 from etpp_ssl.randomness import derive_key, keyed_torch
 
 
@@ -85,6 +86,18 @@ class BatchRequest:
     last: bool
     """Whether it is this process's last micro-batch of the step."""
 
+    @property
+    def place(self) -> str:
+        """`step 12`, or in an evaluation `evaluation batch 12`."""
+        return f"{'step' if self.progress < 1 else 'evaluation batch'} {self.step}"
+
+    def described(self, name: Callable[[int], str] | None = None) -> str:
+        """Its place, the numbers of its samples and, with the function that tells them, its images' names."""
+        numbers = f"{self.place}, samples {_first_five(self.positions, str)}"
+        if name is None:
+            return numbers
+        return f"{numbers} ({_first_five(self.indices, lambda index: repr(safe_name(name, index)))})"
+
 
 @dataclass(frozen=True)
 class RequestSampler:
@@ -125,6 +138,20 @@ class RequestSampler:
                     weight=len(positions) / len(samples),
                     last=number == len(micro_batches) - 1,
                 )
+
+
+def safe_name(name: Callable[[int], str], index: int) -> str:
+    """An image's name for a message, or its number where the data set cannot tell the name."""
+    try:
+        return shown_text(name(index))
+    except Exception:
+        # A data set that raises here may be the one whose error the message is about.
+        return f"image {index}"
+
+
+def _first_five(numbers: tuple[int, ...], text: Callable[[int], str]) -> str:
+    more = f", and {len(numbers) - 5} more" if len(numbers) > 5 else ""
+    return ", ".join(map(text, numbers[:5])) + more
 
 
 def micro_batch_of(num_samples: int, micro_batch_size: int | None, batch_size: int | None) -> int:

@@ -24,7 +24,7 @@ from PIL import Image
 
 import etpp_ssl.data
 from etpp_ssl.config import UserError
-from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches
+from etpp_ssl.data.loader import Batch, BatchBuilder, load_batches
 from etpp_ssl.data.prepare import PrepareConfig, prepare
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.base import DataConfig, ImageSource, UnreadableImage
@@ -129,7 +129,7 @@ EXAMPLES: dict[str, list[Example]] = {
 def component_configs(package: Any) -> list[type[DataConfig]]:
     """The indexed data Configs of a package's modules that carry a literal `name`."""
     found = []
-    for module_info in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+    for module_info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         module = importlib.import_module(module_info.name)
         for member in vars(module).values():
             is_config = isinstance(member, type) and issubclass(member, DataConfig)
@@ -185,10 +185,10 @@ def train_batches(source: ImageSource, *, first_step: int = 0, num_workers: int 
     order = KeyedOrder(len(source), SEED)
     view = TrainView(image_size=SIZE, crop_scale=(0.3, 1.0), flip=True, lanczos=False, seed=SEED)
     requests = RequestSampler(order, Plan, range(first_step, 6), micro_batch_size=4)
-    loader = batch_loader(
+    loader = load_batches(
         BatchBuilder(source, view, order), requests, num_workers=num_workers, prefetch=2, pin_memory=False
     )
-    return list(batches(loader))
+    return list(loader)
 
 
 def assert_same(ones: list[Batch], others: list[Batch]) -> None:

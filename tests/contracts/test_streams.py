@@ -20,7 +20,7 @@ from stream_sources import EXAMPLES, NUM_IMAGES
 
 import etpp_ssl.data
 from etpp_ssl.config import RunFault, UserError
-from etpp_ssl.data.loader import Batch, batch_loader, batches
+from etpp_ssl.data.loader import Batch, load_batches
 from etpp_ssl.data.sampler import RequestSampler
 from etpp_ssl.data.streams.base import Stream, StreamConfig
 from etpp_ssl.data.streams.loader import StreamPlace
@@ -38,7 +38,7 @@ NUM_STEPS = 12
 def stream_configs() -> list[type[StreamConfig]]:
     """The stream Configs of the package's modules that carry a literal `name`."""
     found = []
-    for module_info in pkgutil.iter_modules(etpp_ssl.data.__path__, "etpp_ssl.data."):
+    for module_info in pkgutil.walk_packages(etpp_ssl.data.__path__, "etpp_ssl.data."):
         module = importlib.import_module(module_info.name)
         for member in vars(module).values():
             is_stream = isinstance(member, type) and issubclass(member, StreamConfig)
@@ -106,9 +106,9 @@ def read(
     images = open_training(config, in_chans=3, image_size=SIZE, seed=seed)
     reader = Reader(seed, rank, num_processes, view, None, place)
     builder, requests = images.loading(sampler, reader)
-    loader = batch_loader(builder, requests, num_workers=num_workers, prefetch=2, pin_memory=False)
+    loader = load_batches(builder, requests, num_workers=num_workers, prefetch=2, pin_memory=False)
     found = Read([], [])
-    for batch in batches(loader):
+    for batch in loader:
         place = place.after(batch)
         found.batches.append(batch)
         found.places.append(StreamPlace.from_json(place.to_json()))

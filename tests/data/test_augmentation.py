@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from etpp_ssl.config import UserError
 from etpp_ssl.data.augmentation import AugmentConfig
 from etpp_ssl.data.formats.picture import WholePicture
-from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches
+from etpp_ssl.data.loader import Batch, BatchBuilder, load_batches
 from etpp_ssl.data.resize import KERNELS
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
 from etpp_ssl.data.sources.synthetic import SyntheticConfig
@@ -77,14 +77,14 @@ def ramped_batches(num_workers: int, *, first: int = 0) -> list[Batch]:
         BatchRequest(step, tuple(range(4 * step, 4 * step + 4)), (1, 5, 0, 7), SMALL, step / 6, 1.0, True)
         for step in range(first, 6)
     ]
-    loader = batch_loader(
+    loader = load_batches(
         BatchBuilder(source, view, KeyedOrder(12, 0)),
         requests,
         num_workers=num_workers,
         prefetch=2,
         pin_memory=False,
     )
-    return list(batches(loader))
+    return list(loader)
 
 
 def test_batches_are_the_same_for_any_workers_and_start() -> None:

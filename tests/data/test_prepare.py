@@ -23,7 +23,7 @@ from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
 from etpp_ssl.data import prepare as prepare_module
 from etpp_ssl.data.formats.decode import decode
-from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches
+from etpp_ssl.data.loader import Batch, BatchBuilder, load_batches
 from etpp_ssl.data.prepare import PrepareConfig, Prepared, from_options, prepare
 from etpp_ssl.data.recode import RecodeConfig
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
@@ -145,7 +145,7 @@ def test_a_keyed_run_sees_the_same_batches(tmp_path: Path, small_shards: None) -
         view = TrainView(image_size=(6, 10), crop_scale=(0.3, 1.0), flip=True, lanczos=False, seed=5)
         requests = [*RequestSampler(order, _Plan, range(6))]
         builder = BatchBuilder(source, view, order)
-        return list(batches(batch_loader(builder, requests, num_workers=0, prefetch=2, pin_memory=False)))
+        return list(load_batches(builder, requests, num_workers=0, prefetch=2, pin_memory=False))
 
     ones = train(FolderConfig(root=str(tmp_path / "files")))
     others = train(ShardsConfig(root=str(tmp_path / "shards")))

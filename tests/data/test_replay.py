@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from etpp_ssl.curriculum.base import Curriculum, Portion, ReplaySpec
 from etpp_ssl.data.augmentation import AugmentConfig
-from etpp_ssl.data.loader import BadImage, Batch, BatchBuilder, batch_loader, batches
+from etpp_ssl.data.loader import BadImage, Batch, BatchBuilder, load_batches
 from etpp_ssl.data.replay import Replay, Ring, buffer_bytes, draw_places, sub_batch_size
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.synthetic import SyntheticConfig
@@ -51,14 +51,12 @@ def loaded(curriculum: Curriculum, first: int, num_workers: int = 0, **part: Any
     base = TrainView(image_size=SIZE, crop_scale=(0.5, 1.0), flip=True, lanczos=True, seed=SEED)
     view = AugmentConfig(ramp=True).build_view(base, mean=(0.5, 0.5, 0.5))
     requests = RequestSampler(order, curriculum.stage_at, range(first, curriculum.num_steps), **part)
-    return batches(
-        batch_loader(
-            BatchBuilder(source, view, order),
-            requests,
-            num_workers=num_workers,
-            prefetch=2,
-            pin_memory=False,
-        )
+    return load_batches(
+        BatchBuilder(source, view, order),
+        requests,
+        num_workers=num_workers,
+        prefetch=2,
+        pin_memory=False,
     )
 
 

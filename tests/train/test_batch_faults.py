@@ -39,7 +39,7 @@ pytestmark = [
 # The command imports its loop when it runs: here once, not in each process that is forked.
 LOOPS = (pretrain, finetune)
 SIZE = (8, 12)
-GO_ON = "; the same command goes on from its last checkpoint, if it writes any"
+GO_ON = "; the same command resumes from its last checkpoint, if it writes any"
 
 
 def trap(monkeypatch: pytest.MonkeyPatch, index: int, act: Callable[[], Any], split: str = "train") -> None:

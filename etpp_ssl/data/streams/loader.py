@@ -21,14 +21,13 @@ from torch.utils.data import Dataset
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.formats.picture import open_picture
-from etpp_ssl.data.loader import MAX_ATTEMPTS, BadImage, Batch, all_unreadable
-from etpp_ssl.data.loader_faults import named_errors
-from etpp_ssl.data.reading import Reading, note_reading
+from etpp_ssl.data.loader import MAX_ATTEMPTS, BadImage, Batch, all_unreadable, named_errors
 from etpp_ssl.data.sampler import BatchRequest
 from etpp_ssl.data.sources.base import UnreadableImage
 from etpp_ssl.data.sources.splits import label_sentence
 from etpp_ssl.data.streams.base import Cursor, Item, Lane, Stream
 from etpp_ssl.data.views import View
+from etpp_ssl.data.workers import note, note_reading
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class StreamBuilder(Dataset[Batch]):
             views.append(image)
             labels.append(label)
             bad.extend(broken)
-        note_reading(None)
+        note("")
         self._given[request.lane] += len(views)
         return Batch(
             images=torch.stack(views),
@@ -181,7 +180,7 @@ class StreamBuilder(Dataset[Batch]):
         bad: list[BadImage] = []
         for _ in range(MAX_ATTEMPTS):
             item = lane.take()
-            note_reading(Reading(position, item.name))
+            note_reading(position, item.name, request.described())
             try:
                 if item.fault:
                     raise UnreadableImage(item.fault)

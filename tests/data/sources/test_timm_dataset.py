@@ -18,7 +18,7 @@ from torchvision.datasets import CIFAR10
 
 import etpp_ssl.data.sources.timm_dataset as timm_dataset
 from etpp_ssl.config import UserError
-from etpp_ssl.data.loader import BatchBuilder, batch_loader, batches, evaluation_requests
+from etpp_ssl.data.loader import BatchBuilder, evaluation_requests, load_batches
 from etpp_ssl.data.sampler import KeyedOrder
 from etpp_ssl.data.sources.base import UnreadableImage
 from etpp_ssl.data.sources.timm_dataset import TimmConfig, TimmSource
@@ -152,8 +152,8 @@ def test_a_tar_is_read_the_same_by_several_workers_after_this_process_has_read_i
     def read(num_workers: int) -> list[torch.Tensor]:
         builder = BatchBuilder(source, view, KeyedOrder(60, 0))
         requests = evaluation_requests(range(60), size=(16, 16), batch_size=4)
-        loader = batch_loader(builder, requests, num_workers=num_workers, prefetch=4, pin_memory=False)
-        found = list(batches(loader))
+        loader = load_batches(builder, requests, num_workers=num_workers, prefetch=4, pin_memory=False)
+        found = list(loader)
         assert not any(batch.bad for batch in found)
         return [batch.images for batch in found]
 
