@@ -34,8 +34,8 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from etpp_ssl.config import Config
+from etpp_ssl.data.formats.base import Picture
 from etpp_ssl.data.rand_augment import RandAugment, rand_augment_sections
-from etpp_ssl.data.sources.base import Picture
 from etpp_ssl.data.views import TrainView
 from etpp_ssl.randomness import keyed_numpy, keyed_words
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from etpp_ssl.config import RunFault, UserError
+from etpp_ssl.data.formats.base import UnreadableImage
 from etpp_ssl.data.loader_faults import LoaderFault
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, safe_name
-from etpp_ssl.data.sources.base import ImageSource, UnreadableImage
+from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import check_label
 from etpp_ssl.data.views import View
 from etpp_ssl.data.workers import MonitoredLoader, note, note_reading
@@ -54,7 +55,7 @@ class Batch:
     bad: tuple[BadImage, ...]
     """Unreadable images that were met and replaced."""
     cursor: dict[str, Any] | None = None
-    """Where a stream's lane stands after it; None for images that are addressed by index."""
+    """Where a stream's worker shard stands after it; None for images that are addressed by index."""
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device; copies from pinned memory do not block."""

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.sources.base import Interpolation
-from etpp_ssl.data.views import to_bands, to_tensor
+from etpp_ssl.data.formats.base import Interpolation
+from etpp_ssl.data.views import to_channels, to_tensor
 from etpp_ssl.randomness import derive_key
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class RandAugment:
             progress: share of the run's compute spent before the step, in [0, 1].
         """
         stage = min(int(progress * RAMP_STAGES), RAMP_STAGES - 1) if self.ramp else 0
-        (picture,) = to_bands(view)
+        (picture,) = to_channels(view)
         with global_draws(derive_key(self.seed, "rand_augment", position)):
             return to_tensor((self._stages[stage](picture),))
 

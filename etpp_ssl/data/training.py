@@ -72,7 +72,7 @@ class TrainingImages(Protocol):
             UserError: naming the first image whose label is wrong.
         """
 
-    def check_lanes(self, num_lanes: int) -> None:
+    def check_workers(self, num_workers: int) -> None:
         """Check that so many data workers, over all processes, can share the images.
 
         Raises:
@@ -116,7 +116,7 @@ class IndexedImages:
         """See `etpp_ssl.data.sources.splits.check_labels`."""
         check_labels(self.source, num_classes)
 
-    def check_lanes(self, num_lanes: int) -> None:
+    def check_workers(self, num_workers: int) -> None:
         """Any number can."""
 
     def loading(self, sampler: Sampling, reader: Reader) -> Loading:
@@ -171,9 +171,9 @@ class StreamedImages:
                 "label_column"
             )
 
-    def check_lanes(self, num_lanes: int) -> None:
-        """See `Stream.check_lanes`."""
-        self.stream.check_lanes(num_lanes)
+    def check_workers(self, num_workers: int) -> None:
+        """See `Stream.check_workers`."""
+        self.stream.check_workers(num_workers)
 
     def loading(self, sampler: Sampling, reader: Reader) -> Loading:
         """See `TrainingImages.loading`."""

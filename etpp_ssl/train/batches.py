@@ -43,7 +43,7 @@ def check_stream(
         UserError: if they cannot.
     """
     num_workers = max(1, num_workers)
-    source.check_lanes(num_processes * num_workers)
+    source.check_workers(num_processes * num_workers)
     if not source.is_stream:
         return
     for stage in curriculum.stages:

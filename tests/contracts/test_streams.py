@@ -128,9 +128,9 @@ def shard_streams(stream: Stream) -> list[Stream]:
     return [*stream.streams] if isinstance(stream, MixedStream) else [stream]
 
 
-def epochs_of(stream: Stream, lane: int, num_lanes: int) -> Iterator[list[int]]:
-    """What a lane reads, epoch after epoch."""
-    reader, epoch, found = stream.lane(lane, num_lanes, None), 0, []
+def epochs_of(stream: Stream, worker: int, num_workers: int) -> Iterator[list[int]]:
+    """What a worker reads, epoch after epoch."""
+    reader, epoch, found = stream.worker_shard(worker, num_workers, None), 0, []
     while True:
         item = reader.take()
         if reader.cursor()["epoch"] != epoch:
@@ -151,23 +151,23 @@ def test_an_example_makes_the_stream_that_it_is_listed_under(config: StreamConfi
     assert type(config) is CONFIGS[config.name]
 
 
-@pytest.mark.parametrize("num_lanes", [1, 3, 7])
-def test_each_epoch_has_each_sample_once_over_all_lanes_in_a_new_order(
-    config: StreamConfig, num_lanes: int
+@pytest.mark.parametrize("num_workers", [1, 3, 7])
+def test_each_epoch_has_each_sample_once_over_all_workers_in_a_new_order(
+    config: StreamConfig, num_workers: int
 ) -> None:
     for stream in shard_streams(config.open_stream(SEED)):
-        lanes = [epochs_of(stream, lane, num_lanes) for lane in range(num_lanes)]
+        parts_of = [epochs_of(stream, worker, num_workers) for worker in range(num_workers)]
         orders = []
         for _ in range(3):
-            parts = [next(lane) for lane in lanes]
+            parts = [next(worker) for worker in parts_of]
             numbers = [number for part in parts for number in part]
             first = min(numbers)
             assert sorted(numbers) == list(range(first, first + NUM_IMAGES))
-            assert all(parts), "a lane had nothing to read"
+            assert all(parts), "a worker had nothing to read"
             orders.append(parts)
         assert orders[0] != orders[1] != orders[2] != orders[0]
-        # The lanes change shards, too: otherwise a lane would show the same images for ever.
-        assert num_lanes == 1 or {*orders[0][0]} != {*orders[1][0]} or {*orders[1][0]} != {*orders[2][0]}
+        # The workers change shards, too: otherwise a worker would show the same images for ever.
+        assert num_workers == 1 or {*orders[0][0]} != {*orders[1][0]} or {*orders[1][0]} != {*orders[2][0]}
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
@@ -177,7 +177,7 @@ def test_the_order_is_a_function_of_the_seed(config: StreamConfig, num_workers: 
     positions = [position for batch in found.batches for position in batch.positions.tolist()]
     assert positions == list(range(7 * NUM_STEPS))
     if not num_workers:
-        # One worker reads the one lane that a process without workers reads itself.
+        # One worker reads the one worker shard that a process without workers reads itself.
         assert_same(found.batches, read(config, num_workers=1).batches)
         assert found.numbers != read(config, seed=SEED + 1).numbers
 
@@ -251,21 +251,21 @@ def test_a_shard_that_cannot_be_read_is_a_fault_of_the_run(num_workers: int) -> 
 
 def test_too_few_shards_are_one_sentence_with_both_numbers(config: StreamConfig) -> None:
     stream = config.open_stream(SEED)
-    stream.check_lanes(7)
+    stream.check_workers(7)
     with pytest.raises(UserError, match=r"7 shards .* the 8 data workers") as error:
-        stream.check_lanes(8)
+        stream.check_workers(8)
     assert "\n" not in str(error.value)
 
 
 def test_a_stream_is_small_to_pickle_and_its_copy_reads_the_same(config: StreamConfig) -> None:
     stream = config.open_stream(SEED)
-    lane = stream.lane(0, 2, None)
+    items = stream.worker_shard(0, 2, None)
     text = pickle.dumps(stream)
     assert len(text) < 20_000
     copy = pickle.loads(text)
     assert copy.fingerprint() == stream.fingerprint()
-    other = copy.lane(0, 2, None)
-    assert [lane.take() for _ in range(20)] == [other.take() for _ in range(20)]
+    other = copy.worker_shard(0, 2, None)
+    assert [items.take() for _ in range(20)] == [other.take() for _ in range(20)]
 
 
 def test_the_settings_of_indexed_data_that_a_stream_cannot_have_are_refused(config: StreamConfig) -> None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.augmentation import AugmentConfig
-from etpp_ssl.data.formats.picture import WholePicture
+from etpp_ssl.data.formats.base import DecodedPicture
 from etpp_ssl.data.loader import Batch, BatchBuilder, load_batches
 from etpp_ssl.data.resize import KERNELS
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
@@ -33,9 +33,9 @@ def base(**changes: Any) -> TrainView:
     return TrainView(SIZE, **{**settings, **changes})
 
 
-def photo() -> WholePicture:
+def photo() -> DecodedPicture:
     noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    return WholePicture((Image.fromarray(noise).resize((211, 170), Image.Resampling.BICUBIC),))
+    return DecodedPicture((Image.fromarray(noise).resize((211, 170), Image.Resampling.BICUBIC),))
 
 
 @pytest.mark.parametrize("decode", ["full", "reduced"])

@@ -22,7 +22,7 @@ from loader_scenes import Trapped, run_aside
 
 from etpp_ssl.config import RunFault, UserError
 from etpp_ssl.data import stall_limit, workers
-from etpp_ssl.data.formats.decode import one_line_reasons
+from etpp_ssl.data.formats.base import one_line_reasons
 from etpp_ssl.data.loader import Batch, BatchBuilder, evaluation_requests, load_batches
 from etpp_ssl.data.loader_faults import PIN_THREAD, LoaderFault, death, machine_fault, stall
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
