@@ -91,7 +91,7 @@ class Trainer:
         """One step, as in `train/pretrain.py`."""
         for batch in batches:
             images = low_frequency_crop(self.normalise(batch.images), batch.request.bandwidth)
-            values, ids_removed = self.model(images, random_masking(batch.positions, 64, 16, seed=0))
+            values, ids_removed = self.model(images, random_masking(batch.sample_ids, 64, 16, seed=0))
             (self.objective(values, ids_removed, images) * batch.request.weight).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

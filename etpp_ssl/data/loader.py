@@ -45,11 +45,11 @@ class Batch:
     bandwidth where the worker crops (`lanczos`)."""
     labels: Tensor
     """int64 (B,), -1 without labels."""
-    positions: Tensor
+    sample_ids: Tensor
     """int64 (B,): the images' numbers in the run, by which masks are drawn: the samples' own as they come
     from the loader, and one for each time that an image is trained on where images are replayed."""
-    first_position: int
-    """The first of `positions`, which the host knows without asking the device: the key of what is drawn
+    first_sample_id: int
+    """The first of `sample_ids`, which the host knows without asking the device: the key of what is drawn
     once per micro-batch."""
     request: BatchRequest
     bad: tuple[BadImage, ...]
@@ -63,12 +63,14 @@ class Batch:
             self,
             images=self.images.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
+            sample_ids=self.sample_ids.to(device, non_blocking=True),
         )
 
     def renumbered(self, offset: int) -> Batch:
         """The same images under numbers that are higher by `offset`."""
-        return replace(self, positions=self.positions + offset, first_position=self.first_position + offset)
+        return replace(
+            self, sample_ids=self.sample_ids + offset, first_sample_id=self.first_sample_id + offset
+        )
 
     def pin_memory(self) -> Batch:
         """Called by torch's loader where there is a GPU."""
@@ -76,7 +78,7 @@ class Batch:
             self,
             images=self.images.pin_memory(),
             labels=self.labels.pin_memory(),
-            positions=self.positions.pin_memory(),
+            sample_ids=self.sample_ids.pin_memory(),
         )
 
     def share_memory(self) -> Batch:
@@ -85,7 +87,7 @@ class Batch:
         Raises:
             RuntimeError: if there is no room for them.
         """
-        for tensor in (self.images, self.labels, self.positions):
+        for tensor in (self.images, self.labels, self.sample_ids):
             tensor.share_memory_()
         return self
 
@@ -97,7 +99,7 @@ class Batch:
             self,
             images=self.images.clone(),
             labels=self.labels.clone(),
-            positions=self.positions.clone(),
+            sample_ids=self.sample_ids.clone(),
         )
 
 
@@ -122,9 +124,9 @@ class BatchBuilder(Dataset[Batch]):
     def __getitem__(self, request: BatchRequest) -> Batch:
         views, labels, bad = [], [], []
         batch = request.described(self.source.name)
-        for position, index in zip(request.positions, request.indices, strict=True):
-            with named_errors(request, position, index, self.source.name):
-                image, used, broken = self._readable(position, index, request, batch)
+        for sample_id, index in zip(request.sample_ids, request.indices, strict=True):
+            with named_errors(request, sample_id, index, self.source.name):
+                image, used, broken = self._readable(sample_id, index, request, batch)
                 bad.extend(broken)
                 views.append(image)
                 labels.append(self.source.label(used))
@@ -134,31 +136,31 @@ class BatchBuilder(Dataset[Batch]):
         return Batch(
             images=torch.stack(views),
             labels=torch.tensor(labels, dtype=torch.int64),
-            positions=torch.tensor(request.positions, dtype=torch.int64),
-            first_position=request.positions[0],
+            sample_ids=torch.tensor(request.sample_ids, dtype=torch.int64),
+            first_sample_id=request.sample_ids[0],
             request=request,
             bad=tuple(bad),
         )
 
     def _readable(
-        self, position: int, index: int, request: BatchRequest, batch: str
+        self, sample_id: int, index: int, request: BatchRequest, batch: str
     ) -> tuple[Tensor, int, list[BadImage]]:
         """The view of the first image that can be read, its index, and those before it."""
         bad: list[BadImage] = []
         for attempt in range(MAX_ATTEMPTS):
-            note_reading(position, safe_name(self.source.name, index), batch)
+            note_reading(sample_id, safe_name(self.source.name, index), batch)
             try:
                 image = self.source.open(index)
-                return self.view(image, position, request.bandwidth, request.progress), index, bad
+                return self.view(image, sample_id, request.bandwidth, request.progress), index, bad
             except UnreadableImage as error:
                 bad.append(BadImage(index, self.source.name(index), str(error)))
-                index = self.order.replacement(position, attempt + 1)
+                index = self.order.replacement(sample_id, attempt + 1)
         raise all_unreadable(bad)
 
 
 @contextmanager
 def named_errors(
-    request: BatchRequest, position: int, index: int, name: Callable[[int], str]
+    request: BatchRequest, sample_id: int, index: int, name: Callable[[int], str]
 ) -> Iterator[None]:
     """Add to an unexpected error inside, which keeps its traceback, a line that names the image."""
     try:
@@ -167,7 +169,7 @@ def named_errors(
         raise
     except Exception as error:
         image = repr(safe_name(name, index))
-        error.add_note(f"etpp: it was raised for image {image} (sample {position} of {request.place})")
+        error.add_note(f"etpp: it was raised for image {image} (sample {sample_id} of {request.place})")
         raise
 
 
@@ -229,12 +231,12 @@ def load_batches(
 def evaluation_requests(
     indices: Sequence[int], *, size: tuple[int, int], batch_size: int
 ) -> list[BatchRequest]:
-    """Requests that go through `indices` once, in order; an image's position is its index."""
+    """Requests that go through `indices` once, in order; an image's sample_id is its index."""
     chunks = [tuple(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
     return [
         BatchRequest(
             step=number,
-            positions=chunk,
+            sample_ids=chunk,
             indices=chunk,
             bandwidth=size,
             progress=1.0,

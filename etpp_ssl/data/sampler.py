@@ -43,17 +43,17 @@ class KeyedOrder:
         self._epoch = -1
         self._permutation = torch.empty(0, dtype=torch.int64)
 
-    def index(self, position: int) -> int:
-        """The image that is sample number `position` of the run, position >= 0."""
-        epoch, place = divmod(position, self.num_images)
+    def index(self, sample_id: int) -> int:
+        """The image that is sample number `sample_id` of the run, sample_id >= 0."""
+        epoch, place = divmod(sample_id, self.num_images)
         return int(self._order(epoch)[place])
 
-    def replacement(self, position: int, attempt: int) -> int:
+    def replacement(self, sample_id: int, attempt: int) -> int:
         """The image that takes the place of an unreadable one: attempt 1, 2, ... of a sample."""
-        return derive_key(self.seed, "replacement", position, attempt) % self.num_images
+        return derive_key(self.seed, "replacement", sample_id, attempt) % self.num_images
 
     def _order(self, epoch: int) -> Tensor:
-        # A step can straddle two epochs, but positions ascend: one permutation at a time is enough.
+        # A step can straddle two epochs, but sample_ids ascend: one permutation at a time is enough.
         if epoch != self._epoch:
             generator = keyed_torch(self.seed, "order", epoch)
             self._permutation = torch.randperm(self.num_images, generator=generator)
@@ -61,12 +61,12 @@ class KeyedOrder:
         return self._permutation
 
 
-class ByPosition:
+class BySampleId:
     """An order for images that have no index of their own: sample number g is number g."""
 
-    def index(self, position: int) -> int:
-        """`position` itself."""
-        return position
+    def index(self, sample_id: int) -> int:
+        """`sample_id` itself."""
+        return sample_id
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class BatchRequest:
     """One micro-batch, for a data worker to build."""
 
     step: int
-    positions: tuple[int, ...]
+    sample_ids: tuple[int, ...]
     """Numbers of the samples in the run."""
     indices: tuple[int, ...]
     """Their images."""
@@ -93,7 +93,7 @@ class BatchRequest:
 
     def described(self, name: Callable[[int], str] | None = None) -> str:
         """Its place, the numbers of its samples and, with the function that tells them, its images' names."""
-        numbers = f"{self.place}, samples {_first_five(self.positions, str)}"
+        numbers = f"{self.place}, samples {_first_five(self.sample_ids, str)}"
         if name is None:
             return numbers
         return f"{numbers} ({_first_five(self.indices, lambda index: repr(safe_name(name, index)))})"
@@ -113,7 +113,7 @@ class RequestSampler:
             bandwidths, get micro-batches in proportion. None takes it as it is for all steps.
     """
 
-    order: KeyedOrder | ByPosition
+    order: KeyedOrder | BySampleId
     step_plan: Callable[[int], StepPlan]
     steps: range
     rank: int = 0
@@ -128,14 +128,14 @@ class RequestSampler:
             part = process_part(samples, self.rank, self.num_processes)
             size = micro_batch_of(len(samples), self.micro_batch_size, self.batch_size)
             micro_batches = [part[i : i + size] for i in range(0, len(part), size)]
-            for number, positions in enumerate(micro_batches):
+            for number, sample_ids in enumerate(micro_batches):
                 yield BatchRequest(
                     step=step,
-                    positions=tuple(positions),
-                    indices=tuple(self.order.index(position) for position in positions),
+                    sample_ids=tuple(sample_ids),
+                    indices=tuple(self.order.index(sample_id) for sample_id in sample_ids),
                     bandwidth=plan.bandwidth,
                     progress=plan.progress,
-                    weight=len(positions) / len(samples),
+                    weight=len(sample_ids) / len(samples),
                     last=number == len(micro_batches) - 1,
                 )
 

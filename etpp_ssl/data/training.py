@@ -10,14 +10,14 @@ from torch.utils.data import Dataset
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.loader import Batch, BatchBuilder
-from etpp_ssl.data.sampler import BatchRequest, ByPosition, KeyedOrder, RequestSampler
+from etpp_ssl.data.sampler import BatchRequest, BySampleId, KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.base import DataConfig, ImageSource
 from etpp_ssl.data.sources.splits import check_labels, open_split
 from etpp_ssl.data.streams.base import Stream, StreamConfig
 from etpp_ssl.data.streams.loader import StreamBuilder, StreamPlace, StreamRequests
 from etpp_ssl.data.views import View
 
-Sampling = Callable[[KeyedOrder | ByPosition], RequestSampler]
+Sampling = Callable[[KeyedOrder | BySampleId], RequestSampler]
 """From an order to one process's requests in that order."""
 
 
@@ -187,7 +187,7 @@ class StreamedImages:
             max_pixels=self.max_pixels,
             num_classes=reader.num_classes,
         )
-        return Loading(builder, StreamRequests(sampler(ByPosition()), reader.place))
+        return Loading(builder, StreamRequests(sampler(BySampleId()), reader.place))
 
 
 def open_training(

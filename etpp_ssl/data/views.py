@@ -36,12 +36,12 @@ LARGEST_RESIZED = 64
 class View(Protocol):
     """Turns an image into what a batch holds."""
 
-    def __call__(self, image: Picture, position: int, bandwidth: tuple[int, int], progress: float) -> Tensor:
+    def __call__(self, image: Picture, sample_id: int, bandwidth: tuple[int, int], progress: float) -> Tensor:
         """One sample's view, uint8 (C, H, W).
 
         Args:
             image: the picture.
-            position: the sample's number in the run.
+            sample_id: the sample's number in the run.
             bandwidth: (height, width) shown by the step.
             progress: share of the run's compute spent before the step, in [0, 1); 1 in evaluation.
 
@@ -52,7 +52,7 @@ class View(Protocol):
 
 @dataclass(frozen=True)
 class TrainView:
-    """Random resized crop and mirror, a function of (seed, position) alone.
+    """Random resized crop and mirror, a function of (seed, sample_id) alone.
 
     With `decode` full, the crop is resized to the image size by Pillow. With `reduced` it is resized to
     the stage's intermediate size, from a JPEG that need not be decoded at full resolution.
@@ -77,13 +77,13 @@ class TrainView:
         require_decoder(self.decoder)
 
     def __call__(
-        self, image: Picture, position: int, bandwidth: tuple[int, int], progress: float = 1.0
+        self, image: Picture, sample_id: int, bandwidth: tuple[int, int], progress: float = 1.0
     ) -> Tensor:
-        return self.shown(self.cropped(image, position, bandwidth), bandwidth)
+        return self.shown(self.cropped(image, sample_id, bandwidth), bandwidth)
 
-    def cropped(self, image: Picture, position: int, bandwidth: tuple[int, int]) -> Tensor:
+    def cropped(self, image: Picture, sample_id: int, bandwidth: tuple[int, int]) -> Tensor:
         """The first half: cropped, resized and mirrored, uint8 (C, H, W)."""
-        draw = keyed_random(self.seed, "crop", position)
+        draw = keyed_random(self.seed, "crop", sample_id)
         box = random_crop_box(image.size, self.crop_scale, draw)
         mirror = self.flip and draw.random() < 0.5
         view = self._reduced(image, box, bandwidth) if self.decode == "reduced" else self._full(image, box)
@@ -118,7 +118,7 @@ class EvalView:
     crop_pct: float
 
     def __call__(
-        self, image: Picture, position: int, bandwidth: tuple[int, int], progress: float = 1.0
+        self, image: Picture, sample_id: int, bandwidth: tuple[int, int], progress: float = 1.0
     ) -> Tensor:
         height, width = self.image_size
         covered = (math.floor(width / self.crop_pct), math.floor(height / self.crop_pct))
@@ -228,7 +228,7 @@ class Normalise:
 
 @dataclass(frozen=True)
 class ProbeView:
-    """Random resized crop (one draw, bicubic, at full resolution) and mirror, by (seed, position) alone."""
+    """Random resized crop (one draw, bicubic, at full resolution) and mirror, by (seed, sample_id) alone."""
 
     image_size: tuple[int, int]
     crop_scale: tuple[float, float]
@@ -236,10 +236,10 @@ class ProbeView:
     seed: int
 
     def __call__(
-        self, image: Picture, position: int, bandwidth: tuple[int, int], progress: float = 1.0
+        self, image: Picture, sample_id: int, bandwidth: tuple[int, int], progress: float = 1.0
     ) -> Tensor:
         """uint8 (C, H, W) of `image_size`, whatever the bandwidth; see `View`."""
-        draw = keyed_random(self.seed, "probe-crop", position)
+        draw = keyed_random(self.seed, "probe-crop", sample_id)
         box = single_draw_crop_box(image.size, self.crop_scale, draw)
         mirror = self.flip and draw.random() < 0.5
         size = self.image_size[::-1]

@@ -40,15 +40,15 @@ T = TypeVar("T")
 _note: Any = None
 
 
-def note_reading(position: int, name: str, batch: str) -> None:
+def note_reading(sample_id: int, name: str, batch: str) -> None:
     """Note what this process is about to read, for whoever waits for its batch.
 
     Args:
-        position: the number of the sample that the image is for.
+        sample_id: the number of the sample that the image is for.
         name: of the image; not the sample's own where that is unreadable.
         batch: what the image's batch is called (`BatchRequest.described`).
     """
-    note(f"reading image {name!r} (sample {position})\n{batch}")
+    note(f"reading image {name!r} (sample {sample_id})\n{batch}")
 
 
 def note(text: str) -> None:

@@ -124,7 +124,7 @@ def extract_features(
                 images = normalise(batch.images[rows])
                 features.append(pooled_features(encoder, images, pool).float())
             labels.append(batch.labels[readable])
-            positions.append(batch.positions[readable])
+            positions.append(batch.sample_ids[readable])
     return Features(*(gather_rows(torch.cat(rows), accelerator) for rows in (features, labels, positions)))
 
 

@@ -195,7 +195,7 @@ def assert_same(ones: list[Batch], others: list[Batch]) -> None:
     for one, other in zip(ones, others, strict=True):
         assert one.request == other.request
         assert [(bad.index, bad.name) for bad in one.bad] == [(bad.index, bad.name) for bad in other.bad]
-        for key in ("images", "labels", "positions"):
+        for key in ("images", "labels", "sample_ids"):
             assert torch.equal(getattr(one, key), getattr(other, key))
 
 
@@ -391,7 +391,7 @@ def test_bad_images_are_reported_replaced_by_a_rule_and_named(example: Example, 
     met = {(bad.index, bad.name) for batch in found for bad in batch.bad}
     assert met == {(index, source.name(index)) for index in broken}
     assert all(bad.reason and "\n" not in bad.reason for batch in found for bad in batch.bad)
-    assert [position for batch in found for position in batch.positions.tolist()] == list(range(42))
+    assert [position for batch in found for position in batch.sample_ids.tolist()] == list(range(42))
     assert_same(train_batches(source, num_workers=2), found)
     tail = [batch for batch in found if batch.request.step >= 3]
     assert_same(train_batches(source, first_step=3), tail)

@@ -119,7 +119,7 @@ def assert_same(ones: list[Batch], others: list[Batch]) -> None:
     assert len(ones) == len(others)
     for one, other in zip(ones, others, strict=True):
         assert (one.request, one.bad, one.cursor) == (other.request, other.bad, other.cursor)
-        for key in ("images", "labels", "positions"):
+        for key in ("images", "labels", "sample_ids"):
             assert torch.equal(getattr(one, key), getattr(other, key))
 
 
@@ -174,7 +174,7 @@ def test_each_epoch_has_each_sample_once_over_all_workers_in_a_new_order(
 def test_the_order_is_a_function_of_the_seed(config: StreamConfig, num_workers: int) -> None:
     found = read(config, num_workers=num_workers)
     assert_same(found.batches, read(config, num_workers=num_workers).batches)
-    positions = [position for batch in found.batches for position in batch.positions.tolist()]
+    positions = [position for batch in found.batches for position in batch.sample_ids.tolist()]
     assert positions == list(range(7 * NUM_STEPS))
     if not num_workers:
         # One worker reads the one worker shard that a process without workers reads itself.
@@ -195,9 +195,67 @@ def test_a_run_resumed_after_any_step_goes_on_as_if_it_had_not_stopped(
         assert tail.places == whole.places[before:]
 
 
+# After five steps with two data workers: the place, and the images of the next micro-batches.
+PLACES_OF_0_5_1 = {
+    "webdataset": (
+        {
+            "num_batches": 15,
+            "lanes": [
+                {
+                    "num_samples": 18,
+                    "cursor": {"epoch": 0, "place": 3, "offset": 2, "block": 4, "used": 2},
+                },
+                {
+                    "num_samples": 17,
+                    "cursor": {"epoch": 1, "place": 0, "offset": 4, "block": 4, "used": 2},
+                },
+            ],
+        },
+        [0, 22, 3, 12, 13, 8, 4],
+    ),
+    "mix": (
+        {
+            "num_batches": 15,
+            "lanes": [
+                {
+                    "num_samples": 18,
+                    "cursor": {
+                        "number": 18,
+                        "sources": [
+                            {"epoch": 0, "place": 3, "offset": 0, "block": 3, "used": 2},
+                            {"epoch": 0, "place": 0, "offset": 3, "block": 1, "used": 1},
+                        ],
+                    },
+                },
+                {
+                    "num_samples": 17,
+                    "cursor": {
+                        "number": 17,
+                        "sources": [
+                            {"epoch": 0, "place": 1, "offset": 4, "block": 2, "used": 2},
+                            {"epoch": 0, "place": 1, "offset": 1, "block": 2, "used": 1},
+                        ],
+                    },
+                },
+            ],
+        },
+        [25, 24, 26, 7, 6, 30, 27],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLACES_OF_0_5_1)
+def test_a_place_in_a_checkpoint_of_0_5_1_is_resumed(name: str, tmp_path: Path) -> None:
+    values, following = PLACES_OF_0_5_1[name]
+    place = StreamPlace.from_json(values)
+    assert place.to_json() == values
+    tail = read(EXAMPLES[name](tmp_path), num_workers=2, first_step=5, place=place)
+    assert tail.numbers[:7] == following
+
+
 def test_processes_share_the_samples_of_an_epoch(config: StreamConfig) -> None:
     parts = [read(config, rank=rank, num_processes=2) for rank in range(2)]
-    positions = [sorted(p for b in part.batches for p in b.positions.tolist()) for part in parts]
+    positions = [sorted(p for b in part.batches for p in b.sample_ids.tolist()) for part in parts]
     assert sorted(positions[0] + positions[1]) == list(range(7 * NUM_STEPS))
     # A quarter of what each reads is of its first epoch for sure.
     first, second = ({*part.numbers[: NUM_IMAGES // 4]} for part in parts)

@@ -94,7 +94,7 @@ def test_batches_are_the_same_for_any_workers_and_start() -> None:
         assert len(found) == 6 - first
         for one, other in zip(found, wanted[first:], strict=True):
             assert torch.equal(one.images, other.images)
-            assert one.first_position == other.first_position == 4 * one.request.step
+            assert one.first_sample_id == other.first_sample_id == 4 * one.request.step
 
 
 def test_a_request_carries_the_progress_of_its_own_step() -> None:
@@ -102,7 +102,7 @@ def test_a_request_carries_the_progress_of_its_own_step() -> None:
     source = SyntheticConfig(num_images=12).open("train", in_chans=3, image_size=(20, 28), seed=0)
     for batch in ramped_batches(0):
         for row, (position, index) in enumerate(
-            zip(batch.request.positions, batch.request.indices, strict=True)
+            zip(batch.request.sample_ids, batch.request.indices, strict=True)
         ):
             expected = view(source.open(index), position, SMALL, batch.request.step / 6)
             assert torch.equal(batch.images[row], expected)

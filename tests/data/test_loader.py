@@ -87,21 +87,21 @@ def assert_same(ones: list[Batch], others: list[Batch]) -> None:
     for one, other in zip(ones, others, strict=True):
         assert one.request == other.request
         assert [(bad.index, bad.name) for bad in one.bad] == [(bad.index, bad.name) for bad in other.bad]
-        for key in ("images", "labels", "positions"):
+        for key in ("images", "labels", "sample_ids"):
             assert torch.equal(getattr(one, key), getattr(other, key))
 
 
 def test_a_batch_holds_the_view_of_each_sample(tmp_path: Path) -> None:
     source = folder_of(tmp_path, 9)
     found = train_batches(source, num_workers=0)
-    assert [len(batch.positions) for batch in found] == [4, 2] * 6
+    assert [len(batch.sample_ids) for batch in found] == [4, 2] * 6
     for batch in found:
         assert batch.images.dtype == torch.uint8
-        assert batch.labels.dtype == batch.positions.dtype == torch.int64
-        assert batch.positions.tolist() == list(batch.request.positions)
+        assert batch.labels.dtype == batch.sample_ids.dtype == torch.int64
+        assert batch.sample_ids.tolist() == list(batch.request.sample_ids)
         assert batch.bad == ()
         for row, (position, index) in enumerate(
-            zip(batch.request.positions, batch.request.indices, strict=True)
+            zip(batch.request.sample_ids, batch.request.indices, strict=True)
         ):
             assert batch.labels[row] == source.label(index)
             view = train_view()(source.open(index), position, SIZE)
@@ -173,7 +173,7 @@ def test_every_batch_has_the_bandwidth_of_its_own_stage_where_workers_crop(
     assert [tuple(batch.images.shape[2:]) for batch in found] == [b for b in BANDWIDTHS for _ in range(4)]
     for batch in found:
         view = train_view(lanczos=True)(
-            source.open(batch.request.indices[0]), batch.request.positions[0], batch.request.bandwidth
+            source.open(batch.request.indices[0]), batch.request.sample_ids[0], batch.request.bandwidth
         )
         assert torch.equal(batch.images[0], view)
 
@@ -192,7 +192,7 @@ def test_bad_images_are_replaced_by_the_next_readable_draw_and_named(tmp_path: P
     met, chains = set(), 0
     for batch in train_batches(source, num_workers=0):
         expected = []
-        for row, position in enumerate(batch.request.positions):
+        for row, position in enumerate(batch.request.sample_ids):
             index, attempt = batch.request.indices[row], 0
             while index in broken:
                 expected.append(index)
@@ -263,7 +263,7 @@ def test_evaluation_shows_each_image_once_in_order(count: int, batch_size: int) 
     assert [request.last for request in requests] == [False] * (len(requests) - 1) + [True]
     assert [request.step for request in requests] == list(range(len(requests)))
     for request in requests:
-        assert request.positions == request.indices
+        assert request.sample_ids == request.indices
         assert request.bandwidth == SIZE
         assert 1 <= len(request.indices) <= batch_size
 
@@ -318,8 +318,8 @@ def test_a_batch_on_another_device_keeps_everything_else() -> None:
         torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.tensor([1]), torch.tensor([5]), 5, request, bad
     )
     moved = batch.to(torch.device("meta"))
-    assert {t.device.type for t in (moved.images, moved.labels, moved.positions)} == {"meta"}
-    assert moved.first_position == 5
+    assert {t.device.type for t in (moved.images, moved.labels, moved.sample_ids)} == {"meta"}
+    assert moved.first_sample_id == 5
     assert moved.request == request
     assert moved.bad == bad
 

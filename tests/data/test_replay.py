@@ -210,7 +210,7 @@ def test_a_step_trains_on_a_whole_batch_with_numbers_that_never_come_twice(
             curriculum, rank=rank, num_processes=num_processes, micro_batch_size=micro_batch_size
         )
     ]
-    numbers = sorted(number for batch in found for number in batch.positions.tolist())
+    numbers = sorted(number for batch in found for number in batch.sample_ids.tolist())
     assert numbers == list(range(27 * BATCH_SIZE))
     order = KeyedOrder(30, SEED)
     for step in range(27):
@@ -220,14 +220,14 @@ def test_a_step_trains_on_a_whole_batch_with_numbers_that_never_come_twice(
         assert sum(part.request.weight for part in parts) == pytest.approx(1.0)
         for part in parts:
             assert part.request.weight == len(part.images) / BATCH_SIZE
-            assert set(part.positions.tolist()) <= set(stage.slots)
+            assert set(part.sample_ids.tolist()) <= set(stage.slots)
             # The request says which sample, that is which view of which image, each of them is.
             assert part.request.progress == stage.progress
-            assert part.first_position == part.positions[0]
-            assert part.request.indices == tuple(order.index(number) for number in part.request.positions)
+            assert part.first_sample_id == part.sample_ids[0]
+            assert part.request.indices == tuple(order.index(number) for number in part.request.sample_ids)
             assert part.labels.tolist() == [index % 7 for index in part.request.indices]
             oldest = curriculum.stage_at(stage.oldest_step).samples.start
-            assert set(part.request.positions) <= set(range(oldest, stage.samples.stop))
+            assert set(part.request.sample_ids) <= set(range(oldest, stage.samples.stop))
 
 
 def test_without_replay_every_batch_is_what_the_loader_gave() -> None:
@@ -237,7 +237,7 @@ def test_without_replay_every_batch_is_what_the_loader_gave() -> None:
         assert len(given) == len(found)
         for one, other in zip(given, found, strict=True):
             assert one.request == other.request
-            for key in ("images", "labels", "positions"):
+            for key in ("images", "labels", "sample_ids"):
                 assert torch.equal(getattr(one, key), getattr(other, key))
 
 
@@ -271,7 +271,7 @@ def test_a_buffer_that_is_read_again_is_the_one_there_was(start: int, part: dict
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert one.request == other.request
-        for key in ("images", "labels", "positions"):
+        for key in ("images", "labels", "sample_ids"):
             assert torch.equal(getattr(one, key), getattr(other, key))
 
 

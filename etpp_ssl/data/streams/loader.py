@@ -58,7 +58,7 @@ class StreamPlace:
         """The place once a batch is taken; the batches come in the order of their requests."""
         places = list(self.worker_shards)
         worker = self.num_batches % len(places)
-        num_samples = places[worker].num_samples + len(batch.request.positions)
+        num_samples = places[worker].num_samples + len(batch.request.sample_ids)
         places[worker] = WorkerShardPlace(num_samples, batch.cursor)
         return StreamPlace(tuple(places), self.num_batches + 1)
 
@@ -76,7 +76,7 @@ class StreamPlace:
 
 @dataclass(frozen=True)
 class StreamRequest(BatchRequest):
-    """A request that says which worker shard serves it; its `indices` are its positions."""
+    """A request that says which worker shard serves it; its `indices` are its sample_ids."""
 
     worker: int
     """The worker shard's number among those of the process."""
@@ -101,7 +101,7 @@ class StreamRequests:
         for number, request in enumerate(self.requests, self.place.num_batches):
             worker = number % len(given)
             yield StreamRequest(**vars(request), worker=worker, num_samples=given[worker])
-            given[worker] += len(request.positions)
+            given[worker] += len(request.sample_ids)
 
 
 class StreamBuilder(Dataset[Batch]):
@@ -147,9 +147,9 @@ class StreamBuilder(Dataset[Batch]):
         assert request.num_samples == self._given[request.worker], "a worker shard is read in sequence"
         items = self._items(request.worker)
         views, labels, bad = [], [], []
-        for position in request.positions:
-            with named_errors(request, position, position, str):
-                image, label, broken = self._readable(items, position, request)
+        for sample_id in request.sample_ids:
+            with named_errors(request, sample_id, sample_id, str):
+                image, label, broken = self._readable(items, sample_id, request)
             views.append(image)
             labels.append(label)
             bad.extend(broken)
@@ -158,8 +158,8 @@ class StreamBuilder(Dataset[Batch]):
         return Batch(
             images=torch.stack(views),
             labels=torch.tensor(labels, dtype=torch.int64),
-            positions=torch.tensor(request.positions, dtype=torch.int64),
-            first_position=request.positions[0],
+            sample_ids=torch.tensor(request.sample_ids, dtype=torch.int64),
+            first_sample_id=request.sample_ids[0],
             request=request,
             bad=tuple(bad),
             cursor=items.cursor(),
@@ -174,18 +174,18 @@ class StreamBuilder(Dataset[Batch]):
         return self._opened[number]
 
     def _readable(
-        self, items: WorkerShard, position: int, request: BatchRequest
+        self, items: WorkerShard, sample_id: int, request: BatchRequest
     ) -> tuple[Tensor, int, list[BadImage]]:
         """The view and the label of the next image that can be read, and the bad ones before it."""
         bad: list[BadImage] = []
         for _ in range(MAX_ATTEMPTS):
             item = items.take()
-            note_reading(position, item.name, request.described())
+            note_reading(sample_id, item.name, request.described())
             try:
                 if item.fault:
                     raise UnreadableImage(item.fault)
                 picture = open_picture(item.data, self.in_chans, self.max_pixels)
-                view = self.view(picture, position, request.bandwidth, request.progress)
+                view = self.view(picture, sample_id, request.bandwidth, request.progress)
             except UnreadableImage as error:
                 bad.append(BadImage(number_of(item), item.name, str(error)))
                 continue
