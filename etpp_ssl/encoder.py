@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from etpp_ssl.config import MAX_SIDE, UserError, show_size
 from etpp_ssl.curriculum.frequency import low_frequency_crop
+from etpp_ssl.data.formats.base import MAX_PIXELS
 from etpp_ssl.data.given import AnyImage, each, viewed
-from etpp_ssl.data.sources.base import MAX_PIXELS
-from etpp_ssl.data.views import EvalView, Normalise, to_bands, to_tensor
+from etpp_ssl.data.views import EvalView, Normalise, to_channels, to_tensor
 from etpp_ssl.evaluation.feature_maps import check_pool, check_whole, map_of, map_stride, pooled, tokens_of
 from etpp_ssl.evaluation.features import Pool, Precision, evaluating, forward_pass, images_per_pass
 from etpp_ssl.messages import shown
@@ -227,8 +227,8 @@ class Encoder:
         check_bandwidth(at, self.image_size, self.patch_size)
         image = _one(image)
         if decoding.lanczos and at != self.image_size and not isinstance(image, Tensor):
-            bands = to_bands(self._view(image, 0, self.image_size))
-            small = tuple(band.resize(at[::-1], Image.Resampling.LANCZOS) for band in bands)
+            channels = to_channels(self._view(image, 0, self.image_size))
+            small = tuple(channel.resize(at[::-1], Image.Resampling.LANCZOS) for channel in channels)
             crop = self._normalised(to_tensor(small))
         else:
             seen = self._seen(image, 0, self.image_size)

@@ -17,8 +17,7 @@ from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.curriculum.constant import ConstantConfig
 from etpp_ssl.curriculum.efficienttrain import EfficientTrainConfig
 from etpp_ssl.data.sources.base import ImageSource
-from etpp_ssl.data.sources.indexed import AnyIndexedData
-from etpp_ssl.data.sources.splits import open_split
+from etpp_ssl.data.sources.splits import AnyIndexedData, open_split
 from etpp_ssl.data.streams.huggingface import HuggingFaceConfig
 from etpp_ssl.data.streams.mix import MixConfig
 from etpp_ssl.data.streams.webdataset import WebDatasetConfig

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from etpp_ssl.data.sources.base import Bands, ImageSource, Picture
+from etpp_ssl.data.formats.base import Picture
+from etpp_ssl.data.sources.base import ImageSource
 
 
 @dataclass
@@ -32,10 +33,6 @@ class Trapped:
 
     def __len__(self) -> int:
         return len(self.inner)
-
-    def load(self, index: int) -> Bands:
-        self._spring(index)
-        return self.inner.load(index)
 
     def open(self, index: int) -> Picture:
         self._spring(index)

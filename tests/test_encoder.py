@@ -321,7 +321,7 @@ def test_channels_that_an_encoder_lacks_are_refused_and_named(images: Path, tmp_
     etpp_ssl.pretrain(etpp_ssl.Recipe.parse(TINY, keys))
     encoder = etpp_ssl.load(tmp_path / "run")
     with pytest.raises(
-        etpp_ssl.UserError, match=r"wide\.png' cannot be read: it has 3 bands, but in_chans is 5"
+        etpp_ssl.UserError, match=r"wide\.png' cannot be read: it has 3 channels, but in_chans is 5"
     ):
         encoder.embed(images / "train" / "wide.png")
     five = np.zeros((20, 30, 5), np.uint8)

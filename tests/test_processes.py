@@ -170,7 +170,7 @@ def test_all_agree_on_a_budget_in_hours(
 
 def test_an_unreadable_image_that_another_process_has_met_is_named(ranks: Server, folder: Path) -> None:
     damage = """
-from etpp_ssl.data.sources.base import UnreadableImage
+from etpp_ssl.data.formats.base import UnreadableImage
 from etpp_ssl.data.sources import synthetic
 whole = synthetic.SyntheticSource.open
 def open_damaged(self, index):

@@ -33,10 +33,9 @@ from torchvision import transforms
 from torchvision.datasets.folder import default_loader
 
 from etpp_ssl.curriculum.frequency import low_frequency_crop
-from etpp_ssl.data.formats.picture import WholePicture
+from etpp_ssl.data.formats.base import Channels, DecodedPicture, Decoder, Picture, Region
 from etpp_ssl.data.loader import BatchBuilder
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
-from etpp_ssl.data.sources.base import Decoder, Picture, Region
 from etpp_ssl.data.sources.folder import FileSource, image_files
 from etpp_ssl.data.views import TrainView
 
@@ -140,9 +139,9 @@ class Watched:
         self.reduced = region.box[2] - region.box[0] < box[2] - box[0]
         return region
 
-    def bands(self) -> tuple[Image.Image, ...]:
+    def channels(self) -> Channels:
         """Those of the picture."""
-        return self.picture.bands()
+        return self.picture.channels()
 
 
 def measure_error(files: Paths, view: TrainView, bandwidth: int) -> None:
@@ -154,7 +153,7 @@ def measure_error(files: Paths, view: TrainView, bandwidth: int) -> None:
     for index in range(len(files)):
         picture = Watched(source.open(index))
         found = shown_frequencies(view(picture, index, shown), shown)
-        whole = WholePicture(source.load(index))
+        whole = DecodedPicture(source.open(index).channels())
         against_full = psnr(found, shown_frequencies(full(whole, index, shown), shown))
         if picture.reduced:
             all_reduced.append(against_full)

@@ -24,8 +24,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from etpp_ssl.data.formats.picture import WholePicture
-from etpp_ssl.data.sources.base import Bands, Picture
+from etpp_ssl.data.formats.base import DecodedPicture, Picture
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.evaluation.features import extract_features, pooled_features
 from etpp_ssl.evaluation.knn import knn_sweep, knn_vote
@@ -84,13 +83,9 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def load(self, index: int) -> Bands:
-        """See `ImageSource`."""
-        return (self.pictures[index],)
-
     def open(self, index: int) -> Picture:
         """See `ImageSource`."""
-        return WholePicture(self.load(index))
+        return DecodedPicture((self.pictures[index],))
 
     def label(self, index: int) -> int:
         """See `ImageSource`."""

@@ -20,11 +20,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from accelerate import Accelerator
-from PIL.Image import Image
 
 from etpp_ssl.curriculum.base import Curriculum, ReplaySpec
 from etpp_ssl.curriculum.constant import Constant
 from etpp_ssl.curriculum.frequency import low_frequency_crop
+from etpp_ssl.data.formats.base import Picture
 from etpp_ssl.data.loader import Batch, BatchBuilder
 from etpp_ssl.data.replay import Replay
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
@@ -65,10 +65,10 @@ class ThrottledSource(SyntheticSource):
         config = SyntheticConfig(num_images=256)
         plain = config.open("train", in_chans=3, image_size=(64, 64), seed=0)
         vars(self).update(vars(plain))
-        self._pictures = [plain.load(index) for index in range(len(plain))]
+        self._pictures = [plain.open(index) for index in range(len(plain))]
         self._due = 0.0
 
-    def load(self, index: int) -> tuple[Image, ...]:
+    def open(self, index: int) -> Picture:
         """A picture, not before it is due."""
         now = time.perf_counter()
         self._due = max(self._due + self.seconds_per_image, now)
@@ -91,7 +91,7 @@ class Trainer:
         """One step, as in `train/pretrain.py`."""
         for batch in batches:
             images = low_frequency_crop(self.normalise(batch.images), batch.request.bandwidth)
-            values, ids_removed = self.model(images, random_masking(batch.positions, 64, 16, seed=0))
+            values, ids_removed = self.model(images, random_masking(batch.sample_ids, 64, 16, seed=0))
             (self.objective(values, ids_removed, images) * batch.request.weight).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from etpp_ssl.config import UserError
+from etpp_ssl.data.formats.base import UnreadableImage
 from etpp_ssl.data.sampler import KeyedOrder
-from etpp_ssl.data.sources.base import UnreadableImage
 from etpp_ssl.data.sources.folder import FileSource, FolderConfig
 from etpp_ssl.data.sources.shards import ShardsConfig, ShardSource
 
@@ -30,7 +30,7 @@ Read = Callable[[FileSource, int], object]
 DISK_COUNTER = Path("/proc/self/io")
 WAYS: dict[str, Read] = {
     "bytes": lambda source, index: source.read(index),
-    "bytes and decoding": lambda source, index: [band.load() for band in source.load(index)],
+    "bytes and decoding": lambda source, index: [channel.load() for channel in source.open(index).channels()],
 }
 
 

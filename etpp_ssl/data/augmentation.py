@@ -34,15 +34,15 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from etpp_ssl.config import Config
+from etpp_ssl.data.formats.base import Picture
 from etpp_ssl.data.rand_augment import RandAugment, rand_augment_sections
-from etpp_ssl.data.sources.base import Picture
 from etpp_ssl.data.views import TrainView
 from etpp_ssl.randomness import keyed_numpy, keyed_words
 
 
 @dataclass(frozen=True)
 class FinetuneView:
-    """`TrainView` with RandAugment between its two halves, a function of (seed, position, progress).
+    """`TrainView` with RandAugment between its two halves, a function of (seed, sample_id, progress).
 
     With `decode: reduced` the operations see the picture at the stage's intermediate size. Those that
     count pixels (sharpness, blur) then act on coarser ones than at full size.
@@ -51,10 +51,10 @@ class FinetuneView:
     base: TrainView
     rand_augment: RandAugment | None
 
-    def __call__(self, image: Picture, position: int, bandwidth: tuple[int, int], progress: float) -> Tensor:
-        view = self.base.cropped(image, position, bandwidth)
+    def __call__(self, image: Picture, sample_id: int, bandwidth: tuple[int, int], progress: float) -> Tensor:
+        view = self.base.cropped(image, sample_id, bandwidth)
         if self.rand_augment is not None:
-            view = self.rand_augment(view, position, progress)
+            view = self.rand_augment(view, sample_id, progress)
         return self.base.shown(view, bandwidth)
 
 
@@ -127,7 +127,7 @@ ATTEMPTS = 10
 
 @dataclass(frozen=True)
 class RandomErasing:
-    """Erases a box in a share of the images, a function of (seed, position) and of the size alone."""
+    """Erases a box in a share of the images, a function of (seed, sample_id) and of the size alone."""
 
     probability: float
     """Share of the images, in [0, 1]."""
@@ -138,25 +138,25 @@ class RandomErasing:
     min_aspect: float = 0.3
     """Height over width of the box is log-uniform between this and its inverse."""
 
-    def __call__(self, images: Tensor, positions_B: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, sample_ids_B: Tensor) -> Tensor:
         """A copy with boxes of noise.
 
         Args:
             images: normalised, float (B, C, H, W), at the size that the network sees.
-            positions_B: int64 (B,) on the same device, the images' numbers in the run.
+            sample_ids_B: int64 (B,) on the same device, the images' numbers in the run.
         """
         if self.probability == 0:
             return images
-        noise = keyed_normal(self.seed, "erasing noise", positions_B, images[0].numel())
-        inside = self.boxes(positions_B, images.shape[2], images.shape[3])[:, None]
+        noise = keyed_normal(self.seed, "erasing noise", sample_ids_B, images[0].numel())
+        inside = self.boxes(sample_ids_B, images.shape[2], images.shape[3])[:, None]
         return torch.where(inside, noise.view(images.shape).to(images.dtype), images)
 
-    def boxes(self, positions_B: Tensor, height: int, width: int) -> Tensor:
+    def boxes(self, sample_ids_B: Tensor, height: int, width: int) -> Tensor:
         """Which pixels are erased, bool (B, H, W).
 
         Of the boxes that are drawn, the first that is smaller than the image on both axes counts.
         """
-        words = keyed_words(self.seed, "erasing", positions_B, 1 + 4 * ATTEMPTS)
+        words = keyed_words(self.seed, "erasing", sample_ids_B, 1 + 4 * ATTEMPTS)
         chosen = unit_interval(words[:, :1]) < self.probability
         area, aspect, top, left = words[:, 1:].unflatten(1, (4, ATTEMPTS)).unbind(1)
         share = self.min_area + unit_interval(area) * (self.max_area - self.min_area)
@@ -177,12 +177,12 @@ class RandomErasing:
         return inside
 
 
-def keyed_normal(seed: int, purpose: str, positions_B: Tensor, num_draws: int) -> Tensor:
+def keyed_normal(seed: int, purpose: str, sample_ids_B: Tensor, num_draws: int) -> Tensor:
     """Standard normal numbers, float32 (B, num_draws), by Box and Muller; see `keyed_words`.
 
     Two numbers come from the halves of one word, so their size is at most sqrt(2 ln 2^25), about 5.9.
     """
-    words = keyed_words(seed, purpose, positions_B, -(-num_draws // 2))
+    words = keyed_words(seed, purpose, sample_ids_B, -(-num_draws // 2))
     # 24 bits are what float32 holds; the half keeps the logarithm finite.
     radius = (((words >> 40 & 0xFFFFFF).float() + 0.5) / 2**24).log_().mul_(-2).sqrt_()
     angle = (words & 0xFFFFFF).float().mul_(2 * math.pi / 2**24)
@@ -206,7 +206,7 @@ class Mix(NamedTuple):
 
 @dataclass(frozen=True)
 class Mixup:
-    """Mixes images and labels; a function of (seed, the micro-batch's first position) and of its images."""
+    """Mixes images and labels; a function of (seed, the micro-batch's first sample_id) and of its images."""
 
     mixup: float
     """Weights are drawn from Beta(mixup, mixup); 0 switches mixup off."""
@@ -219,19 +219,19 @@ class Mixup:
     """K."""
     seed: int
 
-    def __call__(self, images: Tensor, labels_B: Tensor, first_position: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, labels_B: Tensor, first_sample_id: int) -> tuple[Tensor, Tensor]:
         """The mixed images and the probabilities to learn.
 
         Args:
             images: float (B, C, H, W); B may be odd, the middle image is then its own partner.
             labels_B: int64 (B,), in [0, K), on the same device.
-            first_position: number, in the run, of the micro-batch's first image (`Batch.first_position`).
+            first_sample_id: number, in the run, of the micro-batch's first image (`Batch.first_sample_id`).
 
         Returns:
             images, the same or a copy; float32 (B, K), rows that add up to 1.
         """
         targets_BK = smoothed(labels_B, self.num_classes, self.smoothing)
-        mix = self.draw(first_position, images.shape[2], images.shape[3])
+        mix = self.draw(first_sample_id, images.shape[2], images.shape[3])
         if mix.weight == 1:
             return images, targets_BK
         targets_BK = targets_BK * mix.weight + targets_BK.flip(0) * (1 - mix.weight)
@@ -243,11 +243,11 @@ class Mixup:
         mixed[:, :, top:bottom, left:right] = partners[:, :, top:bottom, left:right]
         return mixed, targets_BK
 
-    def draw(self, first_position: int, height: int, width: int) -> Mix:
-        """What is done to the micro-batch of images of (height, width) that starts at a position."""
+    def draw(self, first_sample_id: int, height: int, width: int) -> Mix:
+        """What is done to the micro-batch of images of (height, width) that starts at a sample_id."""
         if not self.mixup and not self.cutmix:
             return Mix(1.0, None)
-        draw = keyed_numpy(self.seed, "mixup", first_position)
+        draw = keyed_numpy(self.seed, "mixup", first_sample_id)
         cut = self.cutmix > 0 and (self.mixup == 0 or draw.random() < 0.5)
         alpha = self.cutmix if cut else self.mixup
         weight = float(draw.beta(alpha, alpha))

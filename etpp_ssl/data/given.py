@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.formats.decode import from_array, from_picture, most_bytes
-from etpp_ssl.data.formats.picture import WholePicture, open_picture
-from etpp_ssl.data.sources.base import Bands, Picture, UnreadableImage
+from etpp_ssl.data.formats.base import Channels, DecodedPicture, Picture, UnreadableImage
+from etpp_ssl.data.formats.npy import from_array
+from etpp_ssl.data.formats.open import most_bytes, open_picture
+from etpp_ssl.data.formats.pillow import from_picture
 from etpp_ssl.data.views import EvalView
 from etpp_ssl.files import read_regular
 
@@ -73,13 +74,13 @@ def _picture(image: AnyImage, number: int, in_chans: int, max_pixels: int) -> Pi
         data = read_regular(os.path.expanduser(image), most_bytes(max_pixels, in_chans))
         return open_picture(data, in_chans, max_pixels)
     if isinstance(image, Image.Image):
-        return WholePicture(from_picture(image, in_chans, max_pixels))
+        return DecodedPicture(from_picture(image, in_chans, max_pixels))
     if isinstance(image, np.ndarray):
-        return WholePicture(_of_array(image, in_chans))
+        return DecodedPicture(_of_array(image, in_chans))
     raise UserError(f"image {number} is of type {type(image).__name__}; {KINDS}")
 
 
-def _of_array(array: np.ndarray, in_chans: int) -> Bands:
+def _of_array(array: np.ndarray, in_chans: int) -> Channels:
     try:
         return from_array(array, in_chans)
     except UnreadableImage as error:

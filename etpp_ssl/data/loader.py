@@ -5,7 +5,8 @@ Legend: B batch, C channels, H, W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,13 +15,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from etpp_ssl.config import RunFault, UserError
-from etpp_ssl.data.loader_faults import LoaderFault, named_errors, safe_name
-from etpp_ssl.data.reading import Reading, note_reading
-from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
-from etpp_ssl.data.sources.base import ImageSource, UnreadableImage
+from etpp_ssl.data.formats.base import UnreadableImage
+from etpp_ssl.data.loader_faults import LoaderFault
+from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, safe_name
+from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import check_label
 from etpp_ssl.data.views import View
-from etpp_ssl.data.watch import Watch
+from etpp_ssl.data.workers import MonitoredLoader, note, note_reading
 
 MAX_ATTEMPTS = 100
 """Images tried for one sample before the data set counts as unreadable altogether."""
@@ -44,17 +45,17 @@ class Batch:
     bandwidth where the worker crops (`lanczos`)."""
     labels: Tensor
     """int64 (B,), -1 without labels."""
-    positions: Tensor
+    sample_ids: Tensor
     """int64 (B,): the images' numbers in the run, by which masks are drawn: the samples' own as they come
     from the loader, and one for each time that an image is trained on where images are replayed."""
-    first_position: int
-    """The first of `positions`, which the host knows without asking the device: the key of what is drawn
+    first_sample_id: int
+    """The first of `sample_ids`, which the host knows without asking the device: the key of what is drawn
     once per micro-batch."""
     request: BatchRequest
     bad: tuple[BadImage, ...]
     """Unreadable images that were met and replaced."""
     cursor: dict[str, Any] | None = None
-    """Where a stream's lane stands after it; None for images that are addressed by index."""
+    """Where a stream's worker shard stands after it; None for images that are addressed by index."""
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device; copies from pinned memory do not block."""
@@ -62,12 +63,14 @@ class Batch:
             self,
             images=self.images.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
+            sample_ids=self.sample_ids.to(device, non_blocking=True),
         )
 
     def renumbered(self, offset: int) -> Batch:
         """The same images under numbers that are higher by `offset`."""
-        return replace(self, positions=self.positions + offset, first_position=self.first_position + offset)
+        return replace(
+            self, sample_ids=self.sample_ids + offset, first_sample_id=self.first_sample_id + offset
+        )
 
     def pin_memory(self) -> Batch:
         """Called by torch's loader where there is a GPU."""
@@ -75,7 +78,7 @@ class Batch:
             self,
             images=self.images.pin_memory(),
             labels=self.labels.pin_memory(),
-            positions=self.positions.pin_memory(),
+            sample_ids=self.sample_ids.pin_memory(),
         )
 
     def share_memory(self) -> Batch:
@@ -84,7 +87,7 @@ class Batch:
         Raises:
             RuntimeError: if there is no room for them.
         """
-        for tensor in (self.images, self.labels, self.positions):
+        for tensor in (self.images, self.labels, self.sample_ids):
             tensor.share_memory_()
         return self
 
@@ -96,7 +99,7 @@ class Batch:
             self,
             images=self.images.clone(),
             labels=self.labels.clone(),
-            positions=self.positions.clone(),
+            sample_ids=self.sample_ids.clone(),
         )
 
 
@@ -120,42 +123,54 @@ class BatchBuilder(Dataset[Batch]):
 
     def __getitem__(self, request: BatchRequest) -> Batch:
         views, labels, bad = [], [], []
-        for position, index in zip(request.positions, request.indices, strict=True):
-            with named_errors(request, position, index, self.image_name):
-                image, used, broken = self._readable(position, index, request)
+        batch = request.described(self.source.name)
+        for sample_id, index in zip(request.sample_ids, request.indices, strict=True):
+            with named_errors(request, sample_id, index, self.source.name):
+                image, used, broken = self._readable(sample_id, index, request, batch)
                 bad.extend(broken)
                 views.append(image)
                 labels.append(self.source.label(used))
                 if self.num_classes is not None:
                     check_label(self.source, used, labels[-1], self.num_classes)
-        note_reading(None)
+        note("")
         return Batch(
             images=torch.stack(views),
             labels=torch.tensor(labels, dtype=torch.int64),
-            positions=torch.tensor(request.positions, dtype=torch.int64),
-            first_position=request.positions[0],
+            sample_ids=torch.tensor(request.sample_ids, dtype=torch.int64),
+            first_sample_id=request.sample_ids[0],
             request=request,
             bad=tuple(bad),
         )
 
-    def image_name(self, index: int) -> str:
-        """An image's name."""
-        return self.source.name(index)
-
     def _readable(
-        self, position: int, index: int, request: BatchRequest
+        self, sample_id: int, index: int, request: BatchRequest, batch: str
     ) -> tuple[Tensor, int, list[BadImage]]:
         """The view of the first image that can be read, its index, and those before it."""
         bad: list[BadImage] = []
         for attempt in range(MAX_ATTEMPTS):
-            note_reading(Reading(position, safe_name(self.image_name, index)))
+            note_reading(sample_id, safe_name(self.source.name, index), batch)
             try:
                 image = self.source.open(index)
-                return self.view(image, position, request.bandwidth, request.progress), index, bad
+                return self.view(image, sample_id, request.bandwidth, request.progress), index, bad
             except UnreadableImage as error:
                 bad.append(BadImage(index, self.source.name(index), str(error)))
-                index = self.order.replacement(position, attempt + 1)
+                index = self.order.replacement(sample_id, attempt + 1)
         raise all_unreadable(bad)
+
+
+@contextmanager
+def named_errors(
+    request: BatchRequest, sample_id: int, index: int, name: Callable[[int], str]
+) -> Iterator[None]:
+    """Add to an unexpected error inside, which keeps its traceback, a line that names the image."""
+    try:
+        yield
+    except (UnreadableImage, UserError):
+        raise
+    except Exception as error:
+        image = repr(safe_name(name, index))
+        error.add_note(f"etpp: it was raised for image {image} (sample {sample_id} of {request.place})")
+        raise
 
 
 def all_unreadable(bad: Sequence[BadImage]) -> UnreadableImage:
@@ -166,19 +181,7 @@ def all_unreadable(bad: Sequence[BadImage]) -> UnreadableImage:
     )
 
 
-@dataclass(frozen=True)
-class BatchLoader:
-    """What `batches` opens; see `batch_loader`."""
-
-    builder: Dataset[Batch]
-    requests: Iterable[BatchRequest]
-    num_workers: int
-    prefetch: int
-    pin_memory: bool
-    stall_seconds: float | None
-
-
-def batch_loader(
+def load_batches(
     builder: Dataset[Batch],
     requests: Iterable[BatchRequest],
     *,
@@ -186,41 +189,34 @@ def batch_loader(
     prefetch: int,
     pin_memory: bool,
     stall_seconds: float | None = None,
-) -> BatchLoader:
-    """A loader over requests; batches come in the order of the requests.
+) -> Generator[Batch, None, None]:
+    """Batches in the order of their requests; closing the generator ends the workers.
 
     Args:
-        builder: builds the batches. If it has an `image_name`, from an image's index to its name, the images
-            of a batch that does not come are named.
+        builder: builds the batches.
         requests: what to build.
         num_workers: worker processes; 0 builds in this process.
         prefetch: batches that each worker keeps ready.
         pin_memory: whether the batches go to a GPU.
-        stall_seconds: how long to wait for a batch at most, the start of the workers included; None waits
-            for ever.
-    """
-    return BatchLoader(builder, requests, num_workers, prefetch, pin_memory, stall_seconds)
-
-
-def batches(loader: BatchLoader) -> Generator[Batch, None, None]:
-    """Iterate over a loader.
+        stall_seconds: how long to wait for a batch at most, the start of the workers included. Time in which
+            the process is suspended does not count. None waits for ever.
 
     Raises:
-        UserError: if nothing can be read any more, or a label is not one of the classes.
+        UserError: if no image can be read any more, or a label is not one of the classes.
         RunFault: if a worker ends before its time, a batch does not come within the limit, the machine has no
-            room to hand batches over (see `Watch`), or a shard of a stream cannot be read.
+            room to hand batches over (see `MonitoredLoader`), or a shard of a stream cannot be read.
     """
-    watch = Watch(
-        loader.builder,
-        loader.requests,
-        num_workers=loader.num_workers,
-        prefetch=loader.prefetch,
-        pin_memory=loader.pin_memory,
+    loader = MonitoredLoader(
+        builder,
+        requests,
+        num_workers=num_workers,
+        prefetch=prefetch,
+        pin_memory=pin_memory,
         hand_over=_handed_over,
-        stall_seconds=loader.stall_seconds,
+        stall_seconds=stall_seconds,
     )
     try:
-        yield from watch
+        yield from loader
     except LoaderFault:
         raise
     except (UnreadableImage, UserError) as error:
@@ -229,18 +225,18 @@ def batches(loader: BatchLoader) -> Generator[Batch, None, None]:
         kind = RunFault if isinstance(error, RunFault) else UserError
         raise kind(f"data: {reason}") from None
     finally:
-        watch.close()
+        loader.close()
 
 
 def evaluation_requests(
     indices: Sequence[int], *, size: tuple[int, int], batch_size: int
 ) -> list[BatchRequest]:
-    """Requests that go through `indices` once, in order; an image's position is its index."""
+    """Requests that go through `indices` once, in order; an image's sample_id is its index."""
     chunks = [tuple(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
     return [
         BatchRequest(
             step=number,
-            positions=chunk,
+            sample_ids=chunk,
             indices=chunk,
             bandwidth=size,
             progress=1.0,

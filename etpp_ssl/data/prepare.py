@@ -20,12 +20,17 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from etpp_ssl.config import Config, UserError
-from etpp_ssl.data.recode import Converter, RecodeConfig, converted
-from etpp_ssl.data.sources.base import MAX_PIXELS
-from etpp_ssl.data.sources.file_list import FileListConfig
-from etpp_ssl.data.sources.folder import EVAL_SYNONYMS, FileSource, open_folder
+from etpp_ssl.data.formats.base import MAX_PIXELS
+from etpp_ssl.data.shard_writer import (
+    Converter,
+    RecodeConfig,
+    ShardWriter,
+    converted,
+    finished,
+    remove_traces,
+)
+from etpp_ssl.data.sources.folder import EVAL_SYNONYMS, FileListConfig, FileSource, open_folder
 from etpp_ssl.data.sources.shard_index import open_index, write_json
-from etpp_ssl.data.sources.shard_writer import ShardWriter, finished, remove_traces
 from etpp_ssl.data.sources.shards import ShardSource
 from etpp_ssl.files import read_text
 from etpp_ssl.messages import validation_sentence

@@ -1,7 +1,7 @@
 """RandAugment (Cubuk et al., NeurIPS 2020) by timm's operations, with draws that are keyed.
 
 timm draws from the global generators of Python and numpy. Here both stand at the sample's key during a
-call and are put back afterwards, so a picture depends on (seed, position, progress) alone.
+call and are put back afterwards, so a picture depends on (seed, sample_id, progress) alone.
 
 Legend: C channels, H, W pixels.
 """
@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.sources.base import Interpolation
-from etpp_ssl.data.views import to_bands, to_tensor
+from etpp_ssl.data.formats.base import Interpolation
+from etpp_ssl.data.views import to_channels, to_tensor
 from etpp_ssl.randomness import derive_key
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ _RESAMPLING = {
 
 
 class RandAugment:
-    """Two (or `n`) operations per picture, a function of (seed, position, progress) alone.
+    """Two (or `n`) operations per picture, a function of (seed, sample_id, progress) alone.
 
     Args:
         config: timm's string, for instance "rand-m9-mstd0.5-inc1".
@@ -96,17 +96,17 @@ class RandAugment:
         magnitudes = [last * stage / (RAMP_STAGES - 1) for stage in range(RAMP_STAGES)] if ramp else [last]
         self._stages = [_at_magnitude(config, hparams, magnitude) for magnitude in magnitudes]
 
-    def __call__(self, view: Tensor, position: int, progress: float) -> Tensor:
+    def __call__(self, view: Tensor, sample_id: int, progress: float) -> Tensor:
         """A distorted copy.
 
         Args:
             view: uint8 (C, H, W), C 1 or 3, of any size.
-            position: the sample's number in the run.
+            sample_id: the sample's number in the run.
             progress: share of the run's compute spent before the step, in [0, 1].
         """
         stage = min(int(progress * RAMP_STAGES), RAMP_STAGES - 1) if self.ramp else 0
-        (picture,) = to_bands(view)
-        with global_draws(derive_key(self.seed, "rand_augment", position)):
+        (picture,) = to_channels(view)
+        with global_draws(derive_key(self.seed, "rand_augment", sample_id)):
             return to_tensor((self._stages[stage](picture),))
 
 

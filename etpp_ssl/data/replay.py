@@ -69,7 +69,7 @@ class Ring:
         rows = (self._num_added + torch.arange(len(batch.images))) % len(self._images)
         self._images[rows] = batch.images
         self._labels[rows] = batch.labels
-        self._samples[rows] = torch.tensor(batch.request.positions)
+        self._samples[rows] = torch.tensor(batch.request.sample_ids)
         self._indices[rows] = torch.tensor(batch.request.indices)
         self._num_added += len(rows)
 
@@ -92,7 +92,7 @@ class Ring:
 class Replay:
     """Turns the micro-batches that one process loads into those that it trains on.
 
-    In a stage without replay they are the same, except for `Batch.positions`: these count the images that
+    In a stage without replay they are the same, except for `Batch.sample_ids`: these count the images that
     the run trains on, so that a replayed image gets a new number, hence a new mask, each time. A batch's
     request still names the samples and the images.
 
@@ -197,11 +197,11 @@ class Replay:
             batch = Batch(
                 images=images,
                 labels=labels,
-                positions=torch.tensor(slots[first : first + size], dtype=torch.int64),
-                first_position=slots[first],
+                sample_ids=torch.tensor(slots[first : first + size], dtype=torch.int64),
+                first_sample_id=slots[first],
                 request=BatchRequest(
                     step=step,
-                    positions=tuple(samples),
+                    sample_ids=tuple(samples),
                     indices=tuple(indices),
                     bandwidth=plan.bandwidth,
                     progress=plan.progress,

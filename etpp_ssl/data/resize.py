@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from etpp_ssl.data.sources.base import Interpolation, Region
+from etpp_ssl.data.formats.base import Interpolation, Region
 
 Kernel = Interpolation | Literal["lanczos"]
 

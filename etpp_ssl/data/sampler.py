@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from etpp_ssl.messages import shown_text
 from etpp_ssl.randomness import derive_key, keyed_torch
 
 
@@ -42,17 +43,17 @@ class KeyedOrder:
         self._epoch = -1
         self._permutation = torch.empty(0, dtype=torch.int64)
 
-    def index(self, position: int) -> int:
-        """The image that is sample number `position` of the run, position >= 0."""
-        epoch, place = divmod(position, self.num_images)
+    def index(self, sample_id: int) -> int:
+        """The image that is sample number `sample_id` of the run, sample_id >= 0."""
+        epoch, place = divmod(sample_id, self.num_images)
         return int(self._order(epoch)[place])
 
-    def replacement(self, position: int, attempt: int) -> int:
+    def replacement(self, sample_id: int, attempt: int) -> int:
         """The image that takes the place of an unreadable one: attempt 1, 2, ... of a sample."""
-        return derive_key(self.seed, "replacement", position, attempt) % self.num_images
+        return derive_key(self.seed, "replacement", sample_id, attempt) % self.num_images
 
     def _order(self, epoch: int) -> Tensor:
-        # A step can straddle two epochs, but positions ascend: one permutation at a time is enough.
+        # A step can straddle two epochs, but sample_ids ascend: one permutation at a time is enough.
         if epoch != self._epoch:
             generator = keyed_torch(self.seed, "order", epoch)
             self._permutation = torch.randperm(self.num_images, generator=generator)
@@ -60,12 +61,12 @@ class KeyedOrder:
         return self._permutation
 
 
-class ByPosition:
+class BySampleId:
     """An order for images that have no index of their own: sample number g is number g."""
 
-    def index(self, position: int) -> int:
-        """`position` itself."""
-        return position
+    def index(self, sample_id: int) -> int:
+        """`sample_id` itself."""
+        return sample_id
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class BatchRequest:
     """One micro-batch, for a data worker to build."""
 
     step: int
-    positions: tuple[int, ...]
+    sample_ids: tuple[int, ...]
     """Numbers of the samples in the run."""
     indices: tuple[int, ...]
     """Their images."""
@@ -84,6 +85,18 @@ class BatchRequest:
     """The micro-batch's share of the step's global batch."""
     last: bool
     """Whether it is this process's last micro-batch of the step."""
+
+    @property
+    def place(self) -> str:
+        """`step 12`, or in an evaluation `evaluation batch 12`."""
+        return f"{'step' if self.progress < 1 else 'evaluation batch'} {self.step}"
+
+    def described(self, name: Callable[[int], str] | None = None) -> str:
+        """Its place, the numbers of its samples and, with the function that tells them, its images' names."""
+        numbers = f"{self.place}, samples {_first_five(self.sample_ids, str)}"
+        if name is None:
+            return numbers
+        return f"{numbers} ({_first_five(self.indices, lambda index: repr(safe_name(name, index)))})"
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,7 @@ class RequestSampler:
             bandwidths, get micro-batches in proportion. None takes it as it is for all steps.
     """
 
-    order: KeyedOrder | ByPosition
+    order: KeyedOrder | BySampleId
     step_plan: Callable[[int], StepPlan]
     steps: range
     rank: int = 0
@@ -115,16 +128,30 @@ class RequestSampler:
             part = process_part(samples, self.rank, self.num_processes)
             size = micro_batch_of(len(samples), self.micro_batch_size, self.batch_size)
             micro_batches = [part[i : i + size] for i in range(0, len(part), size)]
-            for number, positions in enumerate(micro_batches):
+            for number, sample_ids in enumerate(micro_batches):
                 yield BatchRequest(
                     step=step,
-                    positions=tuple(positions),
-                    indices=tuple(self.order.index(position) for position in positions),
+                    sample_ids=tuple(sample_ids),
+                    indices=tuple(self.order.index(sample_id) for sample_id in sample_ids),
                     bandwidth=plan.bandwidth,
                     progress=plan.progress,
-                    weight=len(positions) / len(samples),
+                    weight=len(sample_ids) / len(samples),
                     last=number == len(micro_batches) - 1,
                 )
+
+
+def safe_name(name: Callable[[int], str], index: int) -> str:
+    """An image's name for a message, or its number where the data set cannot tell the name."""
+    try:
+        return shown_text(name(index))
+    except Exception:
+        # A data set that raises here may be the one whose error the message is about.
+        return f"image {index}"
+
+
+def _first_five(numbers: tuple[int, ...], text: Callable[[int], str]) -> str:
+    more = f", and {len(numbers) - 5} more" if len(numbers) > 5 else ""
+    return ", ".join(map(text, numbers[:5])) + more
 
 
 def micro_batch_of(num_samples: int, micro_batch_size: int | None, batch_size: int | None) -> int:

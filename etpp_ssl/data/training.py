@@ -10,14 +10,14 @@ from torch.utils.data import Dataset
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.loader import Batch, BatchBuilder
-from etpp_ssl.data.sampler import BatchRequest, ByPosition, KeyedOrder, RequestSampler
+from etpp_ssl.data.sampler import BatchRequest, BySampleId, KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.base import DataConfig, ImageSource
 from etpp_ssl.data.sources.splits import check_labels, open_split
 from etpp_ssl.data.streams.base import Stream, StreamConfig
 from etpp_ssl.data.streams.loader import StreamBuilder, StreamPlace, StreamRequests
 from etpp_ssl.data.views import View
 
-Sampling = Callable[[KeyedOrder | ByPosition], RequestSampler]
+Sampling = Callable[[KeyedOrder | BySampleId], RequestSampler]
 """From an order to one process's requests in that order."""
 
 
@@ -72,7 +72,7 @@ class TrainingImages(Protocol):
             UserError: naming the first image whose label is wrong.
         """
 
-    def check_lanes(self, num_lanes: int) -> None:
+    def check_workers(self, num_workers: int) -> None:
         """Check that so many data workers, over all processes, can share the images.
 
         Raises:
@@ -116,7 +116,7 @@ class IndexedImages:
         """See `etpp_ssl.data.sources.splits.check_labels`."""
         check_labels(self.source, num_classes)
 
-    def check_lanes(self, num_lanes: int) -> None:
+    def check_workers(self, num_workers: int) -> None:
         """Any number can."""
 
     def loading(self, sampler: Sampling, reader: Reader) -> Loading:
@@ -171,9 +171,9 @@ class StreamedImages:
                 "label_column"
             )
 
-    def check_lanes(self, num_lanes: int) -> None:
-        """See `Stream.check_lanes`."""
-        self.stream.check_lanes(num_lanes)
+    def check_workers(self, num_workers: int) -> None:
+        """See `Stream.check_workers`."""
+        self.stream.check_workers(num_workers)
 
     def loading(self, sampler: Sampling, reader: Reader) -> Loading:
         """See `TrainingImages.loading`."""
@@ -187,7 +187,7 @@ class StreamedImages:
             max_pixels=self.max_pixels,
             num_classes=reader.num_classes,
         )
-        return Loading(builder, StreamRequests(sampler(ByPosition()), reader.place))
+        return Loading(builder, StreamRequests(sampler(BySampleId()), reader.place))
 
 
 def open_training(

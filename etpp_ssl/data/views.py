@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, Protocol
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from etpp_ssl.data.formats.picture import require_decoder
+from etpp_ssl.data.formats.base import Channels, Decoder, Interpolation, Picture, Region, pixels_of
+from etpp_ssl.data.formats.jpeg import require_decoder
 from etpp_ssl.data.resize import KERNELS, resize
-from etpp_ssl.data.sources.base import Bands, Decoder, Interpolation, Picture, Region
 from etpp_ssl.randomness import keyed_random
 
 OVERSAMPLING = Fraction(7, 4)
@@ -37,12 +36,12 @@ LARGEST_RESIZED = 64
 class View(Protocol):
     """Turns an image into what a batch holds."""
 
-    def __call__(self, image: Picture, position: int, bandwidth: tuple[int, int], progress: float) -> Tensor:
+    def __call__(self, image: Picture, sample_id: int, bandwidth: tuple[int, int], progress: float) -> Tensor:
         """One sample's view, uint8 (C, H, W).
 
         Args:
             image: the picture.
-            position: the sample's number in the run.
+            sample_id: the sample's number in the run.
             bandwidth: (height, width) shown by the step.
             progress: share of the run's compute spent before the step, in [0, 1); 1 in evaluation.
 
@@ -53,7 +52,7 @@ class View(Protocol):
 
 @dataclass(frozen=True)
 class TrainView:
-    """Random resized crop and mirror, a function of (seed, position) alone.
+    """Random resized crop and mirror, a function of (seed, sample_id) alone.
 
     With `decode` full, the crop is resized to the image size by Pillow. With `reduced` it is resized to
     the stage's intermediate size, from a JPEG that need not be decoded at full resolution.
@@ -78,13 +77,13 @@ class TrainView:
         require_decoder(self.decoder)
 
     def __call__(
-        self, image: Picture, position: int, bandwidth: tuple[int, int], progress: float = 1.0
+        self, image: Picture, sample_id: int, bandwidth: tuple[int, int], progress: float = 1.0
     ) -> Tensor:
-        return self.shown(self.cropped(image, position, bandwidth), bandwidth)
+        return self.shown(self.cropped(image, sample_id, bandwidth), bandwidth)
 
-    def cropped(self, image: Picture, position: int, bandwidth: tuple[int, int]) -> Tensor:
+    def cropped(self, image: Picture, sample_id: int, bandwidth: tuple[int, int]) -> Tensor:
         """The first half: cropped, resized and mirrored, uint8 (C, H, W)."""
-        draw = keyed_random(self.seed, "crop", position)
+        draw = keyed_random(self.seed, "crop", sample_id)
         box = random_crop_box(image.size, self.crop_scale, draw)
         mirror = self.flip and draw.random() < 0.5
         view = self._reduced(image, box, bandwidth) if self.decode == "reduced" else self._full(image, box)
@@ -98,7 +97,7 @@ class TrainView:
 
     def _full(self, image: Picture, box: tuple[int, int, int, int]) -> Tensor:
         size, kernel = self.image_size[::-1], KERNELS[self.interpolation]
-        return to_tensor(tuple(band.crop(box).resize(size, kernel) for band in image.bands()))
+        return to_tensor(tuple(channel.crop(box).resize(size, kernel) for channel in image.channels()))
 
     def _reduced(self, image: Picture, box: tuple[int, int, int, int], bandwidth: tuple[int, int]) -> Tensor:
         size = intermediate_size(bandwidth, self.image_size)[::-1]
@@ -108,7 +107,7 @@ class TrainView:
         if self.decode == "reduced":
             whole = (0, 0, view.shape[2], view.shape[1])
             return resize(Region(view.permute(1, 2, 0).numpy(), whole), size, "lanczos")
-        return to_tensor(tuple(band.resize(size, KERNELS["lanczos"]) for band in to_bands(view)))
+        return to_tensor(tuple(channel.resize(size, KERNELS["lanczos"]) for channel in to_channels(view)))
 
 
 @dataclass(frozen=True)
@@ -119,20 +118,20 @@ class EvalView:
     crop_pct: float
 
     def __call__(
-        self, image: Picture, position: int, bandwidth: tuple[int, int], progress: float = 1.0
+        self, image: Picture, sample_id: int, bandwidth: tuple[int, int], progress: float = 1.0
     ) -> Tensor:
         height, width = self.image_size
         covered = (math.floor(width / self.crop_pct), math.floor(height / self.crop_pct))
         size = covering_size(image.size, covered)
         left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
         box = (left, top, left + width, top + height)
-        bands, kernel = image.bands(), Image.Resampling.BICUBIC
+        channels, kernel = image.channels(), Image.Resampling.BICUBIC
         if size[0] * size[1] > LARGEST_RESIZED * width * height:
             # A strip of 30,000 x 1 pixels would fill the memory: resize no more than what is shown.
             x, y = image.size[0] / size[0], image.size[1] / size[1]
             part = (left * x, top * y, (left + width) * x, (top + height) * y)
-            return to_tensor(tuple(band.resize((width, height), kernel, box=part) for band in bands))
-        return to_tensor(tuple(band.resize(size, kernel).crop(box) for band in bands))
+            return to_tensor(tuple(channel.resize((width, height), kernel, box=part) for channel in channels))
+        return to_tensor(tuple(channel.resize(size, kernel).crop(box) for channel in channels))
 
 
 def intermediate_size(bandwidth: tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int]:
@@ -201,18 +200,16 @@ def random_crop_box(
     return left, top, left + w, top + h
 
 
-def to_tensor(image: Bands) -> Tensor:
-    """uint8 (C, H, W) of the bands."""
-    arrays = [np.asarray(band) for band in image]
-    stacked = np.concatenate([a[:, :, None] if a.ndim == 2 else a for a in arrays], axis=2)
-    return torch.from_numpy(stacked).permute(2, 0, 1)
+def to_tensor(image: Channels) -> Tensor:
+    """uint8 (C, H, W) of the channels."""
+    return torch.from_numpy(pixels_of(image)).permute(2, 0, 1)
 
 
-def to_bands(image: Tensor) -> Bands:
+def to_channels(image: Tensor) -> Channels:
     """The reverse of `to_tensor`."""
     if image.shape[0] == 3:
         return (Image.fromarray(image.permute(1, 2, 0).numpy()),)
-    return tuple(Image.fromarray(band.numpy()) for band in image)
+    return tuple(Image.fromarray(channel.numpy()) for channel in image)
 
 
 class Normalise:
@@ -231,7 +228,7 @@ class Normalise:
 
 @dataclass(frozen=True)
 class ProbeView:
-    """Random resized crop (one draw, bicubic, at full resolution) and mirror, by (seed, position) alone."""
+    """Random resized crop (one draw, bicubic, at full resolution) and mirror, by (seed, sample_id) alone."""
 
     image_size: tuple[int, int]
     crop_scale: tuple[float, float]
@@ -239,15 +236,15 @@ class ProbeView:
     seed: int
 
     def __call__(
-        self, image: Picture, position: int, bandwidth: tuple[int, int], progress: float = 1.0
+        self, image: Picture, sample_id: int, bandwidth: tuple[int, int], progress: float = 1.0
     ) -> Tensor:
         """uint8 (C, H, W) of `image_size`, whatever the bandwidth; see `View`."""
-        draw = keyed_random(self.seed, "probe-crop", position)
+        draw = keyed_random(self.seed, "probe-crop", sample_id)
         box = single_draw_crop_box(image.size, self.crop_scale, draw)
         mirror = self.flip and draw.random() < 0.5
         size = self.image_size[::-1]
         view = to_tensor(
-            tuple(band.crop(box).resize(size, Image.Resampling.BICUBIC) for band in image.bands())
+            tuple(channel.crop(box).resize(size, Image.Resampling.BICUBIC) for channel in image.channels())
         )
         return view.flip(2) if mirror else view
 

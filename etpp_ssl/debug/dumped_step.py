@@ -104,7 +104,7 @@ def _process(
         check(where, images, labels, own)
         request = BatchRequest(
             step=own.step,
-            positions=own.positions,
+            sample_ids=own.positions,
             indices=own.indices,
             bandwidth=own.bandwidth,
             progress=own.progress,

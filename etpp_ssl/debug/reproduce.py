@@ -271,7 +271,9 @@ def _bad_samples(task: Task, model: nn.Module, dumped: DumpedBatch, *, apart: bo
         found = [(i, "gradient") for i, one in enumerate(ones) if has_bad_gradient(one)]
     request = dumped.batch.request
     return [
-        BadSample(dumped.rank, dumped.number, request.positions[i], request.indices[i], dumped.names[i], what)
+        BadSample(
+            dumped.rank, dumped.number, request.sample_ids[i], request.indices[i], dumped.names[i], what
+        )
         for i, what in found
     ]
 

@@ -52,7 +52,7 @@ class ProbeContext:
     seed: int
     num_workers: int
     stall_seconds: float | None = None
-    """How long to wait for a batch; see `etpp_ssl.data.loader.batch_loader`."""
+    """How long to wait for a batch; see `etpp_ssl.data.loader.load_batches`."""
     folder: Path | None = None
     """Where a long probe keeps its state, so that an interrupted one can be resumed; None keeps none."""
     stop_signal: Callable[[], AbstractContextManager[Callable[[], int]]] = _never

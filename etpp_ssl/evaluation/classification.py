@@ -91,7 +91,7 @@ class ClassifierEvaluation:
     """K, of the model; the data may have fewer."""
     config: EvaluateConfig
     stall_seconds: float | None = None
-    """How long to wait for a batch; see `etpp_ssl.data.loader.batch_loader`."""
+    """How long to wait for a batch; see `etpp_ssl.data.loader.load_batches`."""
 
     @torch.inference_mode()
     def run(self, model: nn.Module) -> ClassificationResult:

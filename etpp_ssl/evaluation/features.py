@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches, evaluation_requests
+from etpp_ssl.data.loader import Batch, BatchBuilder, evaluation_requests, load_batches
 from etpp_ssl.data.sampler import KeyedOrder, process_part
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.views import EvalView, Normalise
@@ -98,7 +98,7 @@ def extract_features(
         pool: see `pooled_features`.
         batch_size: images that are loaded together.
         num_workers: data worker processes.
-        stall_seconds: how long to wait for a batch; see `batch_loader`.
+        stall_seconds: how long to wait for a batch; see `load_batches`.
         precision: of the forward pass; None is `run_precision`.
 
     Returns:
@@ -124,7 +124,7 @@ def extract_features(
                 images = normalise(batch.images[rows])
                 features.append(pooled_features(encoder, images, pool).float())
             labels.append(batch.labels[readable])
-            positions.append(batch.positions[readable])
+            positions.append(batch.sample_ids[readable])
     return Features(*(gather_rows(torch.cat(rows), accelerator) for rows in (features, labels, positions)))
 
 
@@ -173,7 +173,7 @@ def evaluation_batches(
     requests = evaluation_requests([indices[i] for i in part], size=view.image_size, batch_size=batch_size)
     # Small evaluations are done before worker processes have started.
     workers = num_workers if len(part) > 4 * batch_size else 0
-    loader = batch_loader(
+    loader = load_batches(
         BatchBuilder(source, view, KeyedOrder(len(source), 0)),
         requests,
         num_workers=workers,
@@ -181,7 +181,7 @@ def evaluation_batches(
         pin_memory=accelerator.device.type == "cuda",
         stall_seconds=stall_seconds,
     )
-    for batch in batches(loader):
+    for batch in loader:
         yield batch.to(accelerator.device)
 
 

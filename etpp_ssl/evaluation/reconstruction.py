@@ -71,7 +71,7 @@ class ReconstructionProbe:
                 if not len(rows):
                     continue
                 images = context.normalise(batch.images[rows])
-                mask = context.masker.everything(batch.positions[rows], context.view.image_size)
+                mask = context.masker.everything(batch.sample_ids[rows], context.view.image_size)
                 # The class's own forward: accelerate wraps the instance's in autocast.
                 values, ids_predicted = MaskedAutoencoder.forward(model, images, *mask)
                 for name, loss in context.objective.losses(values, ids_predicted, images).items():

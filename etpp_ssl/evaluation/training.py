@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError, may_change
-from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches
+from etpp_ssl.data.loader import Batch, BatchBuilder, load_batches
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.views import View
@@ -145,7 +145,7 @@ def training_batches(
         num_processes=accelerator.num_processes,
         micro_batch_size=micro_batch_size,
     )
-    loader = batch_loader(
+    loader = load_batches(
         BatchBuilder(train, view, order),
         requests,
         num_workers=context.num_workers,
@@ -153,7 +153,7 @@ def training_batches(
         pin_memory=accelerator.device.type == "cuda",
         stall_seconds=context.stall_seconds,
     )
-    for batch in batches(loader):
+    for batch in loader:
         yield batch.to(accelerator.device)
 
 

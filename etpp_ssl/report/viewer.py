@@ -18,12 +18,12 @@ from torch import Tensor
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.curriculum.cost import area_share
 from etpp_ssl.curriculum.frequency import low_frequency_crop
-from etpp_ssl.data.formats.decode import most_bytes
-from etpp_ssl.data.formats.picture import open_picture
-from etpp_ssl.data.sources.base import UnreadableImage
-from etpp_ssl.data.sources.folder import image_files, printable
+from etpp_ssl.data.formats.base import UnreadableImage
+from etpp_ssl.data.formats.open import most_bytes, open_picture
+from etpp_ssl.data.sources.base import printable
+from etpp_ssl.data.sources.folder import image_files
 from etpp_ssl.data.sources.splits import keyed_indices
-from etpp_ssl.data.views import EvalView, Normalise, to_bands, to_tensor
+from etpp_ssl.data.views import EvalView, Normalise, to_channels, to_tensor
 from etpp_ssl.files import read_regular
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.masking import Masker
@@ -137,8 +137,8 @@ class Viewer:
         """What the model sees of an image at a bandwidth, normalised: float32 (1, C, Bh, Bw)."""
         pixels = image.pixels
         if self.lanczos and bandwidth != self.image_size:
-            bands = to_bands(pixels)
-            pixels = to_tensor(tuple(b.resize(bandwidth[::-1], Image.Resampling.LANCZOS) for b in bands))
+            channels = to_channels(pixels)
+            pixels = to_tensor(tuple(b.resize(bandwidth[::-1], Image.Resampling.LANCZOS) for b in channels))
         return low_frequency_crop(self.normalise(pixels[None]), bandwidth)
 
     def crops(self, image: InputImage) -> list[Panel]:

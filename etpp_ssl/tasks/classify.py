@@ -97,9 +97,9 @@ class Classification(Task):
     def inputs(self, batch: Batch, stage: Shown) -> Inputs:
         """`images` as they were mixed, `positions` int64 (B,) and `targets` float (B, K)."""
         images = low_frequency_crop(self.normalise(batch.images), stage.bandwidth)
-        images = self.erase(images, batch.positions)
-        images, targets = self.mix(images, batch.labels, batch.first_position)
-        return {"images": images, "positions": batch.positions, "targets": targets}
+        images = self.erase(images, batch.sample_ids)
+        images, targets = self.mix(images, batch.labels, batch.first_sample_id)
+        return {"images": images, "positions": batch.sample_ids, "targets": targets}
 
     def forward(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """The logits, (B, K)."""

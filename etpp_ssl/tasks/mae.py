@@ -86,7 +86,7 @@ class MaskedAutoencoding(Task):
     def inputs(self, batch: Batch, stage: Shown) -> Inputs:
         """`images`, `ids_keep` int64 (B, K) and `ids_predict` int64 (B, M)."""
         images = low_frequency_crop(self.normalise(batch.images), stage.bandwidth)
-        mask = self.masker(batch.positions, stage.bandwidth, stage.progress)
+        mask = self.masker(batch.sample_ids, stage.bandwidth, stage.progress)
         return {"images": images, "ids_keep": mask.ids_keep, "ids_predict": mask.ids_predict}
 
     def forward(self, model: nn.Module, inputs: Inputs) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.base import Curriculum
-from etpp_ssl.data.loader import Batch, batch_loader, batches
+from etpp_ssl.data.loader import Batch, load_batches
 from etpp_ssl.data.replay import Replay
 from etpp_ssl.data.sampler import BatchRequest
 from etpp_ssl.data.streams.loader import StreamPlace
@@ -43,7 +43,7 @@ def check_stream(
         UserError: if they cannot.
     """
     num_workers = max(1, num_workers)
-    source.check_lanes(num_processes * num_workers)
+    source.check_workers(num_processes * num_workers)
     if not source.is_stream:
         return
     for stage in curriculum.stages:
@@ -106,7 +106,7 @@ class TrainingBatches:
         builder: builds batches.
         requests: all micro-batches to load.
         accelerator: knows the device.
-        num_workers, prefetch, stall_seconds: see `batch_loader`.
+        num_workers, prefetch, stall_seconds: see `load_batches`.
         replay: turns the loaded micro-batches into those to train on; None trains on them as they are. A
             buffer that has to be read again is read here, before the first step.
         taken: told of each micro-batch that a step takes.
@@ -124,7 +124,7 @@ class TrainingBatches:
         replay: Replay | None = None,
         taken: Callable[[Batch], None] = lambda batch: None,
     ) -> None:
-        loader = batch_loader(
+        self._loaded = load_batches(
             builder,
             requests,
             num_workers=num_workers,
@@ -132,7 +132,6 @@ class TrainingBatches:
             pin_memory=accelerator.device.type == "cuda",
             stall_seconds=stall_seconds,
         )
-        self._loaded = batches(loader)
         self._batches: Iterator[Batch] = self._loaded
         if replay is not None:
             replay.refill(self._loaded)

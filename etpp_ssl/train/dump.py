@@ -167,7 +167,7 @@ def _write_part(
     part = aside / part_name(run.accelerator.process_index)
     loaded: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):
-        own = (batch.images, batch.labels, batch.positions)
+        own = (batch.images, batch.labels, batch.sample_ids)
         loaded |= {name: own.contiguous() for name, own in zip(tensor_names(number), own, strict=True)}
     save_file(loaded, part.with_suffix(".safetensors"))
     record = ProcessRecord(micro_batches=tuple(_record(run, batch) for batch in batches))
@@ -201,10 +201,10 @@ def _record(run: Run, batch: Batch) -> MicroBatchRecord:
     )
     return MicroBatchRecord(
         step=request.step,
-        positions=request.positions,
+        positions=request.sample_ids,
         indices=request.indices,
         names=tuple(names),
-        first_position=batch.first_position,
+        first_position=batch.first_sample_id,
         bandwidth=request.bandwidth,
         progress=request.progress,
         weight=request.weight,

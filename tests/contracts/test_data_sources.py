@@ -24,15 +24,14 @@ from PIL import Image
 
 import etpp_ssl.data
 from etpp_ssl.config import UserError
-from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches
+from etpp_ssl.data.formats.base import UnreadableImage
+from etpp_ssl.data.loader import Batch, BatchBuilder, load_batches
 from etpp_ssl.data.prepare import PrepareConfig, prepare
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
-from etpp_ssl.data.sources.base import DataConfig, ImageSource, UnreadableImage
-from etpp_ssl.data.sources.file_list import FileListConfig
-from etpp_ssl.data.sources.folder import FolderConfig
-from etpp_ssl.data.sources.indexed import AnyIndexedData
+from etpp_ssl.data.sources.base import DataConfig, ImageSource
+from etpp_ssl.data.sources.folder import FileListConfig, FolderConfig
 from etpp_ssl.data.sources.shards import ShardsConfig
-from etpp_ssl.data.sources.splits import Subset, open_split
+from etpp_ssl.data.sources.splits import AnyIndexedData, Subset, open_split
 from etpp_ssl.data.sources.synthetic import SyntheticConfig
 from etpp_ssl.data.sources.timm_dataset import TimmConfig
 from etpp_ssl.data.streams.base import StreamConfig
@@ -129,7 +128,7 @@ EXAMPLES: dict[str, list[Example]] = {
 def component_configs(package: Any) -> list[type[DataConfig]]:
     """The indexed data Configs of a package's modules that carry a literal `name`."""
     found = []
-    for module_info in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+    for module_info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         module = importlib.import_module(module_info.name)
         for member in vars(module).values():
             is_config = isinstance(member, type) and issubclass(member, DataConfig)
@@ -185,10 +184,10 @@ def train_batches(source: ImageSource, *, first_step: int = 0, num_workers: int 
     order = KeyedOrder(len(source), SEED)
     view = TrainView(image_size=SIZE, crop_scale=(0.3, 1.0), flip=True, lanczos=False, seed=SEED)
     requests = RequestSampler(order, Plan, range(first_step, 6), micro_batch_size=4)
-    loader = batch_loader(
+    loader = load_batches(
         BatchBuilder(source, view, order), requests, num_workers=num_workers, prefetch=2, pin_memory=False
     )
-    return list(batches(loader))
+    return list(loader)
 
 
 def assert_same(ones: list[Batch], others: list[Batch]) -> None:
@@ -196,7 +195,7 @@ def assert_same(ones: list[Batch], others: list[Batch]) -> None:
     for one, other in zip(ones, others, strict=True):
         assert one.request == other.request
         assert [(bad.index, bad.name) for bad in one.bad] == [(bad.index, bad.name) for bad in other.bad]
-        for key in ("images", "labels", "positions"):
+        for key in ("images", "labels", "sample_ids"):
             assert torch.equal(getattr(one, key), getattr(other, key))
 
 
@@ -242,10 +241,12 @@ def test_all_labels_are_the_labels(example: Example, tmp_path: Path) -> None:
 
 @every_example
 @every_channel_count
-def test_images_are_bands_of_the_right_mode_and_size(example: Example, in_chans: int, tmp_path: Path) -> None:
+def test_images_are_channels_of_the_right_mode_and_size(
+    example: Example, in_chans: int, tmp_path: Path
+) -> None:
     source = open_one(example.make(tmp_path, ()), in_chans=in_chans)
     for index in range(len(source)):
-        image = source.load(index)
+        image = source.open(index).channels()
         assert isinstance(image, tuple)
         (picture,) = image
         assert picture.mode == ("L" if in_chans == 1 else "RGB")
@@ -253,7 +254,7 @@ def test_images_are_bands_of_the_right_mode_and_size(example: Example, in_chans:
         tensor = to_tensor(image)
         assert tensor.shape == (in_chans, picture.height, picture.width)
         assert tensor.dtype == torch.uint8
-        assert torch.equal(tensor, to_tensor(source.load(index))), "loading twice gave two images"
+        assert torch.equal(tensor, to_tensor(source.open(index).channels())), "loading twice gave two images"
 
 
 @every_example
@@ -261,19 +262,22 @@ def test_images_are_bands_of_the_right_mode_and_size(example: Example, in_chans:
 def test_an_opened_image_is_the_loaded_one(example: Example, in_chans: int, tmp_path: Path) -> None:
     source = open_one(example.make(tmp_path, ()), in_chans=in_chans)
     for index in range(len(source)):
-        loaded, picture = source.load(index), source.open(index)
+        loaded, picture = source.open(index).channels(), source.open(index)
         assert picture.size == loaded[0].size
         width, height = picture.size
         region = picture.region((1, 2, width, height), (width, height))
         assert region.box == (0, 0, width - 1, height - 2)
         assert torch.equal(torch.from_numpy(region.pixels).permute(2, 0, 1), to_tensor(loaded)[:, 2:, 1:])
-        assert torch.equal(to_tensor(picture.bands()), to_tensor(loaded))
+        assert torch.equal(to_tensor(picture.channels()), to_tensor(loaded))
 
 
 @every_example
 def test_images_differ(example: Example, tmp_path: Path) -> None:
     source = open_one(example.make(tmp_path, ()))
-    assert len({to_tensor(source.load(index)).numpy().tobytes() for index in range(NUM_IMAGES)}) == NUM_IMAGES
+    assert (
+        len({to_tensor(source.open(index).channels()).numpy().tobytes() for index in range(NUM_IMAGES)})
+        == NUM_IMAGES
+    )
 
 
 @every_example
@@ -292,7 +296,7 @@ def test_labels_are_indices_of_classes(example: Example, tmp_path: Path) -> None
 @every_example
 def test_a_pickled_copy_gives_the_same(example: Example, tmp_path: Path) -> None:
     source = open_one(example.make(tmp_path, ()))
-    source.load(0)
+    source.open(0).channels()
     copy = pickle.loads(pickle.dumps(source))
     assert len(copy) == len(source)
     assert copy.classes == source.classes
@@ -300,7 +304,7 @@ def test_a_pickled_copy_gives_the_same(example: Example, tmp_path: Path) -> None
     for index in range(len(source)):
         assert copy.name(index) == source.name(index)
         assert copy.label(index) == source.label(index)
-        assert torch.equal(to_tensor(copy.load(index)), to_tensor(source.load(index)))
+        assert torch.equal(to_tensor(copy.open(index).channels()), to_tensor(source.open(index).channels()))
 
 
 @every_example
@@ -309,7 +313,7 @@ def test_evaluation_images_are_not_training_images(example: Example, tmp_path: P
 
     def contents(config: DataConfig, split: str) -> set[bytes]:
         source = open_split(config, split, in_chans=3, image_size=SIZE, seed=SEED)
-        return {to_tensor(source.load(index)).numpy().tobytes() for index in range(len(source))}
+        return {to_tensor(source.open(index).channels()).numpy().tobytes() for index in range(len(source))}
 
     if example.has_evaluation:
         assert not contents(config, "eval") & contents(config, "train")
@@ -379,7 +383,7 @@ def test_bad_images_are_reported_replaced_by_a_rule_and_named(example: Example, 
     broken = set()
     for index in range(NUM_IMAGES):
         try:
-            source.load(index)
+            source.open(index).channels()
         except UnreadableImage:
             broken.add(index)
     assert len(broken) == 2
@@ -387,7 +391,7 @@ def test_bad_images_are_reported_replaced_by_a_rule_and_named(example: Example, 
     met = {(bad.index, bad.name) for batch in found for bad in batch.bad}
     assert met == {(index, source.name(index)) for index in broken}
     assert all(bad.reason and "\n" not in bad.reason for batch in found for bad in batch.bad)
-    assert [position for batch in found for position in batch.positions.tolist()] == list(range(42))
+    assert [position for batch in found for position in batch.sample_ids.tolist()] == list(range(42))
     assert_same(train_batches(source, num_workers=2), found)
     tail = [batch for batch in found if batch.request.step >= 3]
     assert_same(train_batches(source, first_step=3), tail)

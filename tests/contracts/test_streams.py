@@ -20,7 +20,7 @@ from stream_sources import EXAMPLES, NUM_IMAGES
 
 import etpp_ssl.data
 from etpp_ssl.config import RunFault, UserError
-from etpp_ssl.data.loader import Batch, batch_loader, batches
+from etpp_ssl.data.loader import Batch, load_batches
 from etpp_ssl.data.sampler import RequestSampler
 from etpp_ssl.data.streams.base import Stream, StreamConfig
 from etpp_ssl.data.streams.loader import StreamPlace
@@ -38,7 +38,7 @@ NUM_STEPS = 12
 def stream_configs() -> list[type[StreamConfig]]:
     """The stream Configs of the package's modules that carry a literal `name`."""
     found = []
-    for module_info in pkgutil.iter_modules(etpp_ssl.data.__path__, "etpp_ssl.data."):
+    for module_info in pkgutil.walk_packages(etpp_ssl.data.__path__, "etpp_ssl.data."):
         module = importlib.import_module(module_info.name)
         for member in vars(module).values():
             is_stream = isinstance(member, type) and issubclass(member, StreamConfig)
@@ -106,9 +106,9 @@ def read(
     images = open_training(config, in_chans=3, image_size=SIZE, seed=seed)
     reader = Reader(seed, rank, num_processes, view, None, place)
     builder, requests = images.loading(sampler, reader)
-    loader = batch_loader(builder, requests, num_workers=num_workers, prefetch=2, pin_memory=False)
+    loader = load_batches(builder, requests, num_workers=num_workers, prefetch=2, pin_memory=False)
     found = Read([], [])
-    for batch in batches(loader):
+    for batch in loader:
         place = place.after(batch)
         found.batches.append(batch)
         found.places.append(StreamPlace.from_json(place.to_json()))
@@ -119,7 +119,7 @@ def assert_same(ones: list[Batch], others: list[Batch]) -> None:
     assert len(ones) == len(others)
     for one, other in zip(ones, others, strict=True):
         assert (one.request, one.bad, one.cursor) == (other.request, other.bad, other.cursor)
-        for key in ("images", "labels", "positions"):
+        for key in ("images", "labels", "sample_ids"):
             assert torch.equal(getattr(one, key), getattr(other, key))
 
 
@@ -128,9 +128,9 @@ def shard_streams(stream: Stream) -> list[Stream]:
     return [*stream.streams] if isinstance(stream, MixedStream) else [stream]
 
 
-def epochs_of(stream: Stream, lane: int, num_lanes: int) -> Iterator[list[int]]:
-    """What a lane reads, epoch after epoch."""
-    reader, epoch, found = stream.lane(lane, num_lanes, None), 0, []
+def epochs_of(stream: Stream, worker: int, num_workers: int) -> Iterator[list[int]]:
+    """What a worker reads, epoch after epoch."""
+    reader, epoch, found = stream.worker_shard(worker, num_workers, None), 0, []
     while True:
         item = reader.take()
         if reader.cursor()["epoch"] != epoch:
@@ -151,33 +151,33 @@ def test_an_example_makes_the_stream_that_it_is_listed_under(config: StreamConfi
     assert type(config) is CONFIGS[config.name]
 
 
-@pytest.mark.parametrize("num_lanes", [1, 3, 7])
-def test_each_epoch_has_each_sample_once_over_all_lanes_in_a_new_order(
-    config: StreamConfig, num_lanes: int
+@pytest.mark.parametrize("num_workers", [1, 3, 7])
+def test_each_epoch_has_each_sample_once_over_all_workers_in_a_new_order(
+    config: StreamConfig, num_workers: int
 ) -> None:
     for stream in shard_streams(config.open_stream(SEED)):
-        lanes = [epochs_of(stream, lane, num_lanes) for lane in range(num_lanes)]
+        parts_of = [epochs_of(stream, worker, num_workers) for worker in range(num_workers)]
         orders = []
         for _ in range(3):
-            parts = [next(lane) for lane in lanes]
+            parts = [next(worker) for worker in parts_of]
             numbers = [number for part in parts for number in part]
             first = min(numbers)
             assert sorted(numbers) == list(range(first, first + NUM_IMAGES))
-            assert all(parts), "a lane had nothing to read"
+            assert all(parts), "a worker had nothing to read"
             orders.append(parts)
         assert orders[0] != orders[1] != orders[2] != orders[0]
-        # The lanes change shards, too: otherwise a lane would show the same images for ever.
-        assert num_lanes == 1 or {*orders[0][0]} != {*orders[1][0]} or {*orders[1][0]} != {*orders[2][0]}
+        # The workers change shards, too: otherwise a worker would show the same images for ever.
+        assert num_workers == 1 or {*orders[0][0]} != {*orders[1][0]} or {*orders[1][0]} != {*orders[2][0]}
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
 def test_the_order_is_a_function_of_the_seed(config: StreamConfig, num_workers: int) -> None:
     found = read(config, num_workers=num_workers)
     assert_same(found.batches, read(config, num_workers=num_workers).batches)
-    positions = [position for batch in found.batches for position in batch.positions.tolist()]
+    positions = [position for batch in found.batches for position in batch.sample_ids.tolist()]
     assert positions == list(range(7 * NUM_STEPS))
     if not num_workers:
-        # One worker reads the one lane that a process without workers reads itself.
+        # One worker reads the one worker shard that a process without workers reads itself.
         assert_same(found.batches, read(config, num_workers=1).batches)
         assert found.numbers != read(config, seed=SEED + 1).numbers
 
@@ -195,9 +195,67 @@ def test_a_run_resumed_after_any_step_goes_on_as_if_it_had_not_stopped(
         assert tail.places == whole.places[before:]
 
 
+# After five steps with two data workers: the place, and the images of the next micro-batches.
+PLACES_OF_0_5_1 = {
+    "webdataset": (
+        {
+            "num_batches": 15,
+            "lanes": [
+                {
+                    "num_samples": 18,
+                    "cursor": {"epoch": 0, "place": 3, "offset": 2, "block": 4, "used": 2},
+                },
+                {
+                    "num_samples": 17,
+                    "cursor": {"epoch": 1, "place": 0, "offset": 4, "block": 4, "used": 2},
+                },
+            ],
+        },
+        [0, 22, 3, 12, 13, 8, 4],
+    ),
+    "mix": (
+        {
+            "num_batches": 15,
+            "lanes": [
+                {
+                    "num_samples": 18,
+                    "cursor": {
+                        "number": 18,
+                        "sources": [
+                            {"epoch": 0, "place": 3, "offset": 0, "block": 3, "used": 2},
+                            {"epoch": 0, "place": 0, "offset": 3, "block": 1, "used": 1},
+                        ],
+                    },
+                },
+                {
+                    "num_samples": 17,
+                    "cursor": {
+                        "number": 17,
+                        "sources": [
+                            {"epoch": 0, "place": 1, "offset": 4, "block": 2, "used": 2},
+                            {"epoch": 0, "place": 1, "offset": 1, "block": 2, "used": 1},
+                        ],
+                    },
+                },
+            ],
+        },
+        [25, 24, 26, 7, 6, 30, 27],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLACES_OF_0_5_1)
+def test_a_place_in_a_checkpoint_of_0_5_1_is_resumed(name: str, tmp_path: Path) -> None:
+    values, following = PLACES_OF_0_5_1[name]
+    place = StreamPlace.from_json(values)
+    assert place.to_json() == values
+    tail = read(EXAMPLES[name](tmp_path), num_workers=2, first_step=5, place=place)
+    assert tail.numbers[:7] == following
+
+
 def test_processes_share_the_samples_of_an_epoch(config: StreamConfig) -> None:
     parts = [read(config, rank=rank, num_processes=2) for rank in range(2)]
-    positions = [sorted(p for b in part.batches for p in b.positions.tolist()) for part in parts]
+    positions = [sorted(p for b in part.batches for p in b.sample_ids.tolist()) for part in parts]
     assert sorted(positions[0] + positions[1]) == list(range(7 * NUM_STEPS))
     # A quarter of what each reads is of its first epoch for sure.
     first, second = ({*part.numbers[: NUM_IMAGES // 4]} for part in parts)
@@ -251,21 +309,21 @@ def test_a_shard_that_cannot_be_read_is_a_fault_of_the_run(num_workers: int) -> 
 
 def test_too_few_shards_are_one_sentence_with_both_numbers(config: StreamConfig) -> None:
     stream = config.open_stream(SEED)
-    stream.check_lanes(7)
+    stream.check_workers(7)
     with pytest.raises(UserError, match=r"7 shards .* the 8 data workers") as error:
-        stream.check_lanes(8)
+        stream.check_workers(8)
     assert "\n" not in str(error.value)
 
 
 def test_a_stream_is_small_to_pickle_and_its_copy_reads_the_same(config: StreamConfig) -> None:
     stream = config.open_stream(SEED)
-    lane = stream.lane(0, 2, None)
+    items = stream.worker_shard(0, 2, None)
     text = pickle.dumps(stream)
     assert len(text) < 20_000
     copy = pickle.loads(text)
     assert copy.fingerprint() == stream.fingerprint()
-    other = copy.lane(0, 2, None)
-    assert [lane.take() for _ in range(20)] == [other.take() for _ in range(20)]
+    other = copy.worker_shard(0, 2, None)
+    assert [items.take() for _ in range(20)] == [other.take() for _ in range(20)]
 
 
 def test_the_settings_of_indexed_data_that_a_stream_cannot_have_are_refused(config: StreamConfig) -> None:

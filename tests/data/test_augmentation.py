@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.augmentation import AugmentConfig
-from etpp_ssl.data.formats.picture import WholePicture
-from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches
+from etpp_ssl.data.formats.base import DecodedPicture
+from etpp_ssl.data.loader import Batch, BatchBuilder, load_batches
 from etpp_ssl.data.resize import KERNELS
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
 from etpp_ssl.data.sources.synthetic import SyntheticConfig
@@ -33,9 +33,9 @@ def base(**changes: Any) -> TrainView:
     return TrainView(SIZE, **{**settings, **changes})
 
 
-def photo() -> WholePicture:
+def photo() -> DecodedPicture:
     noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    return WholePicture((Image.fromarray(noise).resize((211, 170), Image.Resampling.BICUBIC),))
+    return DecodedPicture((Image.fromarray(noise).resize((211, 170), Image.Resampling.BICUBIC),))
 
 
 @pytest.mark.parametrize("decode", ["full", "reduced"])
@@ -77,14 +77,14 @@ def ramped_batches(num_workers: int, *, first: int = 0) -> list[Batch]:
         BatchRequest(step, tuple(range(4 * step, 4 * step + 4)), (1, 5, 0, 7), SMALL, step / 6, 1.0, True)
         for step in range(first, 6)
     ]
-    loader = batch_loader(
+    loader = load_batches(
         BatchBuilder(source, view, KeyedOrder(12, 0)),
         requests,
         num_workers=num_workers,
         prefetch=2,
         pin_memory=False,
     )
-    return list(batches(loader))
+    return list(loader)
 
 
 def test_batches_are_the_same_for_any_workers_and_start() -> None:
@@ -94,7 +94,7 @@ def test_batches_are_the_same_for_any_workers_and_start() -> None:
         assert len(found) == 6 - first
         for one, other in zip(found, wanted[first:], strict=True):
             assert torch.equal(one.images, other.images)
-            assert one.first_position == other.first_position == 4 * one.request.step
+            assert one.first_sample_id == other.first_sample_id == 4 * one.request.step
 
 
 def test_a_request_carries_the_progress_of_its_own_step() -> None:
@@ -102,7 +102,7 @@ def test_a_request_carries_the_progress_of_its_own_step() -> None:
     source = SyntheticConfig(num_images=12).open("train", in_chans=3, image_size=(20, 28), seed=0)
     for batch in ramped_batches(0):
         for row, (position, index) in enumerate(
-            zip(batch.request.positions, batch.request.indices, strict=True)
+            zip(batch.request.sample_ids, batch.request.indices, strict=True)
         ):
             expected = view(source.open(index), position, SMALL, batch.request.step / 6)
             assert torch.equal(batch.images[row], expected)

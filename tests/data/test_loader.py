@@ -21,9 +21,8 @@ from etpp_ssl.data.loader import (
     BadImage,
     Batch,
     BatchBuilder,
-    batch_loader,
-    batches,
     evaluation_requests,
+    load_batches,
 )
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.folder import FileSource, FolderConfig
@@ -79,8 +78,8 @@ def train_batches(source: FileSource, num_workers: int, *, lanczos: bool = False
     order = KeyedOrder(len(source), SEED)
     builder = BatchBuilder(source, train_view(lanczos), order)
     requests = RequestSampler(order, Plan, range(6), micro_batch_size=4)
-    loader = batch_loader(builder, requests, num_workers=num_workers, prefetch=2, pin_memory=False)
-    return list(batches(loader))
+    loader = load_batches(builder, requests, num_workers=num_workers, prefetch=2, pin_memory=False)
+    return list(loader)
 
 
 def assert_same(ones: list[Batch], others: list[Batch]) -> None:
@@ -88,21 +87,21 @@ def assert_same(ones: list[Batch], others: list[Batch]) -> None:
     for one, other in zip(ones, others, strict=True):
         assert one.request == other.request
         assert [(bad.index, bad.name) for bad in one.bad] == [(bad.index, bad.name) for bad in other.bad]
-        for key in ("images", "labels", "positions"):
+        for key in ("images", "labels", "sample_ids"):
             assert torch.equal(getattr(one, key), getattr(other, key))
 
 
 def test_a_batch_holds_the_view_of_each_sample(tmp_path: Path) -> None:
     source = folder_of(tmp_path, 9)
     found = train_batches(source, num_workers=0)
-    assert [len(batch.positions) for batch in found] == [4, 2] * 6
+    assert [len(batch.sample_ids) for batch in found] == [4, 2] * 6
     for batch in found:
         assert batch.images.dtype == torch.uint8
-        assert batch.labels.dtype == batch.positions.dtype == torch.int64
-        assert batch.positions.tolist() == list(batch.request.positions)
+        assert batch.labels.dtype == batch.sample_ids.dtype == torch.int64
+        assert batch.sample_ids.tolist() == list(batch.request.sample_ids)
         assert batch.bad == ()
         for row, (position, index) in enumerate(
-            zip(batch.request.positions, batch.request.indices, strict=True)
+            zip(batch.request.sample_ids, batch.request.indices, strict=True)
         ):
             assert batch.labels[row] == source.label(index)
             view = train_view()(source.open(index), position, SIZE)
@@ -147,9 +146,7 @@ def test_reduced_views_are_one_size_per_stage_and_bad_images_show_while_they_are
 
     def run(num_workers: int) -> list[Batch]:
         builder = BatchBuilder(source, view, order)
-        return list(
-            batches(batch_loader(builder, requests, num_workers=num_workers, prefetch=2, pin_memory=False))
-        )
+        return list(load_batches(builder, requests, num_workers=num_workers, prefetch=2, pin_memory=False))
 
     found = run(0)
     small = (32, 48) if lanczos else (96, 96)
@@ -176,7 +173,7 @@ def test_every_batch_has_the_bandwidth_of_its_own_stage_where_workers_crop(
     assert [tuple(batch.images.shape[2:]) for batch in found] == [b for b in BANDWIDTHS for _ in range(4)]
     for batch in found:
         view = train_view(lanczos=True)(
-            source.open(batch.request.indices[0]), batch.request.positions[0], batch.request.bandwidth
+            source.open(batch.request.indices[0]), batch.request.sample_ids[0], batch.request.bandwidth
         )
         assert torch.equal(batch.images[0], view)
 
@@ -195,7 +192,7 @@ def test_bad_images_are_replaced_by_the_next_readable_draw_and_named(tmp_path: P
     met, chains = set(), 0
     for batch in train_batches(source, num_workers=0):
         expected = []
-        for row, position in enumerate(batch.request.positions):
+        for row, position in enumerate(batch.request.sample_ids):
             index, attempt = batch.request.indices[row], 0
             while index in broken:
                 expected.append(index)
@@ -239,22 +236,22 @@ def test_a_mistake_of_ours_is_not_taken_for_a_bad_image(tmp_path: Path, num_work
     source = folder_of(tmp_path, 4)
     builder = BatchBuilder(source, train_view(), KeyedOrder(4, SEED))
     request = BatchRequest(0, (0,), (99,), SIZE, progress=0.0, weight=1.0, last=True)
-    loader = batch_loader(builder, [request], num_workers=num_workers, prefetch=1, pin_memory=False)
+    loader = load_batches(builder, [request], num_workers=num_workers, prefetch=1, pin_memory=False)
     with pytest.raises(IndexError):
-        list(batches(loader))
+        list(loader)
 
 
 def test_prefetch_may_be_longer_than_the_run(tmp_path: Path) -> None:
     source = folder_of(tmp_path, 9)
     order = KeyedOrder(9, SEED)
-    loader = batch_loader(
+    loader = load_batches(
         BatchBuilder(source, train_view(), order),
         RequestSampler(order, Plan, range(1)),
         num_workers=2,
         prefetch=8,
         pin_memory=False,
     )
-    assert len(list(batches(loader))) == 1
+    assert len(list(loader)) == 1
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (8, 4), (3, 100), (1, 1)])
@@ -266,7 +263,7 @@ def test_evaluation_shows_each_image_once_in_order(count: int, batch_size: int) 
     assert [request.last for request in requests] == [False] * (len(requests) - 1) + [True]
     assert [request.step for request in requests] == list(range(len(requests)))
     for request in requests:
-        assert request.positions == request.indices
+        assert request.sample_ids == request.indices
         assert request.bandwidth == SIZE
         assert 1 <= len(request.indices) <= batch_size
 
@@ -282,9 +279,9 @@ def test_evaluation_batches_hold_the_evaluation_view() -> None:
     view = EvalView(SIZE, crop_pct=0.9)
     builder = BatchBuilder(source, view, KeyedOrder(7, 0))
     requests = evaluation_requests([6, 0, 3, 5, 1], size=SIZE, batch_size=2)
-    loader = batch_loader(builder, requests, num_workers=2, prefetch=1, pin_memory=False)
+    loader = load_batches(builder, requests, num_workers=2, prefetch=1, pin_memory=False)
     assert {request.progress for request in requests} == {1.0}
-    images = torch.cat([batch.images for batch in batches(loader)])
+    images = torch.cat([batch.images for batch in loader])
     expected = [view(source.open(index), 0, SIZE) for index in (6, 0, 3, 5, 1)]
     assert torch.equal(images, torch.stack(expected))
 
@@ -296,7 +293,7 @@ def test_a_label_beyond_the_classes_is_a_sentence(
 ) -> None:
     source = folder_of(tmp_path, 6)
     builder = BatchBuilder(source, train_view(), KeyedOrder(6, SEED), num_classes)
-    loader = batch_loader(
+    loader = load_batches(
         builder,
         RequestSampler(builder.order, Plan, range(2)),
         num_workers=num_workers,
@@ -304,10 +301,10 @@ def test_a_label_beyond_the_classes_is_a_sentence(
         pin_memory=False,
     )
     if wrong is None:
-        assert len(list(batches(loader))) == 2
+        assert len(list(loader)) == 2
         return
     with pytest.raises(UserError) as error:
-        list(batches(loader))
+        list(loader)
     assert re.fullmatch(
         r"data: image 'b/\d\d\.png' has label 1, but model\.num_classes is 1: labels are 0 to 0",
         str(error.value),
@@ -321,8 +318,8 @@ def test_a_batch_on_another_device_keeps_everything_else() -> None:
         torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.tensor([1]), torch.tensor([5]), 5, request, bad
     )
     moved = batch.to(torch.device("meta"))
-    assert {t.device.type for t in (moved.images, moved.labels, moved.positions)} == {"meta"}
-    assert moved.first_position == 5
+    assert {t.device.type for t in (moved.images, moved.labels, moved.sample_ids)} == {"meta"}
+    assert moved.first_sample_id == 5
     assert moved.request == request
     assert moved.bad == bad
 
@@ -330,7 +327,7 @@ def test_a_batch_on_another_device_keeps_everything_else() -> None:
 def open_workers(source: FileSource) -> tuple[Iterator[Batch], list[BaseProcess]]:
     """A loader's batches and its two workers, past their start."""
     order = KeyedOrder(len(source), SEED)
-    loader = batch_loader(
+    loader = load_batches(
         BatchBuilder(source, train_view(), order),
         RequestSampler(order, Plan, range(6)),
         num_workers=2,
@@ -338,7 +335,7 @@ def open_workers(source: FileSource) -> tuple[Iterator[Batch], list[BaseProcess]
         pin_memory=False,
     )
     before = multiprocessing.active_children()
-    iterator = batches(loader)
+    iterator = loader
     assert [next(iterator).request.step, next(iterator).request.step] == [0, 1]
     workers = [child for child in multiprocessing.active_children() if child not in before]
     assert len(workers) == 2
@@ -382,14 +379,14 @@ def test_workers_are_gone_once_the_batches_are_closed_or_have_failed(tmp_path: P
 def test_a_process_that_fails_with_batches_under_way_ends() -> None:
     program = """
 from etpp_ssl.data.views import EvalView
-from etpp_ssl.data.loader import BatchBuilder, batch_loader, batches, evaluation_requests
+from etpp_ssl.data.loader import BatchBuilder, evaluation_requests, load_batches
 from etpp_ssl.data.sampler import KeyedOrder
 from etpp_ssl.data.sources.synthetic import SyntheticConfig
 
 source = SyntheticConfig(num_images=50).open("train", in_chans=3, image_size=(8, 8), seed=0)
 builder = BatchBuilder(source, EvalView((8, 8), 1.0), KeyedOrder(50, 0))
 requests = evaluation_requests(range(50), size=(8, 8), batch_size=2)
-iterator = batches(batch_loader(builder, requests, num_workers=2, prefetch=2, pin_memory=False))
+iterator = load_batches(builder, requests, num_workers=2, prefetch=2, pin_memory=False)
 next(iterator), next(iterator)
 raise RuntimeError("on purpose")
 """

@@ -20,16 +20,14 @@ from typing import Any
 import pytest
 from loader_scenes import Trapped, run_aside
 
-import etpp_ssl.data.time_limit as time_limit_module
-import etpp_ssl.data.watch as watch_module
 from etpp_ssl.config import RunFault, UserError
-from etpp_ssl.data.formats.decode import one_line_reasons
-from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches, evaluation_requests
-from etpp_ssl.data.loader_faults import LoaderFault, Scene, handover_failed, worker_died
-from etpp_ssl.data.reading import NAME_BYTES, Reading, ReadingBoard
+from etpp_ssl.data import stall_limit, workers
+from etpp_ssl.data.formats.base import one_line_reasons
+from etpp_ssl.data.loader import Batch, BatchBuilder, evaluation_requests, load_batches
+from etpp_ssl.data.loader_faults import PIN_THREAD, LoaderFault, death, machine_fault, stall
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
 from etpp_ssl.data.sources.synthetic import SyntheticConfig
-from etpp_ssl.data.time_limit import Expired, TimeLimit
+from etpp_ssl.data.stall_limit import Expired, StallLimit
 from etpp_ssl.data.views import EvalView
 
 # More workers than cores are wanted here.
@@ -42,7 +40,7 @@ SIZE = (16, 24)
 NUM_IMAGES = 40
 TRAP = 14
 """With four images a batch and two workers it is the third image of batch 3, the second one's second."""
-GO_ON = "; the same command goes on from its last checkpoint, if it writes any"
+GO_ON = "; the same command resumes from its last checkpoint, if it writes any"
 
 
 def requests(first: int = 0) -> list[BatchRequest]:
@@ -65,15 +63,13 @@ def opened(
     """Batches of a data set in which something happens at one image."""
     inner = SyntheticConfig(num_images=NUM_IMAGES).open("train", in_chans=3, image_size=SIZE, seed=0)
     builder = BatchBuilder(Trapped(inner, index, act), EvalView(SIZE, 1.0), KeyedOrder(NUM_IMAGES, 0))
-    return batches(
-        batch_loader(
-            builder,
-            requests() if asked is None else asked,
-            num_workers=num_workers,
-            prefetch=2,
-            pin_memory=False,
-            stall_seconds=stall_seconds,
-        )
+    return load_batches(
+        builder,
+        requests() if asked is None else asked,
+        num_workers=num_workers,
+        prefetch=2,
+        pin_memory=False,
+        stall_seconds=stall_seconds,
     )
 
 
@@ -184,12 +180,12 @@ def test_a_worker_that_hangs_up_before_it_dies_is_named(
     with closing(opened(lambda: exit_after(tmp_path / "now", 5))) as loader:
         next(loader)
 
-        def hung_up(watch: object) -> Batch:
+        def hung_up(loader: object) -> Batch:
             (tmp_path / "now").touch()
             raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
 
-        monkeypatch.setattr(watch_module, "DEATH_SECONDS", 30.0)
-        monkeypatch.setattr(watch_module.Watch, "_next", hung_up)
+        monkeypatch.setattr(workers, "DEATH_SECONDS", 30.0)
+        monkeypatch.setattr(workers.MonitoredLoader, "_next", hung_up)
         with pytest.raises(LoaderFault, match="worker process 2 of 2 ended with exit code 5"):
             next(loader)
 
@@ -270,10 +266,10 @@ def test_workers_that_ignore_signals_are_ended_all_the_same() -> None:
 
 
 @pytest.mark.parametrize("where", ["main thread", "another thread"])
-def test_where_no_alarm_gets_through_the_process_ends_with_the_sentence(
+def test_where_no_interruption_gets_through_the_process_ends_with_the_sentence(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(time_limit_module, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(stall_limit, "GRACE_SECONDS", 0.5)
 
     def stubborn() -> None:
         while True:
@@ -303,12 +299,12 @@ def test_where_no_alarm_gets_through_the_process_ends_with_the_sentence(
 def test_nothing_is_armed_between_two_batches(num_workers: int) -> None:
     with closing(opened(nothing, num_workers, stall_seconds=60.0)) as waiting:
         for _ in waiting:
-            assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
-            assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+            assert signal.getsignal(signal.SIGURG) is signal.SIG_DFL
+            assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
 
 
 def test_only_waiting_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time_limit_module, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(stall_limit, "GRACE_SECONDS", 0.2)
 
     def body() -> None:
         for batch in opened(nothing, stall_seconds=4.0):
@@ -322,7 +318,7 @@ def test_only_waiting_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_time_in_which_the_process_is_suspended_does_not_count(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(time_limit_module, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(stall_limit, "GRACE_SECONDS", 0.3)
     started = tmp_path / "started"
 
     def act() -> None:
@@ -401,18 +397,6 @@ def test_full_shared_memory_is_recognised(size: str, when: str) -> None:
     )
 
 
-def scene(**changed: Any) -> Scene:
-    request = requests()[5]
-    known: dict[str, Any] = {
-        "waited_for": request,
-        "who": "worker process 2 of 4",
-        "in_hand": request,
-        "reading": Reading(21, "7.png"),
-        "name": lambda index: f"{index}.png",
-    }
-    return Scene(**{**known, **changed})
-
-
 @pytest.mark.parametrize(
     ("error", "words"),
     [
@@ -426,7 +410,7 @@ def scene(**changed: Any) -> Scene:
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "ulimit -n"),
         (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "4 worker processes cannot be started"),
         (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "lower data.num_workers"),
-        (RuntimeError("Pin memory thread exited unexpectedly"), "pins batches for the GPU"),
+        (RuntimeError(PIN_THREAD), "pins batches for the GPU"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
         (OSError(errno.EIO, os.strerror(errno.EIO)), None),
         (KeyError("shared memory"), None),
@@ -435,7 +419,7 @@ def scene(**changed: Any) -> Scene:
 def test_what_the_machine_lacks_is_told_apart_from_errors_of_the_data(
     error: Exception, words: str | None
 ) -> None:
-    fault = handover_failed(error, scene(), num_workers=4)
+    fault = machine_fault(error, requests()[5], num_workers=4)
     if words is None:
         assert fault is None
         return
@@ -445,68 +429,82 @@ def test_what_the_machine_lacks_is_told_apart_from_errors_of_the_data(
     assert fault.exit_code == 1
 
 
-def test_a_scene_of_which_little_is_known_is_still_a_sentence() -> None:
+def test_a_fault_of_which_little_is_known_is_still_a_sentence() -> None:
+    who, request = "worker process 2 of 4", requests()[5]
+    assert str(death(who, 1, "", None)) == (
+        f"data: worker process 2 of 4 ended with exit code 1 when it was not reading an image{GO_ON}"
+    )
+    note = "reading image '7.png' (sample 21)\n" + request.described("{}.png".format)
+    text = str(death(who, -64, note, request))
+    assert "was killed by SIGRTMAX when it was reading image '7.png' (sample 21), at work on step 5, " in text
+    assert text.endswith(f"('20.png', '21.png', '22.png', '23.png'){GO_ON}")
+    assert f"'23.png'), while step 4 was waited for{GO_ON}" in str(death(who, 1, note, requests()[4]))
+    assert "signal 99" in str(death(who, -99, note, request))
+    assert str(stall("the process", 5.0, "", request)) == (
+        f"data: no batch within data.stall_seconds 5 for step 5, samples 20, 21, 22, 23: the process is not "
+        f"reading an image{GO_ON}"
+    )
+    assert "stall_seconds 5 for the first batch: worker" in str(stall(who, 5.0, "", None))
+
+
+def test_a_request_is_described_by_its_place_and_its_first_images() -> None:
     def broken(index: int) -> str:
         raise IndexError(index)
 
-    nobody = scene(waited_for=None, in_hand=None, reading=None)
-    assert str(worker_died(nobody, 1)) == (
-        f"data: worker process 2 of 4 ended with exit code 1 before it had work{GO_ON}"
+    evaluation = evaluation_requests(range(9), size=SIZE, batch_size=9)[0]
+    assert evaluation.described("{}.png".format) == (
+        "evaluation batch 0, samples 0, 1, 2, 3, 4, and 4 more "
+        "('0.png', '1.png', '2.png', '3.png', '4.png', and 4 more)"
     )
-    unnamed = str(worker_died(scene(name=broken), -64))
-    assert "was killed by SIGRTMAX when it was reading image '7.png' (sample 21)" in unnamed
-    assert "'image 20', 'image 21'" in unnamed
-    other = scene(waited_for=requests()[4])
-    assert f"'23.png'), while step 4 was waited for{GO_ON}" in str(worker_died(other, 1))
-    stream = str(worker_died(scene(name=None), 1))
-    assert f"reading image '7.png' (sample 21), at work on step 5, samples 20, 21, 22, 23{GO_ON}" in stream
-    evaluation = scene(in_hand=evaluation_requests(range(9), size=SIZE, batch_size=9)[0])
-    text = str(worker_died(evaluation, 1))
-    assert "at work on evaluation batch 0, samples 0, 1, 2, 3, 4, and 4 more ('0.png', " in text
-    assert "signal 99" in str(worker_died(scene(), -99))
+    assert "'image 20', 'image 21'" in requests()[5].described(broken)
+    assert "('\\n\\udcff'" in requests()[5].described(lambda index: os.fsdecode(b"\n\xff"))
+    assert len(requests()[5].described(lambda index: "long" * 1000)) < 2000
 
 
-def test_a_board_outlives_the_process_that_wrote_on_it() -> None:
-    board = ReadingBoard(2)
-    assert [board.read(0), board.read(1)] == [None, None]
-    writer = multiprocessing.get_context("fork").Process(target=board.write, args=(1, Reading(5, "a/b.png")))
+def test_a_note_outlives_the_process_that_wrote_it() -> None:
+    memory = multiprocessing.get_context("fork").RawArray("c", workers.NOTE_BYTES)
+
+    def write() -> None:
+        workers.use_note(memory)
+        workers.note_reading(5, "K\u00f6ln \udcff.png", "step 1")
+
+    writer = multiprocessing.get_context("fork").Process(target=write)
     writer.start()
     writer.join(30)
-    assert [board.read(0), board.read(1)] == [None, Reading(5, "a/b.png")]
-    for name in ("", "K\u00f6ln\n.jpg", os.fsdecode(b"\xff.jpg")):
-        board.write(0, Reading(0, name))
-        assert board.read(0) == Reading(0, name)
-    board.write(0, Reading(7, 500 * "abc"))
-    assert board.read(0) == Reading(7, (500 * "abc")[-NAME_BYTES:])
-    board.write(1, None)
-    assert board.read(1) is None
-
-
-def test_a_limit_leaves_alarms_as_they_were() -> None:
-    rung: list[int] = []
-    before = signal.signal(signal.SIGALRM, lambda signum, frame: rung.append(signum))
-    mine = signal.getsignal(signal.SIGALRM)
+    assert memory.value.decode() == "reading image 'K\u00f6ln \\udcff.png' (sample 5)\nstep 1"
     try:
-        with closing(TimeLimit(0.2, str)) as limit:
-            with pytest.raises(Expired), limit:
-                time.sleep(10)
-            assert signal.getsignal(signal.SIGALRM) is mine
-            # Somebody's running timer is not touched.
-            signal.setitimer(signal.ITIMER_REAL, 0.3)
-            with limit:
-                time.sleep(0.5)
-            assert rung == [signal.SIGALRM]
-            # It can be used again.
-            with pytest.raises(Expired), limit:
-                time.sleep(10)
+        workers.use_note(memory)
+        workers.note(100_000 * "\u00f6")
+        assert len(memory.value) == workers.NOTE_BYTES - 1
+        workers.note("")
+        assert memory.value == b""
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        workers.use_note(None)
+
+
+def test_a_limit_leaves_signals_as_they_were() -> None:
+    rung: list[int] = []
+    before = signal.signal(signal.SIGURG, lambda signum, frame: rung.append(signum))
+    mine = signal.getsignal(signal.SIGURG)
+    try:
+        with closing(StallLimit(0.2, str)) as limit:
+            # It can be used more than once.
+            for _ in range(2):
+                with pytest.raises(Expired), limit:
+                    time.sleep(10)
+                assert signal.getsignal(signal.SIGURG) is mine
+            # Somebody's signal reaches him.
+            with limit:
+                os.kill(os.getpid(), signal.SIGURG)
+            assert rung == [signal.SIGURG]
+            assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGURG, before)
 
 
 def test_a_limits_second_thread_ends_with_it() -> None:
     before = set(threading.enumerate())
-    limit = TimeLimit(60.0, str)
+    limit = StallLimit(60.0, str)
     for _ in range(2):
         with limit:
             (thread,) = set(threading.enumerate()) - before
@@ -518,7 +516,7 @@ def test_a_limits_second_thread_ends_with_it() -> None:
 def test_a_loader_that_has_failed_is_left_alone_if_torchs_threads_hang(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(watch_module, "SHUT_DOWN_SECONDS", 0.3)
+    monkeypatch.setattr(workers, "END_SECONDS", 0.3)
 
     def body() -> None:
         from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter

@@ -108,7 +108,7 @@ def test_what_was_given_is_left_alone() -> None:
     assert torch.equal(labels, before[1])
 
 
-def test_a_mix_is_a_function_of_seed_and_first_position() -> None:
+def test_a_mix_is_a_function_of_seed_and_first_sample_id() -> None:
     wanted = [mixer().draw(position, 900, 1400) for position in range(50)]
     np.random.seed(0)
     torch.manual_seed(0)

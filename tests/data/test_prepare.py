@@ -22,12 +22,13 @@ from PIL import Image
 from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
 from etpp_ssl.data import prepare as prepare_module
-from etpp_ssl.data.formats.decode import decode
-from etpp_ssl.data.loader import Batch, BatchBuilder, batch_loader, batches
+from etpp_ssl.data.formats.base import UnreadableImage
+from etpp_ssl.data.formats.open import decode
+from etpp_ssl.data.loader import Batch, BatchBuilder, load_batches
 from etpp_ssl.data.prepare import PrepareConfig, Prepared, from_options, prepare
-from etpp_ssl.data.recode import RecodeConfig
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
-from etpp_ssl.data.sources.base import DataConfig, UnreadableImage
+from etpp_ssl.data.shard_writer import RecodeConfig
+from etpp_ssl.data.sources.base import DataConfig
 from etpp_ssl.data.sources.folder import FileSource, FolderConfig
 from etpp_ssl.data.sources.shards import ShardsConfig
 from etpp_ssl.data.views import TrainView
@@ -145,7 +146,7 @@ def test_a_keyed_run_sees_the_same_batches(tmp_path: Path, small_shards: None) -
         view = TrainView(image_size=(6, 10), crop_scale=(0.3, 1.0), flip=True, lanczos=False, seed=5)
         requests = [*RequestSampler(order, _Plan, range(6))]
         builder = BatchBuilder(source, view, order)
-        return list(batches(batch_loader(builder, requests, num_workers=0, prefetch=2, pin_memory=False)))
+        return list(load_batches(builder, requests, num_workers=0, prefetch=2, pin_memory=False))
 
     ones = train(FolderConfig(root=str(tmp_path / "files")))
     others = train(ShardsConfig(root=str(tmp_path / "shards")))
@@ -201,13 +202,13 @@ def test_recoding_bounds_the_shorter_side_and_keeps_colour(tmp_path: Path) -> No
         Image.fromarray(picture).save(tmp_path / "files" / f"{name}.png")
     convert(tmp_path / "files", tmp_path / "shards", recode=RecodeConfig(size=9, quality=95))
     source = open_one(ShardsConfig(root=str(tmp_path / "shards")))
-    assert [source.load(i)[0].size for i in range(3)] == [(15, 9), (9, 15), (8, 6)]
+    assert [source.open(i).channels()[0].size for i in range(3)] == [(15, 9), (9, 15), (8, 6)]
     with Image.open(io.BytesIO(source.read(0))) as image:
         assert image.format == "JPEG"
         # Sampling factors of the components, as the decoder reads them: 4:4:4.
         assert {layer[1:3] for layer in image.layer} == {(1, 1)}  # type: ignore[attr-defined]
     expected = decode((tmp_path / "files/c.png").read_bytes(), 3)[0]
-    difference = np.asarray(source.load(2)[0]).astype(int) - np.asarray(expected)
+    difference = np.asarray(source.open(2).channels()[0]).astype(int) - np.asarray(expected)
     assert abs(difference).mean() < 3
     convert(tmp_path / "files", tmp_path / "low", recode=RecodeConfig(size=9, quality=10))
     low = open_one(ShardsConfig(root=str(tmp_path / "low")))
@@ -224,7 +225,7 @@ def test_bad_images_keep_their_places_or_are_left_out(recode: RecodeConfig | Non
     source = open_one(ShardsConfig(root=str(tmp_path / "kept")))
     assert source.read(bad) == b"no image"
     with pytest.raises(UnreadableImage):
-        source.load(bad)
+        source.open(bad).channels()
     # Copied bytes are not looked at; a run names such an image when it meets it.
     assert [name for name, _ in kept.bad] == ([] if recode is None else ["oak/002.png"])
     (skipped,) = convert(tmp_path / "files", tmp_path / "skipped", recode=recode, skip_bad=True)
@@ -232,7 +233,7 @@ def test_bad_images_keep_their_places_or_are_left_out(recode: RecodeConfig | Non
     rest = open_one(ShardsConfig(root=str(tmp_path / "skipped")))
     assert rest.files == [file for file in source.files if file != "oak/002.png"]
     for index in range(5):
-        rest.load(index)
+        rest.open(index).channels()
 
 
 def test_a_stopped_conversion_is_not_taken_for_a_finished_one_and_goes_on(
@@ -412,4 +413,4 @@ def test_real_photographs_survive(real_images: Path, tmp_path: Path) -> None:
     assert len(source) == len(lines) > 30
     for index in range(len(source)):
         assert source.read(index) == files.read(97 * index)
-        source.load(index)
+        source.open(index).channels()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from etpp_ssl.data.formats.picture import WholePicture
+from etpp_ssl.data.formats.base import DecodedPicture
 from etpp_ssl.data.views import ProbeView, single_draw_crop_box
 
 SIZES = [(31, 17), (17, 31), (200, 20), (1, 1), (3, 90)]
@@ -44,7 +44,7 @@ def test_every_place_of_the_box_is_drawn() -> None:
 
 def test_the_view_is_a_function_of_seed_and_position() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (19, 26, 3), dtype=np.uint8)
-    picture = WholePicture((Image.fromarray(pixels),))
+    picture = DecodedPicture((Image.fromarray(pixels),))
     view = ProbeView((12, 20), (0.08, 1.0), True, 5)
     first = view(picture, 7, (12, 20))
     assert first.shape == (3, 12, 20)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.rand_augment import RAMP_STAGES, RandAugment, global_draws, rand_augment_sections
-from etpp_ssl.data.views import to_bands, to_tensor
+from etpp_ssl.data.views import to_channels, to_tensor
 from etpp_ssl.randomness import derive_key
 
 SEED = 5
@@ -52,7 +52,7 @@ def timms(config: str, view: Tensor, position: int, interpolation: str = "bicubi
     key = derive_key(SEED, "rand_augment", position)
     random.seed(key)
     np.random.seed([key & 0xFFFFFFFF, key >> 32])
-    return to_tensor((transform(to_bands(view)[0]),))
+    return to_tensor((transform(to_channels(view)[0]),))
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -164,7 +164,7 @@ def test_every_operation_works_on_gray_and_on_colour_at_every_magnitude(
     channels: int, magnitude: int, kind: str
 ) -> None:
     (transform,) = augment(f"rand-m{magnitude}{kind}-p1", mean=MEAN[:channels])._stages
-    (image,) = to_bands(picture(channels))
+    (image,) = to_channels(picture(channels))
     operations: list[AugmentOp] = transform.ops
     assert len(operations) >= 3
     for operation in operations:
@@ -179,7 +179,7 @@ def test_what_a_shift_uncovers_is_the_datas_mean() -> None:
         (transform,) = augment("rand-m10-p1", mean=MEAN[:channels])._stages
         shift = next(op for op in transform.ops if op.name == "TranslateXRel")
         with global_draws(0):
-            found = to_tensor((shift(to_bands(picture(channels))[0]),))
+            found = to_tensor((shift(to_channels(picture(channels))[0]),))
         edges = {tuple(found[:, 5, x].tolist()) for x in (0, -1)}
         assert tuple(round(255 * value) for value in MEAN[:channels]) in edges
 

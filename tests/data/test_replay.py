@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from etpp_ssl.curriculum.base import Curriculum, Portion, ReplaySpec
 from etpp_ssl.data.augmentation import AugmentConfig
-from etpp_ssl.data.loader import BadImage, Batch, BatchBuilder, batch_loader, batches
+from etpp_ssl.data.loader import BadImage, Batch, BatchBuilder, load_batches
 from etpp_ssl.data.replay import Replay, Ring, buffer_bytes, draw_places, sub_batch_size
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.synthetic import SyntheticConfig
@@ -51,14 +51,12 @@ def loaded(curriculum: Curriculum, first: int, num_workers: int = 0, **part: Any
     base = TrainView(image_size=SIZE, crop_scale=(0.5, 1.0), flip=True, lanczos=True, seed=SEED)
     view = AugmentConfig(ramp=True).build_view(base, mean=(0.5, 0.5, 0.5))
     requests = RequestSampler(order, curriculum.stage_at, range(first, curriculum.num_steps), **part)
-    return batches(
-        batch_loader(
-            BatchBuilder(source, view, order),
-            requests,
-            num_workers=num_workers,
-            prefetch=2,
-            pin_memory=False,
-        )
+    return load_batches(
+        BatchBuilder(source, view, order),
+        requests,
+        num_workers=num_workers,
+        prefetch=2,
+        pin_memory=False,
     )
 
 
@@ -212,7 +210,7 @@ def test_a_step_trains_on_a_whole_batch_with_numbers_that_never_come_twice(
             curriculum, rank=rank, num_processes=num_processes, micro_batch_size=micro_batch_size
         )
     ]
-    numbers = sorted(number for batch in found for number in batch.positions.tolist())
+    numbers = sorted(number for batch in found for number in batch.sample_ids.tolist())
     assert numbers == list(range(27 * BATCH_SIZE))
     order = KeyedOrder(30, SEED)
     for step in range(27):
@@ -222,14 +220,14 @@ def test_a_step_trains_on_a_whole_batch_with_numbers_that_never_come_twice(
         assert sum(part.request.weight for part in parts) == pytest.approx(1.0)
         for part in parts:
             assert part.request.weight == len(part.images) / BATCH_SIZE
-            assert set(part.positions.tolist()) <= set(stage.slots)
+            assert set(part.sample_ids.tolist()) <= set(stage.slots)
             # The request says which sample, that is which view of which image, each of them is.
             assert part.request.progress == stage.progress
-            assert part.first_position == part.positions[0]
-            assert part.request.indices == tuple(order.index(number) for number in part.request.positions)
+            assert part.first_sample_id == part.sample_ids[0]
+            assert part.request.indices == tuple(order.index(number) for number in part.request.sample_ids)
             assert part.labels.tolist() == [index % 7 for index in part.request.indices]
             oldest = curriculum.stage_at(stage.oldest_step).samples.start
-            assert set(part.request.positions) <= set(range(oldest, stage.samples.stop))
+            assert set(part.request.sample_ids) <= set(range(oldest, stage.samples.stop))
 
 
 def test_without_replay_every_batch_is_what_the_loader_gave() -> None:
@@ -239,7 +237,7 @@ def test_without_replay_every_batch_is_what_the_loader_gave() -> None:
         assert len(given) == len(found)
         for one, other in zip(given, found, strict=True):
             assert one.request == other.request
-            for key in ("images", "labels", "positions"):
+            for key in ("images", "labels", "sample_ids"):
                 assert torch.equal(getattr(one, key), getattr(other, key))
 
 
@@ -273,7 +271,7 @@ def test_a_buffer_that_is_read_again_is_the_one_there_was(start: int, part: dict
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert one.request == other.request
-        for key in ("images", "labels", "positions"):
+        for key in ("images", "labels", "sample_ids"):
             assert torch.equal(getattr(one, key), getattr(other, key))
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from etpp_ssl.data.formats.base import Region
 from etpp_ssl.data.resize import KERNELS, Kernel, resize, starts_or_ends_on_pixels
-from etpp_ssl.data.sources.base import Region
 
 
 def noise(height: int, width: int, channels: int) -> np.ndarray:

@@ -141,12 +141,12 @@ def test_a_step_is_the_same_for_any_number_of_processes_and_any_micro_batch_size
     ]
     for step in steps:
         parts = [request for rank in by_rank for request in rank if request.step == step]
-        assert sum((part.positions for part in parts), ()) == whole[step].positions
+        assert sum((part.sample_ids for part in parts), ()) == whole[step].sample_ids
         assert sum((part.indices for part in parts), ()) == whole[step].indices
         assert math.isclose(sum(part.weight for part in parts), 1.0)
         for part in parts:
-            assert part.weight == len(part.positions) / batch_size
-            assert 1 <= len(part.positions) == len(part.indices) <= (micro_batch_size or batch_size)
+            assert part.weight == len(part.sample_ids) / batch_size
+            assert 1 <= len(part.sample_ids) == len(part.indices) <= (micro_batch_size or batch_size)
             assert part.bandwidth == (8 + step, 16 + step)
             assert part.progress == step / 100
 
@@ -185,7 +185,7 @@ def test_a_step_may_straddle_two_epochs() -> None:
 
 def test_a_batch_may_be_larger_than_the_data_set() -> None:
     (request,) = requests(3, 10, range(1))
-    assert request.positions == tuple(range(10))
+    assert request.sample_ids == tuple(range(10))
     assert all(sorted(request.indices[i : i + 3]) == [0, 1, 2] for i in (0, 3, 6))
 
 
@@ -208,7 +208,7 @@ def test_larger_steps_get_larger_micro_batches_in_proportion() -> None:
         micro_batch_size=4,
         batch_size=10,
     )
-    found = [[len(request.positions) for request in step] for _, step in groupby(sampler, lambda r: r.step)]
+    found = [[len(request.sample_ids) for request in step] for _, step in groupby(sampler, lambda r: r.step)]
     # 54 / 10 of 4 is 21.6; a half is 2; less than one is one.
     assert found == [[4, 4, 2], [4, 4, 2], [21, 21, 12], [2, 2, 1], [1]]
     assert [micro_batch_of(size, 4, 10) for size in sizes] == [4, 4, 21, 2, 1]

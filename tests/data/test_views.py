@@ -15,8 +15,7 @@ from PIL import Image
 from timm.data.transforms_factory import transforms_imagenet_eval
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
 
-from etpp_ssl.data.formats.picture import WholePicture
-from etpp_ssl.data.sources.base import Bands
+from etpp_ssl.data.formats.base import Channels, DecodedPicture
 from etpp_ssl.data.views import EvalView, Normalise, TrainView, random_crop_box, to_tensor
 from etpp_ssl.randomness import keyed_random
 
@@ -29,14 +28,14 @@ def noise(size: tuple[int, int], channels: int = 3, seed: int = 0) -> np.ndarray
     return rng.integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
 
 
-def bands_of(array: np.ndarray) -> Bands:
+def channels_of(array: np.ndarray) -> Channels:
     if array.shape[2] == 3:
         return (Image.fromarray(array),)
     return tuple(Image.fromarray(array[:, :, c]) for c in range(array.shape[2]))
 
 
-def picture_of(array: np.ndarray) -> WholePicture:
-    return WholePicture(bands_of(array))
+def picture_of(array: np.ndarray) -> DecodedPicture:
+    return DecodedPicture(channels_of(array))
 
 
 def torchvision_box(size: tuple[int, int], scale: tuple[float, float]) -> tuple[int, int, int, int]:
@@ -190,8 +189,8 @@ def test_lanczos_resizes_the_full_view_to_the_bandwidth(bandwidth: tuple[int, in
     full = train_view()(image, 3, bandwidth)
     assert full.shape == (channels, *FULL)
     small = train_view(lanczos=True)(image, 3, bandwidth)
-    bands = bands_of(full.permute(1, 2, 0).numpy())
-    resized = tuple(band.resize(bandwidth[::-1], Image.Resampling.LANCZOS) for band in bands)
+    channels = channels_of(full.permute(1, 2, 0).numpy())
+    resized = tuple(channel.resize(bandwidth[::-1], Image.Resampling.LANCZOS) for channel in channels)
     assert torch.equal(small, to_tensor(resized))
 
 
@@ -210,9 +209,9 @@ def test_evaluation_view_is_timms_to_the_bit(target: tuple[int, int], crop_pct: 
     reference = transforms_imagenet_eval(target, crop_pct=crop_pct, interpolation="bicubic", normalize=False)
     view = EvalView(target, crop_pct)
     for size in SOURCES:
-        image = bands_of(noise(size, channels))
-        expected = torch.cat([reference(band) for band in image])
-        found = view(WholePicture(image), 0, target)
+        image = channels_of(noise(size, channels))
+        expected = torch.cat([reference(channel) for channel in image])
+        found = view(DecodedPicture(image), 0, target)
         assert found.shape == (channels, *target)
         assert torch.equal(found, expected), size
 
@@ -230,9 +229,9 @@ def test_evaluation_view_is_torchvisions_resize_and_centre_crop(
         else:
             shape = [round(size[1] * scale), round(size[0] * scale)]
             resize = Resize(shape, InterpolationMode.BICUBIC)
-        image = bands_of(noise(size))
+        image = channels_of(noise(size))
         expected = CenterCrop(target)(resize(image[0]))
-        found = EvalView(target, crop_pct)(WholePicture(image), 0, target)
+        found = EvalView(target, crop_pct)(DecodedPicture(image), 0, target)
         assert torch.equal(found, to_tensor((expected,))), size
 
 
@@ -245,14 +244,14 @@ def test_evaluation_view_depends_on_the_image_alone() -> None:
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_to_tensor_is_channels_first(channels: int) -> None:
     array = noise((9, 6), channels)
-    tensor = to_tensor(bands_of(array))
+    tensor = to_tensor(channels_of(array))
     assert tensor.dtype == torch.uint8
     assert tensor.shape == (channels, 6, 9)
     np.testing.assert_array_equal(tensor.numpy(), array.transpose(2, 0, 1))
 
 
 def test_to_tensor_copies() -> None:
-    image = bands_of(noise((9, 6)))
+    image = channels_of(noise((9, 6)))
     before = image[0].tobytes()
     to_tensor(image).zero_()
     assert image[0].tobytes() == before

@@ -13,7 +13,7 @@ import json
 import timm, torch
 from accelerate import Accelerator
 from etpp_ssl.data.views import EvalView, Normalise
-from etpp_ssl.data.sources.base import UnreadableImage
+from etpp_ssl.data.formats.base import UnreadableImage
 from etpp_ssl.data.sources.splits import Subset
 from etpp_ssl.data.sources.synthetic import SyntheticConfig
 from etpp_ssl.dist.peers import leave

@@ -14,8 +14,7 @@ from hostile_images import BOMBS, ODD, encoded, noise
 
 from etpp_ssl.cli import main
 from etpp_ssl.data.prepare import PrepareConfig, prepare
-from etpp_ssl.data.sources.file_list import FileListConfig
-from etpp_ssl.data.sources.folder import FolderConfig
+from etpp_ssl.data.sources.folder import FileListConfig, FolderConfig
 from etpp_ssl.data.sources.shards import ShardsConfig
 from etpp_ssl.evaluation.embeddings import read_embeddings
 from etpp_ssl.recipe import Recipe

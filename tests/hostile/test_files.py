@@ -13,8 +13,8 @@ import pytest
 from hostile_images import encoded, noise
 
 from etpp_ssl.config import UserError
+from etpp_ssl.data.formats.base import UnreadableImage
 from etpp_ssl.data.prepare import PrepareConfig, prepare
-from etpp_ssl.data.sources.base import UnreadableImage
 from etpp_ssl.data.sources.folder import FileSource, FolderConfig
 from etpp_ssl.data.sources.shards import ShardsConfig
 from etpp_ssl.recipe import Recipe
@@ -75,7 +75,7 @@ def test_what_is_no_file_is_an_unreadable_image_and_nobody_waits_for_it(tmp_path
 
 
 def test_a_list_reads_no_pipe_and_no_device_either(tmp_path: Path) -> None:
-    from etpp_ssl.data.sources.file_list import FileListConfig
+    from etpp_ssl.data.sources.folder import FileListConfig
 
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "list.txt").write_text("pipe\n/dev/zero\n/proc/self/maps\n.\n\0\n" + "x" * 5000)

@@ -18,9 +18,9 @@ import pytest
 from hostile_images import BOMBS, ODD, encoded, noise, npy
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.sources.base import ImageSource, UnreadableImage
-from etpp_ssl.data.sources.file_list import FileListConfig
-from etpp_ssl.data.sources.folder import FolderConfig
+from etpp_ssl.data.formats.base import UnreadableImage
+from etpp_ssl.data.sources.base import ImageSource
+from etpp_ssl.data.sources.folder import FileListConfig, FolderConfig
 from etpp_ssl.data.sources.shards import ShardsConfig
 from etpp_ssl.data.views import EvalView, TrainView
 from etpp_ssl.recipe import parse_any

@@ -15,11 +15,11 @@ from hostile_images import BOMBS, ODD, animated, encoded, jpeg_of, noise
 from PIL import Image
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.formats.decode import MAX_SCANS, decode, from_picture
-from etpp_ssl.data.formats.picture import open_picture
+from etpp_ssl.data.formats.base import MAX_PIXELS, Decoder, UnreadableImage
+from etpp_ssl.data.formats.open import decode, open_picture
+from etpp_ssl.data.formats.pillow import MAX_SCANS, from_picture
 from etpp_ssl.data.prepare import PrepareConfig, prepare
-from etpp_ssl.data.recode import RecodeConfig
-from etpp_ssl.data.sources.base import MAX_PIXELS, Decoder, UnreadableImage
+from etpp_ssl.data.shard_writer import RecodeConfig
 from etpp_ssl.data.sources.folder import FolderConfig
 from etpp_ssl.data.views import EvalView, TrainView
 from etpp_ssl.report.viewer import images_of_files
@@ -96,8 +96,8 @@ def test_no_bomb_takes_memory_where_python_does_not_see_it(tmp_path: Path) -> No
     script = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from etpp_ssl.data.sources.base import UnreadableImage\n"
-        "from etpp_ssl.data.formats.picture import open_picture\n"
+        "from etpp_ssl.data.formats.base import UnreadableImage\n"
+        "from etpp_ssl.data.formats.open import open_picture\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "files = [file.read_bytes() for file in Path(sys.argv[1]).iterdir()]\n"
         "refused = 0\n"
@@ -123,9 +123,8 @@ def test_the_limit_is_a_setting_of_every_way_in(tmp_path: Path) -> None:
         (images / name).write_bytes(encoded(noise(size=(width, 10)), "JPEG" if name[2] == "j" else "PNG"))
     source = FolderConfig(root=str(images), max_pixels=500).open("train", in_chans=3, image_size=SIZE, seed=0)
     assert source.open(1).size == (50, 10)
-    for decoded in (source.open, source.load):
-        with pytest.raises(UnreadableImage, match=r"60 x 10 pixels, more than data\.max_pixels 500"):
-            decoded(2)
+    with pytest.raises(UnreadableImage, match=r"60 x 10 pixels, more than data\.max_pixels 500"):
+        source.open(2)
     with pytest.raises(UnreadableImage, match=r"data\.max_pixels 500"):
         from_picture(noise(size=(51, 10)), 3, 500)
     (images / "b.png").write_bytes(bytes((1 << 26) + 10_000))

@@ -15,7 +15,7 @@ from PIL import Image
 
 from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
-from etpp_ssl.data.views import to_bands
+from etpp_ssl.data.views import to_channels
 from etpp_ssl.report.grid import DPI, enlargement, grid_figure, write_grids
 from etpp_ssl.report.panels import Panel
 from etpp_ssl.report.viewer import InputImage, Viewer, images_of_run
@@ -72,7 +72,7 @@ def test_lanczos_runs_show_what_their_workers_made(trained_run: Callable[[str], 
     folder = RunFolder(trained_run("lanczos"))
     (picture,), _ = images_of_run(folder, 1)
     viewer = Viewer.of_run(folder)
-    small = to_bands(picture.pixels)[0].resize((12, 8), Image.Resampling.LANCZOS)
+    small = to_channels(picture.pixels)[0].resize((12, 8), Image.Resampling.LANCZOS)
     shown = viewer.crops(picture)[0].picture
     np.testing.assert_allclose(shown.astype(int), np.asarray(small).astype(int), atol=1)
     fourier = replace(viewer, lanczos=False)
@@ -129,7 +129,7 @@ def test_training_images_are_shown_where_there_are_no_others(run: Path, tmp_path
         (["{run}", "{tmp}/nowhere.png"], "nowhere.png' does not exist"),
         (["{run}", "{tmp}/empty"], "empty' has no images in it"),
         (["{run}", "{tmp}/text.png"], "text.png' cannot be read: it is in no known image format"),
-        (["{five}", "{tmp}/colour.png"], "colour.png' cannot be read: it has 3 bands, but in_chans is 5"),
+        (["{five}", "{tmp}/colour.png"], "colour.png' cannot be read: it has 3 channels, but in_chans is 5"),
         (["{run}", "--bandwidth", "10"], "bandwidth 10 does not serve"),
         (["{run}", "--bandwidth", "wide"], "bandwidth 'wide' is neither"),
         (["{run}", "--checkpoint", "3"], "has no checkpoint of step 3; there are 2, 4, 6"),

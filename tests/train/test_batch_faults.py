@@ -39,7 +39,7 @@ pytestmark = [
 # The command imports its loop when it runs: here once, not in each process that is forked.
 LOOPS = (pretrain, finetune)
 SIZE = (8, 12)
-GO_ON = "; the same command goes on from its last checkpoint, if it writes any"
+GO_ON = "; the same command resumes from its last checkpoint, if it writes any"
 
 
 def trap(monkeypatch: pytest.MonkeyPatch, index: int, act: Callable[[], Any], split: str = "train") -> None:
@@ -208,7 +208,7 @@ def test_the_two_newest_steps_are_kept_as_they_were_trained_on(num_workers: int,
             for kept, batch in zip(batches, trained[kept_step], strict=True):
                 assert kept.request == batch.request
                 assert kept.request.step == kept_step
-                assert kept.positions.tolist() == batch.positions.tolist()
+                assert kept.sample_ids.tolist() == batch.sample_ids.tolist()
                 # On a CPU nothing was copied.
                 assert kept.images.data_ptr() == batch.images.data_ptr()
                 assert not kept.images.is_shared()

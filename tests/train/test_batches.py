@@ -77,9 +77,9 @@ def test_each_step_has_exactly_its_own_micro_batches(num_workers: int) -> None:
     reader = open_batches(range(3, 6), num_workers=num_workers)
     for step in range(3, 6):
         found = list(reader.step())
-        assert [len(batch.positions) for batch in found] == [4, 4, 2]
+        assert [len(batch.sample_ids) for batch in found] == [4, 4, 2]
         assert [batch.request.step for batch in found] == [step] * 3
-        positions = [position for batch in found for position in batch.positions.tolist()]
+        positions = [position for batch in found for position in batch.sample_ids.tolist()]
         assert positions == list(range(10 * step, 10 * step + 10))
         assert sum(batch.request.weight for batch in found) == pytest.approx(1.0)
 
@@ -87,13 +87,13 @@ def test_each_step_has_exactly_its_own_micro_batches(num_workers: int) -> None:
 def test_each_process_gets_its_own_part_of_every_step() -> None:
     readers = [open_batches(range(2), rank=rank, num_processes=3) for rank in range(3)]
     for step in range(2):
-        positions = [p for reader in readers for batch in reader.step() for p in batch.positions.tolist()]
+        positions = [p for reader in readers for batch in reader.step() for p in batch.sample_ids.tolist()]
         assert positions == list(range(10 * step, 10 * step + 10))
 
 
 def test_batches_arrive_on_the_accelerators_device() -> None:
     for batch in open_batches(range(1), device="meta").step():
-        assert {t.device.type for t in (batch.images, batch.labels, batch.positions)} == {"meta"}
+        assert {t.device.type for t in (batch.images, batch.labels, batch.sample_ids)} == {"meta"}
 
 
 def test_the_wait_is_that_of_the_current_step_and_of_data_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,20 +99,20 @@ def test_steps_and_compute_stay_and_fewer_images_are_loaded(
 ) -> None:
     from etpp_ssl.data.sources.synthetic import SyntheticSource
 
-    real_load, real_masking = SyntheticSource.load, Masker.__call__
+    real_open, real_masking = SyntheticSource.open, Masker.__call__
     num_loads = 0
     masked: list[int] = []
 
-    def load(source: SyntheticSource, index: int) -> Any:
+    def open_counted(source: SyntheticSource, index: int) -> Any:
         nonlocal num_loads
         num_loads += 1
-        return real_load(source, index)
+        return real_open(source, index)
 
     def masking(masker: Masker, positions: Tensor, *rest: Any) -> Any:
         masked.extend(positions.tolist())
         return real_masking(masker, positions, *rest)
 
-    monkeypatch.setattr(SyntheticSource, "load", load)
+    monkeypatch.setattr(SyntheticSource, "open", open_counted)
     monkeypatch.setattr(Masker, "__call__", masking)
     run = pretrain(tiny_recipe(*REPLAY, "micro_batch_size=5"))
     curriculum = run.curriculum

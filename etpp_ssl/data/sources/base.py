@@ -8,68 +8,12 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
-import numpy as np
-from PIL import Image
 from pydantic import Field, model_validator
 
 from etpp_ssl.config import Config, UserError, may_change
-
-Bands = tuple[Image.Image, ...]
-"""One decoded image: a single picture of mode L or RGB for 1 or 3 channels, otherwise one picture of
-mode L per channel, all of one size."""
-
-
-MAX_PIXELS = 178_956_970
-"""Largest image by default, Pillow's own: half a gigabyte in three channels."""
-
-Interpolation = Literal["bicubic", "bilinear", "box"]
-"""Kernel of a resize, widened where it shrinks (Pillow's kernels)."""
-Decoder = Literal["pillow", "simplejpeg"]
-"""Who decodes JPEGs; both stand on libjpeg-turbo."""
-
-
-class UnreadableImage(Exception):
-    """An image that cannot be decoded; the message says why, without the name."""
-
-
-class Region(NamedTuple):
-    """Part of a picture, at the resolution it was decoded to."""
-
-    pixels: np.ndarray
-    """uint8 (H, W, C)."""
-    box: tuple[float, float, float, float]
-    """(left, top, right, bottom) of the part asked for, in pixels of `pixels`; less than a pixel lies
-    outside of it on each side."""
-
-
-class Picture(Protocol):
-    """An image whose size is known before it is decoded."""
-
-    size: tuple[int, int]
-    """(width, height) in pixels, upright."""
-
-    def bands(self) -> Bands:
-        """The whole image at full resolution, as `ImageSource.load` gives it.
-
-        Raises:
-            UnreadableImage: if it cannot be decoded.
-        """
-
-    def region(
-        self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
-    ) -> Region:
-        """Decode a part at full or, where the format can, at a lower resolution.
-
-        Args:
-            box: (left, top, right, bottom) in pixels of the full resolution, within `size`.
-            at_least: (width, height) in pixels that the part keeps, unless `box` itself has fewer.
-            decoder: who decodes.
-
-        Raises:
-            UnreadableImage: if it cannot be decoded.
-        """
+from etpp_ssl.data.formats.base import MAX_PIXELS, Decoder, Interpolation, Picture
 
 
 class ImageSource(Protocol):
@@ -80,13 +24,6 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int:
         """Number of images."""
-
-    def load(self, index: int) -> Bands:
-        """Decode an image.
-
-        Raises:
-            UnreadableImage: if it cannot be decoded.
-        """
 
     def open(self, index: int) -> Picture:
         """An image that is decoded when its pixels are asked for, and no further than needed.
@@ -215,3 +152,13 @@ def existing_folder(key: str, path: Path) -> Path:
         what = "is not a folder" if os.path.exists(path) else "does not exist"
         raise UserError(f"{key} {str(path)!r} {what}")
     return path
+
+
+def expanded(path: str) -> Path:
+    """A path from a recipe, with `~` and environment variables filled in."""
+    return Path(os.path.expanduser(os.path.expandvars(path)))
+
+
+def printable(name: str) -> str:
+    """A file name that can be written as UTF-8; bytes that are not become `\\xff`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""Images in folders: with class sub-folders or flat, nested at will."""
+"""Images in files: all below a folder, with class sub-folders or without, or those that a text file lists."""
 
 from __future__ import annotations
 
@@ -9,19 +9,14 @@ from pathlib import Path
 from typing import Literal
 
 from etpp_ssl.config import UserError, may_change
-from etpp_ssl.data.formats.decode import EXTENSIONS, decode, most_bytes
-from etpp_ssl.data.formats.picture import open_picture
-from etpp_ssl.data.sources.base import (
-    MAX_PIXELS,
-    Bands,
-    DataConfig,
-    Picture,
-    UnreadableImage,
-    existing_folder,
-)
-from etpp_ssl.files import read_regular
+from etpp_ssl.data.formats.base import MAX_PIXELS, Picture, UnreadableImage
+from etpp_ssl.data.formats.open import EXTENSIONS, most_bytes, open_picture
+from etpp_ssl.data.sources.base import DataConfig, existing_folder, expanded, printable
+from etpp_ssl.files import read_regular, read_text
 from etpp_ssl.messages import shown
 
+MAX_LIST_BYTES = 1 << 34
+"""Of a list: about two hundred million names."""
 EVAL_SYNONYMS = ("val", "validation", "valid", "eval", "test")
 
 
@@ -49,6 +44,66 @@ class FolderConfig(DataConfig):
         return open_folder(
             "data.root", folder, in_chans, labelled=self.labels == "folders", max_pixels=self.max_pixels
         )
+
+
+class FileListConfig(DataConfig):
+    """One image per line: a path, then optionally a tab and a class name.
+
+    Paths are relative to `root`; empty lines and lines that start with # are skipped. Either all
+    lines name a class or none does.
+    """
+
+    name: Literal["list"] = "list"
+    file: str = may_change(...)
+    """The list of training images; `~` and environment variables are expanded."""
+    eval_file: str | None = may_change(None)
+    """The list of evaluation images; its class names must be among the training list's."""
+    root: str | None = may_change(None)
+    """Folder that the paths are relative to; by default the folder of the list."""
+
+    def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> FileSource:
+        """Open the "train" or the "eval" list; see `DataConfig.open`."""
+        rows = self._rows("data.file", expanded(self.file))
+        train_names = {name for _, name in rows if name is not None}
+        classes = sorted(train_names) or None
+        path, key = expanded(self.file), "data.file"
+        if split == "eval":
+            if self.eval_file is None:
+                raise UserError(
+                    "data.eval_file is not given: evaluation needs it, or data.holdout=256 to keep "
+                    "some training images for it"
+                )
+            path, key = expanded(self.eval_file), "data.eval_file"
+            rows = self._rows(key, path)
+            unknown = sorted({name for _, name in rows if name is not None} - train_names)
+            if unknown:
+                raise UserError(f"{key}: class {unknown[0]!r} is not in data.file")
+        root = existing_folder("data.root", expanded(self.root)) if self.root else path.parent
+        labels = None
+        if classes is not None:
+            if any(name is None for _, name in rows):
+                raise UserError(f"{key} {str(path)!r} names a class on some lines but not on all")
+            index = {name: i for i, name in enumerate(classes)}
+            labels = [index[name] for _, name in rows if name is not None]
+        return FileSource(root, [file for file, _ in rows], labels, classes, in_chans, self.max_pixels)
+
+    @staticmethod
+    def _rows(key: str, path: Path) -> list[tuple[str, str | None]]:
+        try:
+            text = read_text(path, MAX_LIST_BYTES, errors="surrogateescape")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{key} {str(path)!r} cannot be read: {reason}") from error
+        rows: list[tuple[str, str | None]] = []
+        # Not splitlines(): it also splits at characters that file names may hold.
+        for line in text.split("\n"):
+            # Not strip() of everything: names may begin with what is a space in some script.
+            if line.strip(" \t\r") and not line.startswith("#"):
+                file, _, name = line.partition("\t")
+                rows.append((file.strip(" \r"), name.strip() or None))
+        if not rows:
+            raise UserError(f"{key} {str(path)!r} names no image")
+        return rows
 
 
 class FileSource:
@@ -82,10 +137,6 @@ class FileSource:
 
     def __len__(self) -> int:
         return len(self.files)
-
-    def load(self, index: int) -> Bands:
-        """Decode a file; see `ImageSource.load`."""
-        return decode(self.read(index), self.in_chans, self.max_pixels)
 
     def open(self, index: int) -> Picture:
         """Read a file; see `ImageSource.open`."""
@@ -231,13 +282,3 @@ def class_folders(files: list[str]) -> tuple[list[str] | None, list[int] | None]
     classes = sorted({top for top in tops if top is not None})
     index = {name: i for i, name in enumerate(classes)}
     return classes, [index[top] for top in tops if top is not None]
-
-
-def expanded(path: str) -> Path:
-    """A path from a recipe, with `~` and environment variables filled in."""
-    return Path(os.path.expanduser(os.path.expandvars(path)))
-
-
-def printable(name: str) -> str:
-    """A file name that can be written as UTF-8; bytes that are not become `\\xff`."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.formats.decode import EXTENSIONS
+from etpp_ssl.data.formats.open import EXTENSIONS
 from etpp_ssl.data.sources.folder import class_folders
 from etpp_ssl.files import read_text, require_regular
 

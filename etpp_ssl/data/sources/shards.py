@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from etpp_ssl.config import may_change
-from etpp_ssl.data.sources.base import MAX_PIXELS, DataConfig, UnreadableImage
+from etpp_ssl.data.formats.base import MAX_PIXELS, UnreadableImage
+from etpp_ssl.data.sources.base import DataConfig
 from etpp_ssl.data.sources.folder import FileSource, split_folder
 from etpp_ssl.data.sources.shard_index import ShardIndex, open_index
 from etpp_ssl.files import open_regular

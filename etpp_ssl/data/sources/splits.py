@@ -7,9 +7,16 @@ import hashlib
 import torch
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.sources.base import Bands, DataConfig, ImageSource, Picture
+from etpp_ssl.data.formats.base import Picture
+from etpp_ssl.data.sources.base import DataConfig, ImageSource
+from etpp_ssl.data.sources.folder import FileListConfig, FolderConfig
+from etpp_ssl.data.sources.shards import ShardsConfig
+from etpp_ssl.data.sources.synthetic import SyntheticConfig
+from etpp_ssl.data.sources.timm_dataset import TimmConfig
 from etpp_ssl.randomness import keyed_torch
 
+AnyIndexedData = FolderConfig | FileListConfig | TimmConfig | SyntheticConfig | ShardsConfig
+"""The data sources that are addressed by index: those known to recipes, and to streams for evaluation."""
 NO_LABELS = "class sub-folders, or class names in a list, would be labels"
 
 
@@ -30,10 +37,6 @@ class Subset:
 
     def __len__(self) -> int:
         return len(self.indices)
-
-    def load(self, index: int) -> Bands:
-        """See `ImageSource.load`."""
-        return self.source.load(self.indices[index])
 
     def open(self, index: int) -> Picture:
         """See `ImageSource.open`."""

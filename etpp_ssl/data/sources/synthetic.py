@@ -15,12 +15,12 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 from pydantic import Field, field_validator
 
 from etpp_ssl.config import as_pair, legal_size
-from etpp_ssl.data.formats.picture import WholePicture
-from etpp_ssl.data.sources.base import Bands, DataConfig, Picture
+from etpp_ssl.data.formats.base import DecodedPicture, Picture
+from etpp_ssl.data.formats.npy import from_array
+from etpp_ssl.data.sources.base import DataConfig
 from etpp_ssl.randomness import keyed_numpy
 
 SHAPES = ("disk", "cross", "square", "ring", "triangle")
@@ -106,7 +106,7 @@ class SyntheticSource:
     def __len__(self) -> int:
         return self.num_images
 
-    def load(self, index: int) -> Bands:
+    def open(self, index: int) -> Picture:
         """Draw a picture.
 
         Raises:
@@ -115,13 +115,7 @@ class SyntheticSource:
         label = self.label(index)
         draw = keyed_numpy(self.seed, f"synthetic {self.split}", index)
         image = render(draw, *KINDS[label], self.size, self.in_chans)
-        if self.in_chans == 3:
-            return (Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))),)
-        return tuple(Image.fromarray(band) for band in image)
-
-    def open(self, index: int) -> Picture:
-        """Draw a picture; see `load`."""
-        return WholePicture(self.load(index))
+        return DecodedPicture(from_array(image.transpose(1, 2, 0), self.in_chans))
 
     def label(self, index: int) -> int:
         """Class index: the classes take turns."""

@@ -10,10 +10,10 @@ from typing import Any, Literal
 from PIL import Image
 
 from etpp_ssl.config import UserError, may_change
-from etpp_ssl.data.formats.decode import from_picture, most_bytes
-from etpp_ssl.data.formats.picture import WholePicture, open_picture
-from etpp_ssl.data.sources.base import MAX_PIXELS, Bands, DataConfig, Picture, UnreadableImage
-from etpp_ssl.data.sources.folder import expanded, printable
+from etpp_ssl.data.formats.base import MAX_PIXELS, DecodedPicture, Picture, UnreadableImage
+from etpp_ssl.data.formats.open import most_bytes, open_picture
+from etpp_ssl.data.formats.pillow import from_picture
+from etpp_ssl.data.sources.base import DataConfig, expanded, printable
 
 STREAMS = ("hfids", "tfds", "wds")
 FOLDERS = ("", "torch/folder", "torch/image_folder")
@@ -133,10 +133,6 @@ class TimmSource:
     def __len__(self) -> int:
         return len(self.data)
 
-    def load(self, index: int) -> Bands:
-        """Decode an image; see `ImageSource.load`."""
-        return self.open(index).bands()
-
     def open(self, index: int) -> Picture:
         """Read an image; see `ImageSource.open`."""
         try:
@@ -150,7 +146,7 @@ class TimmSource:
         except Exception as error:
             # As in `decode`: whatever a library raises here, it is one unreadable image.
             raise UnreadableImage(" ".join(f"{type(error).__name__}: {error}".split())) from error
-        return WholePicture(from_picture(picture, self.in_chans, self.max_pixels))
+        return DecodedPicture(from_picture(picture, self.in_chans, self.max_pixels))
 
     def label(self, index: int) -> int:
         """Class index, or -1."""

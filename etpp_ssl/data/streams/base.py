@@ -1,13 +1,13 @@
 """Data that is read in sequence instead of by index: what a stream offers, and the settings of every stream.
 
-A *lane* is what one data worker of one process reads, so there are processes * max(1, data.num_workers)
-lanes. A stream cannot be addressed by index, and the order of a run's images depends on the number of lanes
-and on the size of the micro-batches, which lanes serve in turn. What is promised is therefore less than for
-indexed data: for a fixed number of processes and data workers the order is a function of the seed, and a
-resumed run goes on exactly where it was.
+A *worker shard* is what one data worker of one process reads, so there are processes * max(1,
+data.num_workers) of them. A stream cannot be addressed by index, and the order of a run's images depends on
+the number of worker shards and on the size of the micro-batches, which they serve in turn. The promise is
+therefore less than for indexed data: for a fixed number of processes and data workers the order is a function
+of the seed, and a resumed run continues exactly where it was.
 
-timm's own readers of streams (`wds/...`, `hfids/...`) cannot serve that: their shuffle buffers draw from a
-generator with a state that nobody can store, and they know no place to go on from.
+timm's own readers of streams (`wds/...`, `hfids/...`) cannot keep that promise: their shuffle buffers draw
+from a generator whose state cannot be stored, and they know no place to resume from.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from pydantic import Field, model_validator
 
 from etpp_ssl.config import UserError, may_change
 from etpp_ssl.data.sources.base import DataConfig, ImageSource
-from etpp_ssl.data.sources.indexed import AnyIndexedData
-from etpp_ssl.data.sources.splits import open_split
+from etpp_ssl.data.sources.splits import AnyIndexedData, open_split
 
 Cursor = dict[str, Any]
-"""Where a lane stands, in a form that survives JSON."""
+"""Where a worker shard stands, in a form that survives JSON."""
 
 
 class Item(NamedTuple):
@@ -40,7 +39,7 @@ class Item(NamedTuple):
     """Why there is no image, in a few words."""
 
 
-class Lane(Protocol):
+class WorkerShard(Protocol):
     """One worker's endless sequence of items."""
 
     def take(self) -> Item:
@@ -51,7 +50,7 @@ class Lane(Protocol):
         """
 
     def cursor(self) -> Cursor:
-        """Where the next item lies; `Stream.lane` goes on from there."""
+        """Where the next item lies; `Stream.worker_shard` resumes from there."""
 
 
 class Stream(Protocol):
@@ -65,17 +64,20 @@ class Stream(Protocol):
     def fingerprint(self) -> str:
         """A short hash of what the data set consists of; a resumed run must find the same."""
 
-    def check_lanes(self, num_lanes: int) -> None:
-        """Check that every lane has something to read in every epoch.
+    def check_workers(self, num_workers: int) -> None:
+        """Check that each of so many data workers, over all processes, has something to read in every epoch.
 
         Raises:
-            UserError: if there are fewer shards than lanes.
+            UserError: if there are fewer shards than workers.
         """
 
-    def lane(self, lane: int, num_lanes: int, cursor: Cursor | None) -> Lane:
-        """A lane, from where a cursor of the same lane points, or from its beginning.
+    def worker_shard(self, worker: int, num_workers: int, cursor: Cursor | None) -> WorkerShard:
+        """What one data worker reads; item n is a function of (seed, worker, num_workers, n) and of the data.
 
-        Item number n of a lane is a function of (seed, lane, num_lanes, n) and of what the shards hold.
+        Args:
+            worker: its number among those of all processes.
+            num_workers: data workers of all processes; a process without any counts as one.
+            cursor: of the same worker, where to resume; None is the beginning.
         """
 
 

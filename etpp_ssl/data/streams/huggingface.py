@@ -8,9 +8,9 @@ from itertools import count
 from typing import Any, Literal
 
 from etpp_ssl.config import UserError, listed, may_change
-from etpp_ssl.data.sources.folder import printable
+from etpp_ssl.data.sources.base import printable
 from etpp_ssl.data.streams.base import Item, StreamConfig, require_library
-from etpp_ssl.data.streams.lanes import ShardSettings
+from etpp_ssl.data.streams.worker_shards import ShardSettings
 
 ROWS_AT_ONCE = 16
 """Rows that the library turns into Python objects together."""
@@ -66,7 +66,7 @@ class HuggingFaceConfig(HuggingFaceSettings, StreamConfig):
 
 
 class HuggingFaceReader:
-    """Reads a data set file by file; see `etpp_ssl.data.streams.lanes.ShardReader`.
+    """Reads a data set file by file; see `etpp_ssl.data.streams.worker_shards.ShardReader`.
 
     Args:
         data: a `datasets.IterableDataset` with known columns.

@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from etpp_ssl.config import Config
-from etpp_ssl.data.streams.base import Cursor, Item, Lane, StreamConfig
+from etpp_ssl.data.streams.base import Cursor, Item, StreamConfig, WorkerShard
 from etpp_ssl.data.streams.huggingface import HuggingFaceSettings
-from etpp_ssl.data.streams.lanes import ShardStream
 from etpp_ssl.data.streams.webdataset import WebDatasetSettings
+from etpp_ssl.data.streams.worker_shards import ShardStream
 from etpp_ssl.randomness import derive_key
 
 
@@ -44,8 +44,8 @@ AnyPart = Annotated[WebDatasetPart | HuggingFacePart, Field(discriminator="name"
 class MixConfig(StreamConfig):
     """Samples of several streams.
 
-    Which source a sample comes from is drawn for each of them by its number in its lane. Each source goes
-    through its own epochs; those of the run, `num_images` long, are the recipe's measure of compute only.
+    Which source a sample comes from is a keyed draw for each of them. Each source goes through its own
+    epochs; those of the run, `num_images` long, are the recipe's measure of compute only.
     """
 
     name: Literal["mix"] = "mix"
@@ -90,53 +90,53 @@ class MixedStream:
         text = " ".join(stream.fingerprint() for stream in self.streams)
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
-    def check_lanes(self, num_lanes: int) -> None:
-        """See `Stream.check_lanes`."""
+    def check_workers(self, num_workers: int) -> None:
+        """See `Stream.check_workers`."""
         for stream in self.streams:
-            stream.check_lanes(num_lanes)
+            stream.check_workers(num_workers)
 
-    def lane(self, lane: int, num_lanes: int, cursor: Cursor | None) -> MixedLane:
-        """See `Stream.lane`."""
-        return MixedLane(self, lane, num_lanes, cursor)
+    def worker_shard(self, worker: int, num_workers: int, cursor: Cursor | None) -> MixedWorkerShard:
+        """See `Stream.worker_shard`."""
+        return MixedWorkerShard(self, worker, num_workers, cursor)
 
-    def source_of(self, lane: int, number: int) -> int:
-        """The source that item `number` of a lane comes from."""
-        draw = derive_key(self.seed, "mix", lane, number) / 2**64
+    def source_of(self, worker: int, number: int) -> int:
+        """The source that item `number` of a worker comes from."""
+        draw = derive_key(self.seed, "mix", worker, number) / 2**64
         # The product can be rounded up to the last bound.
         return min(bisect(self.bounds, draw * self.bounds[-1]), len(self.streams) - 1)
 
 
-class MixedLane:
-    """One lane of a `MixedStream`: a lane of each source, opened when it is first drawn; see `Lane`.
+class MixedWorkerShard:
+    """What one data worker reads of a `MixedStream`; sources are opened when they are first drawn.
 
     Args:
         stream: the whole.
-        lane, num_lanes: which part of it.
-        cursor: where to go on; None is the beginning.
+        worker, num_workers: see `Stream.worker_shard`.
+        cursor: where to resume; None is the beginning.
     """
 
-    def __init__(self, stream: MixedStream, lane: int, num_lanes: int, cursor: Cursor | None) -> None:
+    def __init__(self, stream: MixedStream, worker: int, num_workers: int, cursor: Cursor | None) -> None:
         self.stream = stream
-        self.lane = lane
-        self.num_lanes = num_lanes
+        self.worker = worker
+        self.num_workers = num_workers
         self._number = cursor["number"] if cursor else 0
         self._starts = cursor["sources"] if cursor else [None] * len(stream.streams)
-        self._lanes: dict[int, Lane] = {}
+        self._opened: dict[int, WorkerShard] = {}
 
     def take(self) -> Item:
-        """See `Lane.take`."""
-        source = self.stream.source_of(self.lane, self._number)
-        if source not in self._lanes:
-            self._lanes[source] = self.stream.streams[source].lane(
-                self.lane, self.num_lanes, self._starts[source]
+        """See `WorkerShard.take`."""
+        source = self.stream.source_of(self.worker, self._number)
+        if source not in self._opened:
+            self._opened[source] = self.stream.streams[source].worker_shard(
+                self.worker, self.num_workers, self._starts[source]
             )
         self._number += 1
-        return self._lanes[source].take()
+        return self._opened[source].take()
 
     def cursor(self) -> Cursor:
-        """See `Lane.cursor`."""
+        """See `WorkerShard.cursor`."""
         sources = [
-            self._lanes[source].cursor() if source in self._lanes else start
+            self._opened[source].cursor() if source in self._opened else start
             for source, start in enumerate(self._starts)
         ]
         return {"number": self._number, "sources": sources}

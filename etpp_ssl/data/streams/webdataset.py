@@ -15,9 +15,9 @@ from typing import IO, Any, Literal
 from pydantic import field_validator
 
 from etpp_ssl.config import UserError, may_change
-from etpp_ssl.data.sources.folder import expanded, printable
+from etpp_ssl.data.sources.base import expanded, printable
 from etpp_ssl.data.streams.base import Item, StreamConfig, require_library
-from etpp_ssl.data.streams.lanes import ShardSettings
+from etpp_ssl.data.streams.worker_shards import ShardSettings
 
 TARS = (".tar", ".tar.gz", ".tgz")
 """Names that count as shards inside a folder."""
@@ -62,7 +62,7 @@ class WebDatasetConfig(WebDatasetSettings, StreamConfig):
 
 
 class WebDatasetReader:
-    """Reads tars; see `etpp_ssl.data.streams.lanes.ShardReader`.
+    """Reads tars; see `etpp_ssl.data.streams.worker_shards.ShardReader`.
 
     Files of a tar whose names are equal up to the first dot of their last part make one sample.
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from etpp_ssl.data.formats.decode import EXTENSIONS, decode, from_picture
-from etpp_ssl.data.sources.base import Bands, UnreadableImage
+from etpp_ssl.data.formats.base import Channels, UnreadableImage
+from etpp_ssl.data.formats.open import EXTENSIONS, decode
+from etpp_ssl.data.formats.pillow import from_picture
 
 HEIGHT, WIDTH = 13, 22
 ORIENTATION = 0x0112
@@ -49,14 +50,14 @@ def npy(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def pixels(bands: Bands) -> np.ndarray:
-    """uint8 (H, W, C), having checked what `Bands` promises."""
-    if len(bands) == 1:
-        assert bands[0].mode in ("L", "RGB")
+def pixels(channels: Channels) -> np.ndarray:
+    """uint8 (H, W, C), having checked what `Channels` promises."""
+    if len(channels) == 1:
+        assert channels[0].mode in ("L", "RGB")
     else:
-        assert {band.mode for band in bands} == {"L"}
-        assert len({band.size for band in bands}) == 1
-    arrays = [np.asarray(band) for band in bands]
+        assert {channel.mode for channel in channels} == {"L"}
+        assert len({channel.size for channel in channels}) == 1
+    arrays = [np.asarray(channel) for channel in channels]
     return np.concatenate([a if a.ndim == 3 else a[:, :, None] for a in arrays], axis=2)
 
 
@@ -92,8 +93,8 @@ def test_lossy_formats_are_close(form: str) -> None:
 
 def test_gif(rng: np.random.Generator) -> None:
     picture = noise(rng, HEIGHT, WIDTH)
-    bands = decode(encoded(picture, "GIF"), 1)
-    np.testing.assert_array_equal(pixels(bands)[:, :, 0], picture)
+    channels = decode(encoded(picture, "GIF"), 1)
+    np.testing.assert_array_equal(pixels(channels)[:, :, 0], picture)
 
 
 def test_every_listed_extension_has_a_decoder() -> None:
@@ -261,7 +262,7 @@ def test_animation_shows_its_first_frame(form: str) -> None:
 def test_frames_of_an_animation_are_not_channels(rng: np.random.Generator) -> None:
     frames = [Image.fromarray(noise(rng, HEIGHT, WIDTH)) for _ in range(5)]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert "1 band," in refusal(data, 5)
+    assert "1 channel," in refusal(data, 5)
 
 
 def tiff_pages(pages: list[Image.Image], **options: Any) -> bytes:
@@ -274,7 +275,7 @@ def test_pages_of_a_tiff_are_channels(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(pixels(decode(data, 5)), planes.transpose(1, 2, 0))
     # As a picture it is its first page.
     np.testing.assert_array_equal(pixels(decode(data, 1)), planes[0, :, :, None])
-    assert "1 band and 5 pages, but in_chans is 4" in refusal(data, 4)
+    assert "1 channel and 5 pages, but in_chans is 4" in refusal(data, 4)
 
 
 def test_pages_of_sixteen_bits(rng: np.random.Generator) -> None:
@@ -403,8 +404,8 @@ def test_reasons_are_one_line_whatever_the_decoder_says(
     assert refusal(b"anything").startswith(type(error).__name__)
 
 
-def test_wrong_number_of_bands_names_both_numbers() -> None:
-    assert "3 bands, but in_chans is 5" in refusal(encoded(ramp(3), "PNG"), 5)
+def test_wrong_number_of_channels_names_both_numbers() -> None:
+    assert "3 channels, but in_chans is 5" in refusal(encoded(ramp(3), "PNG"), 5)
 
 
 @pytest.mark.parametrize("in_chans", [1, 3, 4])

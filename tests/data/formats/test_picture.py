@@ -17,10 +17,10 @@ from torch import Tensor
 
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.frequency import low_frequency_crop
-from etpp_ssl.data.formats.decode import decode
-from etpp_ssl.data.formats.picture import JpegPicture, WholePicture, open_picture, require_decoder
+from etpp_ssl.data.formats.base import DecodedPicture, Decoder, UnreadableImage
+from etpp_ssl.data.formats.jpeg import JpegPicture, require_decoder
+from etpp_ssl.data.formats.open import decode, open_picture
 from etpp_ssl.data.resize import resize
-from etpp_ssl.data.sources.base import Decoder, UnreadableImage
 from etpp_ssl.data.sources.synthetic import SyntheticSource
 from etpp_ssl.data.views import TrainView, intermediate_size, random_crop_box, to_tensor
 
@@ -33,7 +33,7 @@ def drawn(width: int, height: int, index: int = 0) -> Image.Image:
     source = SyntheticSource(
         "train", num_images=100, num_classes=10, size=(height, width), in_chans=3, seed=1
     )
-    return source.load(index)[0]
+    return source.open(index).channels()[0]
 
 
 def jpeg(picture: Image.Image, orientation: int = 1, **options: Any) -> bytes:
@@ -49,8 +49,8 @@ def psnr(found: Tensor, wanted: Tensor) -> float:
     return float(10 * torch.log10(255**2 / error))
 
 
-def pixels_of(picture: WholePicture | JpegPicture, box: tuple[int, int, int, int]) -> np.ndarray:
-    return np.atleast_3d(np.asarray(picture.bands()[0].crop(box)))
+def pixels_of(picture: DecodedPicture | JpegPicture, box: tuple[int, int, int, int]) -> np.ndarray:
+    return np.atleast_3d(np.asarray(picture.channels()[0].crop(box)))
 
 
 sides = st.integers(1, 150)
@@ -62,7 +62,7 @@ def test_a_region_keeps_what_it_must_and_lies_where_it_says(
     size: tuple[int, int], orientation: int, data: st.DataObject
 ) -> None:
     picture = open_picture(jpeg(Image.new("RGB", size, (200, 90, 10)), orientation), 3)
-    assert picture.size == picture.bands()[0].size
+    assert picture.size == picture.channels()[0].size
     left = data.draw(st.integers(0, picture.size[0] - 1))
     top = data.draw(st.integers(0, picture.size[1] - 1))
     right = data.draw(st.integers(left + 1, picture.size[0]))
@@ -88,7 +88,7 @@ def test_a_region_keeps_what_it_must_and_lies_where_it_says(
 @pytest.mark.parametrize("size", [(211, 150), (208, 160), (163, 205)])
 def test_a_reduced_region_shows_what_the_full_one_shows(size: tuple[int, int], orientation: int) -> None:
     data = jpeg(drawn(*size), orientation)
-    picture, whole = open_picture(data, 3), WholePicture(decode(data, 3))
+    picture, whole = open_picture(data, 3), DecodedPicture(decode(data, 3))
     width, height = picture.size
     out = (23, 19)
     # The whole, both corners, and odd boxes.
@@ -131,7 +131,7 @@ def test_gray_is_reduced_too(mode: str, in_chans: int) -> None:
     region = picture.region((1, 2, 150, 90), (20, 20))
     assert region.pixels.shape[2] == in_chans
     assert region.pixels.shape[0] < 50
-    whole = WholePicture(decode(data, in_chans)).region((1, 2, 150, 90), (20, 20))
+    whole = DecodedPicture(decode(data, in_chans)).region((1, 2, 150, 90), (20, 20))
     assert psnr(resize(region, (20, 20), "bicubic"), resize(whole, (20, 20), "bicubic")) > 38
 
 
@@ -144,14 +144,16 @@ def test_what_has_no_reduced_decode_is_decoded_whole() -> None:
     files = [jpeg(rgb.convert("CMYK")), png.getvalue(), array.getvalue()]
     for data in files:
         picture = open_picture(data, 3)
-        assert isinstance(picture, WholePicture)
+        assert isinstance(picture, DecodedPicture)
         region = picture.region((1, 2, 70, 60), (5, 5))
         expected = np.asarray(decode(data, 3)[0].crop((1, 2, 70, 60)))
         np.testing.assert_array_equal(region.pixels, expected)
         assert region.box == (0, 0, 69, 58)
     five = np.random.default_rng(0).integers(0, 256, (9, 7, 5), dtype=np.uint8)
-    bands = tuple(Image.fromarray(five[:, :, c]) for c in range(5))
-    np.testing.assert_array_equal(WholePicture(bands).region((1, 2, 6, 9), (1, 1)).pixels, five[2:9, 1:6])
+    channels = tuple(Image.fromarray(five[:, :, c]) for c in range(5))
+    np.testing.assert_array_equal(
+        DecodedPicture(channels).region((1, 2, 6, 9), (1, 1)).pixels, five[2:9, 1:6]
+    )
 
 
 @pytest.mark.parametrize("decoder", ["pillow", "simplejpeg"])
@@ -165,7 +167,7 @@ def test_a_file_that_breaks_off_is_unreadable_once_it_is_decoded(decoder: Decode
             picture.region((0, 0, 200, 150), at_least, decoder)
         assert len(str(error.value).splitlines()) == 1
     with pytest.raises(UnreadableImage):
-        picture.bands()
+        picture.channels()
     with pytest.raises(UnreadableImage):
         open_picture(b"\xff\xd8 no more", 3)
 
@@ -269,7 +271,7 @@ def test_the_interpolation_is_that_of_both_decodes(interpolation: Any) -> None:
     full = view("full", interpolation=interpolation, flip=False)(picture, 3, IMAGE_SIZE)
     box = random_crop_box(picture.size, WHOLE_RANGE, keyed(3))
     kernel = Image.Resampling[interpolation.upper()]
-    plain = picture.bands()[0].crop(box).resize(IMAGE_SIZE[::-1], kernel)
+    plain = picture.channels()[0].crop(box).resize(IMAGE_SIZE[::-1], kernel)
     assert torch.equal(full, to_tensor((plain,)))
     reduced = view("reduced", interpolation=interpolation, flip=False)(picture, 3, IMAGE_SIZE)
     assert (reduced.int() - full.int()).abs().max() <= 2

@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.sources.base import UnreadableImage
-from etpp_ssl.data.sources.file_list import FileListConfig
-from etpp_ssl.data.sources.folder import FileSource
+from etpp_ssl.data.formats.base import UnreadableImage
+from etpp_ssl.data.sources.folder import FileListConfig, FileSource
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def sentence(split: str = "train", **settings: Any) -> str:
 
 
 def widths(source: FileSource) -> list[int]:
-    return [source.load(index)[0].width for index in range(len(source))]
+    return [source.open(index).channels()[0].width for index in range(len(source))]
 
 
 def labels_of(source: FileSource) -> list[int]:
@@ -158,10 +157,10 @@ def test_a_list_that_is_missing_empty_or_a_folder_is_named(folder: Path) -> None
 
 def test_a_line_that_names_no_file_is_an_unreadable_image(folder: Path) -> None:
     source = open_list(file=write_list(folder / "list.txt", b"a.png\ngone.png\nnull\0byte.png\n"))
-    assert source.load(0)
+    assert source.open(0).channels()
     for index in (1, 2):
         with pytest.raises(UnreadableImage):
-            source.load(index)
+            source.open(index).channels()
 
 
 def test_the_fingerprint_depends_on_order_and_classes_but_not_on_the_folder(folder: Path) -> None:

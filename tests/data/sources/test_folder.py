@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.sources.base import UnreadableImage
+from etpp_ssl.data.formats.base import UnreadableImage
 from etpp_ssl.data.sources.folder import FileSource, FolderConfig
 
 
@@ -50,7 +50,7 @@ def test_class_folders_name_the_labels_in_alphabetical_order(tmp_path: Path) -> 
     assert [source.name(i) for i in range(4)] == ["ape/5.png", "cat/1.png", "cat/9.png", "dog/2.png"]
     assert labels_of(source) == [0, 1, 1, 2]
     # Each name leads to its own picture, whose width tells in which order they were written.
-    assert [source.load(i)[0].width for i in range(4)] == [7, 6, 5, 4]
+    assert [source.open(i).channels()[0].width for i in range(4)] == [7, 6, 5, 4]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_linked_folders_are_followed_and_loops_end(tmp_path: Path) -> None:
     (elsewhere / "self").symlink_to(elsewhere, target_is_directory=True)
     source = open_folder(root)
     assert source.files == ["cat/1.png", "dog/2.png", "emu/3.png"]
-    assert source.load(2)[0].size == (4, 3)
+    assert source.open(2).channels()[0].size == (4, 3)
 
 
 def test_a_link_to_nowhere_is_an_unreadable_image(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_link_to_nowhere_is_an_unreadable_image(tmp_path: Path) -> None:
     source = open_folder(tmp_path)
     assert source.files == ["a.png", "b.png"]
     with pytest.raises(UnreadableImage, match="No such file"):
-        source.load(1)
+        source.open(1).channels()
 
 
 def test_odd_names_load_and_can_be_written_to_logs_and_json(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_odd_names_load_and_can_be_written_to_logs_and_json(tmp_path: Path) -> N
     log = tmp_path / "log"
     for index in range(len(source)):
         written = names.index(os.fsencode(source.files[index]))
-        assert source.load(index)[0].width == 4 + written
+        assert source.open(index).channels()[0].width == 4 + written
         log.write_text(source.name(index), encoding="utf-8")
         log.write_text(json.dumps(source.name(index), ensure_ascii=False), encoding="utf-8")
     shown = {source.name(index) for index in range(len(source))}
@@ -201,9 +201,9 @@ def test_a_file_that_cannot_be_read_is_an_unreadable_image_with_the_reason(
     (tmp_path / "b.png").unlink()
     (tmp_path / "b.png").mkdir()
     with pytest.raises(UnreadableImage, match=r"^No such file or directory$"):
-        source.load(0)
+        source.open(0).channels()
     with pytest.raises(UnreadableImage, match=r"^Is a directory$"):
-        source.load(1)
+        source.open(1).channels()
 
     def refuse(path: Path, flags: int) -> int:
         raise PermissionError(13, "Permission denied", str(path))
@@ -211,7 +211,7 @@ def test_a_file_that_cannot_be_read_is_an_unreadable_image_with_the_reason(
     # For root, whom permissions do not stop.
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(UnreadableImage, match=r"^Permission denied$"):
-        source.load(2)
+        source.open(2).channels()
 
 
 def test_a_damaged_file_is_an_unreadable_image(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_damaged_file_is_an_unreadable_image(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(b"no image at all")
     for index in range(2):
         with pytest.raises(UnreadableImage) as error:
-            source.load(index)
+            source.open(index).channels()
         assert str(error.value)
         assert "\n" not in str(error.value)
 
@@ -301,7 +301,7 @@ def test_cifar10_is_found_from_its_root(real_images: Path) -> None:
     assert train.classes is not None
     assert len(train.classes) == 10
     assert sorted(labels_of(train)) == [label for label in range(10) for _ in range(5000)]
-    assert train.load(0)[0].size == (32, 32)
+    assert train.open(0).channels()[0].size == (32, 32)
 
 
 def test_grayscale_photographs_of_imagenette_become_three_channels(real_images: Path) -> None:
@@ -315,7 +315,7 @@ def test_grayscale_photographs_of_imagenette_become_three_channels(real_images: 
             break
     assert gray
     for index in gray:
-        (picture,) = source.load(index)
+        (picture,) = source.open(index).channels()
         assert picture.mode == "RGB"
         red, green, blue = picture.split()
         assert red.tobytes() == green.tobytes() == blue.tobytes()

@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from etpp_ssl.config import UserError
+from etpp_ssl.data.formats.base import UnreadableImage
 from etpp_ssl.data.prepare import PrepareConfig, prepare
 from etpp_ssl.data.sources import shards as shards_module
-from etpp_ssl.data.sources.base import UnreadableImage
 from etpp_ssl.data.sources.shards import ShardsConfig, ShardSource
 
 LONG = "oak/" + 12 * "deep-folder/" + 150 * "x" + ".png"

@@ -22,18 +22,18 @@ def source(
 
 def images(data: SyntheticSource, count: int) -> np.ndarray:
     """float64 (count, C, H, W) in [0, 1]."""
-    return np.stack([to_tensor(data.load(i)).numpy() for i in range(count)]) / 255.0
+    return np.stack([to_tensor(data.open(i).channels()).numpy() for i in range(count)]) / 255.0
 
 
 def test_a_picture_is_a_function_of_seed_split_and_index() -> None:
     data = source()
-    first = to_tensor(data.load(5))
+    first = to_tensor(data.open(5).channels())
     for index in (0, 6, 2000):
-        data.load(index)
+        data.open(index).channels()
     np.random.seed(1)
     for again in (data, source(), pickle.loads(pickle.dumps(data)), source(num_images=6)):
-        assert (to_tensor(again.load(5)) == first).all()
-    others = [data.load(15), source("eval").load(5), source(seed=1).load(5)]
+        assert (to_tensor(again.open(5).channels()) == first).all()
+    others = [data.open(15).channels(), source("eval").open(5).channels(), source(seed=1).open(5).channels()]
     for other in others:
         assert (to_tensor(other) != first).float().mean() > 0.5
 
@@ -48,10 +48,10 @@ def test_channels_share_most_of_their_background() -> None:
 def test_the_recipes_seed_plays_no_part_and_its_size_only_by_default() -> None:
     config = SyntheticConfig()
     left, right = (config.open("train", in_chans=3, image_size=(20, 30), seed=s) for s in (0, 1))
-    assert (to_tensor(left.load(3)) == to_tensor(right.load(3))).all()
-    assert left.load(3)[0].size == (30, 20)
-    assert source(size=17).load(3)[0].size == (17, 17)
-    assert source(size=(12, 19)).load(3)[0].size == (19, 12)
+    assert (to_tensor(left.open(3).channels()) == to_tensor(right.open(3).channels())).all()
+    assert left.open(3).channels()[0].size == (30, 20)
+    assert source(size=17).open(3).channels()[0].size == (17, 17)
+    assert source(size=(12, 19)).open(3).channels()[0].size == (19, 12)
 
 
 @pytest.mark.parametrize("in_chans", [1, 2, 3, 5])
@@ -59,12 +59,12 @@ def test_the_recipes_seed_plays_no_part_and_its_size_only_by_default() -> None:
 def test_any_size_and_channel_count(in_chans: int, size: tuple[int, int]) -> None:
     data = source(in_chans=in_chans, image_size=size)
     for index in range(len(CLASSES)):
-        bands = data.load(index)
-        assert len(bands) == (1 if in_chans == 3 else in_chans)
-        assert {band.mode for band in bands} == {"RGB" if in_chans == 3 else "L"}
-        assert {band.size for band in bands} == {size[::-1]}
+        channels = data.open(index).channels()
+        assert len(channels) == (1 if in_chans == 3 else in_chans)
+        assert {channel.mode for channel in channels} == {"RGB" if in_chans == 3 else "L"}
+        assert {channel.size for channel in channels} == {size[::-1]}
     if min(size) >= 16:
-        pixels = to_tensor(data.load(0)).flatten(1).double().numpy()
+        pixels = to_tensor(data.open(0).channels()).flatten(1).double().numpy()
         assert pixels.std(axis=1).min() > 5
         if in_chans > 1:
             correlation = np.corrcoef(pixels)[0, 1]
@@ -97,7 +97,7 @@ def test_every_shape_and_every_texture_is_in_two_classes() -> None:
 @pytest.mark.parametrize("index", [-1, 12])
 def test_no_picture_outside_the_data_set(index: int) -> None:
     with pytest.raises(IndexError):
-        source(num_images=12).load(index)
+        source(num_images=12).open(index).channels()
 
 
 def test_split_sizes() -> None:

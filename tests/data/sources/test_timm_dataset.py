@@ -16,11 +16,10 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-import etpp_ssl.data.sources.timm_dataset as timm_dataset
 from etpp_ssl.config import UserError
-from etpp_ssl.data.loader import BatchBuilder, batch_loader, batches, evaluation_requests
+from etpp_ssl.data.formats.base import UnreadableImage
+from etpp_ssl.data.loader import BatchBuilder, evaluation_requests, load_batches
 from etpp_ssl.data.sampler import KeyedOrder
-from etpp_ssl.data.sources.base import UnreadableImage
 from etpp_ssl.data.sources.timm_dataset import TimmConfig, TimmSource
 from etpp_ssl.data.views import TrainView, to_tensor
 
@@ -104,7 +103,7 @@ def test_pictures_labels_and_classes_belong_together(written: Any) -> None:
     assert source.classes == list(CLASSES)
     seen = set()
     for index in range(12):
-        (picture,) = source.load(index)
+        (picture,) = source.open(index).channels()
         number = picture.width - 20
         assert torch.equal(to_tensor((picture,)), pixels(number))
         assert source.label(index) == number % 3
@@ -116,7 +115,7 @@ def test_pictures_labels_and_classes_belong_together(written: Any) -> None:
 def test_names_are_the_readers_file_names(tmp_path: Path, kind: str) -> None:
     source = open_timm(write_folder(tmp_path / "a") if kind == "folder" else write_tar(tmp_path / "a.tar"))
     for index in range(12):
-        number = source.load(index)[0].width - 20
+        number = source.open(index).channels()[0].width - 20
         assert source.name(index) == f"{CLASSES[number % 3]}/{number:02d}.png"
 
 
@@ -125,10 +124,10 @@ def test_a_broken_image_is_reported_and_not_replaced_by_its_neighbour(written: A
     # By class and number: images 1 and 5 are the first of class 1 and the second of class 2.
     for index in (4, 9):
         with pytest.raises(UnreadableImage) as error:
-            source.load(index)
+            source.open(index).channels()
         assert str(error.value)
         assert "\n" not in str(error.value)
-    readable = [source.load(index)[0].width - 20 for index in range(12) if index not in (4, 9)]
+    readable = [source.open(index).channels()[0].width - 20 for index in range(12) if index not in (4, 9)]
     assert sorted(readable) == [number for number in range(12) if number not in (1, 5)]
 
 
@@ -140,20 +139,20 @@ def test_a_file_that_has_gone_is_an_unreadable_image(tmp_path: Path) -> None:
         file.unlink()
     for source in sources:
         with pytest.raises(UnreadableImage, match="No such file"):
-            source.load(3)
+            source.open(3).channels()
 
 
 def test_a_tar_is_read_the_same_by_several_workers_after_this_process_has_read_it(tmp_path: Path) -> None:
     source = open_timm(write_tar(tmp_path / "images.tar", num_images=60))
     # Had the open file been kept, the workers would share its place in it.
-    before = [to_tensor(source.load(index)) for index in range(60)]
+    before = [to_tensor(source.open(index).channels()) for index in range(60)]
     view = TrainView(image_size=(16, 16), crop_scale=(0.5, 1.0), flip=True, lanczos=False, seed=0)
 
     def read(num_workers: int) -> list[torch.Tensor]:
         builder = BatchBuilder(source, view, KeyedOrder(60, 0))
         requests = evaluation_requests(range(60), size=(16, 16), batch_size=4)
-        loader = batch_loader(builder, requests, num_workers=num_workers, prefetch=4, pin_memory=False)
-        found = list(batches(loader))
+        loader = load_batches(builder, requests, num_workers=num_workers, prefetch=4, pin_memory=False)
+        found = list(loader)
         assert not any(batch.bad for batch in found)
         return [batch.images for batch in found]
 
@@ -163,20 +162,20 @@ def test_a_tar_is_read_the_same_by_several_workers_after_this_process_has_read_i
         for one, other in zip(read(2), alone, strict=True):
             assert torch.equal(one, other)
     for index in range(60):
-        assert torch.equal(to_tensor(source.load(index)), before[index])
+        assert torch.equal(to_tensor(source.open(index).channels()), before[index])
 
 
 def test_a_source_that_has_been_read_can_be_pickled(written: Any) -> None:
     source = written()
-    expected = to_tensor(source.load(4))
+    expected = to_tensor(source.open(4).channels())
     copy = pickle.loads(pickle.dumps(source))
-    assert torch.equal(to_tensor(copy.load(4)), expected)
+    assert torch.equal(to_tensor(copy.open(4).channels()), expected)
     assert copy.label(4) == source.label(4)
     assert copy.fingerprint() == source.fingerprint()
 
 
 def test_reading_leaves_no_file_beside_a_tar(tmp_path: Path) -> None:
-    open_timm(write_tar(tmp_path / "images.tar")).load(0)
+    open_timm(write_tar(tmp_path / "images.tar")).open(0).channels()
     assert [path.name for path in tmp_path.iterdir()] == ["images.tar"]
 
 
@@ -204,11 +203,11 @@ def test_cifar10_of_torchvision_has_both_splits(tmp_path: Path, monkeypatch: pyt
     stored = pickle.loads((root / CIFAR10.base_folder / "data_batch_1").read_bytes())["data"]
     for index in range(6):
         expected = torch.from_numpy(stored[index].reshape(3, 32, 32))
-        assert torch.equal(to_tensor(train.load(index)), expected)
+        assert torch.equal(to_tensor(train.open(index).channels()), expected)
     gray = TimmConfig(dataset="torch/cifar10", root=str(root)).open(
         "train", in_chans=1, image_size=(8, 8), seed=0
     )
-    assert gray.load(0)[0].mode == "L"
+    assert gray.open(0).channels()[0].mode == "L"
 
 
 def test_a_folder_or_tar_without_class_folders_has_no_labels(tmp_path: Path) -> None:
@@ -267,7 +266,7 @@ def test_a_missing_optional_library_is_named_with_the_command_that_installs_it(
     def absent(*args: Any, **kwargs: Any) -> None:
         raise ModuleNotFoundError("No module named 'datasets'")
 
-    monkeypatch.setattr(timm_dataset, "create_dataset", absent)
+    monkeypatch.setattr("timm.data.create_dataset", absent)
     message = sentence(tmp_path, dataset="hfds/some/set")
     assert "'hfds/some/set'" in message
     assert "'datasets'" in message
@@ -305,6 +304,6 @@ def test_a_reader_without_a_list_of_samples_is_asked_for_each_label() -> None:
     source = TimmSource(SimpleNamespace(reader=Reader()), "hfds/x/train", 3)
     assert source.classes == ["zero", "one"]
     assert [source.label(index) for index in (0, 1, 2, 3)] == [0, 1, -1, 1]
-    assert torch.equal(to_tensor(source.load(3)), pixels(3))
+    assert torch.equal(to_tensor(source.open(3).channels()), pixels(3))
     assert source.name(1) == "1\\xff.png"
     assert source.name(0) == "hfds/x/train[0]"

@@ -1,4 +1,4 @@
-"""A mix of streams: shares, and lanes that know where each source stands."""
+"""A mix of streams: shares, and worker shards that know where each source stands."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def test_samples_come_in_proportion_to_the_weights_from_a_keyed_draw(tmp_path: P
     assert drawn == [stream.source_of(2, number) for number in range(8000)]
     assert drawn[:50] != [stream.source_of(3, number) for number in range(50)]
     assert drawn[:50] != [opened(tmp_path, [1.0, 4.0, 3.0], seed=1).source_of(2, n) for n in range(50)]
-    lane = stream.lane(2, 3, None)
-    assert [lane.take().label // 100 for _ in range(200)] == drawn[:200]
+    items = stream.worker_shard(2, 3, None)
+    assert [items.take().label // 100 for _ in range(200)] == drawn[:200]
 
 
-def test_each_source_goes_through_its_own_lane_and_epochs(tmp_path: Path) -> None:
+def test_each_source_goes_through_its_own_worker_shard_and_epochs(tmp_path: Path) -> None:
     stream = opened(tmp_path, [1.0, 2.0])
-    lane = stream.lane(1, 2, None)
-    found = [lane.take().label for _ in range(120)]
+    items = stream.worker_shard(1, 2, None)
+    found = [items.take().label for _ in range(120)]
     for source, part in enumerate(stream.streams):
-        alone = part.lane(1, 2, None)
+        alone = part.worker_shard(1, 2, None)
         own = [label for label in found if label // 100 == source]
         assert own == [alone.take().label for _ in own]
     orders = [[label % 100 for label in found if label // 100 == source][:20] for source in range(2)]
@@ -48,13 +48,13 @@ def test_each_source_goes_through_its_own_lane_and_epochs(tmp_path: Path) -> Non
 
 def test_a_source_that_was_not_drawn_yet_is_not_opened(tmp_path: Path) -> None:
     stream = opened(tmp_path, [1e-9, 1.0])
-    lane = stream.lane(0, 1, None)
-    labels = [lane.take().label for _ in range(10)]
+    items = stream.worker_shard(0, 1, None)
+    labels = [items.take().label for _ in range(10)]
     assert min(labels) >= 100
-    cursor = lane.cursor()
+    cursor = items.cursor()
     assert cursor["number"] == 10
     assert cursor["sources"][0] is None
-    assert stream.lane(0, 1, cursor).take() == lane.take()
+    assert stream.worker_shard(0, 1, cursor).take() == items.take()
 
 
 def test_wrong_weights_and_no_sources_are_refused() -> None:

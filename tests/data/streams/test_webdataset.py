@@ -18,16 +18,16 @@ import pytest
 from stream_sources import SHARD_SIZES, png, write_tar, write_tars
 from webdataset.tariterators import tarfile_samples
 
-import etpp_ssl.data.streams.lanes as lanes
 from etpp_ssl.config import RunFault, UserError
+from etpp_ssl.data.streams import worker_shards
 from etpp_ssl.data.streams.base import Item
-from etpp_ssl.data.streams.lanes import read_patiently
 from etpp_ssl.data.streams.webdataset import WebDatasetConfig, WebDatasetReader, find_tars
+from etpp_ssl.data.streams.worker_shards import read_patiently
 
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(worker_shards, "RETRY_SECONDS", 0.0)
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from itertools import islice
 import pytest
 import torch
 
-import etpp_ssl.data.streams.lanes as lanes
 from etpp_ssl.config import RunFault
+from etpp_ssl.data.streams import worker_shards
 from etpp_ssl.data.streams.base import Item
-from etpp_ssl.data.streams.lanes import ShardStream
+from etpp_ssl.data.streams.worker_shards import ShardStream
 from etpp_ssl.randomness import keyed_torch
 
 SIZES = (5, 0, 3, 6, 1, 4)
@@ -52,16 +52,20 @@ def stream_of(shards: Shards, buffer: int = 4, retries: int = 0) -> ShardStream:
     return ShardStream(shards, buffer=buffer, retries=retries, seed=SEED)
 
 
-def plain_order(lane: int, num_lanes: int, buffer: int) -> Iterator[int]:
+def plain_order(worker: int, num_workers: int, buffer: int) -> Iterator[int]:
     """The order as it is defined: whole epochs, cut into blocks, each block shuffled."""
     epoch = block = 0
     while True:
         shards = torch.randperm(len(SIZES), generator=keyed_torch(SEED, "shards", epoch)).tolist()
-        own = [shard for place, shard in enumerate(shards) if place % num_lanes == (lane + epoch) % num_lanes]
+        own = [
+            shard
+            for place, shard in enumerate(shards)
+            if place % num_workers == (worker + epoch) % num_workers
+        ]
         items = [100 * shard + number for shard in own for number in range(SIZES[shard])]
         for start in range(0, len(items), buffer):
             part = items[start : start + buffer]
-            order = torch.randperm(len(part), generator=keyed_torch(SEED, "block", lane, block)).tolist()
+            order = torch.randperm(len(part), generator=keyed_torch(SEED, "block", worker, block)).tolist()
             # Taken from the end.
             yield from [part[place] for place in order][::-1]
             block += 1
@@ -69,37 +73,37 @@ def plain_order(lane: int, num_lanes: int, buffer: int) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("buffer", [1, 4, 100])
-@pytest.mark.parametrize("num_lanes", [1, 2])
-def test_the_order_is_that_of_the_plain_definition(num_lanes: int, buffer: int) -> None:
-    for lane in range(num_lanes):
-        reader = stream_of(Shards(), buffer).lane(lane, num_lanes, None)
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_the_order_is_that_of_the_plain_definition(num_workers: int, buffer: int) -> None:
+    for worker in range(num_workers):
+        reader = stream_of(Shards(), buffer).worker_shard(worker, num_workers, None)
         found = [reader.take().label for _ in range(90)]
-        assert found == list(islice(plain_order(lane, num_lanes, buffer), 90))
+        assert found == list(islice(plain_order(worker, num_workers, buffer), 90))
 
 
 @pytest.mark.parametrize("buffer", [1, 3, 7])
-def test_a_lane_holds_one_block_and_one_open_shard(buffer: int) -> None:
+def test_a_worker_shard_holds_one_block_and_one_open_shard(buffer: int) -> None:
     shards = Shards((40, 30, 50))
-    lane = stream_of(shards, buffer).lane(0, 1, None)
+    items = stream_of(shards, buffer).worker_shard(0, 1, None)
     for number in range(1, 300):
-        lane.take()
-        assert lane.num_held <= buffer + 1
+        items.take()
+        assert items.num_held <= buffer + 1
         # Never more than the block that comes in, and the item after it.
         assert shards.num_read <= number + buffer + 1
         assert shards.num_open <= 1
-    del lane
+    del items
     gc.collect()
     assert shards.num_open == 0
 
 
 def test_it_goes_on_from_a_cursor_after_any_number_of_items() -> None:
-    lane, stream = stream_of(Shards()).lane(1, 2, None), stream_of(Shards())
+    one, stream = stream_of(Shards()).worker_shard(1, 2, None), stream_of(Shards())
     cursors, items = [], []
     for _ in range(60):
-        cursors.append(json.loads(json.dumps(lane.cursor())))
-        items.append(lane.take())
+        cursors.append(json.loads(json.dumps(one.cursor())))
+        items.append(one.take())
     for start in range(60):
-        other = stream.lane(1, 2, cursors[start])
+        other = stream.worker_shard(1, 2, cursors[start])
         for place in range(start, min(start + 25, 60)):
             assert other.cursor() == cursors[place]
             assert other.take() == items[place]
@@ -107,43 +111,43 @@ def test_it_goes_on_from_a_cursor_after_any_number_of_items() -> None:
 
 def test_going_on_reads_one_shard_to_the_block_and_the_block() -> None:
     shards = Shards((40, 30, 50))
-    lane = stream_of(shards, 7).lane(0, 1, None)
+    items = stream_of(shards, 7).worker_shard(0, 1, None)
     for _ in range(200):
-        lane.take()
-    cursor = lane.cursor()
+        items.take()
+    cursor = items.cursor()
     shards.num_read = 0
-    stream_of(shards, 7).lane(0, 1, cursor)
+    stream_of(shards, 7).worker_shard(0, 1, cursor)
     assert shards.num_read <= cursor["offset"] + 7 + cursor["used"] + 1
 
 
 def test_a_shard_that_fails_is_opened_again_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(lanes.time, "sleep", pauses.append)
-    expected = stream_of(Shards()).lane(0, 1, None)
+    monkeypatch.setattr(worker_shards.time, "sleep", pauses.append)
+    expected = stream_of(Shards()).worker_shard(0, 1, None)
     shards = Shards()
     # Twice in a row at the same place, at a first item, and at a last one.
     shards.failures = [(0, 3), (0, 3), (2, 0), (3, 5)]
-    lane = stream_of(shards, retries=2).lane(0, 1, None)
-    assert [lane.take() for _ in range(40)] == [expected.take() for _ in range(40)]
+    items = stream_of(shards, retries=2).worker_shard(0, 1, None)
+    assert [items.take() for _ in range(40)] == [expected.take() for _ in range(40)]
     assert sorted(pauses) == [1.0, 1.0, 1.0, 2.0]
     assert not shards.failures
 
 
 def test_a_shard_that_keeps_failing_is_one_sentence_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(worker_shards.time, "sleep", lambda seconds: None)
     for retries, words in ((0, "after 1 try"), (2, "after 3 tries")):
         shards = Shards((5, 5))
         shards.failures = [(1, 2)] * 9
-        lane = stream_of(shards, retries=retries).lane(0, 1, None)
+        items = stream_of(shards, retries=retries).worker_shard(0, 1, None)
         with pytest.raises(RunFault, match=f"shard 'far/1.tar' cannot be read {words}") as error:
-            [lane.take() for _ in range(20)]
+            [items.take() for _ in range(20)]
         assert "ConnectionError: the line is dead" in str(error.value)
         assert "\n" not in str(error.value)
 
 
 def test_shards_without_a_sample_are_one_sentence() -> None:
     with pytest.raises(RunFault, match=r"no image in the 2 shards"):
-        stream_of(Shards((0, 0))).lane(0, 1, None)
+        stream_of(Shards((0, 0))).worker_shard(0, 1, None)
 
 
 def test_the_fingerprint_is_of_the_shards_wherever_they_lie() -> None:

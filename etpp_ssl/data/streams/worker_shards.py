@@ -1,17 +1,18 @@
-"""Lanes over shards: which shards a lane reads, in which order, and how it shuffles what is in them.
+"""Streams of shards (tars, parquet files): which of them a data worker reads, and in which order.
 
-The shards of epoch e are in a keyed order, and each lane takes every so-many-th of them, so that every shard
-is read by one lane. Their items are read in sequence and shuffled in blocks of `shuffle_buffer`: an item can
-change places with those of its block, and with no others. So what is near in a shard stays near: where a
-shard holds images of one kind (one class, one video), shuffle them before writing the shards.
+The shards of an epoch are in a keyed order. Each data worker takes every W-th of them, W being the number of
+workers over all processes, so that every shard is read by one worker. Items are read in sequence and shuffled
+in blocks of `shuffle_buffer`: an item changes places with those of its block, and with no others. What is
+near in a shard stays near: where a shard holds images of one kind (one class, one video), shuffle them before
+writing the shards.
 
-A lane goes on to the next epoch when its shards are read. Where the number of shards is no multiple of the
-number of lanes, those with one shard less go on earlier; which ones that are changes with every epoch.
+A worker begins the next epoch when its shards are read. Where the number of shards is not a multiple of W,
+workers with one shard less begin earlier; which ones these are changes with every epoch.
 
-A block goes out while the next one comes in, item by item: a lane never holds more than `shuffle_buffer`
-encoded images and one more, and waits for a whole block to be read only at its beginning and after the last
+A block goes out while the next one comes in, item by item: a worker never holds more than `shuffle_buffer`
+encoded images and one more. It waits for a whole block to be read only at its beginning and after the last
 block of an epoch, which is as short as it comes. A cursor is the place in the shards where the current block
-starts, and how much of the block is used; to go on from it, that block is read once more, behind whatever
+starts, and how much of the block is used. To resume from it, that block is read once more, behind whatever
 lies before it in the same shard.
 """
 
@@ -96,27 +97,27 @@ class ShardStream:
         names = "\n".join(name.rsplit("/", 1)[-1] for name in self.reader.names)
         return hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
 
-    def check_lanes(self, num_lanes: int) -> None:
-        """See `Stream.check_lanes`."""
+    def check_workers(self, num_workers: int) -> None:
+        """See `Stream.check_workers`."""
         found = len(self.reader.names)
-        if found < num_lanes:
+        if found < num_workers:
             raise UserError(
                 f"data has {found} shard{'s' * (found != 1)} ({self.reader.names[0]!r} ...), fewer than the "
-                f"{num_lanes} data workers of all processes, each of which reads its own; give more shards, "
-                f"or a smaller data.num_workers"
+                f"{num_workers} data workers of all processes, each of which reads its own; give more "
+                f"shards or a smaller data.num_workers"
             )
 
-    def lane(self, lane: int, num_lanes: int, cursor: Cursor | None) -> ShardLane:
-        """See `Stream.lane`."""
-        return ShardLane(self, lane, num_lanes, cursor)
+    def worker_shard(self, worker: int, num_workers: int, cursor: Cursor | None) -> ShuffledWorkerShard:
+        """See `Stream.worker_shard`."""
+        return ShuffledWorkerShard(self, worker, num_workers, cursor)
 
-    def shards_of(self, lane: int, num_lanes: int, epoch: int) -> list[int]:
-        """The shards that a lane reads in an epoch, in order."""
+    def shards_of(self, worker: int, num_workers: int, epoch: int) -> list[int]:
+        """The shards that a worker reads in an epoch, in order."""
         order = torch.randperm(
             len(self.reader.names), generator=keyed_torch(self.seed, "shards", epoch)
         ).tolist()
-        # A lane that has one shard more than others should not be the same one in every epoch.
-        own: list[int] = order[(lane + epoch) % num_lanes :: num_lanes]
+        # Another worker has one shard more than others in each epoch.
+        own: list[int] = order[(worker + epoch) % num_workers :: num_workers]
         return own
 
 
@@ -125,25 +126,25 @@ class _Found(NamedTuple):
 
     epoch: int
     place: int
-    """Number of its shard among those that the lane reads in the epoch."""
+    """Number of its shard among those that the worker reads in the epoch."""
     offset: int
     """Number of the item in the shard."""
     item: Item
 
 
-class ShardLane:
-    """One lane of a `ShardStream`; see `Lane` and the head of this file.
+class ShuffledWorkerShard:
+    """What one data worker reads of a `ShardStream`; see `WorkerShard` and the head of this file.
 
     Args:
         stream: the whole.
-        lane, num_lanes: which part of it.
-        cursor: where to go on; None is the beginning.
+        worker, num_workers: see `Stream.worker_shard`.
+        cursor: where to resume; None is the beginning.
     """
 
-    def __init__(self, stream: ShardStream, lane: int, num_lanes: int, cursor: Cursor | None) -> None:
+    def __init__(self, stream: ShardStream, worker: int, num_workers: int, cursor: Cursor | None) -> None:
         self.stream = stream
-        self.lane = lane
-        self.num_lanes = num_lanes
+        self.worker = worker
+        self.num_workers = num_workers
         cursor = cursor or {"epoch": 0, "place": 0, "offset": 0, "block": 0, "used": 0}
         self._found = self._read(cursor["epoch"], cursor["place"], cursor["offset"])
         self._ahead = next(self._found)
@@ -157,7 +158,7 @@ class ShardLane:
             self.take()
 
     def take(self) -> Item:
-        """See `Lane.take`."""
+        """See `WorkerShard.take`."""
         if not self._block:
             self._turn_block()
         item = self._block.pop()
@@ -166,7 +167,7 @@ class ShardLane:
         return item
 
     def cursor(self) -> Cursor:
-        """See `Lane.cursor`."""
+        """See `WorkerShard.cursor`."""
         return {**self._start, "used": self._used}
 
     @property
@@ -175,7 +176,7 @@ class ShardLane:
         return len(self._block) + len(self._next) + 1
 
     def _turn_block(self) -> None:
-        """Go on to the next block, read to its end and shuffled."""
+        """Take the next block, read to its end and shuffled."""
         while self._read_ahead():
             pass
         first = self._next[0]
@@ -186,7 +187,7 @@ class ShardLane:
             "offset": first.offset,
             "block": self._number,
         }
-        generator = keyed_torch(self.stream.seed, "block", self.lane, self._number)
+        generator = keyed_torch(self.stream.seed, "block", self.worker, self._number)
         order = torch.randperm(len(self._next), generator=generator).tolist()
         self._block = [self._next[place].item for place in order]
         self._next = []
@@ -204,7 +205,7 @@ class ShardLane:
     def _read(self, epoch: int, place: int, offset: int) -> Iterator[_Found]:
         """Everything from a place on, epoch after epoch."""
         while True:
-            shards = self.stream.shards_of(self.lane, self.num_lanes, epoch)
+            shards = self.stream.shards_of(self.worker, self.num_workers, epoch)
             empty = (place, offset) == (0, 0)
             while place < len(shards):
                 for item in self._read_shard(shards[place], offset):

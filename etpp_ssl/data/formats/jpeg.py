@@ -1,9 +1,7 @@
-"""Pictures that are decoded when their pixels are asked for: JPEGs, at a resolution that suffices.
+"""JPEGs, decoded when their pixels are asked for and at a resolution that suffices.
 
-The JPEG decoder computes 1/2, 1/4 or 1/8 of the resolution from the lower frequencies of each block of
-8 x 8, which is cheaper than all of them and aliases less than dropping pixels.
-
-Legend: C channels, H, W pixels.
+The decoder computes 1/2, 1/4 or 1/8 of the resolution from the lower frequencies of each block of 8 x 8,
+which is cheaper than all of them and aliases less than dropping pixels.
 """
 
 from __future__ import annotations
@@ -15,57 +13,25 @@ import numpy as np
 from PIL import Image
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.formats.decode import decode, from_picture, one_line_reasons, open_image, orientation
+from etpp_ssl.data.formats import pillow
+from etpp_ssl.data.formats.base import (
+    Box,
+    Channels,
+    Decoder,
+    Format,
+    Picture,
+    Region,
+    one_line_reasons,
+    pixels_of,
+)
+from etpp_ssl.data.formats.pillow import from_picture, open_image, orientation
 from etpp_ssl.data.resize import starts_or_ends_on_pixels
-from etpp_ssl.data.sources.base import MAX_PIXELS, Bands, Decoder, Picture, Region
 
 REDUCTIONS = (8, 4, 2)
 """What a JPEG can be reduced by at decoding. There are n/8 too, slower than no reduction above 1/2."""
 
 _AGAINST = {2: (1, 0), 3: (1, 1), 4: (0, 1), 6: (1, 0), 7: (1, 1), 8: (0, 1)}
 """Upright axes (x, y) that run against those of the file, by EXIF orientation."""
-
-Box = tuple[float, float, float, float]
-
-
-def open_picture(data: bytes, in_chans: int, max_pixels: int = MAX_PIXELS) -> Picture:
-    """An image file's bytes as a picture; see `decode` for what is read and how.
-
-    Only plain gray and colour JPEGs wait for their decoding; everything else is decoded here. Whatever
-    claims more than `max_pixels` is refused here, whoever would decode it.
-
-    Raises:
-        UnreadableImage: for anything that cannot be read so, with the reason.
-    """
-    if in_chans in (1, 3) and data.startswith(b"\xff\xd8"):
-        with one_line_reasons():
-            image = open_image(data, max_pixels)
-            if image.format == "JPEG" and image.mode in ("L", "RGB"):
-                return JpegPicture(data, image, in_chans, max_pixels)
-    return WholePicture(decode(data, in_chans, max_pixels))
-
-
-class WholePicture:
-    """A picture that is decoded already.
-
-    Args:
-        bands: its pixels.
-    """
-
-    def __init__(self, bands: Bands) -> None:
-        self._bands = bands
-        self.size = bands[0].size
-
-    def bands(self) -> Bands:
-        """See `Picture.bands`."""
-        return self._bands
-
-    def region(
-        self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
-    ) -> Region:
-        """Always full resolution; see `Picture.region`."""
-        part = (0, 0, box[2] - box[0], box[3] - box[1])
-        return Region(_pixels(tuple(band.crop(box) for band in self._bands)), part)
 
 
 class JpegPicture:
@@ -89,13 +55,10 @@ class JpegPicture:
         self._orientation = orientation(image)
         self.size = image.size[::-1] if self._orientation >= 5 else image.size
 
-    def bands(self) -> Bands:
-        """See `Picture.bands`."""
-        image, self._unused = self._unused, None
-        # Reading the header a second time is a sixth of the work for a JPEG of 32 x 32.
-        if image is None:
-            return decode(self._data, self._in_chans, self._max_pixels)
-        return from_picture(image, self._in_chans, self._max_pixels)
+    def channels(self) -> Channels:
+        """See `Picture.channels`."""
+        with one_line_reasons():
+            return from_picture(self._image(), self._in_chans, self._max_pixels)
 
     def region(
         self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
@@ -110,11 +73,16 @@ class JpegPicture:
             if pixels is not None:
                 return Region(pixels[outer[1] : outer[3], outer[0] : outer[2]], inner)
         with one_line_reasons():
-            image, self._unused = self._unused or open_image(self._data, self._max_pixels), None
+            image = self._image()
             if factor > 1:
                 image.draft(None, (image.width // factor, image.height // factor))
             (picture,) = from_picture(image, self._in_chans, self._max_pixels)
-            return Region(_pixels((picture.crop(outer),)), inner)
+            return Region(pixels_of((picture.crop(outer),)), inner)
+
+    def _image(self) -> Image.Image:
+        # Reading the header a second time is a sixth of the work for a JPEG of 32 x 32.
+        image, self._unused = self._unused or open_image(self._data, self._max_pixels), None
+        return image
 
     def _reduced(self, box: tuple[int, int, int, int], at_least: tuple[int, int]) -> tuple[int, Box]:
         """The reduction, and the box at it.
@@ -177,6 +145,12 @@ def require_decoder(decoder: Decoder) -> None:
         raise UserError("data.decoder simplejpeg is not installed: pip install 'etpp-ssl[fast]'")
 
 
-def _pixels(bands: Bands) -> np.ndarray:
-    """uint8 (H, W, C), writable, as torch wants it."""
-    return np.concatenate([np.atleast_3d(np.asarray(band)) for band in bands], axis=2)
+def _open(data: bytes, in_chans: int, max_pixels: int) -> Picture:
+    if in_chans in (1, 3):
+        image = open_image(data, max_pixels)
+        if image.format == "JPEG" and image.mode in ("L", "RGB"):
+            return JpegPicture(data, image, in_chans, max_pixels)
+    return pillow.FORMAT.open(data, in_chans, max_pixels)
+
+
+FORMAT = Format(frozenset({".jpg", ".jpeg"}), (b"\xff\xd8",), _open)

@@ -1,0 +1,164 @@
+"""The formats that Pillow decodes, and pictures that somebody else has opened with it."""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+
+import numpy as np
+from PIL import Image
+
+from etpp_ssl.data.formats.base import (
+    MAX_PIXELS,
+    Channels,
+    DecodedPicture,
+    Format,
+    Picture,
+    UnreadableImage,
+    check_pixels,
+    one_line_reasons,
+)
+
+_FORMATS = (
+    "JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF", "TGA", "PCX",
+)  # fmt: skip
+"""Pillow's names of the formats that are read. It knows more: EPS files it hands to Ghostscript, which
+runs them, and some formats it decodes in Python, at a thousandth of the speed."""
+
+MAX_SCANS = 100
+"""Of a JPEG. Progressive ones have about ten; each takes as long as a baseline picture, but may have a
+dozen bytes, so that a small file of many keeps a decoder busy for hours."""
+
+MORE_PAGES = 100
+"""Pages that are counted beyond those wanted."""
+
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each value of the EXIF tag `_ORIENTATION` (TIFF 6.0, section 8)."""
+
+
+def from_picture(image: Image.Image, in_chans: int, max_pixels: int = MAX_PIXELS) -> Channels:
+    """The channels of a picture that somebody else has opened; see `open_picture`.
+
+    Raises:
+        UnreadableImage: if it cannot be read, is too large, or does not have the channels asked for.
+    """
+    with one_line_reasons():
+        check_pixels(image.size, max_pixels)
+        return _from_image(image, in_chans, max_pixels)
+
+
+def open_image(data: bytes, max_pixels: int) -> Image.Image:
+    """A file's bytes as Pillow opens them: the header is read and checked, no pixel is decoded.
+
+    Raises:
+        UnreadableImage: if it claims more than `max_pixels` or has more than `MAX_SCANS`.
+        Exception: whatever Pillow raises; see `one_line_reasons`.
+    """
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        # Pillow has one limit for all of a process and warns from half of what it refuses. Ours is
+        # checked here; Pillow's only must not be the smaller one.
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 0
+    if scans > MAX_SCANS:
+        raise UnreadableImage(f"it has {scans:,} scans, more than {MAX_SCANS}")
+    try:
+        image = Image.open(io.BytesIO(data), formats=_formats())
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(f"it claims more pixels than data.max_pixels {max_pixels:,} allows") from error
+    check_pixels(image.size, max_pixels)
+    return image
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened picture, 1 (upright) to 8."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+        return int(value) if value in _UPRIGHT else 1
+    except Exception:
+        # Broken metadata around a sound picture: the picture counts, as it lies.
+        return 1
+
+
+def _open(data: bytes, in_chans: int, max_pixels: int) -> Picture:
+    with open_image(data, max_pixels) as image:
+        return DecodedPicture(_from_image(image, in_chans, max_pixels))
+
+
+FORMAT = Format(
+    frozenset({".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}),
+    signatures=(b"",),
+    open=_open,
+)
+"""Takes every file that no other format takes, and says what is wrong with it."""
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    # Older versions of Pillow, and some builds, lack a few.
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _from_image(image: Image.Image, in_chans: int, max_pixels: int) -> Channels:
+    # Older versions of Pillow open a 16-bit PNG as 32-bit integers.
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        kind = "floats" if image.mode == "F" else "integers"
+        raise UnreadableImage(f"its values are 32-bit {kind}, not 8 or 16 bits")
+    if in_chans in (1, 3):
+        image.load()
+        picture, mode = _eight_bits(_upright(image)), "L" if in_chans == 1 else "RGB"
+        # Converting to the mode that it has would copy it.
+        return (picture if picture.mode == mode else picture.convert(mode),)
+    num_pages = _num_pages(image, in_chans) if image.format == "TIFF" else 1
+    if num_pages == in_chans and len(image.getbands()) == 1:
+        pages = []
+        for page in range(in_chans):
+            image.seek(page)
+            check_pixels(image.size, max_pixels)
+            pages.append(_eight_bits(image.copy()).convert("L"))
+        if len({page.size for page in pages}) > 1:
+            raise UnreadableImage("its pages differ in size")
+        return tuple(pages)
+    image.load()
+    channels = _upright(image).split()
+    if len(channels) != in_chans:
+        pages_text = f" and {num_pages} pages" if num_pages > 1 else ""
+        plural = "s" if len(channels) > 1 else ""
+        raise UnreadableImage(
+            f"it has {len(channels)} channel{plural}{pages_text}, but in_chans is {in_chans}"
+        )
+    return tuple(_eight_bits(channel).convert("L") for channel in channels)
+
+
+def _num_pages(image: Image.Image, wanted: int) -> int:
+    """Pages of a TIFF, as far as they matter: to count all of many, Pillow takes the square of the time."""
+    for page in range(1, wanted + MORE_PAGES):
+        try:
+            image.seek(page)
+        except EOFError:
+            break
+    else:
+        raise UnreadableImage(f"it has {wanted + MORE_PAGES} pages or more, but in_chans is {wanted}")
+    image.seek(0)
+    return page
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    method = _UPRIGHT.get(orientation(image))
+    return image if method is None else image.transpose(method)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """High byte of 16-bit modes; `convert` alone would clip them at 255."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
