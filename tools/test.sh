@@ -8,6 +8,7 @@ source tools/setup.sh
 ruff check .
 ruff format --check .
 mypy etpp_ssl
+lint-imports
 # A process per core with one thread each: models this small gain nothing from a second thread.
 export OMP_NUM_THREADS=1
 python -m pytest --numprocesses logical --dist worksteal "$@"

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from etpp_ssl.data.formats.base import Interpolation, Region
+from etpp_ssl.data.formats.base import Interpolation, Region, starts_or_ends_on_pixels
 
 Kernel = Interpolation | Literal["lanczos"]
 
@@ -51,12 +51,6 @@ def resize(region: Region, size: tuple[int, int], kernel: Kernel) -> Tensor:
         if factors is not None:
             return _by_torch(region, size, kernel, factors)
     return _by_pillow(region, size, kernel)
-
-
-def starts_or_ends_on_pixels(box: tuple[float, float, float, float]) -> bool:
-    """Whether torch can resize it: on each axis the start or the end is the border of a pixel."""
-    left, top, right, bottom = box
-    return (left % 1 == 0 or right % 1 == 0) and (top % 1 == 0 or bottom % 1 == 0)
 
 
 @cache

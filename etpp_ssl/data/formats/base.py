@@ -142,3 +142,9 @@ def one_line_reasons() -> Iterator[None]:
         # Decoders meet arbitrary bytes here and raise anything (SyntaxError, struct.error,
         # DecompressionBombError ...): each of them means one unreadable image.
         raise UnreadableImage(" ".join(f"{type(error).__name__}: {error}".split())) from error
+
+
+def starts_or_ends_on_pixels(box: tuple[float, float, float, float]) -> bool:
+    """Whether torch can resize it: on each axis the start or the end is the border of a pixel."""
+    left, top, right, bottom = box
+    return (left % 1 == 0 or right % 1 == 0) and (top % 1 == 0 or bottom % 1 == 0)

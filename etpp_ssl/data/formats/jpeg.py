@@ -23,9 +23,9 @@ from etpp_ssl.data.formats.base import (
     Region,
     one_line_reasons,
     pixels_of,
+    starts_or_ends_on_pixels,
 )
 from etpp_ssl.data.formats.pillow import from_picture, open_image, orientation
-from etpp_ssl.data.resize import starts_or_ends_on_pixels
 
 REDUCTIONS = (8, 4, 2)
 """What a JPEG can be reduced by at decoding. There are n/8 too, slower than no reduction above 1/2."""
