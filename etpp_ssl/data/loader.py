@@ -5,17 +5,20 @@ Legend: B batch, C channels, H, W pixels.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from itertools import count, islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from etpp_ssl.config import RunFault, UserError
-from etpp_ssl.data.formats.base import UnreadableImage
+from etpp_ssl.data.formats.base import Picture, UnreadableImage
 from etpp_ssl.data.loader_faults import LoaderFault
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, safe_name
 from etpp_ssl.data.sources.base import ImageSource
@@ -59,79 +62,74 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device; copies from pinned memory do not block."""
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            sample_ids=self.sample_ids.to(device, non_blocking=True),
-        )
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def renumbered(self, offset: int) -> Batch:
         """The same images under numbers that are higher by `offset`."""
-        return replace(
-            self, sample_ids=self.sample_ids + offset, first_sample_id=self.first_sample_id + offset
-        )
+        sample_ids, first = self.sample_ids + offset, self.first_sample_id + offset
+        return replace(self, sample_ids=sample_ids, first_sample_id=first)
 
     def pin_memory(self) -> Batch:
-        """Called by torch's loader where there is a GPU."""
-        return replace(
-            self,
-            images=self.images.pin_memory(),
-            labels=self.labels.pin_memory(),
-            sample_ids=self.sample_ids.pin_memory(),
-        )
+        """The same in pinned memory; torch's loader calls it where there is a GPU."""
+        return self._with(Tensor.pin_memory)
 
     def share_memory(self) -> Batch:
-        """The same, its tensors in memory that another process can take over.
+        """The same, in memory that another process can take over.
 
         Raises:
-            RuntimeError: if there is no room for them.
+            RuntimeError: if there is no room for it.
         """
-        for tensor in (self.images, self.labels, self.sample_ids):
-            tensor.share_memory_()
-        return self
+        return self._with(Tensor.share_memory_)
 
     def own_memory(self) -> Batch:
         """The same without shared memory, of which there is little, and each tensor an open file."""
-        if not self.images.is_shared():
-            return self
-        return replace(
-            self,
-            images=self.images.clone(),
-            labels=self.labels.clone(),
-            sample_ids=self.sample_ids.clone(),
-        )
+        return self._with(Tensor.clone) if self.images.is_shared() else self
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors: dict[str, Any] = {
+            key: change(getattr(self, key)) for key in ("images", "labels", "sample_ids")
+        }
+        return replace(self, **tensors)
 
 
-class BatchBuilder(Dataset[Batch]):
-    """Builds the batch that a request describes, the same in any process.
+class Candidate(NamedTuple):
+    """An image for a sample, which may turn out to be unreadable."""
+
+    number: int
+    """By which unreadable images are told apart: in the data set or, in a stream, a hash of the name."""
+    name: str
+    open: Callable[[], Picture]
+    label: Callable[[], int]
+
+
+class Builder(Dataset[Batch], ABC):
+    """Builds the batch that a request describes.
 
     Args:
-        source: the images.
         view: the training or the evaluation view.
-        order: says which image replaces an unreadable one.
         num_classes: what labels must be below and, if it is given, must not be missing.
     """
 
-    def __init__(
-        self, source: ImageSource, view: View, order: KeyedOrder, num_classes: int | None = None
-    ) -> None:
-        self.source = source
+    image_name: Callable[[int], str] | None = None
+    """From an image's index to its name, where images have indices."""
+
+    def __init__(self, view: View, num_classes: int | None) -> None:
         self.view = view
-        self.order = order
         self.num_classes = num_classes
+
+    @abstractmethod
+    def candidates(self, sample_id: int, index: int, request: BatchRequest) -> Iterator[Candidate]:
+        """Images for a sample, endless: the next one takes the place of one that cannot be read."""
 
     def __getitem__(self, request: BatchRequest) -> Batch:
         views, labels, bad = [], [], []
-        batch = request.described(self.source.name)
+        described = request.described(self.image_name)
         for sample_id, index in zip(request.sample_ids, request.indices, strict=True):
-            with named_errors(request, sample_id, index, self.source.name):
-                image, used, broken = self._readable(sample_id, index, request, batch)
-                bad.extend(broken)
-                views.append(image)
-                labels.append(self.source.label(used))
-                if self.num_classes is not None:
-                    check_label(self.source, used, labels[-1], self.num_classes)
+            with _named_errors(request, sample_id, index, self.image_name or str):
+                view, label, broken = self._sample(sample_id, index, request, described)
+            views.append(view)
+            labels.append(label)
+            bad.extend(broken)
         note("")
         return Batch(
             images=torch.stack(views),
@@ -142,24 +140,54 @@ class BatchBuilder(Dataset[Batch]):
             bad=tuple(bad),
         )
 
-    def _readable(
-        self, sample_id: int, index: int, request: BatchRequest, batch: str
+    def _sample(
+        self, sample_id: int, index: int, request: BatchRequest, described: str
     ) -> tuple[Tensor, int, list[BadImage]]:
-        """The view of the first image that can be read, its index, and those before it."""
+        """The view and the label of the first image that can be read, and those before it."""
         bad: list[BadImage] = []
-        for attempt in range(MAX_ATTEMPTS):
-            note_reading(sample_id, safe_name(self.source.name, index), batch)
+        for candidate in islice(self.candidates(sample_id, index, request), MAX_ATTEMPTS):
+            note_reading(sample_id, candidate.name, described)
             try:
-                image = self.source.open(index)
-                return self.view(image, sample_id, request.bandwidth, request.progress), index, bad
+                view = self.view(candidate.open(), sample_id, request.bandwidth, request.progress)
             except UnreadableImage as error:
-                bad.append(BadImage(index, self.source.name(index), str(error)))
-                index = self.order.replacement(sample_id, attempt + 1)
-        raise all_unreadable(bad)
+                bad.append(BadImage(candidate.number, candidate.name, str(error)))
+                continue
+            label = candidate.label()
+            if self.num_classes is not None:
+                check_label(candidate.name, label, self.num_classes)
+            return view, label, bad
+        raise UnreadableImage(
+            f"{len(bad)} images in a row cannot be read, the last one {bad[-1].name!r}: {bad[-1].reason}"
+        )
+
+
+class BatchBuilder(Builder):
+    """Builds batches of images that are addressed by index, the same in any process.
+
+    Args:
+        source: the images.
+        view, num_classes: see `Builder`.
+        order: says which image replaces an unreadable one.
+    """
+
+    def __init__(
+        self, source: ImageSource, view: View, order: KeyedOrder, num_classes: int | None = None
+    ) -> None:
+        super().__init__(view, num_classes)
+        self.source = source
+        self.order = order
+        self.image_name = source.name
+
+    def candidates(self, sample_id: int, index: int, request: BatchRequest) -> Iterator[Candidate]:
+        """The sample's own image, then keyed draws from the data set."""
+        for attempt in count(1):
+            open_one, label = partial(self.source.open, index), partial(self.source.label, index)
+            yield Candidate(index, safe_name(self.source.name, index), open_one, label)
+            index = self.order.replacement(sample_id, attempt)
 
 
 @contextmanager
-def named_errors(
+def _named_errors(
     request: BatchRequest, sample_id: int, index: int, name: Callable[[int], str]
 ) -> Iterator[None]:
     """Add to an unexpected error inside, which keeps its traceback, a line that names the image."""
@@ -171,14 +199,6 @@ def named_errors(
         image = repr(safe_name(name, index))
         error.add_note(f"etpp: it was raised for image {image} (sample {sample_id} of {request.place})")
         raise
-
-
-def all_unreadable(bad: Sequence[BadImage]) -> UnreadableImage:
-    """The end of a search for an image that can be read, after `MAX_ATTEMPTS` that cannot."""
-    last = bad[-1]
-    return UnreadableImage(
-        f"{len(bad)} images in a row cannot be read, the last one {last.name!r}: {last.reason}"
-    )
 
 
 def load_batches(
@@ -212,7 +232,6 @@ def load_batches(
         num_workers=num_workers,
         prefetch=prefetch,
         pin_memory=pin_memory,
-        hand_over=_handed_over,
         stall_seconds=stall_seconds,
     )
     try:
@@ -245,9 +264,3 @@ def evaluation_requests(
         )
         for number, chunk in enumerate(chunks)
     ]
-
-
-def _handed_over(batch: Batch) -> Batch:
-    # A worker's queue would move the tensors to shared memory by itself, in a thread whose errors get lost,
-    # and the batch with them.
-    return batch if get_worker_info() is None else batch.share_memory()

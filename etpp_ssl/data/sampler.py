@@ -96,7 +96,9 @@ class BatchRequest:
         numbers = f"{self.place}, samples {_first_five(self.sample_ids, str)}"
         if name is None:
             return numbers
-        return f"{numbers} ({_first_five(self.indices, lambda index: repr(safe_name(name, index)))})"
+        return (
+            f"{numbers} ({_first_five(self.indices, lambda index: repr(shown_text(safe_name(name, index))))})"
+        )
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class RequestSampler:
 def safe_name(name: Callable[[int], str], index: int) -> str:
     """An image's name for a message, or its number where the data set cannot tell the name."""
     try:
-        return shown_text(name(index))
+        return name(index)
     except Exception:
         # A data set that raises here may be the one whose error the message is about.
         return f"image {index}"

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from multiprocessing.connection import wait
@@ -22,11 +22,12 @@ from multiprocessing.sharedctypes import RawArray
 from traceback import clear_frames
 from typing import Any, Generic, TypeVar
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from etpp_ssl.data.loader_faults import PIN_THREAD, LoaderFault, death, machine_fault, stall
 from etpp_ssl.data.sampler import BatchRequest
 from etpp_ssl.data.stall_limit import Expired, StallLimit
+from etpp_ssl.messages import shown_text
 
 TICK_SECONDS = 1.0
 """Between two looks at the workers while a batch is waited for."""
@@ -48,7 +49,7 @@ def note_reading(sample_id: int, name: str, batch: str) -> None:
         name: of the image; not the sample's own where that is unreadable.
         batch: what the image's batch is called (`BatchRequest.described`).
     """
-    note(f"reading image {name!r} (sample {sample_id})\n{batch}")
+    note(f"reading image {shown_text(name)!r} (sample {sample_id})\n{batch}")
 
 
 def note(text: str) -> None:
@@ -62,7 +63,6 @@ class MonitoredLoader(Iterator[T], Generic[T]):
 
     Args:
         builder, requests, num_workers, prefetch, pin_memory, stall_seconds: see `load_batches`.
-        hand_over: called on each batch in the process that built it.
 
     Raises:
         LoaderFault: when iterated over, if a worker ends before its time, no batch comes within
@@ -77,7 +77,6 @@ class MonitoredLoader(Iterator[T], Generic[T]):
         num_workers: int,
         prefetch: int,
         pin_memory: bool,
-        hand_over: Callable[[Any], Any],
         stall_seconds: float | None,
     ) -> None:
         self._num_workers = num_workers
@@ -97,7 +96,7 @@ class MonitoredLoader(Iterator[T], Generic[T]):
             builder,
             sampler=_recorded(requests, self._under_way),
             batch_size=None,
-            collate_fn=hand_over,
+            collate_fn=_hand_over,
             num_workers=num_workers,
             prefetch_factor=prefetch if num_workers else None,
             pin_memory=pin_memory,
@@ -252,6 +251,12 @@ def use_note(memory: Any) -> None:
     """From now on `note` writes to this shared array of `NOTE_BYTES`."""
     global _note
     _note = memory
+
+
+def _hand_over(batch: Any) -> Any:
+    # A worker's queue would move the tensors to shared memory by itself, in a thread whose errors get lost,
+    # and the batch with them.
+    return batch if get_worker_info() is None else batch.share_memory()
 
 
 def _start_worker(notes: list[Any], worker: int) -> None:

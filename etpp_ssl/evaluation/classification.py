@@ -123,7 +123,7 @@ class ClassifierEvaluation:
                 unreadable += len(batch.images) - len(readable)
                 for row in readable.tolist():
                     label, index = int(batch.labels[row]), batch.request.indices[row]
-                    check_label(self.source, index, label, self.num_classes)
+                    check_label(self.source.name(index), label, self.num_classes)
                 if len(readable):
                     logits = forward(model, self.normalise(batch.images[readable]))
                     rows.append(image_rows(logits.float(), batch.labels[readable]))

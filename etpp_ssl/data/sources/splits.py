@@ -183,19 +183,16 @@ def check_labels(source: ImageSource, num_classes: int) -> None:
     if source.classes is None:
         raise UserError(f"training on labels needs some, and the data has none ({NO_LABELS})")
     for index, label in enumerate(source.all_labels() or ()):
-        check_label(source, index, label, num_classes)
+        if not 0 <= label < num_classes:
+            check_label(source.name(index), label, num_classes)
 
 
-def check_label(source: ImageSource, index: int, label: int, num_classes: int) -> None:
-    """Check one image's label; see `check_labels`."""
+def check_label(name: str, label: int, num_classes: int) -> None:
+    """Check the label of the image called `name`; see `check_labels`."""
     if not 0 <= label < num_classes:
-        raise UserError(label_sentence(source.name(index), label, num_classes))
-
-
-def label_sentence(name: str, label: int, num_classes: int) -> str:
-    """What is wrong with an image's label, for a user."""
-    what = f"has label {label}" if label >= 0 else "has no label"
-    return f"image {name!r} {what}, but model.num_classes is {num_classes}: labels are 0 to {num_classes - 1}"
+        what = f"has label {label}" if label >= 0 else "has no label"
+        valid = f"model.num_classes is {num_classes}: labels are 0 to {num_classes - 1}"
+        raise UserError(f"image {name!r} {what}, but {valid}")
 
 
 def keyed_indices(num_images: int, count: int, seed: int, purpose: str, *position: int) -> list[int]:

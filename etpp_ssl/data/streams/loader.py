@@ -12,22 +12,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-
-from etpp_ssl.config import UserError
-from etpp_ssl.data.formats.base import UnreadableImage
+from etpp_ssl.data.formats.base import Picture, UnreadableImage
 from etpp_ssl.data.formats.open import open_picture
-from etpp_ssl.data.loader import MAX_ATTEMPTS, BadImage, Batch, all_unreadable, named_errors
+from etpp_ssl.data.loader import Batch, Builder, Candidate
 from etpp_ssl.data.sampler import BatchRequest
-from etpp_ssl.data.sources.splits import label_sentence
 from etpp_ssl.data.streams.base import Cursor, Item, Stream, WorkerShard
 from etpp_ssl.data.views import View
-from etpp_ssl.data.workers import note, note_reading
 
 
 @dataclass(frozen=True)
@@ -104,19 +98,18 @@ class StreamRequests:
             given[worker] += len(request.sample_ids)
 
 
-class StreamBuilder(Dataset[Batch]):
-    """Builds batches out of the worker shards of one process; beside `BatchBuilder`, for streams.
+class StreamBuilder(Builder):
+    """Builds batches out of the worker shards of one process.
 
     An item that cannot be decoded is left out: the worker shard's next one takes its place.
 
     Args:
         stream: the images.
-        view: the training view.
+        view, num_classes: see `Builder`.
         place: where the process stands.
         rank, num_processes: which worker shards are its own.
         in_chans: channels to decode to.
         max_pixels: larger images count as unreadable.
-        num_classes: what labels must be below and, if it is given, must not be missing.
     """
 
     def __init__(
@@ -131,39 +124,36 @@ class StreamBuilder(Dataset[Batch]):
         max_pixels: int,
         num_classes: int | None = None,
     ) -> None:
+        super().__init__(view, num_classes)
         self.stream = stream
-        self.view = view
         self.place = place
         self.rank = rank
         self.num_processes = num_processes
         self.in_chans = in_chans
         self.max_pixels = max_pixels
-        self.num_classes = num_classes
         # Opened where they are read: in the data worker.
         self._opened: dict[int, WorkerShard] = {}
         self._given = [one.num_samples for one in place.worker_shards]
 
-    def __getitem__(self, request: StreamRequest) -> Batch:
+    def __getitem__(self, request: BatchRequest) -> Batch:
+        assert isinstance(request, StreamRequest)
         assert request.num_samples == self._given[request.worker], "a worker shard is read in sequence"
+        batch = super().__getitem__(request)
+        self._given[request.worker] += len(request.sample_ids)
+        return replace(batch, cursor=self._items(request.worker).cursor())
+
+    def candidates(self, sample_id: int, index: int, request: BatchRequest) -> Iterator[Candidate]:
+        """The next items of the request's worker shard."""
+        assert isinstance(request, StreamRequest)
         items = self._items(request.worker)
-        views, labels, bad = [], [], []
-        for sample_id in request.sample_ids:
-            with named_errors(request, sample_id, sample_id, str):
-                image, label, broken = self._readable(items, sample_id, request)
-            views.append(image)
-            labels.append(label)
-            bad.extend(broken)
-        note("")
-        self._given[request.worker] += len(views)
-        return Batch(
-            images=torch.stack(views),
-            labels=torch.tensor(labels, dtype=torch.int64),
-            sample_ids=torch.tensor(request.sample_ids, dtype=torch.int64),
-            first_sample_id=request.sample_ids[0],
-            request=request,
-            bad=tuple(bad),
-            cursor=items.cursor(),
-        )
+        while True:
+            item = items.take()
+            yield Candidate(number_of(item), item.name, partial(self._open, item), partial(int, item.label))
+
+    def _open(self, item: Item) -> Picture:
+        if item.fault:
+            raise UnreadableImage(item.fault)
+        return open_picture(item.data, self.in_chans, self.max_pixels)
 
     def _items(self, number: int) -> WorkerShard:
         if number not in self._opened:
@@ -172,27 +162,6 @@ class StreamBuilder(Dataset[Batch]):
                 self.rank * own + number, self.num_processes * own, self.place.worker_shards[number].cursor
             )
         return self._opened[number]
-
-    def _readable(
-        self, items: WorkerShard, sample_id: int, request: BatchRequest
-    ) -> tuple[Tensor, int, list[BadImage]]:
-        """The view and the label of the next image that can be read, and the bad ones before it."""
-        bad: list[BadImage] = []
-        for _ in range(MAX_ATTEMPTS):
-            item = items.take()
-            note_reading(sample_id, item.name, request.described())
-            try:
-                if item.fault:
-                    raise UnreadableImage(item.fault)
-                picture = open_picture(item.data, self.in_chans, self.max_pixels)
-                view = self.view(picture, sample_id, request.bandwidth, request.progress)
-            except UnreadableImage as error:
-                bad.append(BadImage(number_of(item), item.name, str(error)))
-                continue
-            if self.num_classes is not None and not 0 <= item.label < self.num_classes:
-                raise UserError(label_sentence(item.name, item.label, self.num_classes))
-            return view, item.label, bad
-        raise all_unreadable(bad)
 
 
 def number_of(item: Item) -> int:
