@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from etpp_ssl.report.decoding import Reconstructed
     from etpp_ssl.train.launch import finetune, pretrain
 
-__version__ = "0.5.1"
+__version__ = "0.6.0"
 __all__ = [
     "Encoder",
     "FinetuneRecipe",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from etpp_ssl.data.sources.folder import FolderConfig
 from etpp_ssl.model.decoders import CrossDecoderConfig, MAEDecoderConfig
 from etpp_ssl.model.mask_patterns import BlockMaskingConfig
 from etpp_ssl.model.masking import MaskRatioRamp
-from etpp_ssl.recipe import Recipe
-from etpp_ssl.recipe_file import changed_keys
+from etpp_ssl.recipe import Recipe, load_any
+from etpp_ssl.recipe_file import changed_keys, shipped_recipes
 
 MINIMAL = "output: runs/x\nbudget_epochs: 2\nbatch_size: 4\ndata: {name: synthetic}\n"
 
@@ -174,6 +175,106 @@ def test_a_mistake_is_one_sentence_that_names_the_key(overrides: list[str], word
         assert word in message
 
 
+def write(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def test_a_recipe_takes_over_what_it_extends_and_overrides_come_last(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        first=MINIMAL + "seed: 1\nmodel: {depth: 3, decoder: {embed_dim: 128, depth: 4}}\n",
+        second="extends: first.yaml\nseed: 2\nmodel: {decoder: {name: cross, num_heads: 4}}\n",
+        third="extends: second.yaml\nbatch_size: 6\ncurriculum: {name: constant}\n",
+    )
+    recipe = Recipe.load(tmp_path / "third.yaml", ["seed=3"])
+    assert (recipe.seed, recipe.batch_size, recipe.model.depth) == (3, 6, 3)
+    # A name that changes drops what means another thing to the new component, as an override does.
+    assert recipe.model.decoder == CrossDecoderConfig(embed_dim=128, num_heads=4)
+    recipe.save(tmp_path / "recipe.yaml")
+    assert "extends" not in (tmp_path / "recipe.yaml").read_text()
+    assert Recipe.load(tmp_path / "recipe.yaml") == recipe
+
+
+def test_a_recipe_may_extend_one_that_comes_with_the_package(tmp_path: Path) -> None:
+    write(tmp_path, mine="extends: quickstart\nseed: 5\n")
+    assert Recipe.load(tmp_path / "mine.yaml") == Recipe.load("quickstart", ["seed=5"])
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"a": "extends: a.yaml"}, ["a.yaml: extends 'a.yaml' leads in a circle"]),
+        ({"a": "extends: b.yaml", "b": "extends: a.yaml"}, ["b.yaml: extends 'a.yaml' leads in a circle"]),
+        ({"a": "extends: no.yaml"}, ["a.yaml: extends 'no.yaml' does not exist"]),
+        ({"a": "extends: quickstrat"}, ["a.yaml: extends 'quickstrat' does not exist", "quickstart"]),
+        ({"a": "extends: [quickstart]"}, ["extends is ['quickstart']; it must be the path or the name"]),
+        ({"a": "extends: null"}, ["extends is None; it must be"]),
+        ({"a": "extends: b.yaml", "b": "- 1"}, ["b.yaml does not hold `key: value` lines"]),
+        ({"a": "extends: b.yaml", "b": "seed: x"}, ["a.yaml: seed is 'x'", "integer"]),
+        ({"a": "extends: ."}, ["cannot be read", "directory"]),
+    ],
+)
+def test_a_mistake_in_what_is_extended_is_one_sentence(
+    files: dict[str, str], words: list[str], tmp_path: Path
+) -> None:
+    write(tmp_path, **{name: text + ("\n" + MINIMAL) * (name == "a") for name, text in files.items()})
+    with pytest.raises(UserError) as caught:
+        Recipe.load(tmp_path / "a.yaml")
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_path_that_exists_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.load("quickstart").batch_size == 64
+    (tmp_path / "quickstart").write_text(MINIMAL)
+    assert Recipe.load("quickstart").batch_size == 4
+
+
+def test_a_name_that_is_not_known_is_answered_with_close_ones() -> None:
+    with pytest.raises(UserError, match=r"'cifar10_vit_mirco' does not exist; .* are cifar10_vit_micro"):
+        Recipe.load("cifar10_vit_mirco")
+    with pytest.raises(UserError, match="does not exist; `etpp recipes` lists the names"):
+        Recipe.load("!")
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_recipe_that_comes_with_the_package_resolves(name: str, tmp_path: Path) -> None:
+    recipe = load_any(name)
+    assert recipe.output == f"runs/{name}"
+    recipe.save(tmp_path / "recipe.yaml")
+    assert load_any(tmp_path / "recipe.yaml") == recipe
+
+
+FAMILIES = {
+    "in1k_*_etpp200": ({"output", "curriculum", "model", "optim"}, 19),
+    "finetune_vit_*": ({"output", "budget_epochs", "baseline_epochs", "model", "optim"}, 3),
+    "linear_vit_*": ({"output", "micro_batch_size", "model", "probe"}, 3),
+    "in1k_vit_base_etpp400*": ({"output", "data", "model", "target"}, 5),
+    "in1k_vit_base_mae*": ({"output", "budget_epochs", "optim", "target"}, 3),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recipes_of_a_family_differ_in_what_they_are_for(family: str) -> None:
+    own, count = FAMILIES[family]
+    values = [load_any(name).model_dump() for name in shipped_recipes() if fnmatch(name, family)]
+    assert len(values) == count
+    assert {key for key in values[0] if any(other[key] != values[0][key] for other in values)} <= own
+
+
+@pytest.mark.filterwarnings("default::DeprecationWarning")
+def test_the_readers_of_version_0_5_are_where_they_were() -> None:
+    from etpp_ssl import recipe_file
+
+    with pytest.warns(DeprecationWarning, match=r"load_recipe is now etpp_ssl\.recipe\.Recipe\.load"):
+        assert recipe_file.load_recipe("quickstart") == Recipe.load("quickstart")
+    with pytest.warns(DeprecationWarning, match="parse_any_recipe"):
+        assert recipe_file.parse_any_recipe(MINIMAL) == Recipe.parse(MINIMAL)
+
+
 def test_a_run_folder_may_be_named_from_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/people/ada")
     assert Recipe.parse(MINIMAL, ["output=~/runs/a"]).output == "/people/ada/runs/a"
@@ -213,7 +314,7 @@ def test_a_missing_file_and_a_folder_without_recipe_are_told_apart(tmp_path: Pat
 
 def test_only_keys_that_change_the_result_count_as_changes() -> None:
     base = Recipe.parse(MINIMAL)
-    neutral = [
+    free = [
         "output=y",
         "data.num_workers=0",
         "data.max_bad_share=0.5",
@@ -224,7 +325,7 @@ def test_only_keys_that_change_the_result_count_as_changes() -> None:
         "log_every_steps=1",
         "baseline_epochs=9",
     ]
-    assert changed_keys(base, Recipe.parse(MINIMAL, neutral)) == []
+    assert changed_keys(base, Recipe.parse(MINIMAL, free)) == []
     changed = changed_keys(
         base, Recipe.parse(MINIMAL, ["optim.base_lr=1e-3", "seed=1", "curriculum=constant"])
     )

@@ -34,7 +34,7 @@ print(encoder.mean, encoder.std, encoder.classes, tuple(encoder.transform("a.jpg
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the wheel holds, in a folder; built from a copy, for building writes beside the sources."""
     copy, target = (tmp_path_factory.mktemp(name) for name in ("sources", "installed"))
-    for name in ("pyproject.toml", "README.md", "etpp_ssl", "recipes"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "etpp_ssl", "recipes"):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -69,3 +69,28 @@ def test_the_lines_of_the_python_interface_run_from_the_wheel(installed: Path, t
 
 def test_the_wheel_is_typed(installed: Path) -> None:
     assert (installed / "etpp_ssl" / "py.typed").is_file()
+
+
+FEW = ["image_size=64", "model.depth=1", "model.decoder.depth=1", "curriculum=constant"]
+
+
+def test_the_wheel_brings_the_recipes(installed: Path, tmp_path: Path) -> None:
+    def etpp(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "etpp_ssl", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(installed)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    names = [line.split()[0] for line in etpp("recipes").splitlines()]
+    assert names == sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml"))
+    assert len(list((installed / "etpp_ssl" / "recipes" / "accelerate").iterdir())) > 4
+    # A copy of a recipe that extends another one is a recipe as it is.
+    mine = etpp("recipes", "in1k_vit_base_etpp400_hog")
+    assert mine == (ROOT / "recipes" / "in1k_vit_base_etpp400_hog.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(mine)
+    assert etpp("plan", "mine.yaml", *FEW) == etpp("plan", "in1k_vit_base_etpp400_hog", *FEW)

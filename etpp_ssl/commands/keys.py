@@ -227,7 +227,8 @@ def _type_text(annotation: Any, metadata: list[Any]) -> str:
 def _plain_type(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _type_text(arguments[0], list(arguments[1:]))
+        told = [item.metadata if isinstance(item, FieldInfo) else [item] for item in arguments[1:]]
+        return _type_text(arguments[0], [item for items in told for item in items])
     if origin is Literal:
         return " or ".join(json.dumps(value).strip('"') for value in arguments)
     if origin in (Union, types.UnionType):

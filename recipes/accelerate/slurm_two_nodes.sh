@@ -9,7 +9,7 @@
 #
 # Two minutes before the time limit SLURM sends SIGTERM to the launcher on each node, and that to its
 # processes. They finish their step, write one checkpoint and leave "stopped" in the run folder's status.json;
-# this script then puts the job back in the queue, and the same command goes on from there. A run that is
+# this script then puts the job back in the queue, and the same command resumes it. A run that is
 # finished or failed is not requeued.
 # Memory:  as the configuration that it launches.
 # Checked: tests run it with stand-ins for srun and scontrol. With stand-ins that start two launchers on one
