@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from etpp_ssl.encoder import Encoder
     from etpp_ssl.encoder_sources import load
     from etpp_ssl.recipe import FinetuneRecipe, Recipe
-    from etpp_ssl.report.decoding import Reconstructed
+    from etpp_ssl.report.reconstruction import Reconstructed
     from etpp_ssl.train.launch import finetune, pretrain
 
 __version__ = "0.6.0"

@@ -182,14 +182,14 @@ def export(
     ] = "other",
 ) -> None:
     """Write a run's weights as a folder that timm, the original MAE code or transformers loads."""
-    from etpp_ssl.export import mae, timm, transformers
+    from etpp_ssl.export import official, timm
 
     if pool is not None and to != "timm":
         raise UserError(f"--pool {pool} is for --to timm; a folder of {to} gives all tokens")
     if to == "timm":
         folder = timm.export(run, out, pool=pool, license_name=license, say=say)
     else:
-        write = mae.export if to == "mae" else transformers.export
+        write = official.export_mae if to == "mae" else official.export_transformers
         folder = write(run, out, license_name=license, say=say)
     print(f"{to}: {folder}")
 

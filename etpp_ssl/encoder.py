@@ -21,8 +21,7 @@ from etpp_ssl.data.views import EvalView, Normalise, to_channels, to_tensor
 from etpp_ssl.evaluation.feature_maps import check_pool, check_whole, map_of, map_stride, pooled, tokens_of
 from etpp_ssl.evaluation.features import Pool, Precision, evaluating, forward_pass, images_per_pass
 from etpp_ssl.messages import shown
-from etpp_ssl.report.decoding import Decoding, Reconstructed
-from etpp_ssl.report.reconstruction import check_bandwidth
+from etpp_ssl.report.reconstruction import Decoding, Reconstructed, check_bandwidth
 
 
 class Encoder:

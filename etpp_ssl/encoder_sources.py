@@ -24,7 +24,7 @@ from etpp_ssl.model.masking import Masker
 from etpp_ssl.model.timm_net import build_net
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe
-from etpp_ssl.report.decoding import Decoding
+from etpp_ssl.report.reconstruction import Decoding
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.targets.pixels import PixelsConfig
 from etpp_ssl.weights.layouts import recognise

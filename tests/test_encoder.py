@@ -20,7 +20,7 @@ from tiny_runs import TINY, TINY_CLASSIFIER
 import etpp_ssl
 from etpp_ssl.cli import main
 from etpp_ssl.data.views import EvalView
-from etpp_ssl.evaluation.embeddings import read_embeddings
+from etpp_ssl.evaluation.features import read_embeddings
 from etpp_ssl.model.encoders import encode_visible
 from etpp_ssl.report.viewer import Viewer, images_of_files
 from etpp_ssl.run_folder import RunFolder

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from etpp_ssl.cli import main
-from etpp_ssl.evaluation.embeddings import read_embeddings
+from etpp_ssl.evaluation.features import read_embeddings
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.run_folder import RunFolder

@@ -9,8 +9,15 @@ from etpp_ssl.config import UserError, show_size
 from etpp_ssl.data.views import EvalView
 from etpp_ssl.dist.accelerator import open_accelerator
 from etpp_ssl.dist.peers import leave, with_peers
-from etpp_ssl.evaluation.embeddings import Embeddings, make_room, write_embeddings
-from etpp_ssl.evaluation.features import Features, Pool, extract_features, run_precision
+from etpp_ssl.evaluation.features import (
+    Embeddings,
+    Features,
+    Pool,
+    extract_features,
+    make_room,
+    run_precision,
+    write_embeddings,
+)
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
@@ -28,7 +35,7 @@ def embed(
     batch_size: int,
     say: Callable[[str], None],
 ) -> Path:
-    """Write features of all readable images of a split; see `etpp_ssl.evaluation.embeddings`.
+    """Write features of all readable images of a split; see `etpp_ssl.evaluation.features`.
 
     The forward pass is in bf16 if that is the recipe's precision.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pydantic import Field, model_validator
 
 from etpp_ssl.config import Config, UserError, as_pair, show_size
-from etpp_ssl.curriculum.segments import Segment, segments_from, whole_steps
+from etpp_ssl.curriculum.cost import Segment, segments_from, whole_steps
 
 
 class ReplaySpec(Config):

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from etpp_ssl.curriculum.base import Curriculum, Portion
-from etpp_ssl.curriculum.segments import Segment, segments_from, whole_steps
+from etpp_ssl.curriculum.cost import Segment, segments_from, whole_steps
 
 LARGEST_SHARE = 1 / 8
 """Stages are cut into equal segments of at most this share of the run's compute. What a surprise costs is

@@ -24,9 +24,8 @@ from etpp_ssl.config import UserError
 from etpp_ssl.data.sampler import KeyedOrder, process_part
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.views import ProbeView
-from etpp_ssl.evaluation.base import ProbeContext
+from etpp_ssl.evaluation.base import LabelledImages, ProbeContext
 from etpp_ssl.evaluation.features import evaluating, gather_rows
-from etpp_ssl.evaluation.labelled import LabelledImages
 from etpp_ssl.evaluation.training import (
     EpochSteps,
     HeadConfig,

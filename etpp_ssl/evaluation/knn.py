@@ -17,9 +17,8 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from etpp_ssl.evaluation.base import ProbeContext
+from etpp_ssl.evaluation.base import FeatureConfig, LabelledImages, ProbeContext, split_holdout
 from etpp_ssl.evaluation.features import Features
-from etpp_ssl.evaluation.labelled import FeatureConfig, LabelledImages, split_holdout
 from etpp_ssl.model.mae import MaskedAutoencoder
 
 TEMPERATURE = 0.07

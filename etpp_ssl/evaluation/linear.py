@@ -27,9 +27,8 @@ from torch.nn import functional as F
 from etpp_ssl.config import UserError, may_change, may_change_on_resume
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.views import ProbeView
-from etpp_ssl.evaluation.base import ProbeContext, ProbeStopped
+from etpp_ssl.evaluation.base import LabelledImages, ProbeContext, ProbeStopped
 from etpp_ssl.evaluation.features import Pool, evaluating, gather_rows, pooled_features
-from etpp_ssl.evaluation.labelled import LabelledImages
 from etpp_ssl.evaluation.training import (
     EpochSteps,
     HeadConfig,
@@ -41,7 +40,7 @@ from etpp_ssl.evaluation.training import (
     training_batches,
 )
 from etpp_ssl.model.mae import MaskedAutoencoder
-from etpp_ssl.optim.lars import Lars
+from etpp_ssl.optim.optimizers import Lars
 from etpp_ssl.randomness import keyed_torch
 
 if TYPE_CHECKING:

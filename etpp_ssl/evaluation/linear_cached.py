@@ -25,10 +25,9 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from etpp_ssl.config import may_change
-from etpp_ssl.evaluation.base import ProbeContext
+from etpp_ssl.evaluation.base import FeatureConfig, LabelledImages, ProbeContext, split_holdout
 from etpp_ssl.evaluation.features import Features
 from etpp_ssl.evaluation.knn import TEMPERATURE, knn_accuracies
-from etpp_ssl.evaluation.labelled import FeatureConfig, LabelledImages, split_holdout
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.randomness import keyed_torch
 

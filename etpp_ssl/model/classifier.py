@@ -141,7 +141,7 @@ class ClassifierConfig(EncoderConfig):
         Raises:
             UserError: as `timm_args` and, for the full resolution, `check`.
         """
-        from etpp_ssl.model.timm_attention import use_attention
+        from etpp_ssl.model.timm_layers import use_attention
         from etpp_ssl.model.timm_net import build_net
 
         self.check(image_size=image_size, in_chans=in_chans, bandwidths=())
@@ -230,7 +230,7 @@ class Classifier(nn.Module):
     """
 
     def __init__(self, net: nn.Module, *, seed: int, grad_checkpointing: bool = False) -> None:
-        from etpp_ssl.model.drop_path import key_drop_path
+        from etpp_ssl.model.timm_layers import key_drop_path
 
         super().__init__()
         self.net = net

@@ -23,7 +23,7 @@ import etpp_ssl.model.zoo.cswin
 import etpp_ssl.model.zoo.pvt  # noqa: F401  These two register what timm lacks.
 from etpp_ssl.config import UserError, as_pair, show_size
 from etpp_ssl.messages import shown
-from etpp_ssl.model.drop_path import key_drop_path
+from etpp_ssl.model.timm_layers import key_drop_path
 from etpp_ssl.model.zoo.swin import make_resizable
 from etpp_ssl.randomness import ShapesOnly
 

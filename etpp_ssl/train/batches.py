@@ -18,7 +18,7 @@ from etpp_ssl.data.sampler import BatchRequest
 from etpp_ssl.data.streams.loader import StreamPlace
 from etpp_ssl.data.training import TrainingImages
 from etpp_ssl.run_state import TrainState
-from etpp_ssl.train.progress import Progress
+from etpp_ssl.train.log import Progress
 
 
 def check_stream(

@@ -17,7 +17,7 @@ from etpp_ssl.optim.optimizers import set_learning_rate
 from etpp_ssl.tasks.base import forward_backward
 from etpp_ssl.train.batches import BadImages, TrainingBatches
 from etpp_ssl.train.checkpoint import CheckpointClock
-from etpp_ssl.train.metrics import Meter
+from etpp_ssl.train.log import Meter
 from etpp_ssl.train.nonfinite import NonFiniteCheck
 from etpp_ssl.train.records import evaluate_and_record, evaluation_due, log_due, log_row, save
 from etpp_ssl.train.run import Run

@@ -16,7 +16,7 @@ from etpp_ssl.run_state import TrainState
 from etpp_ssl.train.batches import TrainingBatches
 from etpp_ssl.train.checkpoint import load_checkpoint
 from etpp_ssl.train.dump import write_dump
-from etpp_ssl.train.metrics import Meter
+from etpp_ssl.train.log import Meter
 from etpp_ssl.train.run import Run
 
 MOST_SKIPS_IN_A_ROW = 10

@@ -28,9 +28,8 @@ from etpp_ssl.tasks.mae import MaskedAutoencoding, build_probe
 from etpp_ssl.train.batches import check_stream
 from etpp_ssl.train.checkpoint import load_checkpoint
 from etpp_ssl.train.ema import WeightAverage
+from etpp_ssl.train.log import MetricsFile, Progress
 from etpp_ssl.train.memory import check_host_memory, check_replay, replay_notes
-from etpp_ssl.train.metrics import MetricsFile
-from etpp_ssl.train.progress import Progress
 from etpp_ssl.train.run import Run
 from etpp_ssl.train.start import prepare_folder, starting_point
 

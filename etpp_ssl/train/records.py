@@ -17,7 +17,7 @@ from etpp_ssl.curriculum.base import Stage
 from etpp_ssl.files import write_text
 from etpp_ssl.train.batches import gather_streams
 from etpp_ssl.train.checkpoint import checkpoint_files, what_is_left, write_checkpoint
-from etpp_ssl.train.metrics import Meter, RowsFault
+from etpp_ssl.train.log import Meter, RowsFault
 from etpp_ssl.train.run import Run
 
 RunState = Literal["running", "stopped", "finished", "failed"]

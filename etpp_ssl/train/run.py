@@ -26,8 +26,7 @@ from etpp_ssl.run_state import TrainState, environment, environment_changes
 from etpp_ssl.tasks.base import Task
 from etpp_ssl.train.batches import TrainingBatches, follow_stream, place_in_stream
 from etpp_ssl.train.ema import WeightAverage
-from etpp_ssl.train.metrics import MetricsFile
-from etpp_ssl.train.progress import Progress
+from etpp_ssl.train.log import MetricsFile, Progress
 from etpp_ssl.train.start import FolderLock
 
 

@@ -22,7 +22,7 @@ from etpp_ssl.recipe_file import changed_keys
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.run_state import TrainState, check_state
 from etpp_ssl.train.checkpoint import checkpoint_bytes, clear_leftovers
-from etpp_ssl.train.metrics import MetricsFile
+from etpp_ssl.train.log import MetricsFile
 
 LOCK_FILE = ".lock"
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
 from etpp_ssl.data.views import EvalView, Normalise
-from etpp_ssl.evaluation.embeddings import read_embeddings
+from etpp_ssl.evaluation.features import read_embeddings
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.train.launch import pretrain
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.views import EvalView, Normalise
+from etpp_ssl.evaluation.base import stratified_holdout
 from etpp_ssl.evaluation.features import extract_features, gather_rows, pooled_features
 from etpp_ssl.evaluation.knn import KnnProbe, knn_sweep, knn_vote
-from etpp_ssl.evaluation.labelled import stratified_holdout
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.tasks.mae import build_probe
 

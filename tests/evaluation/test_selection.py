@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from etpp_ssl.config import UserError
+from etpp_ssl.evaluation.base import split_holdout, stratified_holdout
 from etpp_ssl.evaluation.features import Features
-from etpp_ssl.evaluation.labelled import split_holdout, stratified_holdout
 
 LABELS = torch.tensor([0] * 40 + [1] * 11 + [3] * 2 + [4])
 INDICES = torch.arange(len(LABELS)) * 3 + 1

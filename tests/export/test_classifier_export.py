@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from etpp_ssl.config import UserError
-from etpp_ssl.export import mae, transformers
+from etpp_ssl.export.official import export_mae, export_transformers
 from etpp_ssl.export.timm import export
 from etpp_ssl.model.classifier import Classifier
 from etpp_ssl.recipe import FinetuneRecipe
@@ -158,7 +158,7 @@ def test_what_is_for_encoders_is_refused(tiny_classifier: Build) -> None:
     run, _ = write_run(tiny_classifier())
     with pytest.raises(UserError, match="--pool avg is for the encoder"):
         export(run.path, pool="avg")
-    for module, name in ((mae, "mae"), (transformers, "transformers")):
+    for refused, name in ((export_mae, "mae"), (export_transformers, "transformers")):
         with pytest.raises(UserError, match=f"--to {name} is for the encoder"):
-            module.export(run.path)
+            refused(run.path)
     assert not (run.path / "export").exists()

@@ -11,8 +11,7 @@ from published_layouts import plain_mae, published_mae, sincos_with_cls
 
 from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
-from etpp_ssl.export.mae import export
-from etpp_ssl.export.transformers import mae_config
+from etpp_ssl.export.official import export_mae, mae_config
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.train.launch import pretrain
 from etpp_ssl.weights.official import load_official_mae
@@ -31,7 +30,7 @@ def test_it_has_the_originals_names_and_shapes_and_its_formula_gives_our_predict
     tiny_recipe: Callable[..., Recipe],
 ) -> None:
     run = pretrain(tiny_recipe(*SQUARE))
-    folder = export(run.folder.path)
+    folder = export_mae(run.folder.path)
     assert folder == run.folder.path / "export" / "mae"
     state = read(folder)
     published = published_mae(width=16, depth=1, grid=(6, 6), decoder_width=8)
@@ -52,7 +51,7 @@ def test_it_has_the_originals_names_and_shapes_and_its_formula_gives_our_predict
 def test_out_and_in_again_is_bitwise(tiny_recipe: Callable[..., Recipe]) -> None:
     run = pretrain(tiny_recipe(*SQUARE))
     again = load_official_mae(
-        export(run.folder.path) / "model.pth", num_heads=2, decoder_num_heads=2, say=lambda line: None
+        export_mae(run.folder.path) / "model.pth", num_heads=2, decoder_num_heads=2, say=lambda line: None
     )
     trained = run.bare_model.state_dict()
     assert again.state_dict().keys() == trained.keys()
@@ -73,14 +72,14 @@ def test_what_the_original_has_no_place_for_is_refused(
 ) -> None:
     run = pretrain(tiny_recipe(*SQUARE, *overrides))
     with pytest.raises(UserError, match=words):
-        export(run.folder.path)
+        export_mae(run.folder.path)
     assert not (run.folder.path / "export").exists()
 
 
 def test_a_decoder_without_a_place_stays_behind_with_a_word(tiny_recipe: Callable[..., Recipe]) -> None:
     run = pretrain(tiny_recipe(*SQUARE, "model.mlp_ratio=3"))
     said: list[str] = []
-    folder = export(run.folder.path, say=said.append)
+    folder = export_mae(run.folder.path, say=said.append)
     assert said == [
         "the decoder is left out: the original has one model.mlp_ratio for encoder and decoder, "
         "and its decoder's is 4"
@@ -96,7 +95,7 @@ def test_what_is_predicted_is_told_by_the_target_and_not_by_its_size(
     # As many values as the patch has: 1 cell x 3 channels x 16 bins.
     run = pretrain(tiny_recipe(*SQUARE, "target={name: hog, cell: 4, bins: 16}"))
     said: list[str] = []
-    folder = export(run.folder.path, say=said.append)
+    folder = export_mae(run.folder.path, say=said.append)
     assert said == [
         "the decoder is left out: it predicts 48 values per patch (target hog), not the 48 pixels"
     ]
@@ -107,7 +106,7 @@ def test_what_is_predicted_is_told_by_the_target_and_not_by_its_size(
 def test_a_sum_of_pixels_alone_is_pixels(norm_pix: bool, tiny_recipe: Callable[..., Recipe]) -> None:
     part = f"target={{name: combined, parts: [{{name: pixels, norm_pix: {norm_pix}}}]}}".lower()
     run = pretrain(tiny_recipe(*SQUARE, part))
-    card = (export(run.folder.path) / "README.md").read_text()
+    card = (export_mae(run.folder.path) / "README.md").read_text()
     assert f"norm_pix_loss={norm_pix}" in card
     assert mae_config(run.bare_model, run.recipe.target)["norm_pix_loss"] is norm_pix
 
@@ -128,9 +127,9 @@ def test_a_place_that_is_taken_is_refused_and_an_empty_one_used(
     (tmp_path / "full" / "a.txt").touch()
     run = pretrain(tiny_recipe(*SQUARE, f"output={tmp_path / 'run'}"))
     with pytest.raises(UserError, match=words):
-        export(run.folder.path, tmp_path / place)
+        export_mae(run.folder.path, tmp_path / place)
     monkeypatch.chdir(tmp_path / "empty")
-    assert "pos_embed" in read(export(run.folder.path, "."))
+    assert "pos_embed" in read(export_mae(run.folder.path, "."))
 
 
 def test_the_command_and_its_card(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from etpp_ssl.config import UserError
-from etpp_ssl.export.transformers import export
+from etpp_ssl.export.official import export_transformers
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.train.launch import pretrain
 from etpp_ssl.weights.official import load_official_mae
@@ -28,7 +28,7 @@ def transformers() -> Any:
 
 def test_the_names_are_those_of_the_hubs_checkpoints(tiny_recipe: Callable[..., Recipe]) -> None:
     run = pretrain(tiny_recipe(*SQUARE, "target.norm_pix=false"))
-    folder = export(run.folder.path)
+    folder = export_transformers(run.folder.path)
     tensors = load_file(folder / "model.safetensors")
     trained = run.bare_model.state_dict()
     for theirs, ours, rows in (
@@ -58,7 +58,7 @@ def test_features_predictions_and_loss_agree(
     transformers: Any, tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     run = pretrain(tiny_recipe(*SQUARE))
-    folder = export(run.folder.path)
+    folder = export_transformers(run.folder.path)
     theirs, info = opened(transformers.ViTMAEForPreTraining, folder)
     assert not any(info.values())
     encoder, info = opened(transformers.ViTModel, folder, add_pooling_layer=False)
@@ -88,7 +88,7 @@ def test_features_predictions_and_loss_agree(
 def test_a_rectangle_opens_as_an_encoder(transformers: Any, tiny_recipe: Callable[..., Recipe]) -> None:
     run = pretrain(tiny_recipe(*RECTANGLE, "in_chans=1"))
     said: list[str] = []
-    folder = export(run.folder.path, say=said.append)
+    folder = export_transformers(run.folder.path, say=said.append)
     assert said == [
         "the decoder is left out, and the folder is one of ViTModel: "
         "it is for squares only, not for 4x4 patches of 4x6 px"
@@ -107,7 +107,7 @@ def test_the_processor_gives_the_runs_size_and_statistics(
     from PIL import Image
 
     run = pretrain(tiny_recipe(*RECTANGLE))
-    processor = transformers.AutoImageProcessor.from_pretrained(export(run.folder.path))
+    processor = transformers.AutoImageProcessor.from_pretrained(export_transformers(run.folder.path))
     pixels = processor(Image.new("RGB", (50, 40), (255, 0, 51)), return_tensors="pt")["pixel_values"]
     mean, std = run.recipe.data.statistics(3)
     expected = (torch.tensor([1.0, 0.0, 0.2]) - torch.tensor(mean)) / torch.tensor(std)
@@ -120,7 +120,7 @@ def test_what_it_has_no_place_for_is_refused(tiny_recipe: Callable[..., Recipe])
     with pytest.raises(
         UserError, match="format transformers holds MAE's encoder only: no place for reg_token"
     ):
-        export(run.folder.path)
+        export_transformers(run.folder.path)
     assert not (run.folder.path / "export").exists()
 
 

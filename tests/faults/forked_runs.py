@@ -188,7 +188,7 @@ def _turn_the_clock() -> None:
     """Measured speeds, and the plans made of them, are the same for every process then."""
     from torch import Tensor
 
-    import etpp_ssl.train.metrics as metrics
+    import etpp_ssl.train.log as metrics
     import etpp_ssl.train.time_budget as budget
     from etpp_ssl.tasks import mae
 

@@ -16,14 +16,14 @@ from disks import SmallDisk, no_file_beyond
 from forked_runs import ForkedRuns
 
 import etpp_ssl.train.checkpoint as checkpoint_module
-import etpp_ssl.train.metrics as metrics_module
+import etpp_ssl.train.log as metrics_module
 import etpp_ssl.train.start as start_module
 from etpp_ssl.cli import main
 from etpp_ssl.config import RunFault, UserError
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.train.launch import pretrain
-from etpp_ssl.train.metrics import MetricsFile
+from etpp_ssl.train.log import MetricsFile
 from etpp_ssl.train.open import open_run, prepare_run
 from etpp_ssl.train.records import save
 

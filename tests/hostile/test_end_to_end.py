@@ -16,7 +16,7 @@ from etpp_ssl.cli import main
 from etpp_ssl.data.prepare import PrepareConfig, prepare
 from etpp_ssl.data.sources.folder import FileListConfig, FolderConfig
 from etpp_ssl.data.sources.shards import ShardsConfig
-from etpp_ssl.evaluation.embeddings import read_embeddings
+from etpp_ssl.evaluation.features import read_embeddings
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 

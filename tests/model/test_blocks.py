@@ -8,7 +8,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from etpp_ssl.model.blocks import BlockRunner, call_block
-from etpp_ssl.model.timm_attention import use_attention
+from etpp_ssl.model.timm_layers import use_attention
 
 
 def outcome(block: nn.Module, tokens: Tensor, run: BlockRunner | None) -> tuple[Tensor, list[Tensor]]:

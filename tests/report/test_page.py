@@ -17,9 +17,8 @@ from PIL import Image
 
 from etpp_ssl.cli import main
 from etpp_ssl.report import markup
-from etpp_ssl.report.gallery import spread
 from etpp_ssl.report.history import read_histories
-from etpp_ssl.report.page import page, write_report
+from etpp_ssl.report.page import page, spread, write_report
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 SECTIONS = ["summary", "curves", "curriculum", "reconstructions", "probes", "environment", "recipe"]

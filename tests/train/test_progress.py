@@ -10,7 +10,7 @@ from tiny_runs import TINY
 
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.train.progress import Progress
+from etpp_ssl.train.log import Progress
 
 
 def curriculum() -> Curriculum:

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from etpp_ssl.config import UserError
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.pos_embed import sincos_pos_embed
-from etpp_ssl.weights.adapt import adapt_weights
 from etpp_ssl.weights.layouts import Weights, official_names, recognise
+from etpp_ssl.weights.loading import adapt_weights
 from etpp_ssl.weights.tensors import adapt_channels
 
 

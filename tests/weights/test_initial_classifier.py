@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from etpp_ssl.config import UserError
-from etpp_ssl.export import mae, transformers
+from etpp_ssl.export import official
 from etpp_ssl.export import timm as timm_export
 from etpp_ssl.model.pos_embed import sincos_pos_embed
 from etpp_ssl.recipe import Recipe
@@ -143,7 +143,7 @@ def test_every_export_of_a_run_is_a_start(tiny_recipe: Callable[..., Recipe]) ->
     path = run.folder.path
     reference = make_net(**{**TINY, "img_size": 24})
     start(reference, path)
-    for export in (timm_export.export, mae.export, transformers.export):
+    for export in (timm_export.export, official.export_mae, official.export_transformers):
         net = make_net(**{**TINY, "img_size": 24})
         start(net, export(path))
         assert torch.equal(features(net, images(24, 24)), features(reference, images(24, 24)))

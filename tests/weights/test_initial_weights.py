@@ -15,7 +15,7 @@ from torch import Tensor
 
 from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
-from etpp_ssl.export import mae, timm, transformers
+from etpp_ssl.export import official, timm
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.train.launch import pretrain
@@ -86,7 +86,11 @@ def test_every_export_is_a_start(positions: str, tiny_recipe: Callable[..., Reci
     whole = pretrain(tiny_recipe(*square, "budget_epochs=0.3"))
     trained = whole.folder.checkpoints()[0].model()
     run = whole.folder.path
-    exports = ((timm.export(run), "encoder."), (mae.export(run), ""), (transformers.export(run), ""))
+    exports = (
+        (timm.export(run), "encoder."),
+        (official.export_mae(run), ""),
+        (official.export_transformers(run), ""),
+    )
     for folder, prefix in exports:
         model = tiny_recipe(*square).build_model()
         said: list[str] = []
@@ -107,7 +111,7 @@ def test_units_of_positions_that_are_given_up_are_named(
 ) -> None:
     square = ("image_size=24", "curriculum=constant")
     run = pretrain(tiny_recipe(*square, "budget_epochs=0.3", "model.position_grid=[14, 3]")).folder.path
-    for source in (run, mae.export(run)):
+    for source in (run, official.export_mae(run)):
         for positions, whose in (("sincos", "sin-cos"), ("learned", "decoder's")):
             said: list[str] = []
             model = tiny_recipe(*square, f"model.pos_embed={positions}").build_model()
