@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from etpp_ssl import moved
 
 MAX_SIDE = 1 << 14
 """Pixels per axis of an image that a network sees."""
@@ -90,3 +92,7 @@ def listed(items: Sequence[str], separator: str = ", ") -> str:
     """At most five of them, and how many more there are."""
     more = f", and {len(items) - 5} more" if len(items) > 5 else ""
     return separator.join(items[:5]) + more
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.names_of("config")
