@@ -42,7 +42,13 @@ def find_recipe(source: str | Path, folder: Path = Path(), what: str = "recipe")
     Raises:
         UserError: if there is neither, with names that are close.
     """
-    return folder / source if os.path.exists(folder / source) else find_shipped(source, what)
+    try:
+        os.stat(folder / source)
+    except FileNotFoundError:
+        return find_shipped(source, what)
+    except (OSError, ValueError):
+        pass  # Whoever reads it tells why it cannot be read.
+    return folder / source
 
 
 def find_shipped(name: str | Path, what: str = "recipe") -> Path:
