@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from etpp_ssl import moved
 
 MAX_SIDE = 1 << 14
 """Pixels per axis of an image that a network sees."""
@@ -24,7 +26,7 @@ class UserError(ValueError):
 
 
 class RunFault(UserError):
-    """Something failed while a run was going that its recipe is not to blame for, told in one sentence.
+    """A failure during a run that is not its recipe's fault, told in one sentence.
 
     A full disk, a data worker, another process, a loss that is not finite. The command line exits with
     code 1; the newest checkpoint is intact, and the same command resumes from it.
@@ -34,7 +36,7 @@ class RunFault(UserError):
 
 
 class Config(BaseModel):
-    """Immutable settings of one component; unknown keys are errors, so a typo cannot be ignored."""
+    """Immutable settings of one component; an unknown key is an error, so a typo is not ignored."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, defer_build=True
@@ -61,13 +63,13 @@ def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def legal_size(size: int | tuple[int, int]) -> int | tuple[int, int]:
-    """`size`, for a validator: anything else is a slip, and would cost memory before it is noticed.
+    """`size` as it is, for a validator; a slip would cost memory before it is noticed.
 
     Raises:
         ValueError: for a side below 1 or beyond `MAX_SIDE` pixels.
     """
     if not all(1 <= side <= MAX_SIDE for side in as_pair(size)):
-        raise ValueError(f"{size} is no size in pixels: use 1 to {MAX_SIDE} per axis")
+        raise ValueError(f"{size} is not a size in pixels: use 1 to {MAX_SIDE} per axis")
     return size
 
 
@@ -87,6 +89,10 @@ def shown_bytes(count: int) -> str:
 
 
 def listed(items: Sequence[str], separator: str = ", ") -> str:
-    """At most five of them, and how many more there are."""
+    """The first five items, and how many more there are."""
     more = f", and {len(items) - 5} more" if len(items) > 5 else ""
     return separator.join(items[:5]) + more
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.names_of("config")

@@ -1,9 +1,8 @@
-"""Files and folders that are written whole or not at all, whatever stops the writer.
+"""Files and folders: written whole or not at all, read only if they are regular and of a sane size.
 
-Reading what others wrote: regular files only, and no more of them than can be meant.
-
-Opening a named pipe waits for someone to write to it, a device may never end, and a file can be larger
-than the memory: each of them is an error here, before a byte of it is read.
+Whatever stops a writer, a reader finds the old content or the new. Opening a named pipe waits for someone to
+write to it, a device may never end, and a file can be larger than the memory: each of them is an error here,
+before a byte of it is read.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def append_line(file: Path, line: str) -> None:
-    """Append a line, whole or not at all; first cut off what a killed writer has left of one.
+    """Append a line, whole or not at all; a partial line of a killed writer is cut off first.
 
     Raises:
         OSError: if it cannot be written.
@@ -108,10 +107,10 @@ def write_json(file: Path, values: dict[str, Any]) -> None:
 
 
 def take_place(new: Path, folder: Path, old: Path) -> None:
-    """Rename folder `new` to `folder`; what was there, if anything, is `old` then.
+    """Rename folder `new` to `folder`, and what was there, if anything, to `old`.
 
     Raises:
-        OSError: if that fails; `folder` is what it was.
+        OSError: if that fails; `folder` is unchanged then.
     """
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -125,7 +124,7 @@ def take_place(new: Path, folder: Path, old: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Bring the files of a folder, and their names, to the disk.
+    """Flush the files of a folder, and their names, to the disk.
 
     Raises:
         OSError: if the disk does not take them.
@@ -136,7 +135,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Bring a file's content, or a folder's names, to the disk.
+    """Flush a file's content, or a folder's names, to the disk.
 
     Raises:
         OSError: if the disk does not take it.
@@ -192,7 +191,7 @@ def read_regular(path: str | os.PathLike[str], at_most: int) -> bytes:
         at_most: bytes.
 
     Raises:
-        OSError: with a `strerror` for people, if it cannot be read, is no regular file, or is larger.
+        OSError: with a `strerror` for people, if it cannot be read, is not a regular file, or is larger.
         ValueError: if the path holds a null byte.
     """
     descriptor = open_regular(path)
@@ -222,25 +221,25 @@ def open_regular(path: str | os.PathLike[str]) -> int:
 
 
 def read_text(path: Path, at_most: int, *, errors: str = "strict") -> str:
-    """The same as text in UTF-8, with or without a byte order mark.
+    """The text of a file in UTF-8, with or without a byte order mark.
 
     Raises:
         OSError: as `read_regular`.
-        ValueError: if it is no UTF-8, unless `errors` says what becomes of it.
+        ValueError: if it is not UTF-8, unless `errors` says how to read it.
     """
     return read_regular(path, at_most).decode("utf-8-sig", errors)
 
 
 def require_regular(status: os.stat_result) -> None:
-    """Check what `os.stat` or `os.fstat` found.
+    """Check that what `os.stat` or `os.fstat` found is a regular file.
 
     Raises:
-        OSError: if it is no regular file.
+        OSError: if it is not.
     """
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
         raise OSError(errno.EINVAL, f"it is {kind}, not a file")
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 
 def validation_sentence(error: ValidationError, root: type[BaseModel]) -> str:
-    """The first mistake.
+    """The first mistake that pydantic found, as one sentence.
 
     Args:
         error: what pydantic found.
@@ -47,12 +47,12 @@ def _first_mistake(error: ValidationError, root: type[BaseModel]) -> str:
 
 
 def shown(value: Any, length: int = 80) -> str:
-    """A value for a message, on one line and of a readable length."""
+    """The repr of a value for a message, cut to a readable length."""
     return shown_text(repr(value), length)
 
 
 def shown_text(text: str, length: int = 300) -> str:
-    """A text, where it is too long cut in its middle: the two ends of a name tell most."""
+    """A text; a long one is cut in its middle, because the two ends of a name tell most."""
     half = (length - 3) // 2
     return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 

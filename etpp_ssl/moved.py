@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -102,6 +103,8 @@ NEW_HOMES = {
 """Module -> the modules of 0.5 that have become it, or that have become it for the most part."""
 
 OTHER_NAMES = {
+    "config.is_neutral": "config.may_change_on_resume",
+    "config.neutral": "config.may_change",
     "engine.base_run.BaseRun": "train.run.Run",
     "engine.classifier_plan.plan_classifier": "train.plan.plan_run",
     "engine.classifier_plan.print_classifier_plan": "train.plan.print_plan",
@@ -123,6 +126,18 @@ OTHER_NAMES = {
     "model.interop.load_official_mae": "weights.official.load_official_mae",
     "model.masking.UniformMaskingConfig": "model.mask_patterns.UniformMaskingConfig",
     "model.masking.keyed_order": "model.mask_patterns.keyed_order",
+    "recipe.AnyCurriculum": "recipe_base.AnyCurriculum",
+    "recipe.AnyData": "recipe_base.AnyData",
+    "recipe.AnyStream": "recipe_base.AnyStream",
+    "recipe.CheckpointConfig": "recipe_base.CheckpointConfig",
+    "recipe.NonfiniteConfig": "recipe_base.NonfiniteConfig",
+    "recipe.TrackerConfig": "recipe_base.TrackerConfig",
+    "recipe_file.load_any_recipe": "recipe.load_any",
+    "recipe_file.load_finetune_recipe": "recipe.FinetuneRecipe.load",
+    "recipe_file.load_recipe": "recipe.Recipe.load",
+    "recipe_file.parse_any_recipe": "recipe.parse_any",
+    "recipe_file.parse_finetune_recipe": "recipe.FinetuneRecipe.parse",
+    "recipe_file.parse_recipe": "recipe.Recipe.parse",
     "report.pictures.Picture": "report.viewer.InputImage",
 }
 """Names that have changed, or that stand elsewhere than most of their module."""
@@ -179,8 +194,7 @@ def names_of(module: str) -> Callable[[str], Any]:
             DeprecationWarning,
             stacklevel=2,
         )
-        home, _, called = new.rpartition(".")
-        return getattr(importlib.import_module(f"etpp_ssl.{home}"), called)
+        return pkgutil.resolve_name(f"etpp_ssl.{new}")
 
     return __getattr__
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from etpp_ssl import moved
 from etpp_ssl.config import Config, UserError, may_change
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.data.augmentation import AugmentConfig
@@ -177,3 +178,7 @@ def parse_any(text: str, overrides: Sequence[str] = (), title: str = "recipe") -
 def _any_of(text: RecipeText) -> Recipe | FinetuneRecipe:
     kind: type[Recipe] | type[FinetuneRecipe] = FinetuneRecipe if task_of(text) == "finetune" else Recipe
     return text.validated(kind, kind.with_defaults)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.names_of("recipe")

@@ -5,17 +5,15 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from etpp_ssl import moved
 from etpp_ssl.config import UserError, may_change_on_resume
 from etpp_ssl.files import read_text
 from etpp_ssl.messages import members_at, name_of, shown, shown_text, validation_sentence
@@ -44,7 +42,13 @@ def find_recipe(source: str | Path, folder: Path = Path(), what: str = "recipe")
     Raises:
         UserError: if there is neither, with names that are close.
     """
-    return folder / source if os.path.exists(folder / source) else find_shipped(source, what)
+    try:
+        os.stat(folder / source)
+    except FileNotFoundError:
+        return find_shipped(source, what)
+    except (OSError, ValueError):
+        pass  # Whoever reads it tells why it cannot be read.
+    return folder / source
 
 
 def find_shipped(name: str | Path, what: str = "recipe") -> Path:
@@ -262,19 +266,5 @@ def _differences(old: BaseModel, new: BaseModel, prefix: str) -> list[str]:
     return found
 
 
-_MOVED = {
-    "load_recipe": "Recipe.load",
-    "load_finetune_recipe": "FinetuneRecipe.load",
-    "load_any_recipe": "load_any",
-    "parse_recipe": "Recipe.parse",
-    "parse_finetune_recipe": "FinetuneRecipe.parse",
-    "parse_any_recipe": "parse_any",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """The readers of version 0.5, for one release."""
-    if name not in _MOVED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"{name} is now etpp_ssl.recipe.{_MOVED[name]}", DeprecationWarning, stacklevel=2)
-    return attrgetter(_MOVED[name])(import_module("etpp_ssl.recipe"))
+if not TYPE_CHECKING:
+    __getattr__ = moved.names_of("recipe_file")

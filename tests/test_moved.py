@@ -59,7 +59,7 @@ def test_an_old_module_names_the_one_that_it_has_become(old: str, new: str) -> N
 @pytest.mark.parametrize("path", [*PUBLIC, *OTHER_NAMES])
 def test_a_public_name_is_where_it_was(path: str) -> None:
     module, _, name = path.rpartition(".")
-    assert callable(getattr(importlib.import_module(f"etpp_ssl.{module}"), name))
+    assert getattr(importlib.import_module(f"etpp_ssl.{module}"), name) is not None
 
 
 def test_a_name_that_left_its_module_is_warned_about() -> None:

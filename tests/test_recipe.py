@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from etpp_ssl import recipe_file
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.constant import ConstantConfig
 from etpp_ssl.curriculum.efficienttrain import EfficientTrainConfig
@@ -265,14 +266,12 @@ def test_recipes_of_a_family_differ_in_what_they_are_for(family: str) -> None:
     assert {key for key in values[0] if any(other[key] != values[0][key] for other in values)} <= own
 
 
-@pytest.mark.filterwarnings("default::DeprecationWarning")
 def test_the_readers_of_version_0_5_are_where_they_were() -> None:
-    from etpp_ssl import recipe_file
-
-    with pytest.warns(DeprecationWarning, match=r"load_recipe is now etpp_ssl\.recipe\.Recipe\.load"):
+    with pytest.warns(DeprecationWarning, match=r"load_recipe has become etpp_ssl\.recipe\.Recipe\.load"):
         assert recipe_file.load_recipe("quickstart") == Recipe.load("quickstart")
-    with pytest.warns(DeprecationWarning, match="parse_any_recipe"):
+    with pytest.warns(DeprecationWarning, match="parse_any_recipe has become"):
         assert recipe_file.parse_any_recipe(MINIMAL) == Recipe.parse(MINIMAL)
+    assert not hasattr(recipe_file, "nothing")
 
 
 def test_a_run_folder_may_be_named_from_home(monkeypatch: pytest.MonkeyPatch) -> None:
