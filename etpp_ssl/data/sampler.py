@@ -1,4 +1,4 @@
-"""Which image is sample number g of a run: a function of (seed, g), whoever asks and whenever.
+"""Says which image is sample number g of a run: a function of (seed, g) alone.
 
 A run counts its samples 0, 1, 2 ... over all epochs; sample g is image `permutation(seed, g // N)[g % N]`.
 A step's samples are split over the processes in contiguous parts, and each part into micro-batches, so
