@@ -1,24 +1,12 @@
-"""What supervised training does to its images and labels, as settings.
+"""Augmentation of labelled images for supervised training: RandAugment, random erasing, mixup and CutMix.
 
-The order of a sample: random resized crop and mirror (`TrainView`), RandAugment, with `lanczos` the
-resize to the bandwidth, all in a data worker; normalisation, the low-frequency crop, random erasing and
-mixing, on the device.
+A data worker does random resized crop and mirror (`TrainView`), then RandAugment, then with `lanczos` the
+resize to the bandwidth. The device does normalisation, low-frequency crop, random erasing (Zhong et al., AAAI
+2020) and mixing: mixup (Zhang et al., ICLR 2018) or CutMix (Yun et al., ICCV 2019).
 
-Legend: C channels, H, W pixels.
-
-Random erasing (Zhong et al., AAAI 2020): a box of each chosen image becomes noise, on the device.
-
-timm's "pixel" mode: normal noise for every pixel and channel of the normalised image, one box. The draws
-are keyed by the images' numbers, so they are the same however a batch is split, and none waits for the
-device.
-
-Legend: B batch, C channels, H, W pixels, A attempts at a box.
-
-Mixup (Zhang et al., ICLR 2018) and CutMix (Yun et al., ICCV 2019) of a micro-batch, on the device.
-
-timm's batch mode: one weight, or one box, for the whole micro-batch, and image b's partner is image
-B - 1 - b. So what follows the micro-batch here is the partner, the weight and the box; with another
-`micro_batch_size` or number of processes they differ.
+Every draw is keyed by the samples' numbers and none waits for the device. Erasing is therefore the same
+however a batch is split. Mixing is timm's batch mode: one weight, or one box, for the whole micro-batch, and
+image b's partner is image B - 1 - b. So with another `micro_batch_size` or number of processes it differs.
 
 Legend: B batch, C channels, H, W pixels, K classes.
 """
@@ -39,13 +27,16 @@ from etpp_ssl.data.rand_augment import RandAugment, rand_augment_sections
 from etpp_ssl.data.views import TrainView
 from etpp_ssl.randomness import keyed_numpy, keyed_words
 
+ATTEMPTS = 10
+"""Boxes that random erasing tries before it leaves an image alone."""
+
 
 @dataclass(frozen=True)
 class FinetuneView:
     """`TrainView` with RandAugment between its two halves, a function of (seed, sample_id, progress).
 
-    With `decode: reduced` the operations see the picture at the stage's intermediate size. Those that
-    count pixels (sharpness, blur) then act on coarser ones than at full size.
+    With `decode: reduced` the operations see the picture at the stage's intermediate size; those that count
+    pixels (sharpness, blur) then act on coarser pixels than at full size.
     """
 
     base: TrainView
@@ -59,7 +50,7 @@ class FinetuneView:
 
 
 class AugmentConfig(Config):
-    """Augmentation and regularisation of labelled images; the defaults are MAE's for fine-tuning."""
+    """Augmentation of labelled images and label smoothing; the defaults are MAE's for fine-tuning."""
 
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     """timm's RandAugment string, or null."""
@@ -121,13 +112,9 @@ class AugmentConfig(Config):
         return Mixup(self.mixup, self.cutmix, self.smoothing, num_classes, seed)
 
 
-ATTEMPTS = 10
-"""Boxes that are tried before an image is left alone."""
-
-
 @dataclass(frozen=True)
 class RandomErasing:
-    """Erases a box in a share of the images, a function of (seed, sample_id) and of the size alone."""
+    """timm's "pixel" mode: a box of each chosen image becomes normal noise, by (seed, sample_id, size)."""
 
     probability: float
     """Share of the images, in [0, 1]."""
@@ -196,7 +183,7 @@ def unit_interval(words: Tensor) -> Tensor:
 
 
 class Mix(NamedTuple):
-    """What is done to a micro-batch."""
+    """How a micro-batch is mixed."""
 
     weight: float
     """Of an image's own label; the partner's is 1 - weight."""
@@ -206,7 +193,7 @@ class Mix(NamedTuple):
 
 @dataclass(frozen=True)
 class Mixup:
-    """Mixes images and labels; a function of (seed, the micro-batch's first sample_id) and of its images."""
+    """Mixes images and labels; a function of the seed, the micro-batch's first sample and its images."""
 
     mixup: float
     """Weights are drawn from Beta(mixup, mixup); 0 switches mixup off."""
@@ -225,7 +212,7 @@ class Mixup:
         Args:
             images: float (B, C, H, W); B may be odd, the middle image is then its own partner.
             labels_B: int64 (B,), in [0, K), on the same device.
-            first_sample_id: number, in the run, of the micro-batch's first image (`Batch.first_sample_id`).
+            first_sample_id: number in the run of the micro-batch's first image (`Batch.first_sample_id`).
 
         Returns:
             images, the same or a copy; float32 (B, K), rows that add up to 1.
@@ -244,7 +231,7 @@ class Mixup:
         return mixed, targets_BK
 
     def draw(self, first_sample_id: int, height: int, width: int) -> Mix:
-        """What is done to the micro-batch of images of (height, width) that starts at a sample_id."""
+        """The mix of the micro-batch of images of (height, width) that starts with a sample."""
         if not self.mixup and not self.cutmix:
             return Mix(1.0, None)
         draw = keyed_numpy(self.seed, "mixup", first_sample_id)
@@ -257,9 +244,9 @@ class Mixup:
 
 
 def cut_box(weight: float, y: int, x: int, height: int, width: int) -> Mix:
-    """A box around pixel (y, x) of the image's aspect ratio and 1 - `weight` of its area.
+    """CutMix's box around pixel (y, x): the image's aspect ratio, and 1 - `weight` of its area.
 
-    What reaches beyond the image is cut off, and the weight becomes the share of the area that stays.
+    What reaches beyond the image is cut off; the weight becomes the share of the area that stays.
     """
     side = (1 - weight) ** 0.5
     h, w = int(height * side), int(width * side)

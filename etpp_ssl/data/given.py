@@ -1,4 +1,4 @@
-"""Images that a caller hands over, from Python: files, PIL images, arrays and tensors.
+"""Images that a Python caller hands over: files, PIL images, arrays and tensors.
 
 Legend: N images, C channels, H, W pixels.
 """

@@ -24,7 +24,8 @@ from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, safe_name
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import check_label
 from etpp_ssl.data.views import View
-from etpp_ssl.data.workers import MonitoredLoader, note, note_reading
+from etpp_ssl.data.worker import note, note_reading
+from etpp_ssl.data.workers import MonitoredLoader
 
 MAX_ATTEMPTS = 100
 """Images tried for one sample before the data set counts as unreadable altogether."""

@@ -1,7 +1,7 @@
-"""One-off conversion of images in files to shards, for slow file systems.
+"""`etpp prepare`: converts images in files to shards once, for slow file systems.
 
-Everything is written to `DST.partial` and renamed at the end; its `prepare.json` says of what and how, so
-the same command goes on after a stop, and knows a finished DST again.
+Everything is written to `DST.partial` and renamed at the end. Its `prepare.json` says which images were
+converted and how, so that the same command resumes after a stop and recognises a finished DST.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def from_options(*, size: int | None, quality: int | None, **options: Any) -> Pr
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a split became."""
+    """A split that has been converted."""
 
     folder: Path
     images: int
@@ -119,11 +119,11 @@ def prepare(
         except OSError as error:
             raise UserError(
                 f"DST {str(destination)!r} cannot be written: {error.strerror or error}; the same command "
-                f"goes on from what is there"
+                f"resumes from what is there"
             ) from error
         except BrokenExecutor as error:
             raise UserError(
-                "a worker process ended (out of memory?); the same command with fewer --workers goes on "
+                "a worker process ended (out of memory?); the same command with fewer --workers resumes "
                 "from what is there"
             ) from error
     return [_summary(destination / name) for name in splits]
@@ -160,7 +160,7 @@ def _open_folder(folder: Path, max_pixels: int) -> FileSource:
 
 
 def _job(splits: dict[str, FileSource], config: PrepareConfig) -> dict[str, Any]:
-    """What decides the bytes that are written."""
+    """Everything that decides the bytes which are written."""
     content = {}
     for name, source in splits.items():
         digest = hashlib.blake2b(source.fingerprint().encode(), digest_size=12)
@@ -211,7 +211,7 @@ def _convert(
     for name, source in splits.items():
         if not finished(aside / name):
             writer = ShardWriter(aside / name, source, config.shard_mb << 20, skip_bad=config.skip_bad)
-            writer.go_on()
+            writer.resume()
             _convert_split(writer, config, partial(_advance_from, advance, before, total))
         before += len(source)
         advance(before, total)

@@ -1,7 +1,7 @@
 """RandAugment (Cubuk et al., NeurIPS 2020) by timm's operations, with draws that are keyed.
 
-timm draws from the global generators of Python and numpy. Here both stand at the sample's key during a
-call and are put back afterwards, so a picture depends on (seed, sample_id, progress) alone.
+timm draws from the global generators of Python and numpy. During a call both are seeded with the sample's
+key, and restored afterwards, so a picture depends on (seed, sample_id, progress) alone.
 
 Legend: C channels, H, W pixels.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from timm.data.auto_augment import RandAugment as TimmRandAugment
 
 RAMP_STAGES = 10
-"""Equal shares of compute that a ramp's magnitude is constant in."""
+"""Equal shares of compute; within each, the magnitude of a ramp is constant."""
 SECTIONS = {
     "m": r"\d+",
     "n": r"[1-9]",
@@ -41,7 +41,7 @@ SECTIONS = {
 DEFAULT_MAGNITUDE = 10
 """timm's, of a string without `m`."""
 
-# Pillow's affine transforms know no box kernel.
+# Pillow's affine transforms have no box kernel.
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -126,7 +126,7 @@ def rand_augment_sections(config: str) -> dict[str, str]:
         found[key] = value
     if name != "rand" or len(found) < len(parts):
         raise ValueError(
-            f"{config!r} is no setting of timm's RandAugment; 'rand-m9-mstd0.5-inc1' is one, and the "
+            f"{config!r} is not a setting of timm's RandAugment; 'rand-m9-mstd0.5-inc1' is one, and the "
             f"sections after 'rand', each at most once, are mMAGNITUDE, nOPERATIONS (1 to 9), pPROBABILITY, "
             f"mstdNOISE, mmaxLIMIT, inc0 or inc1, tweights, t3a or t3aw"
         )
@@ -135,7 +135,7 @@ def rand_augment_sections(config: str) -> dict[str, str]:
 
 @contextmanager
 def global_draws(key: int) -> Iterator[None]:
-    """Put the global generators of Python and numpy at a 64-bit key inside, and back afterwards."""
+    """Seed the global generators of Python and numpy with a 64-bit key, and restore them afterwards."""
     before = random.getstate(), np.random.get_state()
     random.seed(key)
     np.random.seed([key & 0xFFFFFFFF, key >> 32])
@@ -159,9 +159,9 @@ def _at_magnitude(config: str, hparams: dict[str, object], magnitude: float) -> 
 
 
 def _posterize(picture: Image.Image, bits: int, **others: object) -> Image.Image:
-    """timm's, and black where no bit is kept, which Pillow 13 refuses.
+    """timm's posterize, but black where no bit is kept, which Pillow 13 refuses.
 
-    At the default magnitude one call in forty comes to that: noise lifts it to 10.
+    At the default magnitude this happens in one call of forty: noise lifts the magnitude to 10.
     """
     if bits < 1:
         return Image.new(picture.mode, picture.size)

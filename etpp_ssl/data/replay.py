@@ -1,16 +1,15 @@
-"""Train on each loaded image several times: a buffer of the newest ones, and keyed draws from it.
+"""The replay buffer of EfficientTrain++: each loaded image is trained on several times.
 
-A step loads a mini-batch of 1/times of its images. It enters the buffer first, the oldest one leaves, and
-then it trains together with times - 1 mini-batches' worth of sub-batches, drawn from the buffer with
-replacement (EfficientTrain++, replay buffer). The buffer is each process's own and starts empty at every
-stage, whose images have another size; so the images drawn depend on the number of processes.
+With a `times` of 4, a step loads a mini-batch of a quarter of its images. The mini-batch enters the buffer
+and the oldest one leaves. Then it trains together with three mini-batches' worth of sub-batches, drawn from
+the buffer with replacement. Each process has its own buffer, so the images drawn depend on the number of
+processes. A stage starts with an empty buffer, as its images have another size.
 
-Kept are the loader's uint8 views: exact, and half the size of float16 values of as many pixels. They were
-drawn at the progress of the step that loaded them, a buffer that is read again included. Whatever happens
-to an image on the device (crop of the spectrum, mask, mixup) happens after the draw, anew each time. So
-where the device crops, pictures of the intermediate size are kept: at 96 of 224 pixels 1.5 times what
-float16 crops would take, which would have to come back from the device, and 2.7 times with
-`data.decode: full`. Where the workers crop (`lanczos`), it is half.
+The buffer keeps the loader's uint8 views, which were drawn at the progress of the step that loaded them; so
+are those of a buffer that is read again. What the device does to an image (low-frequency crop, mask, mixup)
+comes after the draw, anew each time. Where the device crops, the buffer therefore keeps pictures of the
+intermediate size: at 96 of 224 pixels 1.5 times what float16 crops would take, which would have to come back
+from the device, and 2.7 times with `data.decode: full`. Where the workers crop (`lanczos`), it is half.
 
 Legend: C channels, H, W pixels, R rows of the buffer.
 """
@@ -92,15 +91,15 @@ class Ring:
 class Replay:
     """Turns the micro-batches that one process loads into those that it trains on.
 
-    In a stage without replay they are the same, except for `Batch.sample_ids`: these count the images that
-    the run trains on, so that a replayed image gets a new number, hence a new mask, each time. A batch's
-    request still names the samples and the images.
+    In a stage without replay only `Batch.sample_ids` change: they count the images that the run trains on, so
+    that a replayed image gets a new number, hence a new mask, each time. A batch's request still names the
+    samples and the images as they were loaded.
 
     Args:
         step_plan: from an optimizer step to its plan, pure.
-        start: the first step to train; a buffer that it finds filled is read again before.
+        start: the first step to train; a buffer that it finds filled is read again first.
         seed: the run's seed.
-        say: told how much there is to read again, and how long it took.
+        say: is told how much is read again, and how long it took.
         rank, num_processes: which part of every step is this process's.
         micro_batch_size, batch_size: images per forward pass; see `RequestSampler`.
         pin_memory: whether the batches go to a GPU.

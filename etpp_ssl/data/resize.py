@@ -1,9 +1,9 @@
-"""One resize out of a box that may lie between pixels, by torch's kernel where it can, else by Pillow's.
+"""Resizes a box that may lie between pixels, by torch's kernel where that can, otherwise by Pillow's.
 
-Torch's uint8 kernels have Pillow's weights and agree with Pillow's to two levels, mostly to one (more where
-an overshoot is clipped between the two passes, which they take in another order), at a third to a sixth of
-the time on a processor with AVX2. They know no box: an axis has to start at the border of
-a pixel. An axis of which only the end does is resized backwards.
+torch's uint8 kernels have Pillow's weights. They agree with Pillow's to two levels, mostly to one (more where
+an overshoot is clipped between the two passes, which they take in another order), and take a third to a sixth
+of the time on a processor with AVX2. They know no box: an axis has to start at the border of a pixel. Where
+only its end lies on one, the axis is resized backwards.
 
 Legend: C channels, H, W input and h, w output pixels.
 """
@@ -44,7 +44,7 @@ def resize(region: Region, size: tuple[int, int], kernel: Kernel) -> Tensor:
     Returns:
         uint8 (C, h, w).
     """
-    # Beyond four channels torch's kernel is another one, and wrong at a width of 1 (seen in 2.14).
+    # For more than four channels torch has another kernel, which is wrong at a width of 1 (seen in 2.14).
     few = region.pixels.shape[2] <= 4
     if few and starts_or_ends_on_pixels(region.box) and _torch_has(kernel):
         factors = _factors(region, size)
@@ -65,7 +65,7 @@ def _torch_has(kernel: Kernel) -> bool:
 
 
 def _factors(region: Region, size: tuple[int, int]) -> tuple[float, float] | None:
-    """(vertical, horizontal) output pixels per input pixel, or None where torch would not heed them."""
+    """(vertical, horizontal) output pixels per input pixel, or None where torch would ignore them."""
     left, top, right, bottom = region.box
     height, width = region.pixels.shape[:2]
     factors = []

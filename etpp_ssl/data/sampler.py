@@ -1,4 +1,4 @@
-"""Which image is sample number g of a run: a function of (seed, g), whoever asks and whenever.
+"""Says which image is sample number g of a run: a function of (seed, g) alone.
 
 A run counts its samples 0, 1, 2 ... over all epochs; sample g is image `permutation(seed, g // N)[g % N]`.
 A step's samples are split over the processes in contiguous parts, and each part into micro-batches, so
@@ -53,20 +53,13 @@ class KeyedOrder:
         return derive_key(self.seed, "replacement", sample_id, attempt) % self.num_images
 
     def _order(self, epoch: int) -> Tensor:
-        # A step can straddle two epochs, but sample_ids ascend: one permutation at a time is enough.
+        # A step can straddle two epochs, but the samples' numbers ascend: one permutation at a time is
+        # enough.
         if epoch != self._epoch:
             generator = keyed_torch(self.seed, "order", epoch)
             self._permutation = torch.randperm(self.num_images, generator=generator)
             self._epoch = epoch
         return self._permutation
-
-
-class BySampleId:
-    """An order for images that have no index of their own: sample number g is number g."""
-
-    def index(self, sample_id: int) -> int:
-        """`sample_id` itself."""
-        return sample_id
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,7 @@ class RequestSampler:
     """All micro-batches of one process in the given steps.
 
     Args:
-        order: the keyed order, or none.
+        order: the order of the images; None for images that have no index of their own.
         step_plan: from an optimizer step to its samples, bandwidth and progress, pure.
         steps: the optimizer steps to serve.
         rank, num_processes: which part of every step is this process's.
@@ -115,7 +108,7 @@ class RequestSampler:
             bandwidths, get micro-batches in proportion. None takes it as it is for all steps.
     """
 
-    order: KeyedOrder | BySampleId
+    order: KeyedOrder | None
     step_plan: Callable[[int], StepPlan]
     steps: range
     rank: int = 0
@@ -134,7 +127,7 @@ class RequestSampler:
                 yield BatchRequest(
                     step=step,
                     sample_ids=tuple(sample_ids),
-                    indices=tuple(self.order.index(sample_id) for sample_id in sample_ids),
+                    indices=tuple(sample_ids if self.order is None else map(self.order.index, sample_ids)),
                     bandwidth=plan.bandwidth,
                     progress=plan.progress,
                     weight=len(sample_ids) / len(samples),

@@ -112,7 +112,7 @@ _convert_in_this_worker: Converter
 
 @contextmanager
 def converted(convert: Converter, images: range, workers: int) -> Iterator[Iterator[Stored]]:
-    """What is stored of each image, in their order, for any number of workers.
+    """What is stored of each image, in the order of the images, for any number of workers.
 
     Args:
         convert: makes it.
@@ -188,8 +188,8 @@ class ShardWriter:
         self.next_image = 0
         """The first image that no finished shard holds or has left out."""
 
-    def go_on(self) -> None:
-        """Take up the shards that an earlier call has finished."""
+    def resume(self) -> None:
+        """Find the shards that an earlier call has finished."""
         self.folder.mkdir(parents=True, exist_ok=True)
         while True:
             tar = self._tar(len(self.index.files))
@@ -202,7 +202,7 @@ class ShardWriter:
         """Write the images from `next_image` on, then the index.
 
         Args:
-            images: theirs, in order.
+            images: what is stored of them, in order.
             done: called after each.
 
         Raises:
@@ -268,7 +268,7 @@ def remove_traces(folder: Path) -> None:
 
 
 def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Add a file whose header holds nothing of this machine; returns where its bytes start."""
+    """Add a file, with nothing of this machine in its header; returns where its bytes start."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = len(data), 0o644
     offset = tar.offset + tarfile.BLOCKSIZE

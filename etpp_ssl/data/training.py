@@ -1,115 +1,46 @@
-"""What a run trains on, images that are addressed by index or a stream: the one place where they part."""
+"""The images that a run trains on: addressed by index, or a stream. Above this file nobody asks which."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
-
-from torch.utils.data import Dataset
+from collections.abc import Iterable
+from dataclasses import replace
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.loader import Batch, BatchBuilder
-from etpp_ssl.data.sampler import BatchRequest, BySampleId, KeyedOrder, RequestSampler
+from etpp_ssl.data.loader import BatchBuilder, Builder
+from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.base import DataConfig, ImageSource
 from etpp_ssl.data.sources.splits import check_labels, open_split
 from etpp_ssl.data.streams.base import Stream, StreamConfig
 from etpp_ssl.data.streams.loader import StreamBuilder, StreamPlace, StreamRequests
 from etpp_ssl.data.views import View
 
-Sampling = Callable[[KeyedOrder | BySampleId], RequestSampler]
-"""From an order to one process's requests in that order."""
-
-
-class Loading(NamedTuple):
-    """What a loader needs."""
-
-    builder: Dataset[Batch]
-    requests: Iterable[BatchRequest]
-
-
-@dataclass(frozen=True)
-class Reader:
-    """Who reads the images, and what for.
-
-    Args:
-        seed: the run's seed.
-        rank, num_processes: which part of every step is the process's.
-        view: the training view.
-        num_classes: of a classifier; labels are checked against it.
-        place: where the process stands in a stream.
-    """
-
-    seed: int
-    rank: int
-    num_processes: int
-    view: View
-    num_classes: int | None
-    place: StreamPlace
-
-
-class TrainingImages(Protocol):
-    """What a run needs to know of the images that it trains on."""
-
-    classes: list[str] | None
-    """Class names, in the order of the labels, where they are known."""
-    is_stream: bool
-    """Whether the number of processes and data workers changes the order."""
-
-    def __len__(self) -> int:
-        """Images in an epoch."""
-
-    def fingerprint(self) -> str:
-        """A short hash of what the data set contains; a resumed run must find the same."""
-
-    def name(self, index: int) -> str:
-        """What a person would look for; `index` is one of a request's `indices`."""
-
-    def check_labels(self, num_classes: int) -> None:
-        """Check that the images have labels that a classifier can learn, as far as that shows unread.
-
-        Raises:
-            UserError: naming the first image whose label is wrong.
-        """
-
-    def check_workers(self, num_workers: int) -> None:
-        """Check that so many data workers, over all processes, can share the images.
-
-        Raises:
-            UserError: if they cannot.
-        """
-
-    def loading(self, sampler: Sampling, reader: Reader) -> Loading:
-        """One process's batches.
-
-        Args:
-            sampler: of the process.
-            reader: the process.
-        """
-
 
 class IndexedImages:
-    """Images that are addressed by index; see `TrainingImages`.
+    """Images that are addressed by index.
 
     Args:
         source: the images.
+        seed: the run's seed, which their order is keyed by.
     """
 
     is_stream = False
+    """Whether the number of processes and data workers changes the order."""
 
-    def __init__(self, source: ImageSource) -> None:
+    def __init__(self, source: ImageSource, seed: int) -> None:
         self.source = source
+        self.seed = seed
         self.classes = source.classes
+        """Class names, in the order of the labels, where they are known."""
 
     def __len__(self) -> int:
         return len(self.source)
 
     def fingerprint(self) -> str:
-        """See `ImageSource.fingerprint`."""
+        """A short hash of what the data set contains; a resumed run must find the same."""
         return self.source.fingerprint()
 
     def name(self, index: int) -> str:
-        """See `ImageSource.name`."""
+        """What a person would look for; `index` is one of a request's `indices`."""
         return self.source.name(index)
 
     def check_labels(self, num_classes: int) -> None:
@@ -117,16 +48,25 @@ class IndexedImages:
         check_labels(self.source, num_classes)
 
     def check_workers(self, num_workers: int) -> None:
-        """Any number can."""
+        """Any number of data workers can share the images."""
 
-    def loading(self, sampler: Sampling, reader: Reader) -> Loading:
-        """See `TrainingImages.loading`."""
-        order = KeyedOrder(len(self), reader.seed)
-        return Loading(BatchBuilder(self.source, reader.view, order, reader.num_classes), sampler(order))
+    def loading(
+        self, sampler: RequestSampler, view: View, num_classes: int | None, place: StreamPlace
+    ) -> tuple[Builder, Iterable[BatchRequest]]:
+        """One process's batches, for `load_batches`.
+
+        Args:
+            sampler: of the process, without an order.
+            view: the training view.
+            num_classes: of a classifier; labels are checked against it.
+            place: where the process stands in a stream.
+        """
+        order = KeyedOrder(len(self), self.seed)
+        return BatchBuilder(self.source, view, order, num_classes), replace(sampler, order=order)
 
 
 class StreamedImages:
-    """Images that are read in sequence; see `TrainingImages`.
+    """Images that are read in sequence; offers what `IndexedImages` does.
 
     Args:
         stream: the images.
@@ -160,11 +100,15 @@ class StreamedImages:
         return self.stream.fingerprint()
 
     def name(self, index: int) -> str:
-        """The number of the sample: its name is known to the data worker that reads it."""
+        """The number of the sample; only the data worker that reads an image knows its name."""
         return f"sample {index} of the stream"
 
     def check_labels(self, num_classes: int) -> None:
-        """Only whether there are some; `StreamBuilder` sees each of them."""
+        """Check that labels are read; `StreamBuilder` checks each of them.
+
+        Raises:
+            UserError: if they are not.
+        """
         if not self.stream.has_labels:
             raise UserError(
                 "training on labels needs some, and the stream's are not read: give its label_key or "
@@ -175,19 +119,24 @@ class StreamedImages:
         """See `Stream.check_workers`."""
         self.stream.check_workers(num_workers)
 
-    def loading(self, sampler: Sampling, reader: Reader) -> Loading:
-        """See `TrainingImages.loading`."""
+    def loading(
+        self, sampler: RequestSampler, view: View, num_classes: int | None, place: StreamPlace
+    ) -> tuple[Builder, Iterable[BatchRequest]]:
+        """See `IndexedImages.loading`."""
         builder = StreamBuilder(
             self.stream,
-            reader.view,
-            reader.place,
-            rank=reader.rank,
-            num_processes=reader.num_processes,
+            view,
+            place,
+            rank=sampler.rank,
+            num_processes=sampler.num_processes,
             in_chans=self.in_chans,
             max_pixels=self.max_pixels,
-            num_classes=reader.num_classes,
+            num_classes=num_classes,
         )
-        return Loading(builder, StreamRequests(sampler(BySampleId()), reader.place))
+        return builder, StreamRequests(sampler, place)
+
+
+TrainingImages = IndexedImages | StreamedImages
 
 
 def open_training(
@@ -203,4 +152,5 @@ def open_training(
         return StreamedImages(
             config.open_stream(seed), config.num_images, in_chans, config.max_pixels, config.classes
         )
-    return IndexedImages(open_split(config, "train", in_chans=in_chans, image_size=image_size, seed=seed))
+    source = open_split(config, "train", in_chans=in_chans, image_size=image_size, seed=seed)
+    return IndexedImages(source, seed)

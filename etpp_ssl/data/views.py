@@ -1,8 +1,6 @@
-"""Keyed views of an image for training, and the fixed view for evaluation.
+"""Views of an image: random crops for training and for probes, the centre crop for evaluation, as uint8.
 
 Legend: B batch, C channels, H, W pixels.
-
-The augmented view of MAE's linear probe.
 """
 
 from __future__ import annotations
@@ -27,8 +25,7 @@ OVERSAMPLING = Fraction(7, 4)
 rate, so the intermediate has to be larger than the bandwidth by some margin. Measured at bandwidth 96
 against the crop from 224 pixels: 30 dB at 4/3, 36 dB at 5/3, 43 dB at 2 (tools/EXPERIMENTS.md)."""
 SMALLEST_INTERMEDIATE = 96
-"""Pixels per axis; below, the resize is no longer what takes the time."""
-
+"""Pixels per axis; below, the resize no longer takes most of the time."""
 LARGEST_RESIZED = 64
 """Pixels of a resized picture per pixel of its centre crop, beyond which only the crop is resized."""
 
@@ -54,11 +51,11 @@ class View(Protocol):
 class TrainView:
     """Random resized crop and mirror, a function of (seed, sample_id) alone.
 
-    With `decode` full, the crop is resized to the image size by Pillow. With `reduced` it is resized to
-    the stage's intermediate size, from a JPEG that need not be decoded at full resolution.
+    With `decode` full, Pillow resizes the crop to the image size. With `reduced` it is resized to the stage's
+    intermediate size, from a JPEG that need not be decoded at full resolution.
 
-    With `lanczos`, the result is then resized to the bandwidth by Lanczos, which is the published code's
-    approximation of the low-frequency crop; otherwise it comes out as it is and the device crops.
+    With `lanczos`, the result is then resized to the bandwidth by Lanczos, the published code's approximation
+    of the low-frequency crop. Otherwise it stays as it is, and the device crops.
 
     Raises:
         UserError: for a decoder that is not installed.

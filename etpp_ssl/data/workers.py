@@ -1,13 +1,12 @@
-"""The worker processes that build batches, and a wait for their batches that ends when they fail.
+"""Batches from worker processes: a wait for them that ends, with one sentence, when a worker dies or stalls.
 
-torch's `DataLoader` runs the workers and limits the wait for a batch. Added here is a note in shared memory
-of what each process is reading: it outlives a worker that dies, and tells which images were in work.
+torch's `DataLoader` runs the workers and limits the wait. Added here are the workers' exit codes and their
+notes of the images in work (`worker.py`). No private name of torch is used.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import sys
 import threading
@@ -18,16 +17,15 @@ from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from multiprocessing.sharedctypes import RawArray
 from traceback import clear_frames
 from typing import Any, Generic, TypeVar
 
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from etpp_ssl.data.loader_faults import PIN_THREAD, LoaderFault, death, machine_fault, stall
 from etpp_ssl.data.sampler import BatchRequest
 from etpp_ssl.data.stall_limit import Expired, StallLimit
-from etpp_ssl.messages import shown_text
+from etpp_ssl.data.worker import hand_over, new_note, start_worker, use_note
 
 TICK_SECONDS = 1.0
 """Between two looks at the workers while a batch is waited for."""
@@ -35,27 +33,8 @@ DEATH_SECONDS = 2.0
 """How long a worker that has hung up may take to end."""
 END_SECONDS = 10.0
 """How long torch may take to end its workers and threads: a dead worker may hold what they wait for."""
-NOTE_BYTES = 8192
 
 T = TypeVar("T")
-_note: Any = None
-
-
-def note_reading(sample_id: int, name: str, batch: str) -> None:
-    """Note what this process is about to read, for whoever waits for its batch.
-
-    Args:
-        sample_id: the number of the sample that the image is for.
-        name: of the image; not the sample's own where that is unreadable.
-        batch: what the image's batch is called (`BatchRequest.described`).
-    """
-    note(f"reading image {shown_text(name)!r} (sample {sample_id})\n{batch}")
-
-
-def note(text: str) -> None:
-    """Note what this process is doing; "" between two batches."""
-    if _note is not None:
-        _note.value = text.encode(errors="replace")[: NOTE_BYTES - 1]
 
 
 class MonitoredLoader(Iterator[T], Generic[T]):
@@ -84,7 +63,7 @@ class MonitoredLoader(Iterator[T], Generic[T]):
         self._tick = min(TICK_SECONDS, stall_seconds or TICK_SECONDS)
         self._under_way: deque[BatchRequest] = deque()
         self._num_arrived = 0
-        self._notes = [RawArray("c", NOTE_BYTES) for _ in range(max(1, num_workers))]
+        self._notes = [new_note() for _ in range(max(1, num_workers))]
         self._processes: list[BaseProcess] = []
         self._pin_threads: list[threading.Thread] = []
         self._iterator: Iterator[T] | None = None
@@ -96,12 +75,12 @@ class MonitoredLoader(Iterator[T], Generic[T]):
             builder,
             sampler=_recorded(requests, self._under_way),
             batch_size=None,
-            collate_fn=_hand_over,
+            collate_fn=hand_over,
             num_workers=num_workers,
             prefetch_factor=prefetch if num_workers else None,
             pin_memory=pin_memory,
             timeout=self._tick if num_workers else 0,
-            worker_init_fn=partial(_start_worker, self._notes),
+            worker_init_fn=partial(start_worker, self._notes),
             multiprocessing_context=_recording(self._processes) if num_workers else None,
         )
 
@@ -130,7 +109,7 @@ class MonitoredLoader(Iterator[T], Generic[T]):
             self._limit.close()
         iterator, self._iterator = [self._iterator], None
         # While Python ends, no thread can be started, and torch waits for nothing.
-        if (self._failed or self._dead()) and not sys.is_finalizing():
+        if (self._failed or any(self._dead().values())) and not sys.is_finalizing():
             self._kill()
             # torch waits here for its threads, and for locks that a dead worker may hold for ever.
             end = threading.Thread(target=iterator.clear, daemon=True)
@@ -245,39 +224,3 @@ def _recording(processes: list[BaseProcess]) -> BaseContext:
 
     context: BaseContext = Recording()
     return context
-
-
-def use_note(memory: Any) -> None:
-    """From now on `note` writes to this shared array of `NOTE_BYTES`."""
-    global _note
-    _note = memory
-
-
-def _hand_over(batch: Any) -> Any:
-    # A worker's queue would move the tensors to shared memory by itself, in a thread whose errors get lost,
-    # and the batch with them.
-    return batch if get_worker_info() is None else batch.share_memory()
-
-
-def _start_worker(notes: list[Any], worker: int) -> None:
-    use_note(notes[worker])
-    sys.excepthook = _quiet_if_main_has_left
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process still needs its
-    # batches to finish the step, and ends the workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS lacks it: there a SIGTERM ends the workers.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_main, daemon=True).start()
-
-
-def _quiet_if_main_has_left(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    # multiprocessing's thread that hands files over reports here when the main process hangs up.
-    if not isinstance(error, EOFError | ConnectionError):
-        sys.__excepthook__(kind, error, trace)
-
-
-def _end_with_main() -> None:
-    # Ignoring SIGTERM altogether would make Python wait for the workers for ever when it exits.
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)

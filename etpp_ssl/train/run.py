@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from etpp_ssl.curriculum.base import Curriculum, Stage
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.replay import Replay, ReplayPlan
 from etpp_ssl.data.sampler import RequestSampler
-from etpp_ssl.data.training import Reader, TrainingImages
+from etpp_ssl.data.training import TrainingImages
 from etpp_ssl.dist.peers import Agreement, agree_on_start
 from etpp_ssl.dist.sharding import Copies
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
@@ -120,21 +120,16 @@ class Run:
             pin_memory=accelerator.device.type == "cuda",
             **part,
         )
-        reader = Reader(
-            seed=recipe.seed,
-            rank=rank,
-            num_processes=accelerator.num_processes,
-            view=self.task.view,
-            num_classes=self.task.num_classes,
-            place=place_in_stream(state, rank, num_workers),
-        )
         read = range(replay.first_read, steps.stop)
-        loading = self.source.loading(
-            partial(RequestSampler, step_plan=step_plan, steps=read, **part), reader
+        builder, requests = self.source.loading(
+            RequestSampler(None, step_plan, read, **part),
+            self.task.view,
+            self.task.num_classes,
+            place_in_stream(state, rank, num_workers),
         )
         self.batches = TrainingBatches(
-            loading.builder,
-            loading.requests,
+            builder,
+            requests,
             accelerator,
             num_workers=num_workers,
             prefetch=recipe.data.prefetch,

@@ -10,7 +10,6 @@ import pickle
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -26,7 +25,7 @@ from etpp_ssl.data.streams.base import Stream, StreamConfig
 from etpp_ssl.data.streams.loader import StreamPlace
 from etpp_ssl.data.streams.mix import MixedStream
 from etpp_ssl.data.streams.webdataset import WebDatasetConfig
-from etpp_ssl.data.training import Reader, open_training
+from etpp_ssl.data.training import open_training
 from etpp_ssl.data.views import TrainView
 from etpp_ssl.recipe_base import AnyStream
 
@@ -95,8 +94,8 @@ def read(
 ) -> Read:
     place = place or StreamPlace.beginning(num_workers)
     view = TrainView(image_size=SIZE, crop_scale=(0.3, 1.0), flip=True, lanczos=False, seed=seed)
-    sampler = partial(
-        RequestSampler,
+    sampler = RequestSampler(
+        None,
         step_plan=Plan,
         steps=range(first_step, NUM_STEPS),
         rank=rank,
@@ -104,8 +103,7 @@ def read(
         micro_batch_size=3,
     )
     images = open_training(config, in_chans=3, image_size=SIZE, seed=seed)
-    reader = Reader(seed, rank, num_processes, view, None, place)
-    builder, requests = images.loading(sampler, reader)
+    builder, requests = images.loading(sampler, view, None, place)
     loader = load_batches(builder, requests, num_workers=num_workers, prefetch=2, pin_memory=False)
     found = Read([], [])
     for batch in loader:

@@ -123,7 +123,7 @@ def test_bad_settings_are_sentences() -> None:
         return validation_sentence(error.value, AugmentConfig)
 
     assert sentence(rand_augment="rand-m9-x3").startswith(
-        "rand_augment: 'rand-m9-x3' is no setting of timm's"
+        "rand_augment: 'rand-m9-x3' is not a setting of timm's"
     )
     assert "there is no magnitude to grow" in sentence(ramp=True, rand_augment=None)
     assert sentence(erasing=1.2).startswith("erasing is 1.2")

@@ -21,7 +21,7 @@ import pytest
 from loader_scenes import Trapped, run_aside
 
 from etpp_ssl.config import RunFault, UserError
-from etpp_ssl.data import stall_limit, workers
+from etpp_ssl.data import stall_limit, worker, workers
 from etpp_ssl.data.formats.base import one_line_reasons
 from etpp_ssl.data.loader import Batch, BatchBuilder, evaluation_requests, load_batches
 from etpp_ssl.data.loader_faults import PIN_THREAD, LoaderFault, death, machine_fault, stall
@@ -52,6 +52,11 @@ def requests(first: int = 0) -> list[BatchRequest]:
     ]
 
 
+def source_of(act: Callable[[], Any], index: int = TRAP) -> Trapped:
+    inner = SyntheticConfig(num_images=NUM_IMAGES).open("train", in_chans=3, image_size=SIZE, seed=0)
+    return Trapped(inner, index, act)
+
+
 def opened(
     act: Callable[[], Any],
     num_workers: int = 2,
@@ -61,8 +66,7 @@ def opened(
     asked: list[BatchRequest] | Iterator[BatchRequest] | None = None,
 ) -> Generator[Batch, None, None]:
     """Batches of a data set in which something happens at one image."""
-    inner = SyntheticConfig(num_images=NUM_IMAGES).open("train", in_chans=3, image_size=SIZE, seed=0)
-    builder = BatchBuilder(Trapped(inner, index, act), EvalView(SIZE, 1.0), KeyedOrder(NUM_IMAGES, 0))
+    builder = BatchBuilder(source_of(act, index), EvalView(SIZE, 1.0), KeyedOrder(NUM_IMAGES, 0))
     return load_batches(
         builder,
         requests() if asked is None else asked,
@@ -147,8 +151,8 @@ def test_a_worker_that_died_while_a_batch_was_in_use_is_noticed_at_once(tmp_path
     with closing(opened(lambda: exit_after(tmp_path / "now", 0), num_workers=1, index=6)) as loader:
         assert next(loader).request.step == 0
         (tmp_path / "now").touch()
-        for worker in multiprocessing.active_children():
-            worker.join(30)
+        for child in multiprocessing.active_children():
+            child.join(30)
         with pytest.raises(LoaderFault) as error:
             list(loader)
     said = str(error.value)
@@ -159,10 +163,10 @@ def test_a_worker_that_died_while_a_batch_was_in_use_is_noticed_at_once(tmp_path
 def test_a_death_is_told_where_a_batch_is_waited_for_and_nowhere_else() -> None:
     with closing(opened(nothing)) as training:
         assert next(training).request.step == 0
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        for worker in multiprocessing.active_children():
-            worker.join(10)
+        for child in multiprocessing.active_children():
+            child.kill()
+        for child in multiprocessing.active_children():
+            child.join(10)
         time.sleep(0.1)
         # An evaluation in this process: in its decoder any error would make an image unreadable.
         evaluated = list(opened(nothing, num_workers=0))
@@ -462,24 +466,40 @@ def test_a_request_is_described_by_its_place_and_its_first_images() -> None:
 
 
 def test_a_note_outlives_the_process_that_wrote_it() -> None:
-    memory = multiprocessing.get_context("fork").RawArray("c", workers.NOTE_BYTES)
+    memory = multiprocessing.get_context("fork").RawArray("c", worker.NOTE_BYTES)
 
     def write() -> None:
-        workers.use_note(memory)
-        workers.note_reading(5, "K\u00f6ln \udcff.png", "step 1")
+        worker.use_note(memory)
+        worker.note_reading(5, "K\u00f6ln \udcff.png", "step 1")
 
     writer = multiprocessing.get_context("fork").Process(target=write)
     writer.start()
     writer.join(30)
     assert memory.value.decode() == "reading image 'K\u00f6ln \\udcff.png' (sample 5)\nstep 1"
     try:
-        workers.use_note(memory)
-        workers.note(100_000 * "\u00f6")
-        assert len(memory.value) == workers.NOTE_BYTES - 1
-        workers.note("")
+        worker.use_note(memory)
+        worker.note(100_000 * "\u00f6")
+        assert len(memory.value) == worker.NOTE_BYTES - 1
+        worker.note("")
         assert memory.value == b""
     finally:
-        workers.use_note(None)
+        worker.use_note(None)
+
+
+def test_a_thread_for_pinning_that_ends_is_noticed() -> None:
+    from torch.utils.data._utils.pin_memory import _pin_memory_loop
+
+    # By this name it is told apart from other threads.
+    assert "pin_memory" in threading.Thread(target=_pin_memory_loop).name
+    builder = BatchBuilder(source_of(nothing), EvalView(SIZE, 1.0), KeyedOrder(NUM_IMAGES, 0))
+    loader = workers.MonitoredLoader(
+        builder, requests(), num_workers=1, prefetch=2, pin_memory=False, stall_seconds=60.0
+    )
+    with closing(loader):
+        next(loader)
+        loader._pin_threads = [threading.Thread()]
+        with pytest.raises(LoaderFault, match="the thread that pins batches for the GPU ended, while step 1"):
+            next(loader)
 
 
 def test_a_limit_leaves_signals_as_they_were() -> None:

@@ -204,7 +204,7 @@ def test_shards_on_a_full_disk_go_on_from_what_is_there(
     # Someone else fills the disk after the room on it was looked at.
     plenty = type("Usage", (), {"free": 1 << 40})
     monkeypatch.setattr("shutil.disk_usage", lambda path: plenty)
-    sentence = r"cannot be written: No space left on device; the same command goes on from what is there$"
+    sentence = r"cannot be written: No space left on device; the same command resumes from what is there$"
     with small_disk.full(left=3 << 19), pytest.raises(UserError, match=sentence):
         convert(shards)
     assert not shards.exists()

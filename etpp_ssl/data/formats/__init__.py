@@ -1,1 +1,1 @@
-"""What a file holds."""
+"""What an image file holds: one file per format."""

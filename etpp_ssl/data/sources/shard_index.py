@@ -1,10 +1,10 @@
-"""Where each image lies inside uncompressed tars, and the file beside the tars that says so.
+"""The index of uncompressed tars: where each image lies in them. It is kept in a file beside the tars.
 
     shard-000000.tar ...   WebDataset tars: 000000012.jpg, 000000012.cls
     index.json             offsets, sizes, original names, labels, classes
 
-Names are bytes on disk and need not be UTF-8; JSON holds the others as escaped lone surrogates, which is
-how Python itself spells them.
+File names are bytes and need not be UTF-8; JSON holds such bytes as escaped lone surrogates, as Python spells
+them.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def open_index(key: str, folder: Path) -> ShardIndex:
         raise UserError(f"{key}: {str(path)!r} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{key}: {str(path)!r} is no index of shards ({type(error).__name__}: {error}): "
+            f"{key}: {str(path)!r} is not an index of shards ({type(error).__name__}: {error}): "
             f"run `etpp prepare` again"
         ) from error
     for name, size in index.files.items():
@@ -119,7 +119,7 @@ def open_index(key: str, folder: Path) -> ShardIndex:
 
 
 def _check(index: ShardIndex) -> None:
-    """See that every row leads into a tar of the folder, and nowhere else.
+    """Check that every row points into a tar of the folder.
 
     Raises:
         ValueError: if not.
@@ -128,19 +128,19 @@ def _check(index: ShardIndex) -> None:
     if not rows.names or len({len(column) for column in rows.columns()}) > 1:
         raise ValueError("its columns are empty or differ in length")
     if not all(type(name) is str for name in (*rows.names, *index.files, *(index.classes or ()))):
-        raise ValueError("a name in it is no text")
+        raise ValueError("a name in it is not text")
     away = [name for name in index.files if os.path.basename(name) != name or "\0" in name or not name]
     if away:
-        raise ValueError(f"shard {away[0]!r} is no file name")
+        raise ValueError(f"shard {away[0]!r} is not a file name")
     if not all(type(size) is int for size in index.files.values()):
-        raise ValueError("the size of a shard is no whole number")
+        raise ValueError("the size of a shard is not a whole number")
     tars = list(index.files.values())
     labels = range(-1, len(index.classes) if index.classes is not None else 0)
     for name, label, shard, offset, size in zip(*rows.columns(), strict=True):
         if not (type(label) is type(shard) is type(offset) is type(size) is int):
-            raise ValueError(f"image {name!r} has something else than whole numbers")
+            raise ValueError(f"image {name!r} has values that are not whole numbers")
         if label not in labels or not 0 <= shard < len(tars):
-            raise ValueError(f"image {name!r} has label {label} and shard {shard}, which are not there")
+            raise ValueError(f"image {name!r} has label {label} and shard {shard}, which do not exist")
         if offset < 0 or size < 0 or offset + size > tars[shard]:
             raise ValueError(f"image {name!r} lies outside of its shard")
 

@@ -1,4 +1,4 @@
-"""Images inside uncompressed tars, addressed by index: few large files for slow file systems."""
+"""Images in uncompressed tars, addressed by index: few large files, for slow file systems."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ShardsConfig(DataConfig):
 
 
 class ShardSource(FileSource):
-    """Images at known places of tars; one positioned read each.
+    """Images at known places of tars, each read in one piece.
 
     Args:
         folder: holds the tars.

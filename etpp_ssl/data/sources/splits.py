@@ -1,4 +1,4 @@
-"""The training and the evaluation part of a data set, keyed draws from it, and what its labels must be."""
+"""Opens the training and the evaluation part of a data set, draws keyed subsets, and checks labels."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Subset:
     Args:
         source: where they come from.
         indices: their numbers there.
-        told_apart: whether the fingerprint says which images these are, not only how many.
+        hash_indices: whether the fingerprint depends on which images these are, not only on how many.
     """
 
-    def __init__(self, source: ImageSource, indices: list[int], *, told_apart: bool = False) -> None:
+    def __init__(self, source: ImageSource, indices: list[int], *, hash_indices: bool = False) -> None:
         self.source = source
         self.indices = indices
-        self.told_apart = told_apart
+        self.hash_indices = hash_indices
         self.classes = source.classes
 
     def __len__(self) -> int:
@@ -56,9 +56,9 @@ class Subset:
         return self.source.name(self.indices[index])
 
     def fingerprint(self) -> str:
-        """That of the whole source, with the number of images taken, and a hash of which if told apart."""
+        """That of the whole source, with the number of images taken, and where asked for a hash of which."""
         found = f"{self.source.fingerprint()}/{len(self)}"
-        if self.told_apart:
+        if self.hash_indices:
             numbers = ",".join(map(str, self.indices)).encode()
             found += f":{hashlib.blake2b(numbers, digest_size=6).hexdigest()}"
         return found
@@ -75,13 +75,13 @@ def open_split(
 
     Raises:
         UserError: if the data is not there or has no images, the holdout leaves nothing to train on, or
-            the labels do not serve a draw per class.
+            a draw per class is asked for and the labels do not allow it.
     """
     source = _open_whole(config, split, in_chans=in_chans, image_size=image_size, seed=seed)
     if split != "train" or (config.label_share is None and config.labels_per_class is None):
         return source
     indices = label_subset(source, share=config.label_share, per_class=config.labels_per_class, seed=seed)
-    return Subset(source, indices, told_apart=True)
+    return Subset(source, indices, hash_indices=True)
 
 
 def _open_whole(

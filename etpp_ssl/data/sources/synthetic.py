@@ -2,7 +2,7 @@
 
 Each picture is one object before a background of correlated colour noise whose amplitude falls like
 one over the frequency, as in photographs (Field, JOSA A 1987). The object's shape and texture make
-its class; colours, contrasts, place, size and rotation say nothing about it.
+its class; colours, contrasts, place, size and rotation do not depend on it.
 
 Legend: C channels, H, W pixels, K independent noise fields of the background.
 """

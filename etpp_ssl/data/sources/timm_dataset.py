@@ -1,4 +1,4 @@
-"""Anything that `timm.data.create_dataset` opens and that can be addressed by index."""
+"""Data sets that `timm.data.create_dataset` opens and that can be addressed by index."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class TimmConfig(DataConfig):
         opened = getattr(getattr(data, "reader", data), "root", None)
         if split == "eval" and self.dataset.lower() in FOLDERS and opened == root:
             raise UserError(
-                f"data.eval_split {name!r} is no sub-folder of data.root {root!r}; data.holdout=256 keeps "
+                f"data.eval_split {name!r} is not a sub-folder of data.root {root!r}; data.holdout=256 keeps "
                 f"some training images for evaluation"
             )
         return TimmSource(data, f"{self.dataset}/{name}", in_chans, self.max_pixels)
@@ -171,7 +171,7 @@ class TimmSource:
         return printable(str(file)) if file else f"{self.title}[{index}]"
 
     def fingerprint(self) -> str:
-        """Hash of the title and the number of images, which is all that every library tells."""
+        """Hash of the title and the number of images; not every library tells more."""
         text = f"{self.title}\n{len(self)}".encode()
         return hashlib.blake2b(text, digest_size=12).hexdigest()
 
@@ -199,5 +199,5 @@ def _label_in(entry: Any) -> int:
 
 
 def _is_tar(dataset: str, root: str | None) -> bool:
-    """timm's own test."""
+    """Whether timm reads `root` as a tar; its own test."""
     return not dataset and root is not None and os.path.isfile(root) and root.endswith(".tar")

@@ -52,7 +52,8 @@ class HuggingFaceSettings(ShardSettings):
             if column is not None and column not in columns:
                 hint = "; null reads no labels" if key == "label_column" else ""
                 raise UserError(
-                    f"data.{key} {column!r} is no column of {title}, which has {listed(list(columns))}{hint}"
+                    f"data.{key} {column!r} is not a column of {title}, which has "
+                    f"{listed(list(columns))}{hint}"
                 )
         return HuggingFaceReader(
             data, self.image_column, self.label_column, _shard_names(builder, data, self)

@@ -87,7 +87,7 @@ class WebDatasetReader:
 
         Raises:
             OSError: if it cannot be opened, or the connection or the command behind it fails.
-            tarfile.ReadError: if it is no tar.
+            tarfile.ReadError: if it is not a tar.
         """
         return islice(self._read(self.names[shard]), offset, None)
 

@@ -137,13 +137,13 @@ def change_index(folder: Path, **changes: Any) -> None:
 BROKEN_INDEX: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing shard": (lambda root: (root / "shard-000000.tar").unlink(), "cannot be read"),
     "shorter shard": (lambda root: os.truncate(root / "shard-000000.tar", 700), "has 700 bytes, but the"),
-    "cut short": (lambda root: os.truncate(root / "index.json", 60), "is no index of shards"),
-    "not an object": (lambda root: (root / "index.json").write_text("[]"), "is no index of shards"),
+    "cut short": (lambda root: os.truncate(root / "index.json", 60), "is not an index of shards"),
+    "not an object": (lambda root: (root / "index.json").write_text("[]"), "is not an index of shards"),
     "newer": (lambda root: change_index(root, version=2), "version 2"),
-    "no format": (lambda root: (root / "index.json").write_text("{}"), "is no index of shards"),
+    "no format": (lambda root: (root / "index.json").write_text("{}"), "is not an index of shards"),
     "no rows": (
         lambda root: change_index(root, rows={"names": [], "labels": []}),
-        "is no index of shards",
+        "is not an index of shards",
     ),
 }
 

@@ -86,8 +86,8 @@ def test_wrong_names_are_one_sentence(tmp_path: Path) -> None:
     folder = write_parquets(tmp_path / "parquet")
     good = {"path": "parquet", "data_files": str(folder / "0.parquet")}
     for change, words in (
-        ({"image_column": "picture"}, r"data\.image_column 'picture' is no column .* image, label$"),
-        ({"label_column": "kind"}, r"data\.label_column 'kind' is no column .* null reads no labels"),
+        ({"image_column": "picture"}, r"data\.image_column 'picture' is not a column .* image, label$"),
+        ({"label_column": "kind"}, r"data\.label_column 'kind' is not a column .* null reads no labels"),
         ({"data_files": str(folder / "no.parquet")}, "cannot be opened by datasets"),
         ({"split": "test"}, r"data\.path 'parquet' \(split 'test'\) cannot be opened by datasets"),
         ({"path": str(tmp_path / "nowhere"), "data_files": None}, "cannot be opened by datasets"),
