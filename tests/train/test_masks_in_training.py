@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import Server
 
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.recipe import Recipe
@@ -71,18 +69,12 @@ def test_it_learns_with_cross_attention(tiny_recipe: Callable[..., Recipe], tmp_
 
 
 def test_two_processes_give_the_curve_of_one_where_the_final_norm_gets_no_gradient(
-    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, ranks: Server
 ) -> None:
     overrides = [CROSS, RAMP, "model.masking=grid", "budget_epochs=1", "log_every_steps=1"]
     tiny_recipe(*overrides).save(tmp_path / "recipe.yaml")
     pretrain(tiny_recipe(f"output={tmp_path / 'one'}", *overrides))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
-         "etpp_ssl", "pretrain", str(tmp_path / "recipe.yaml"), f"output={tmp_path / 'two'}"],
-        capture_output=True, text=True, check=False, timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ranks.run(["pretrain", str(tmp_path / "recipe.yaml"), f"output={tmp_path / 'two'}"], 2)
     one, two = (RunFolder(tmp_path / name).metrics() for name in ("one", "two"))
     assert {row["num_processes"] for row in two} == {2}
     assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], rel=1e-4)
