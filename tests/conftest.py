@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -71,6 +72,30 @@ def crash_after() -> Callable[[int], AbstractContextManager[None]]:
             on_step_end.remove(crash)
 
     return crashing
+
+
+@pytest.fixture
+def terminate_in() -> Callable[[int], AbstractContextManager[None]]:
+    """Call it with a step: a run inside gets SIGTERM amid that optimizer step, the 2nd or a later one."""
+    from etpp_ssl.train.loop import on_step_end
+
+    @contextmanager
+    def terminating(step: int) -> Iterator[None]:
+        def arm(run: Run) -> None:
+            def terminate(*_: object) -> None:
+                handle.remove()
+                os.kill(os.getpid(), signal.SIGTERM)
+
+            if run.state.step == step - 1:
+                handle = run.model.register_forward_pre_hook(terminate)
+
+        on_step_end.append(arm)
+        try:
+            yield
+        finally:
+            on_step_end.remove(arm)
+
+    return terminating
 
 
 @pytest.fixture

@@ -181,6 +181,10 @@ def _tell(pid: int, code: int | None) -> None:
 
 def _serve() -> None:
     """Fork a child for each line of stdin; write its id, and later its id and exit code."""
+    import etpp_ssl.commands.evaluate
+    import etpp_ssl.commands.probe
+    import etpp_ssl.model.timm_net
+    import etpp_ssl.train.launch  # noqa: F401
 
     # Objects that no child's garbage collector touches stay shared.
     gc.freeze()

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from etpp_ssl.tasks import mae
 from etpp_ssl.train import nonfinite
 from etpp_ssl.train.dump import write_dump
 from etpp_ssl.train.loop import on_step_end
@@ -72,22 +71,6 @@ def watched(*, dumps_at: Sequence[int] = (), before: dict[int, Act] | None = Non
             yield seen
         finally:
             on_step_end.remove(act)
-
-
-@contextmanager
-def nan_from_outside(at: int) -> Iterator[None]:
-    """Runs whose crop gives NaN in a step, as no dump can know."""
-    real = mae.low_frequency_crop
-    step = -1
-
-    def crop(images: Tensor, bandwidth: tuple[int, int]) -> Tensor:
-        nonlocal step
-        step += 1
-        return real(images, bandwidth) * (float("nan") if step == at else 1.0)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mae, "low_frequency_crop", crop)
-        yield
 
 
 def paint_images(folder: Path, *, bright: int, size: tuple[int, int] = (16, 24), count: int = 64) -> None:

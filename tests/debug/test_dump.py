@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from faulty_runs import nan_from_outside, watched
+from faulty_runs import watched
 from safetensors.torch import load_file, save_file
+from spoilt_steps import poisoned
 from torch import Tensor
 
 from etpp_ssl.cli import main
@@ -44,7 +45,7 @@ def test_a_full_disk_costs_the_dump_alone(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(*((dump_module, "save_file") if place == "save_file" else (Path, "rename")), fail)
-    with nan_from_outside(4):
+    with poisoned(4):
         run = pretrain(tiny_recipe("nonfinite.policy=skip"))
     assert run.state.num_skipped == 1
     lines = [line for line in capfd.readouterr().err.splitlines() if "No space left" in line]

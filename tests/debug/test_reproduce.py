@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from faulty_runs import Act, Seen, nan_from_outside, paint_images, watched
+from faulty_runs import Act, Seen, paint_images, watched
+from spoilt_steps import poisoned
 
 from etpp_ssl.cli import main
 from etpp_ssl.data.sampler import KeyedOrder
@@ -265,7 +266,7 @@ def replayed_by_command(*arguments: str, capsys: pytest.CaptureFixture[str]) -> 
 def test_what_came_from_outside_is_not_reproduced(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with nan_from_outside(4), pytest.raises(NonFinite):
+    with poisoned(4), pytest.raises(NonFinite):
         pretrain(tiny_recipe())
     dump = tmp_path / "run/dumps/step-00000005"
     code, out, _ = replayed_by_command(str(dump), capsys=capsys)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import Server
 from safetensors.torch import load_file
 
 from etpp_ssl.commands.evaluate import evaluate_run
@@ -21,7 +18,6 @@ from etpp_ssl.config import UserError
 from etpp_ssl.dist.signals import Interrupted
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.tasks import classify
 from etpp_ssl.train.launch import finetune, pretrain
 
 TIMINGS = {"seconds", "images_per_second", "data_wait_share", "evaluation_seconds"}
@@ -72,19 +68,9 @@ def test_resume_is_bitwise_at_any_step_with_any_workers(
 
 
 def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(
-    tiny_classifier: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_classifier: Build, tmp_path: Path, terminate_in: Callable[[int], AbstractContextManager[None]]
 ) -> None:
-    real, calls = classify.low_frequency_crop, 0
-
-    def crop(*args: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
-
-    monkeypatch.setattr(classify, "low_frequency_crop", crop)
-    with pytest.raises(Interrupted, match="SIGTERM after step 4"):
+    with terminate_in(4), pytest.raises(Interrupted, match="SIGTERM after step 4"):
         finetune(tiny_classifier())
     assert RunFolder(tmp_path / "run").checkpoints()[0].step == 4
 
@@ -109,20 +95,14 @@ def test_without_mixing_accumulated_micro_batches_give_the_whole_batchs_step(
 
 
 def test_two_processes_give_the_loss_curve_and_the_evaluation_of_one(
-    tiny_classifier: Build, tmp_path: Path
+    tiny_classifier: Build, tmp_path: Path, ranks: Server
 ) -> None:
     plain = ["augment.mixup=0", "augment.cutmix=0", "data.num_eval_images=23"]
     finetune(tiny_classifier(f"output={tmp_path / 'one'}", *plain))
     recipe = tiny_classifier(f"output={tmp_path / 'two'}", *plain)
     file = tmp_path / "recipe.yaml"
     recipe.save(file)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    subprocess.run(
-        [*command, "-m", "etpp_ssl", "finetune", str(file)],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    ranks.run(["finetune", str(file)], 2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     one, two = rows(tmp_path / "one")[-1], rows(tmp_path / "two")[-1]
     assert (two["num_images"], one["num_images"]) == (23, 23)

@@ -4,64 +4,43 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from spoilt_steps import poisoned
 from torch import Tensor
 
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.tasks import classify, mae
-from etpp_ssl.train import nonfinite
-from etpp_ssl.train.batches import TrainingBatches
 from etpp_ssl.train.launch import finetune, pretrain
+from etpp_ssl.train.loop import on_step_end
 from etpp_ssl.train.nonfinite import NonFinite, NonFiniteCheck
 from etpp_ssl.train.run import Run
 
 Poison = Callable[..., AbstractContextManager[None]]
 
 
-@pytest.fixture(params=["at once", "late"])
-def verdict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How the host learns of a bad step; the second is a GPU's way, which the CPU's kernel can go too."""
-    if request.param == "late":
-        real = NonFiniteCheck.__init__
-
-        def late(self: NonFiniteCheck, *args: Any, **others: Any) -> None:
-            real(self, *args, **others, late=True)
-
-        monkeypatch.setattr(NonFiniteCheck, "__init__", late)
-    return str(request.param)
-
-
 @contextmanager
-def poisoned(*steps: int, times: int | None = None) -> Iterator[None]:
-    """The loops, with images that are NaN in these steps, the first `times` that each is met."""
-    met = dict.fromkeys(steps, 0)
-    current = -1
-    real_step, real_crop = TrainingBatches.step, mae.low_frequency_crop
+def read_late() -> Iterator[None]:
+    """The host learns of a bad step one step later: a GPU's way, which the CPU's kernel can go too."""
+    real = NonFiniteCheck.__init__
 
-    def step(self: TrainingBatches) -> Iterator[Any]:
-        nonlocal current
-        for batch in real_step(self):
-            if current != batch.request.step:
-                current = batch.request.step
-                if current in met:
-                    met[current] += 1
-            yield batch
-
-    def crop(images: Tensor, bandwidth: tuple[int, int]) -> Tensor:
-        poisoned = current in met and (times is None or met[current] <= times)
-        return real_crop(images, bandwidth) * (float("nan") if poisoned else 1.0)
+    def late(self: NonFiniteCheck, *args: Any, **others: Any) -> None:
+        real(self, *args, **others, late=True)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingBatches, "step", step)
-        patch.setattr(mae, "low_frequency_crop", crop)
-        patch.setattr(classify, "low_frequency_crop", crop)
+        patch.setattr(NonFiniteCheck, "__init__", late)
         yield
+
+
+@pytest.fixture(params=["at once", "late"])
+def verdict(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How the host learns of a bad step."""
+    with read_late() if request.param == "late" else nullcontext():
+        yield str(request.param)
 
 
 @pytest.mark.usefixtures("verdict")
@@ -99,27 +78,17 @@ def tensors_of(run: Run) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("clip", ["null", "0.5"])
 def test_a_skipped_step_leaves_weights_and_moments_alone_in_either_way(
-    clip: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clip: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     ends = []
     for late in (False, True):
-        real = NonFiniteCheck.__init__
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                NonFiniteCheck,
-                "__init__",
-                lambda self, *a, late=late, real=real, **k: real(self, *a, **k, late=late),
-            )
-            with poisoned(2, 3, 9):
-                run = pretrain(
-                    tiny_recipe(
-                        "nonfinite.policy=skip",
-                        f"optim.clip_grad={clip}",
-                        f"output={tmp_path / str(late)}",
-                        "checkpoint.every_steps=3",
-                        "micro_batch_size=4",
-                    )
+        with read_late() if late else nullcontext(), poisoned(2, 3, 9):
+            run = pretrain(
+                tiny_recipe(
+                    "nonfinite.policy=skip", f"optim.clip_grad={clip}", f"output={tmp_path / str(late)}",
+                    "checkpoint.every_steps=3", "micro_batch_size=4",
                 )
+            )  # fmt: skip
         assert run.state.num_skipped == 3
         rows = run.folder.metrics()
         assert [row["skipped_steps"] for row in rows if "loss" in row][-1] == 3
@@ -142,10 +111,12 @@ def test_a_row_without_a_finite_step_is_not_written(tiny_recipe: Callable[..., R
 
 
 def test_lost_weights_end_a_run_that_skips(
-    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: Callable[..., Recipe],
 ) -> None:
-    monkeypatch.setattr(nonfinite, "MOST_SKIPS_IN_A_ROW", 4)
-    with poisoned(*range(5, 20)), pytest.raises(NonFinite, match="so were the 4 steps before"):
+    with (
+        poisoned(*range(5, 20)),
+        pytest.raises(NonFinite, match=r"of step 16 .* so were the 10 steps before"),
+    ):
         pretrain(tiny_recipe("nonfinite.policy=skip"))
 
 
@@ -233,19 +204,22 @@ def test_a_skipped_step_leaves_the_statistics_of_batch_norms_alone(
 
 
 def test_gradients_are_judged_where_the_loss_is_finite(
-    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: Callable[..., Recipe], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    real = NonFiniteCheck.passes
-    steps = []
+    def hook(run: Run) -> None:
+        def spoil(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            if run.state.step == 5:
+                parameter.grad.flatten()[-1] = torch.inf
 
-    def passes(self: NonFiniteCheck) -> bool:
-        if self.run.state.step == 5:
-            next(p for p in self.run.model.parameters() if p.grad is not None).grad.flatten()[-1] = torch.inf
-        passed = real(self)
-        steps.append(passed)
-        return passed
+        if run.state.step == 1:
+            next(iter(run.model.parameters())).register_post_accumulate_grad_hook(spoil)
 
-    monkeypatch.setattr(NonFiniteCheck, "passes", passes)
-    run = pretrain(tiny_recipe("nonfinite.policy=skip"))
-    assert [step for step, passed in enumerate(steps) if not passed] == [5]
+    on_step_end.append(hook)
+    try:
+        run = pretrain(tiny_recipe("nonfinite.policy=skip"))
+    finally:
+        on_step_end.remove(hook)
+    said = [line for line in capfd.readouterr().err.splitlines() if "not finite" in line]
+    assert ["of step 6 " in line for line in said] == [True]
     assert run.state.num_skipped == 1

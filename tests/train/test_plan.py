@@ -3,32 +3,68 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from etpp_ssl.curriculum.cost import count_cost
+from etpp_ssl.curriculum.cost import area_share, count_cost
 from etpp_ssl.recipe import Recipe, load_any
-from etpp_ssl.train.plan import plan_run, print_plan
+from etpp_ssl.train.plan import Plan, plan_run, print_plan
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+SIZES = ("micro", "tiny", "s18", "small", "50", "s36", "base", "medium", "m36", "large", "huge")
+"""Of models, as recipes are called, small ones first."""
+
+
+def family(path: Path) -> str:
+    """The same for recipes whose models are of one class and run at the same sizes, in the same stages."""
+    recipe = load_any(path)
+    model = recipe.model.model_dump()
+    parts = {name: model.get(name) for name in ("decoder", "attention")}
+    kind = re.sub(
+        r"(?<![a-z0-9])(tiny|small|medium|base|large|huge|[sm]\d+|patch\d+)(?![a-z0-9])",
+        "*",
+        recipe.model.name,
+    )
+    target = recipe.target.name if isinstance(recipe, Recipe) else None
+    parts["decoder"] = (parts["decoder"] or {}).get("name")
+    return f"{recipe.task} {kind} {parts} {target} {recipe.size} {recipe.curriculum.model_dump()}"
+
+
+def smallest(paths: Iterable[Path]) -> Path:
+    """The recipe that is traced for its family."""
+    return min(paths, key=lambda path: [i for i, size in enumerate(SIZES) if size in path.stem])
+
+
+FAMILIES = {name: smallest(p for p in RECIPES if family(p) == name) for name in map(family, RECIPES)}
+
+
+@cache
+def plan_of(path: Path) -> Plan:
+    return plan_run(load_any(path))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_has_a_plan_and_a_header_that_is_a_contract(path: Path) -> None:
+def test_every_recipe_spends_its_budget_and_has_a_header_that_is_a_contract(path: Path) -> None:
     recipe = load_any(path)
-    plan = plan_run(recipe)
-    assert sum(stage.area_share for stage in plan.stages) == pytest.approx(1)
-    assert sum(stage.flops_share for stage in plan.stages) == pytest.approx(1)
-    assert plan.curriculum.equivalent_epochs == pytest.approx(recipe.budget_epochs, rel=2e-3)
+    num_images = recipe.data.stated_images or len(recipe.open_split("train"))
+    curriculum = recipe.build_curriculum(num_images)
+    assert curriculum.equivalent_epochs == pytest.approx(recipe.budget_epochs, rel=2e-3)
+    assert curriculum.stages[-1].bandwidth == recipe.size
     if path.stem.endswith("_etpp200"):
         # The supervised rows of the paper: 200 equivalent epochs against 300 at full resolution.
         assert (recipe.budget_epochs, recipe.baseline_epochs, recipe.batch_size) == (200, 300, 4096)
-        assert plan.speedup_by_area == pytest.approx(1.5, rel=1e-3)
-        bandwidths = [row.stage.bandwidth[0] for row in plan.stages]
+        images = sum(
+            stage.num_steps * stage.batch_size * area_share(stage.bandwidth, recipe.size)
+            for stage in curriculum.stages
+        )
+        assert recipe.baseline_epochs * num_images / images == pytest.approx(1.5, rel=1e-3)
+        bandwidths = [stage.bandwidth[0] for stage in curriculum.stages]
         assert bandwidths in ([96, 160, 224], [96, 160, 192, 224], [160, 224])
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     commands = (f"{recipe.task} recipes/{path.name}", f"probe recipes/{path.name}")
@@ -39,9 +75,21 @@ def test_every_recipe_has_a_plan_and_a_header_that_is_a_contract(path: Path) -> 
     assert "PENDING" not in path.read_text()
 
 
+@pytest.mark.parametrize("path", FAMILIES.values(), ids=lambda path: path.stem)
+def test_a_recipe_of_every_family_is_planned(path: Path) -> None:
+    plan = plan_of(path)
+    curriculum = load_any(path).build_curriculum(plan.num_images)
+    assert [row.stage for row in plan.stages] == list(curriculum.stages)
+    assert sum(stage.area_share for stage in plan.stages) == pytest.approx(1)
+    assert sum(stage.flops_share for stage in plan.stages) == pytest.approx(1)
+    assert plan.curriculum.equivalent_epochs == curriculum.equivalent_epochs
+    images = sum(row.num_images * area_share(row.stage.bandwidth, plan.recipe.size) for row in plan.stages)
+    assert plan.speedup_by_area == pytest.approx(plan.baseline_epochs * plan.num_images / images)
+
+
 def test_the_paper_recipe_has_the_published_numbers() -> None:
     path = next(p for p in RECIPES if p.stem == "in1k_vit_base_etpp400")
-    plan = plan_run(Recipe.load(path))
+    plan = plan_of(path)
     assert [stage.stage.bandwidth for stage in plan.stages] == [(96, 96), (160, 160), (224, 224)]
     assert [stage.columns["visible"] for stage in plan.stages] == ["9", "25", "49"]
     assert [round(stage.area_share, 3) for stage in plan.stages] == [0.2, 0.4, 0.4]
@@ -54,7 +102,7 @@ def test_the_paper_recipe_has_the_published_numbers() -> None:
 
 def test_bandwidths_of_patch_14_are_rounded_and_the_rounding_is_reported() -> None:
     path = next(p for p in RECIPES if p.stem == "in1k_vit_huge14_etpp")
-    plan = plan_run(Recipe.load(path))
+    plan = plan_of(path)
     assert [stage.stage.bandwidth[0] for stage in plan.stages] == [98, 154, 224]
     assert len(plan.notes) == 3
     assert "98" in plan.notes[0]
@@ -138,22 +186,21 @@ def test_a_schedule_of_the_mask_ratio_is_planned_at_each_stages_mean(
     assert "mask ratio 0.5 to 0.75" in out.getvalue()
 
 
-def printed(recipe: Recipe) -> str:
+def printed(plan: Plan) -> str:
     out = io.StringIO()
-    print_plan(plan_run(recipe), Console(file=out, width=140))
+    print_plan(plan, Console(file=out, width=140))
     return " ".join(out.getvalue().split())
 
 
 def test_a_large_batch_shows_its_batches_peaks_and_memory() -> None:
     path = next(p for p in RECIPES if p.stem == "in1k_vit_base_etpp400")
-    recipe = Recipe.load(path, ["curriculum.large_batch=tokens"])
-    plan = plan_run(recipe)
+    plan = plan_run(Recipe.load(path, ["curriculum.large_batch=tokens"]))
     assert [row.stage.batch_size for row in plan.stages] == [22272, 7936, 4096]
     assert [row.micro_batch for row in plan.stages] == [1392, 496, 256]
     memory = [row.memory_bytes for row in plan.stages]
     assert max(memory) / min(memory) < 1.15
     assert plan.speedup_by_area == pytest.approx(4.0, rel=1e-3)
-    text = printed(recipe)
+    text = printed(plan)
     for words in ("22272", "1392 / 496 / 256 images", "0.013 / 0.00465 / 0.0024", "rescaled with the batch"):
         assert words in text
 
@@ -162,7 +209,7 @@ def test_a_budget_in_hours_has_no_steps_yet(tiny_recipe: Callable[..., Recipe]) 
     plan = plan_run(tiny_recipe("budget_epochs=null", "budget_hours=2.5"))
     assert not plan.decided
     assert [round(row.area_share, 3) for row in plan.stages] == [0.2, 0.4, 0.4]
-    text = printed(plan.recipe)
+    text = printed(plan)
     assert "a budget of 2.5 hours: the run measures its speed and decides its steps" in text
     assert "speed-up" not in text
     assert "epochs" not in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,7 +20,6 @@ from etpp_ssl.dist.signals import Interrupted
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.run_state import TrainState
-from etpp_ssl.tasks import mae
 from etpp_ssl.train.launch import pretrain
 from etpp_ssl.train.open import open_run
 
@@ -76,25 +76,11 @@ def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(
     whole: Path,
     tiny_recipe: Callable[..., Recipe],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    terminate_in: Callable[[int], AbstractContextManager[None]],
 ) -> None:
-    import os
-    import signal
-
-    real = mae.low_frequency_crop
-    calls = 0
-
-    def crop(*args: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
-
-    monkeypatch.setattr(mae, "low_frequency_crop", crop)
     recipe = tiny_recipe(f"output={tmp_path / 'cut'}", "probe=knn", "probe.every_steps=7")
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match="SIGTERM after step 4") as caught:
+    with terminate_in(4), pytest.raises(Interrupted, match="SIGTERM after step 4") as caught:
         pretrain(recipe)
     assert caught.value.exit_code == 75
     assert signal.getsignal(signal.SIGTERM) == before

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
-import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from ranks import Server
 from safetensors.torch import load_file
 from stream_sources import EXAMPLES, NUM_IMAGES
 
@@ -81,34 +79,8 @@ def test_a_run_killed_at_any_step_ends_in_the_same_bits(
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
-def _train_as(rank: int, port: int, recipe: Path, output: Path) -> None:
-    """Train as one of two processes, as torchrun would start it."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    # Data workers would otherwise start as this process did, and load torch again.
-    multiprocessing.set_start_method("fork", force=True)
-    pretrain(Recipe.load(recipe, [f"output={output}"]))
-
-
-def train_two(recipe: Path, output: Path) -> None:
-    # Their torch is loaded once, in the server that they are forked from.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["etpp_ssl.train.launch", "etpp_ssl.recipe_file", "datasets"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [context.Process(target=_train_as, args=(rank, port, recipe, output)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-    assert [process.exitcode for process in processes] == [0, 0]
-
-
 def test_two_processes_save_where_both_stand_and_go_on_from_there(
-    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, ranks: Server
 ) -> None:
     whole, cut, file = tmp_path / "whole", tmp_path / "cut", tmp_path / "recipe.yaml"
     recipe = tiny_recipe(
@@ -116,7 +88,7 @@ def test_two_processes_save_where_both_stand_and_go_on_from_there(
         "checkpoint.every_steps=4", "checkpoint.keep=9",
     )  # fmt: skip
     recipe.save(file)
-    train_two(file, whole)
+    ranks.run(["pretrain", str(file)], 2)
     shutil.copytree(whole, cut)
     for checkpoint in sorted((cut / "checkpoints").glob("step-*"))[1:]:
         shutil.rmtree(checkpoint)
@@ -124,7 +96,7 @@ def test_two_processes_save_where_both_stand_and_go_on_from_there(
     assert first["lanes"] != second["lanes"]
     with pytest.raises(UserError, match="read with processes 2 and cannot be resumed with 1"):
         open_run(Recipe.load(file, [f"output={cut}"]))
-    train_two(file, cut)
+    ranks.run(["pretrain", str(file), f"output={cut}"], 2)
     assert_same(whole, cut)
 
 
