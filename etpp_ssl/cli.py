@@ -76,10 +76,10 @@ def finetune(recipe: RecipeArgument, overrides: Overrides = None, fork: Fork = N
 @app.command()
 def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Print stages, learning rate, memory and cost, without training."""
-    with short_process() as alone:
+    with short_process():
         from etpp_ssl.commands.plan import show_plan
 
-        show_plan(recipe, overrides or (), table_console(), alone=alone)
+        show_plan(recipe, overrides or (), table_console())
 
 
 @app.command()

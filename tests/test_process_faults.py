@@ -188,7 +188,7 @@ def test_sigterm_to_one_process_stops_all_after_the_step(
     assert status(tmp_path)["state"] == "stopped"
     assert status(tmp_path)["exit_code"] == 75
     assert RunFolder(tmp_path / "run").checkpoints()[0].step == status(tmp_path)["step"]
-    assert jobs[0].text.count("the same command goes on from there") == 1
+    assert jobs[0].text.count("the same command resumes") == 1
     assert not jobs[1].text
 
 
@@ -235,7 +235,7 @@ def test_torchrun_told_to_stop_leaves_a_run_that_goes_on_to_the_same_bits(
         job.send_signal(signal.SIGTERM)
         output, _ = job.communicate(timeout=LONG)
     assert job.returncode == 1, output
-    assert output.count("the same command goes on from there") == 1
+    assert output.count("the same command resumes") == 1
     assert status(tmp_path)["state"] == "stopped"
     assert status(tmp_path)["exit_code"] == 75
     assert run.checkpoints()[0].step == status(tmp_path)["step"] < status(tmp_path)["num_steps"]

@@ -104,7 +104,7 @@ def test_another_number_of_processes_goes_on_with_a_run(
     command = ["pretrain", str(recipe(folder)), f"output={output}", *UNEVEN, *EVALUATED]
     jobs = ranks.start(command, before, before=STOP_HALFWAY.format(step=half))
     assert [job.wait() for job in jobs] == [75] * before
-    assert f"stopped by SIGTERM after step {half}; the same command goes on" in jobs[0].text
+    assert f"stopped by SIGTERM after step {half}; the same command resumes" in jobs[0].text
     assert json.loads((output / "status.json").read_text())["state"] == "stopped"
     said = ranks.run(command, after)
     assert f"the last bits may differ from the run so far: processes {before} -> {after}" in said[0]

@@ -81,7 +81,7 @@ def launch(run: Run) -> None:
                 write_status(run, "finished", exit_code=0)
             else:
                 write_status(run, "stopped", exit_code=interrupted.exit_code, message=str(interrupted))
-                run.progress.say(f"etpp: {interrupted}; the same command goes on from there")
+                run.progress.say(f"etpp: {interrupted}; the same command resumes")
         finally:
             run.progress.stop()
             run.lock.release()
