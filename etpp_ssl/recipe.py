@@ -30,7 +30,11 @@ from etpp_ssl.targets.hog import HogConfig
 from etpp_ssl.targets.pixels import PixelsConfig
 
 # One line here makes a new target or probe known to recipes.
-AnyTarget = PixelsConfig | HogConfig | CombinedConfig
+AnyTarget = (
+    PixelsConfig
+    | HogConfig
+    | CombinedConfig
+)  # fmt: skip
 
 
 class NoProbeConfig(Config):
@@ -40,8 +44,13 @@ class NoProbeConfig(Config):
 
 
 AnyProbe = (
-    NoProbeConfig | KnnConfig | ReconstructionConfig | LinearConfig | LinearCachedConfig | AttentiveConfig
-)
+    NoProbeConfig
+    | KnnConfig
+    | ReconstructionConfig
+    | LinearConfig
+    | LinearCachedConfig
+    | AttentiveConfig
+)  # fmt: skip
 
 
 class Recipe(RunRecipe):

@@ -278,7 +278,7 @@ class Decoding:
         pixels = predicted_pixels(self.target, shown)
         if pixels is None:
             raise UserError(
-                f"the model predicts {self.target.name}, which is not pixels; `etpp reconstruct` draws it"
+                f"the model predicts {self.target.name}, which is not pixels: only those are given as arrays"
             )
         scale, shift = (torch.tensor(values).view(-1, 1, 1) for values in (std, mean))
 

@@ -16,6 +16,7 @@ import etpp_ssl.targets
 from etpp_ssl.curriculum.efficienttrain import EfficientTrain
 from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.model.masking import random_masking, removed_ids
+from etpp_ssl.recipe import AnyTarget
 
 PATCH = (16, 16)
 IMAGE_SIZE = (96, 160)
@@ -82,6 +83,7 @@ def test_the_search_finds_the_known_objectives_and_no_name_twice() -> None:
     names = [config.model_fields["name"].default for config in CONFIGS]
     assert set(names) >= {"pixels", "hog", "combined"}
     assert len(names) == len(set(names))
+    assert set(CONFIGS) == set(get_args(AnyTarget)), "a target that recipes do not know, or the reverse"
 
 
 def test_the_bandwidths_are_those_of_a_rectangular_curriculum() -> None:

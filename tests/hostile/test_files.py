@@ -194,7 +194,7 @@ def test_paths_in_a_recipe_may_be_anything(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero"), Path("x" * 300), Path("a\0b")):
-        with pytest.raises(UserError, match=r"^recipe '.*' (cannot be read: |does not exist; )") as error:
+        with pytest.raises(UserError, match=r"^recipe '.*' cannot be read: ") as error:
             Recipe.load(path)
         assert "\n" not in str(error.value)
 
