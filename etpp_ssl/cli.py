@@ -87,7 +87,7 @@ def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A recipe to print.")] = None,
 ) -> None:
     """List the recipes that come with etpp, or print one: etpp recipes NAME > mine.yaml."""
-    from etpp_ssl.commands.recipes import print_recipes
+    from etpp_ssl.commands.keys import print_recipes
 
     print_recipes(name)
 

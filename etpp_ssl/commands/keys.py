@@ -1,6 +1,7 @@
-"""`etpp keys`: every key of a recipe with type, default, meaning and whether it may change on resume.
+"""`etpp keys` and `etpp recipes`: every key of a recipe, and the recipes that come with the package.
 
-All of it is read from the Configs: annotations, defaults, and the text below each field.
+A key has its type, default, meaning and whether it may change on resume. All of it is read from the Configs:
+annotations, defaults, and the text below each field.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import textwrap
 import types
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -26,6 +28,7 @@ from rich.table import Table
 from etpp_ssl.config import UserError, may_change_on_resume
 from etpp_ssl.messages import models_in, name_of
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
+from etpp_ssl.recipe_file import find_shipped, shipped_recipes
 
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 """Of pydantic's bounds, in the order in which they are shown."""
@@ -270,3 +273,29 @@ def _told_of(config: type[BaseModel]) -> str:
 def _plain(text: str) -> str:
     """A docstring on one line, in the words of YAML."""
     return re.sub(r"\bNone\b", "null", " ".join(text.split()))
+
+
+def print_recipes(name: str | None = None) -> None:
+    """Print names and purposes of all recipes, or the file of one, for a copy to change.
+
+    What a recipe extends is a name, which is found from any folder.
+
+    Raises:
+        UserError: for an unknown name, with those that are close.
+    """
+    if name is not None:
+        print(find_shipped(name).read_text(encoding="utf-8"), end="")
+        return
+    for known, file in shipped_recipes().items():
+        print(f"{known:34} {purpose(file)}")
+
+
+def purpose(file: Path) -> str:
+    """The first sentence of a recipe's header, without its full stop."""
+    paragraph: list[str] = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        text = line.removeprefix("#").strip()
+        if not line.startswith("#") or not text:
+            break
+        paragraph.append(text)
+    return " ".join(paragraph).split(". ")[0].removesuffix(".")

@@ -19,12 +19,11 @@ from torch.utils.data import Dataset
 
 from etpp_ssl.config import RunFault, UserError
 from etpp_ssl.data.formats.base import Picture, UnreadableImage
-from etpp_ssl.data.loader_faults import LoaderFault
+from etpp_ssl.data.loader_faults import LoaderFault, note, note_reading
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, safe_name
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import check_label
 from etpp_ssl.data.views import View
-from etpp_ssl.data.worker import note, note_reading
 from etpp_ssl.data.workers import MonitoredLoader
 
 MAX_ATTEMPTS = 100

@@ -22,10 +22,20 @@ from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from etpp_ssl.data.loader_faults import PIN_THREAD, LoaderFault, death, machine_fault, stall
+from etpp_ssl.data.loader_faults import (
+    PIN_THREAD,
+    Expired,
+    LoaderFault,
+    StallLimit,
+    death,
+    hand_over,
+    machine_fault,
+    new_note,
+    stall,
+    start_worker,
+    use_note,
+)
 from etpp_ssl.data.sampler import BatchRequest
-from etpp_ssl.data.stall_limit import Expired, StallLimit
-from etpp_ssl.data.worker import hand_over, new_note, start_worker, use_note
 
 TICK_SECONDS = 1.0
 """Between two looks at the workers while a batch is waited for."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from etpp_ssl.model.blocks import BlockRunner
+from etpp_ssl.model.attention import BlockRunner
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.tasks.base import Inputs, Task
 

@@ -1,10 +1,15 @@
-"""Kernels of attention in training: the one that is fastest on the device; the results differ by rounding.
+"""Kernels of attention in training, and how transformer blocks are run: plainly, recomputed or compiled.
 
-Legend: B batch, H heads, N tokens, M query tokens, D head width, E = H D.
+The kernel is the one that is fastest on the device; the results differ by rounding.
+
+Legend: B batch, H heads, N tokens, M query tokens, D head width or width of a block, E = H D.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -12,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from etpp_ssl import moved
 
@@ -141,3 +147,41 @@ def _scaled_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 if not TYPE_CHECKING:
     __getattr__ = moved.names_of("model.attention")
+
+
+@dataclass(frozen=True)
+class BlockRunner:
+    """How transformer blocks are run in training; no choice changes a result beyond rounding.
+
+    Args:
+        grad_checkpointing: recompute each block in the backward pass.
+        compiled: run blocks through `torch.compile`. All blocks of one kind share a graph, so each stage
+            compiles one for the encoder and one for the decoder.
+    """
+
+    grad_checkpointing: bool = False
+    compiled: bool = False
+
+    def __call__(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """`block(*inputs)`: tokens (B, N, D), and what else the block reads, to tokens (B, N, D)."""
+        run = _compiled() if self.compiled else call_block
+        if self.grad_checkpointing:
+            output: Tensor = checkpoint(run, block, *inputs, use_reentrant=False)
+            return output
+        return run(block, *inputs)
+
+
+def call_block(block: nn.Module, *inputs: Tensor) -> Tensor:
+    """The plain call, through the module, so that hooks such as FSDP's run."""
+    output: Tensor = block(*inputs)
+    return output
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    # Shapes change only between stages; torch's default would make the second stage's graph dynamic.
+    return torch.compile(call_block, dynamic=False)
+
+
+PLAIN = BlockRunner()
+"""Blocks as they are."""

@@ -23,8 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from etpp_ssl.config import Config, UserError
-from etpp_ssl.model.attention import CrossAttention
-from etpp_ssl.model.blocks import BlockRunner
+from etpp_ssl.model.attention import BlockRunner, CrossAttention
 from etpp_ssl.model.encoders import init_linear
 from etpp_ssl.model.pos_embed import SincosTables
 

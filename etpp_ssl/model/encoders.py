@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from etpp_ssl.config import Config, UserError, as_pair, legal_size, show_size
 from etpp_ssl.messages import shown
-from etpp_ssl.model.blocks import PLAIN, BlockRunner
+from etpp_ssl.model.attention import PLAIN, BlockRunner
 from etpp_ssl.model.patches import gather_patches, grid_of
 from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_pos_embed
 from etpp_ssl.randomness import ShapesOnly

@@ -13,8 +13,7 @@ from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from etpp_ssl.config import as_pair, legal_size, may_change
-from etpp_ssl.model.attention import AttentionName
-from etpp_ssl.model.blocks import BlockRunner
+from etpp_ssl.model.attention import AttentionName, BlockRunner
 from etpp_ssl.model.decoders import CrossDecoder, CrossDecoderConfig, MAEDecoder, MAEDecoderConfig
 from etpp_ssl.model.encoders import (
     EncoderConfig,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from etpp_ssl.cli import main
-from etpp_ssl.commands.recipes import purpose
+from etpp_ssl.commands.keys import purpose
 from etpp_ssl.recipe_file import shipped_recipes
 
 

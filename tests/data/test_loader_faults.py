@@ -21,13 +21,21 @@ import pytest
 from loader_scenes import Trapped, run_aside
 
 from etpp_ssl.config import RunFault, UserError
-from etpp_ssl.data import stall_limit, worker, workers
+from etpp_ssl.data import loader_faults, workers
+from etpp_ssl.data import loader_faults as worker
 from etpp_ssl.data.formats.base import one_line_reasons
 from etpp_ssl.data.loader import Batch, BatchBuilder, evaluation_requests, load_batches
-from etpp_ssl.data.loader_faults import PIN_THREAD, LoaderFault, death, machine_fault, stall
+from etpp_ssl.data.loader_faults import (
+    PIN_THREAD,
+    Expired,
+    LoaderFault,
+    StallLimit,
+    death,
+    machine_fault,
+    stall,
+)
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
 from etpp_ssl.data.sources.synthetic import SyntheticConfig
-from etpp_ssl.data.stall_limit import Expired, StallLimit
 from etpp_ssl.data.views import EvalView
 
 # More workers than cores are wanted here.
@@ -273,7 +281,7 @@ def test_workers_that_ignore_signals_are_ended_all_the_same() -> None:
 def test_where_no_interruption_gets_through_the_process_ends_with_the_sentence(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stall_limit, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(loader_faults, "GRACE_SECONDS", 0.5)
 
     def stubborn() -> None:
         while True:
@@ -308,7 +316,7 @@ def test_nothing_is_armed_between_two_batches(num_workers: int) -> None:
 
 
 def test_only_waiting_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stall_limit, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(loader_faults, "GRACE_SECONDS", 0.2)
 
     def body() -> None:
         for batch in opened(nothing, stall_seconds=4.0):
@@ -322,7 +330,7 @@ def test_only_waiting_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_time_in_which_the_process_is_suspended_does_not_count(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(stall_limit, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(loader_faults, "GRACE_SECONDS", 0.3)
     started = tmp_path / "started"
 
     def act() -> None:

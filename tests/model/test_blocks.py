@@ -7,7 +7,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from etpp_ssl.model.blocks import BlockRunner, call_block
+from etpp_ssl.model.attention import BlockRunner, call_block
 from etpp_ssl.model.timm_layers import use_attention
 
 
@@ -37,7 +37,7 @@ def test_blocks_of_a_kind_share_one_graph_per_shape(monkeypatch: pytest.MonkeyPa
         return graph.forward
 
     compiled = torch.compile(call_block, dynamic=False, backend=backend)
-    monkeypatch.setattr("etpp_ssl.model.blocks._compiled", lambda: compiled)
+    monkeypatch.setattr("etpp_ssl.model.attention._compiled", lambda: compiled)
     run = BlockRunner(compiled=True)
     torch.manual_seed(0)
     blocks = [Block(12, 3, qkv_bias=True) for _ in range(3)]

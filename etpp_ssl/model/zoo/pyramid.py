@@ -14,7 +14,7 @@ from timm.layers import global_pool_nlc, trunc_normal_
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError, as_pair, show_size
-from etpp_ssl.model.blocks import BlockRunner
+from etpp_ssl.model.attention import BlockRunner
 
 STRIDES = (4, 8, 16, 32)
 """Pixels per token and axis in each stage, of both papers."""
