@@ -21,7 +21,7 @@ NEW_HOMES = {
     "data.formats.base": "data.images",
     "data.formats.jpeg": "data.picture",
     "data.formats.pillow": "data.decode",
-    "data.loader_faults": "data.reading data.time_limit",
+    "data.loader_faults": "data.reading data.time_limit data.worker",
     "data.shard_writer": "data.recode data.recode_pool",
     "data.sources.folder": "data.folder",
     "data.sources.shard_index": "data.shard_index",
