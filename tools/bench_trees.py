@@ -21,12 +21,12 @@ from pathlib import Path
 
 HERE = Path(__file__).parents[1]
 DRAWN = [
-    "data={name: synthetic, num_images: 4096}", "data.num_workers=1", "probe=none", "log_every_steps=4",
+    "data={name: synthetic, num_images: 4096}", "data.num_workers=1", "probe=none", "log_every_steps=2",
     "curriculum=constant", "checkpoint.every_minutes=null",
 ]  # fmt: skip
 CASES = {
-    "cifar10_vit_micro": (["batch_size=256", "budget_epochs=3"], 256),
-    "in1k_vit_base_mae400": (["batch_size=16", "budget_epochs=0.1"], 16),
+    "cifar10_vit_micro": (["batch_size=256", "budget_epochs=1.5"], 256),
+    "in1k_vit_base_mae400": (["batch_size=8", "budget_epochs=0.025"], 8),
 }
 """Recipe -> overrides and batch size."""
 
