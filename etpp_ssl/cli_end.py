@@ -19,7 +19,6 @@ from etpp_ssl.config import UserError
 class _Process:
     """What is known of this process."""
 
-    ends_with_command = False
     has_nothing_open = False
 
 
@@ -37,14 +36,10 @@ def no_garbage() -> Iterator[None]:
 
 
 @contextmanager
-def short_process() -> Iterator[bool]:
-    """A command inside computes, prints and leaves nothing open: torch need not be taken down in order.
-
-    Yields:
-        Whether the process ends with the command, as one that was started for it does.
-    """
+def short_process() -> Iterator[None]:
+    """A command inside computes, prints and leaves nothing open: torch need not be taken down in order."""
     with no_garbage():
-        yield _process.ends_with_command
+        yield
     _process.has_nothing_open = True
 
 
@@ -92,7 +87,6 @@ def endings(*, process_ends: bool) -> Iterator[None]:
     Args:
         process_ends: whether it does so without an error, too.
     """
-    _process.ends_with_command = process_ends
     try:
         yield
     except UserError as error:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -185,15 +183,18 @@ _HOMES = {old: new for new, olds in NEW_HOMES.items() for old in olds.split()}
 _PACKAGES = {"engine": "train", "objective": "targets"}
 
 
-class _OldModules(MetaPathFinder, Loader):
-    """Makes a module of an old name that hands on to the new one; asked last, for what is not there."""
+class _OldModules:
+    """Makes a module of an old name that hands on to the new one; asked last, for what is not there.
+
+    It has not the base classes of a finder and loader: their import takes longer than that of etpp_ssl.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         old = fullname.removeprefix("etpp_ssl.")
         if old in _PACKAGES or old in _HOMES or old == "engine.base_run":
-            return ModuleSpec(fullname, self, is_package=old in _PACKAGES)
+            return ModuleSpec(fullname, self, is_package=old in _PACKAGES)  # type: ignore[arg-type]
         return None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
@@ -228,6 +229,8 @@ def names_of(module: str) -> Callable[[str], Any]:
         new = OTHER_NAMES.get(f"{module}.{name}")
         if new is None:
             raise AttributeError(f"module 'etpp_ssl.{module}' has no attribute {name!r}")
+        import pkgutil
+
         warnings.warn(
             f"etpp_ssl.{module}.{name} has become etpp_ssl.{new}; the old name goes with the next release",
             DeprecationWarning,
