@@ -34,7 +34,7 @@ print(encoder.mean, encoder.std, encoder.classes, tuple(encoder.transform("a.jpg
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the wheel holds, in a folder; built from a copy, for building writes beside the sources."""
     copy, target = (tmp_path_factory.mktemp(name) for name in ("sources", "installed"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "etpp_ssl", "recipes"):
+    for name in ("pyproject.toml", "README.md", "etpp_ssl", "recipes"):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -67,8 +67,13 @@ def test_the_lines_of_the_python_interface_run_from_the_wheel(installed: Path, t
     assert described == "(0.485, 0.456, 0.406) (0.229, 0.224, 0.225) None (3, 16, 24)"
 
 
-def test_the_wheel_is_typed(installed: Path) -> None:
+def test_the_wheel_has_every_module_and_is_typed(installed: Path) -> None:
     assert (installed / "etpp_ssl" / "py.typed").is_file()
+    here, there = (
+        sorted(file.relative_to(root).as_posix() for file in (root / "etpp_ssl").rglob("*.py"))
+        for root in (ROOT, installed)
+    )
+    assert here == there, "packages of pyproject.toml are not those in etpp_ssl/"
 
 
 FEW = ["image_size=64", "model.depth=1", "model.decoder.depth=1", "curriculum=constant"]
