@@ -40,7 +40,7 @@ _MODULES = {
     "Encoder": "encoder",
     "FinetuneRecipe": "recipe",
     "Recipe": "recipe",
-    "Reconstructed": "report.decoding",
+    "Reconstructed": "report.reconstruction",
     "UserError": "config",
     "finetune": "train.launch",
     "load": "encoder_sources",

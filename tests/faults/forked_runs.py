@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -203,7 +204,7 @@ def _turn_the_clock() -> None:
         return slow_crop
 
     for module in (budget, metrics):
-        module.time = SimpleNamespace(perf_counter=lambda: now)
+        module.time = SimpleNamespace(perf_counter=lambda: now, monotonic=time.monotonic)
     mae.low_frequency_crop = slow(mae.low_frequency_crop)
 
 

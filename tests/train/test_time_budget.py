@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,6 @@ from safetensors.torch import load_file
 from stream_sources import write_tars
 from torch import Tensor
 
-import etpp_ssl.train.log as metrics
 import etpp_ssl.train.time_budget as budget
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.frequency import low_frequency_crop
@@ -50,7 +50,9 @@ class Clock:
         self.slower_from: int | None = None
         self.crash_at: int | None = None
         for module in (budget, metrics):
-            monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: self.now))
+            monkeypatch.setattr(
+                module, "time", SimpleNamespace(perf_counter=lambda: self.now, monotonic=time.monotonic)
+            )
         for module in (mae, classify):
             monkeypatch.setattr(module, "low_frequency_crop", self.slow(low_frequency_crop))
 
