@@ -49,7 +49,7 @@ class Clock:
         self.steps = 0
         self.slower_from: int | None = None
         self.crash_at: int | None = None
-        for module in (budget, metrics):
+        for module in (budget, log):
             monkeypatch.setattr(
                 module, "time", SimpleNamespace(perf_counter=lambda: self.now, monotonic=time.monotonic)
             )
