@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from stream_sources import write_tars
 from torch import Tensor
 
+import etpp_ssl.train.log as log
 import etpp_ssl.train.time_budget as budget
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.frequency import low_frequency_crop
