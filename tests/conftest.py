@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from etpp_ssl.train.run import Run
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test first: at the end, one process would wait for it alone."""
+    items.sort(key=lambda item: "sigkill_three_times" not in item.name)
+
+
 @pytest.fixture(scope="session")
 def real_images() -> Path:
     """The folder with cifar10/ and imagenette/ that ETPP_DATA points at."""
