@@ -21,12 +21,12 @@ from pathlib import Path
 
 HERE = Path(__file__).parents[1]
 DRAWN = [
-    "data={name: synthetic, num_images: 4096}", "data.num_workers=1", "probe=none", "log_every_steps=2",
+    "data={name: synthetic, num_images: 4096}", "data.num_workers=0", "probe=none", "log_every_steps=2",
     "curriculum=constant", "checkpoint.every_minutes=null",
 ]  # fmt: skip
 CASES = {
-    "cifar10_vit_micro": (["batch_size=256", "budget_epochs=1.5"], 256),
-    "in1k_vit_base_mae400": (["batch_size=8", "budget_epochs=0.025"], 8),
+    "cifar10_vit_micro": (["batch_size=256", "budget_epochs=1"], 256),
+    "in1k_vit_base_mae400": (["batch_size=8", "budget_epochs=0.02"], 8),
 }
 """Recipe -> overrides and batch size."""
 
@@ -34,7 +34,7 @@ CASES = {
 def seconds_per_step(tree: Path, recipe: str, overrides: list[str], batch_size: int) -> float:
     """The median over the rows of a run from `tree`."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "etpp_ssl", "pretrain", str(HERE / "recipes" / f"{recipe}.yaml")]
+        command = [sys.executable, "-m", "etpp_ssl", "pretrain", str(tree / "recipes" / f"{recipe}.yaml")]
         done = subprocess.run(
             [*command, *DRAWN, *overrides, f"output={folder}/run"],
             env={**os.environ, "PYTHONPATH": str(tree)},
