@@ -9,6 +9,7 @@ from etpp_ssl.dist.peers import leave, leave_words, lost_peer, with_peers, words
 from etpp_ssl.dist.signals import Interrupted, StopRequest
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.train.loop import train
+from etpp_ssl.train.memory import freed_memory_kept
 from etpp_ssl.train.nonfinite import NonFinite, rewind
 from etpp_ssl.train.open import open_run, prepare_run
 from etpp_ssl.train.records import write_status
@@ -63,10 +64,11 @@ def launch(run: Run) -> None:
             leave(run.accelerator)
             return
         try:
-            decide_steps(run)
-            prepare_run(run)
-            write_status(run, "running")
-            signum = _train_through(run, stop_request)
+            with freed_memory_kept(run.accelerator.device):
+                decide_steps(run)
+                prepare_run(run)
+                write_status(run, "running")
+                signum = _train_through(run, stop_request)
         except Exception as error:
             told = error if isinstance(error, UserError) else lost_peer(error) or error
             leave_words(told)
