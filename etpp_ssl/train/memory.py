@@ -1,4 +1,4 @@
-"""This machine's memory: whether a run fits (model, batch, replay buffers), and what it keeps between steps."""
+"""Memory of this machine: whether a run fits (model, batch, buffers), and what it keeps between steps."""
 
 from __future__ import annotations
 
