@@ -50,6 +50,8 @@ class TrainState:
     """Returns to an earlier checkpoint for that reason."""
     lr_factor: Annotated[float, Field(gt=0)] = 1.0
     """Multiplies the schedule's learning rate; lowered by each rewind."""
+    first_step_learns: bool = True
+    """Whether the first step's learning rate is above 0; False for a run that version 0.5 began."""
     bad_images: Annotated[dict[int, str], BeforeValidator(_from_pairs)] = field(default_factory=dict)
     """Unreadable images met so far: number in the data set, and name."""
     streams: list[dict[str, Any] | None] = field(default_factory=list)
@@ -73,8 +75,9 @@ class TrainState:
                 raise ValueError(f"state.{key} is missing")
         try:
             plan = None if values.get("plan") is None else TimePlan.from_json(values["plan"])
-            # Version 0.1.0 did not write `elapsed`.
-            return _train_states().validate_python({"elapsed": values["seconds"], **values, "plan": plan})
+            # Version 0.1.0 did not write `elapsed`, version 0.5 not `first_step_learns`.
+            old = {"elapsed": values["seconds"], "first_step_learns": False}
+            return _train_states().validate_python({**old, **values, "plan": plan})
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(("state", *map(str, first["loc"])))

@@ -23,7 +23,8 @@ class OptimConfig(Config):
     min_lr: float = Field(default=0.0, ge=0, le=1e4)
     """Final learning rate, as it is (not scaled by the batch)."""
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the run's compute over which the learning rate rises linearly from 0."""
+    """Share of the run's compute over which the learning rate rises linearly from 0: a step has the rate at
+    its beginning, the first one that of its middle."""
     weight_decay: float = Field(default=0.05, ge=0, le=1e4)
     """Decoupled weight decay of AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -98,7 +99,8 @@ class ClassifierOptimConfig(Config):
     min_lr: float = Field(default=1e-6, ge=0, le=1e4)
     """Final learning rate, not scaled by the batch; layer decay scales it like any other, as MAE."""
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the run's compute over which the learning rate rises linearly from 0."""
+    """Share of the run's compute over which the learning rate rises linearly from 0: a step has the rate at
+    its beginning, the first one that of its middle."""
     weight_decay: float = Field(default=0.05, ge=0, le=1e4)
     """Weight decay; biases, scales, position embeddings and tokens are exempt."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from etpp_ssl.curriculum.base import Stage
 from etpp_ssl.curriculum.cost import Cost
 from etpp_ssl.data.loader import Batch
+from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.views import View
 
 Inputs = dict[str, Tensor]
@@ -59,6 +60,8 @@ class Task(ABC):
     """What `evaluate` does, in one word that names its seconds in `metrics.jsonl`; None: nothing."""
     evaluate_every: int | None = None
     """Optimizer steps between two evaluations, beside the one after the last step."""
+    evaluation_images: ImageSource | None = None
+    """What it measures on, where that is known."""
 
     @abstractmethod
     def inputs(self, batch: Batch, stage: Shown) -> Inputs:

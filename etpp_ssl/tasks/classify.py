@@ -136,6 +136,7 @@ class Classification(Task):
         self.images = images
         self.evaluation = None if images is None else "evaluation"
         self.evaluate_every = every_steps
+        self.evaluation_images = None if images is None else images.source
 
     def evaluate(self, model: nn.Module) -> dict[str, float | None]:
         """Accuracy and calibration on the evaluation images."""

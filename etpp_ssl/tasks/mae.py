@@ -125,6 +125,8 @@ class MaskedAutoencoding(Task):
         self.probe = probe
         self.evaluation = None if probe is None else "probe"
         self.evaluate_every = every_steps
+        # Probes with labels keep training and evaluation images together.
+        self.evaluation_images = getattr(getattr(probe, "images", probe), "evaluation", None)
 
     def evaluate(self, model: nn.Module) -> dict[str, float | None]:
         """The probe's numbers."""

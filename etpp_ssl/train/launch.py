@@ -14,6 +14,7 @@ from etpp_ssl.train.nonfinite import NonFinite, rewind
 from etpp_ssl.train.open import open_run, prepare_run
 from etpp_ssl.train.records import write_status
 from etpp_ssl.train.run import Run
+from etpp_ssl.train.summary import tell_end
 from etpp_ssl.train.time_budget import decide_steps
 
 
@@ -60,7 +61,7 @@ def launch(run: Run) -> None:
         with with_peers():
             run.check_agreement()
         if run.finished:
-            run.progress.say(f"run {run.folder.path} is finished ({run.state.step} steps)")
+            tell_end(run)
             leave(run.accelerator)
             return
         try:
@@ -81,6 +82,8 @@ def launch(run: Run) -> None:
             interrupted = None if run.finished else Interrupted(signum, run.state.step)
             if interrupted is None:
                 write_status(run, "finished", exit_code=0)
+                run.progress.stop()
+                tell_end(run)
             else:
                 write_status(run, "stopped", exit_code=interrupted.exit_code, message=str(interrupted))
                 run.progress.say(f"etpp: {interrupted}; the same command resumes")

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TaskProgressColumn, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
+from rich.text import Text
 from torch import Tensor
 
 from etpp_ssl.config import RunFault, show_size
@@ -187,8 +190,12 @@ class Meter:
         self.state.elapsed += now - self._noted
         self._noted = now
 
-    def row(self) -> dict[str, float]:
-        """Losses and speed since the last row, which start anew; no losses where no step was finite."""
+    def row(self, *, anew: bool = True) -> dict[str, float]:
+        """Losses and speed since the last row; no losses where no step was finite.
+
+        Args:
+            anew: whether sums and time start anew, as after a row that is written.
+        """
         self.synchronise()
         state = self.state
         sums = {"loss": state.loss_sum, **state.part_sums}
@@ -198,6 +205,8 @@ class Meter:
             "images_per_second": self._images / seconds,
             "data_wait_share": min(1.0, self._wait / seconds),
         }
+        if not anew:
+            return values
         state.seconds += seconds
         state.loss_sum, state.part_sums, state.loss_steps = 0.0, dict.fromkeys(state.part_sums, 0.0), 0
         for total in (*self._sums.values(), self._num_summed):
@@ -207,6 +216,13 @@ class Meter:
 
 
 SECONDS_BETWEEN_LINES = 5.0
+
+
+class _TimeLeft(ProgressColumn):
+    """The time that training will take; of an evaluation, whose end nobody knows, the time it has taken."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["left"] if task.total is not None else clock(task.elapsed or 0.0))
 
 
 class Progress:
@@ -220,6 +236,8 @@ class Progress:
         self.curriculum = curriculum
         """The run's stages, to be replaced when they are planned anew."""
         self.visible = visible
+        self.evaluation: str | None = None
+        """What follows the last step, in one word; its time is not part of the estimate."""
         self.console = Console(stderr=True, quiet=not visible, soft_wrap=True, highlight=False)
         self._bar: RichProgress | None = None
         self._task = TaskID(0)
@@ -232,14 +250,17 @@ class Progress:
         self.stop()
         self._mark = (time.perf_counter(), self._spent(step))
         if self.visible and self.console.is_terminal:
+            # What a narrow terminal has no room for is cut off the text.
             self._bar = RichProgress(
-                TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=16),
                 TaskProgressColumn(),
+                _TimeLeft(Column(no_wrap=True)),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True, ratio=1)),
                 console=self.console,
+                expand=True,
             )
             # Compute, not steps: a late step costs several early ones.
-            self._task = self._bar.add_task("starting", total=1.0)
+            self._task = self._bar.add_task("starting", total=1.0, left="ETA ?")
             self._bar.update(self._task, completed=self._spent(step))
             self._bar.start()
 
@@ -250,14 +271,32 @@ class Progress:
 
     def row(self, row: dict[str, Any]) -> None:
         """Show a row of metrics."""
-        text = self._line(row)
+        left, text = self._time_left(row["step"]), self._line(row)
         if self._bar is not None:
-            self._bar.update(self._task, description=text)
+            self._bar.update(self._task, description=text, left=left)
             return
         now, done = time.monotonic(), row["step"] == self.curriculum.num_steps
         if done or row["stage"] != self._stage or now - self._spoke >= SECONDS_BETWEEN_LINES:
             self._spoke, self._stage = now, row["stage"]
-            self.console.print(f"{self._spent(row['step']):6.1%} {text}", markup=False)
+            self.console.print(f"{self._spent(row['step']):6.1%} {left}  {text}", markup=False)
+
+    @contextmanager
+    def evaluating(self, step: int) -> Iterator[None]:
+        """Show inside that the model is evaluated, and for how long, after `step` steps."""
+        what, bar = f"{self.evaluation} after step {step:,}", self._bar
+        if bar is None:
+            # A log is told once what the silence at the end, or the first one, means.
+            if self._spoke == 0.0 or step == self.curriculum.num_steps:
+                self.say(f"{what} ...")
+            yield
+            return
+        bar.update(self._task, visible=False)
+        evaluation = bar.add_task(what, total=None, left="")
+        try:
+            yield
+        finally:
+            bar.remove_task(evaluation)
+            bar.update(self._task, visible=True)
 
     def say(self, text: str) -> None:
         """A line of its own."""
@@ -275,18 +314,34 @@ class Progress:
     def _line(self, row: dict[str, Any]) -> str:
         stages = self.curriculum.stages
         return (
-            f"stage {row['stage'] + 1}/{len(stages)} B={show_size(tuple(row['bandwidth']))} "
             f"step {row['step']}/{self.curriculum.num_steps} loss {row['loss']:.4f} "
-            f"lr {row['lr']:.2e} {row['images_per_second']:.0f} img/s "
-            f"wait {row['data_wait_share']:.0%} ETA {self._time_left(row['step'])}"
+            f"{_speed(row['images_per_second'])} img/s at {show_size(tuple(row['bandwidth']))} px "
+            f"(stage {row['stage'] + 1}/{len(stages)}) lr {row['lr']:.2e} wait {row['data_wait_share']:.0%}"
         )
 
     def _time_left(self, step: int) -> str:
         now, spent = time.perf_counter(), self._spent(step)
-        if self._mark is None or spent <= self._mark[1]:
-            return "?"
-        pace = (now - self._mark[0]) / (spent - self._mark[1])
-        self._mark = (now, spent)
-        seconds = round(pace * (1 - spent))
-        hours, minutes = seconds // 3600, seconds // 60 % 60
-        return f"{hours}:{minutes:02}:{seconds % 60:02}"
+        left = "?"
+        if self._mark is not None and spent > self._mark[1]:
+            left = clock((now - self._mark[0]) / (spent - self._mark[1]) * (1 - spent))
+            self._mark = (now, spent)
+        return f"ETA {left}" + (f" + {self.evaluation}" if self.evaluation else "")
+
+
+def _speed(images_per_second: float) -> str:
+    return f"{images_per_second:.0f}" if images_per_second >= 100 else f"{images_per_second:.3g}"
+
+
+def clock(seconds: float) -> str:
+    """A time as `h:mm:ss`."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def shown_numbers(numbers: dict[str, float | None]) -> str:
+    """Named numbers in one line, without those that are None."""
+    return ", ".join(
+        f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}"
+        for name, value in numbers.items()
+        if value is not None
+    )

@@ -48,6 +48,7 @@ def train(run: Run, stop_request: StopRequest) -> int:
     check = NonFiniteCheck(run, meter, batches)
     bad_images = BadImages(state, len(run.source), run.recipe.data.max_bad_share, run.progress)
     clock = CheckpointClock(run.recipe.checkpoint)
+    first_step = state.step + 1
     run.model.train()
     run.progress.start(state.step)
     if state.step == 0 and (state.plan is not None or run.recipe.nonfinite.policy == "rewind"):
@@ -80,6 +81,9 @@ def train(run: Run, stop_request: StopRequest) -> int:
         if log_due(run):
             bad_images.share(accelerator)
             log_row(run, stage, meter, lr)
+        elif state.step == first_step:
+            # Long before the first row on a slow machine.
+            log_row(run, stage, meter, lr, written=False)
         if evaluation_due(run):
             meter.pause(evaluate_and_record(run))
         replanned = replan_due(run)

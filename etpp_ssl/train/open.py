@@ -32,6 +32,7 @@ from etpp_ssl.train.log import MetricsFile, Progress
 from etpp_ssl.train.memory import check_host_memory, check_replay, replay_notes
 from etpp_ssl.train.run import Run
 from etpp_ssl.train.start import prepare_folder, starting_point
+from etpp_ssl.train.summary import tell_start
 
 
 @with_peers()
@@ -54,6 +55,7 @@ def open_run(recipe: Recipe | FinetuneRecipe, fork: Path | None = None) -> Run:
     progress = Progress(curriculum, visible=accelerator.is_main_process)
     recipe.check_curriculum(curriculum)
     task, classes = _open_task(recipe, source, accelerator)
+    progress.evaluation = task.evaluation
     folder = RunFolder(recipe.output)
     start, state = starting_point(recipe, folder, source, curriculum, fork, progress.say)
     if recipe.init is not None and start is None:
@@ -200,6 +202,7 @@ def prepare_run(run: Run) -> None:
     fault = run.agreement.main_says(fault)
     if fault:
         raise UserError(fault)
+    tell_start(run)
     recipe, stages = run.recipe, run.curriculum.stages
     for note in (
         *replay_notes(recipe.crop_view(), recipe.in_chans, stages),

@@ -22,6 +22,7 @@ from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.tasks.base import Inputs, Task
 from etpp_ssl.train.memory import replay_bytes, replay_notes
 from etpp_ssl.train.open import bare_task
+from etpp_ssl.train.summary import short_run_warnings
 
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and AdamW's two moments, in float32."""
@@ -73,6 +74,7 @@ class Plan:
     """Area-rule compute of `baseline_epochs` at full resolution over this run's."""
     speedup_by_flops: float
     notes: list[str]
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
         )
     baseline_epochs = recipe.baseline_epochs or recipe.budget_epochs or curriculum.equivalent_epochs
     baseline_images = baseline_epochs * num_images
+    decided = recipe.budget_epochs is not None or recorded is not None
     return Plan(
         recipe=recipe,
         title=task.describe(),
@@ -166,7 +169,7 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
         num_images=num_images,
         curriculum=curriculum,
         stages=stages,
-        decided=recipe.budget_epochs is not None or recorded is not None,
+        decided=decided,
         recorded=recorded,
         total_flops=sum(flops),
         baseline_epochs=baseline_epochs,
@@ -177,6 +180,7 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
             *replay_notes(view, recipe.in_chans, curriculum.stages),
             *task.plan_notes(at_full),
         ],
+        warnings=short_run_warnings(recipe, curriculum) if decided else [],
     )
 
 
@@ -216,6 +220,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.decided:
         console.print(_compute(plan))
     console.print(_memory(plan))
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}")
 
 
 def _budget(plan: Plan) -> str:

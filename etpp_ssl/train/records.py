@@ -17,7 +17,7 @@ from etpp_ssl.curriculum.base import Stage
 from etpp_ssl.files import write_text
 from etpp_ssl.train.batches import gather_streams
 from etpp_ssl.train.checkpoint import checkpoint_files, what_is_left, write_checkpoint
-from etpp_ssl.train.log import Meter, RowsFault
+from etpp_ssl.train.log import Meter, RowsFault, shown_numbers
 from etpp_ssl.train.run import Run
 
 RunState = Literal["running", "stopped", "finished", "failed"]
@@ -29,10 +29,16 @@ def log_due(run: Run) -> bool:
     return done % run.recipe.log_every_steps == 0 or run.curriculum.ends_segment(done)
 
 
-def log_row(run: Run, stage: Stage, meter: Meter, lr: float) -> None:
-    """Write and show losses and speed since the last row; `stage` and `lr` are those of the last step."""
+def log_row(run: Run, stage: Stage, meter: Meter, lr: float, *, written: bool = True) -> None:
+    """Write and show losses and speed since the last row.
+
+    Args:
+        run, meter: of the training.
+        stage, lr: those of the last step.
+        written: whether the row is, and ends what the next one is about; otherwise it is only shown.
+    """
     state, curriculum = run.state, run.curriculum
-    speed = meter.row()
+    speed = meter.row(anew=written)
     if "loss" not in speed:
         return  # Each step was reported when it was left out.
     epochs = curriculum.equivalent_epochs_after(state.step)
@@ -52,7 +58,9 @@ def log_row(run: Run, stage: Stage, meter: Meter, lr: float) -> None:
         "seconds": state.seconds,
         **speed,
     }
-    run.metrics.write(row)
+    if written:
+        run.metrics.write(row)
+        run.newest["loss"] = row["loss"]
     run.progress.row(row)
 
 
@@ -67,15 +75,12 @@ def evaluation_due(run: Run) -> bool:
 def evaluate_and_record(run: Run) -> float:
     """Write a row of the task's evaluation; returns the seconds it took."""
     start = time.perf_counter()
-    numbers = run.task.evaluate(run.trained_model())
+    with run.progress.evaluating(run.state.step):
+        numbers = run.task.evaluate(run.trained_model())
     seconds = time.perf_counter() - start
+    run.newest |= numbers
     run.metrics.write({"step": run.state.step, **numbers, f"{run.task.evaluation}_seconds": seconds})
-    shown = ", ".join(
-        f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}"
-        for name, value in numbers.items()
-        if value is not None
-    )
-    run.progress.say(f"step {run.state.step}: {shown} ({seconds:.0f} s)")
+    run.progress.say(f"step {run.state.step}: {shown_numbers(numbers)} ({seconds:.0f} s)")
     return seconds
 
 

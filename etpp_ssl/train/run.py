@@ -58,6 +58,8 @@ class Run:
     """Class names in the order of a classifier's outputs."""
     batches: TrainingBatches | None = field(default=None, init=False)
     """Those opened last."""
+    newest: dict[str, float | None] = field(default_factory=dict, init=False)
+    """The newest row's loss, and the numbers of the newest evaluation."""
 
     @cached_property
     def lock(self) -> FolderLock:
@@ -85,9 +87,18 @@ class Run:
         return environment(self.accelerator.num_processes, self.accelerator.device, self.kernels)
 
     def learning_rate(self, stage: Stage) -> float:
-        """Of a step: the schedule's, lowered by each rewind; `stage` is from `Curriculum.stage_at`."""
-        schedule = self.recipe.optim.schedule(stage.batch_size)
-        return self.state.lr_factor * schedule(stage.progress)
+        """Of a step: the schedule's where the step begins, lowered by each rewind.
+
+        The first step of a warm-up takes the rate in the middle of its share of compute: where it begins,
+        the rate is 0, and a run of one step would learn nothing. A run that version 0.5 began keeps the 0.
+
+        Args:
+            stage: from `Curriculum.stage_at`.
+        """
+        progress = stage.progress
+        if stage.step == 0 and self.state.first_step_learns and self.recipe.optim.warmup_share:
+            progress = self.curriculum.progress_after(1) / 2
+        return self.state.lr_factor * self.recipe.optim.schedule(stage.batch_size)(progress)
 
     def trained_model(self) -> nn.Module:
         """What is evaluated and exported: the moving average, where there is one; a copy if it is sharded.

@@ -135,6 +135,57 @@ def test_the_learning_rate_is_one_curve_over_compute(whole: Path) -> None:
     assert trained[-1]["equivalent_epochs"] == curriculum.equivalent_epochs
 
 
+def test_the_first_step_learns_and_the_others_keep_their_rate(tiny_recipe: Callable[..., Recipe]) -> None:
+    for warmup in (0.0, 0.1, 0.5):
+        run = open_run(tiny_recipe(f"optim.warmup_share={warmup}"))
+        schedule, curriculum = run.recipe.optim.schedule(10), run.curriculum
+        first = run.learning_rate(curriculum.stage_at(0))
+        assert first == (schedule(curriculum.stage_at(1).progress / 2) if warmup else schedule(0.0))
+        assert first > 0
+        for step in range(1, curriculum.num_steps):
+            stage = curriculum.stage_at(step)
+            assert run.learning_rate(stage) == schedule(stage.progress)
+
+
+def test_a_run_of_one_step_learns_and_warns_which_keys_made_it_so_short(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny_recipe("curriculum=constant", "batch_size=1000", "budget_epochs=1", "micro_batch_size=500")
+    before = {name: value.clone() for name, value in open_run(recipe).bare_model.state_dict().items()}
+    run = pretrain(recipe)
+    assert run.state.step == 1
+    assert rows(tmp_path / "run")[0]["lr"] == recipe.optim.schedule(1000)(0.5)
+    assert [name for name, value in weights(tmp_path / "run").items() if not torch.equal(value, before[name])]
+    warnings = [
+        line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: the run has")
+    ]
+    assert len(warnings) == 1
+    for words in (
+        "only 1 optimizer step",
+        "budget_epochs 1 of 64 images",
+        "batch_size 1000",
+        "lower batch_size",
+    ):
+        assert words in warnings[0]
+
+
+def test_a_run_that_version_0_5_began_keeps_the_rate_of_its_first_step(
+    tiny_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    crash_after: Callable[[int], AbstractContextManager[None]],
+) -> None:
+    # With this policy there is a checkpoint before the first step.
+    recipe = tiny_recipe("nonfinite.policy=rewind", "log_every_steps=1")
+    with crash_after(2):
+        pretrain(recipe)
+    file = tmp_path / "run" / "checkpoints" / "step-00000000" / "state.json"
+    content = json.loads(file.read_text())
+    del content["state"]["first_step_learns"]
+    file.write_text(json.dumps(content))
+    pretrain(recipe)
+    assert [row["lr"] > 0 for row in rows(tmp_path / "run")][:3] == [False, True, True]
+
+
 def test_a_large_batch_moves_learning_rate_and_samples_with_the_stage_and_resumes_to_the_bit(
     tiny_recipe: Callable[..., Recipe],
     tmp_path: Path,
@@ -349,13 +400,8 @@ def test_it_starts_from_another_runs_or_an_encoders_weights(
     from etpp_ssl.export.timm import export
 
     trained = weights(whole)
-    # The learning rate is 0 in the first step, so the first checkpoint is what the run started from.
     for name, init in (("all", whole), ("encoder", export(whole))):
-        recipe = tiny_recipe(
-            f"output={tmp_path / name}", f"init={init}", "checkpoint.every_steps=1", "checkpoint.keep=99"
-        )
-        pretrain(recipe)
-        first = load_file(tmp_path / name / "checkpoints" / "step-00000001" / "model.safetensors")
+        first = open_run(tiny_recipe(f"output={tmp_path / name}", f"init={init}")).bare_model.state_dict()
         same = {key for key in trained if torch.equal(first[key], trained[key])}
         assert {key for key in trained if key.startswith("encoder.")} <= same
         assert ("decoder.mask_token" in same) == (name == "all")

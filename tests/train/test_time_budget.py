@@ -231,7 +231,7 @@ def test_a_measured_step_computes_what_a_trained_step_does(
     run.model.train()
     for step in range(8):
         stage = run.curriculum.stage_at(step)
-        train_step(run, stage, batches, lr=recipe.optim.schedule(stage.batch_size)(stage.progress))
+        train_step(run, stage, batches, lr=run.learning_rate(stage))
     expected = load_file(trained.folder.checkpoint_folder / "step-00000008" / "model.safetensors")
     assert all(torch.equal(value, expected[name]) for name, value in run.bare_model.state_dict().items())
 

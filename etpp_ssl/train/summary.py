@@ -1,0 +1,118 @@
+"""What a run says of itself: before its first step what will happen, after its last one what came of it."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import torch
+
+from etpp_ssl.curriculum.base import Curriculum
+from etpp_ssl.data.sources.base import ImageSource
+from etpp_ssl.data.training import TrainingImages
+from etpp_ssl.recipe import FinetuneRecipe, Recipe
+from etpp_ssl.train.log import clock, shown_numbers
+from etpp_ssl.train.run import Run
+
+FEWEST_STEPS, FEWEST_WARMUP_STEPS = 10, 2
+"""Fewer are warned of: nothing much can be learned in them."""
+
+
+def short_run_warnings(recipe: Recipe | FinetuneRecipe, curriculum: Curriculum) -> list[str]:
+    """A sentence for a run, or a warm-up, of too few steps, with the keys that change it.
+
+    Args:
+        recipe: the run.
+        curriculum: its stages, with the numbers of steps that they will have.
+    """
+    steps, share = curriculum.num_steps, recipe.optim.warmup_share
+    budget = "budget_epochs" if recipe.budget_hours is None else "budget_hours"
+    if steps < FEWEST_STEPS:
+        return [
+            f"the run has only {counted(steps, 'optimizer step')}, in which little is learned: "
+            f"{budget} {getattr(recipe, budget):g} of {curriculum.num_images:,} images at batch_size "
+            f"{recipe.batch_size}; raise {budget} or lower batch_size"
+        ]
+    warmup = sum(curriculum.stage_at(step).progress < share for step in range(FEWEST_WARMUP_STEPS))
+    if share and warmup < FEWEST_WARMUP_STEPS:
+        return [
+            f"the warm-up has only {counted(warmup, 'step')} of {steps}: optim.warmup_share is {share:g}; "
+            f"raise it or {budget}, or lower batch_size (optim.warmup_share=0 asks for no warm-up)"
+        ]
+    return []
+
+
+def tell_start(run: Run) -> None:
+    """Say in one block what is about to be trained, on what, and where it goes."""
+    recipe, curriculum, accelerator = run.recipe, run.curriculum, run.accelerator
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    batches = " / ".join(dict.fromkeys(f"{stage.batch_size:,}" for stage in curriculum.stages))
+    done = f", of which {run.state.step:,} are done" if run.state.step else ""
+    _tell(
+        run,
+        training=run.task.describe(),
+        images=_shown_images(run.source, recipe.data.name),
+        evaluation=_evaluation(run),
+        steps=f"{curriculum.num_steps:,}{done}; batches of {batches} images, "
+        f"{curriculum.equivalent_epochs:.4g} equivalent epochs",
+        on=f"{name} in {recipe.precision}, {counted(accelerator.num_processes, 'process')} with "
+        f"{counted(recipe.data.num_workers, 'data worker')}",
+        output=str(run.folder.path),
+    )
+    for warning in short_run_warnings(recipe, curriculum):
+        run.progress.say(f"warning: {warning}")
+
+
+def _evaluation(run: Run) -> str:
+    """On which images, how, and when the run is evaluated."""
+    task, recipe = run.task, run.recipe
+    if task.evaluation is None:
+        return "none"
+    images = task.evaluation_images
+    on = "" if images is None else f"{_shown_images(images, recipe.data.name)}; "
+    how = f"probe {recipe.probe.name}" if isinstance(recipe, Recipe) else "accuracy"
+    every = f"every {counted(task.evaluate_every, 'step')} and " if task.evaluate_every else ""
+    return f"{on}{how} {every}after the last step"
+
+
+def tell_end(run: Run) -> None:
+    """Say in one block what came of a finished run, where it lies, and which commands come next."""
+    step, folder = run.state.step, shlex.quote(str(run.folder.path))
+    if run.newest:
+        run.progress.say(
+            f"finished {counted(step, 'step')}, {run.curriculum.equivalent_epochs:.4g} equivalent epochs, in "
+            f"{clock(run.state.elapsed)}: {shown_numbers(run.newest)}"
+        )
+    else:
+        run.progress.say(f"run {run.folder.path} is finished ({counted(step, 'step')})")
+    measure = f"etpp evaluate {folder}"
+    if isinstance(run.recipe, Recipe):
+        measure = f"etpp probe {folder} probe=knn" if run.source.classes else f"etpp reconstruct {folder}"
+    _tell(
+        run,
+        weights=str(run.folder.checkpoint_folder / f"step-{step:08d}"),
+        next=f"etpp report {folder}\n{measure}\netpp export {folder}",
+    )
+
+
+def _tell(run: Run, **lines: str) -> None:
+    """Lines of text, each under its name."""
+    for name, text in lines.items():
+        for number, line in enumerate(text.splitlines()):
+            run.progress.say(f"  {'' if number else name:<10}  {line}")
+
+
+def _shown_images(source: TrainingImages | ImageSource, name: str) -> str:
+    """How many images of how many classes, and where they lie."""
+    classes = f"{len(source.classes):,} classes" if source.classes else "no classes"
+    inner: Any = source
+    while hasattr(inner, "source"):
+        inner = inner.source
+    place = getattr(inner, "folder", None) or f"data={name}"
+    return f"{len(source):,}, {classes}, {place}"
+
+
+def counted(count: int, what: str) -> str:
+    """A number and what it counts, as `1 step` or `1,000 steps`; `what` is one of the latter."""
+    return f"{count:,} {what}" + ("" if count == 1 else "es" if what.endswith("s") else "s")
