@@ -81,7 +81,7 @@ NEW_HOMES = {
     "targets.pixels": "objective.pixels",
     "tasks.base": "engine.replay_task",
     "tasks.classify": "objective.labels",
-    "tasks.mae_plan": "engine.decoder_cost engine.kernels",
+    "tasks.mae": "engine.decoder_cost engine.kernels",
     "train.batches": "engine.feed engine.streams",
     "train.checkpoint": "engine.checkpoint engine.rotation",
     "train.dump": "engine.dump",

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 # See etpp_ssl/cli.py; it must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -38,7 +39,7 @@ from etpp_ssl.model.patches import grid_of
 from etpp_ssl.model.timm_layers import use_attention
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.tasks.mae import MaskedAutoencoding
-from etpp_ssl.train.plan import cost_at
+from etpp_ssl.train.plan import cost_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PARTS = ("prepare", "forward", "target and loss", "backward", "optimizer")
@@ -118,8 +119,8 @@ def _bench_stage(
     grid = grid_of(bandwidth, recipe.patch_size)
     with torch.device("meta"):
         model = recipe.build_model()
-    task = MaskedAutoencoding.of(recipe, model, torch.device("cpu"))
-    flops = cost_at(task, bandwidth, 1.0).flops
+    task = MaskedAutoencoding(recipe, model, torch.device("cpu"))
+    flops = cost_of(task, SimpleNamespace(bandwidth=bandwidth, progress=1.0)).flops
     rates = {name: product_rate(DTYPES[name], device) for name in options.precision}
     print(f"\n{show_size(bandwidth)} px, grid {show_size(grid)}, {flops / 1e9:.2f} GFLOP an image")
     for name, rate in rates.items():

@@ -9,8 +9,9 @@ Legend: B batch, C channels, h, w pixels at the bandwidth.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,22 @@ class Shown(Protocol):
         """Share of the run's compute that is spent, in [0, 1]."""
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """How a trained model is measured, and when."""
+
+    name: str
+    """One word that names its seconds in `metrics.jsonl`."""
+    how: str
+    """What it does, for people."""
+    run: Callable[[Any], Mapping[str, float | None]]
+    """From a model, whole and bare, the moving average where a run keeps one, to named numbers."""
+    images: ImageSource | None
+    """What it measures on, where that is known."""
+    every_steps: int | None
+    """Optimizer steps between two evaluations, beside the one after the last step."""
+
+
 class Task(ABC):
     """Masked autoencoding, classification: what is special about each of them.
 
@@ -52,16 +69,10 @@ class Task(ABC):
     """The training view, which the data workers make."""
     kernels: str
     """What a checkpoint remembers of the kernels chosen, because others change the last bits."""
-    classes: list[str] | None = None
-    """Class names in the order of a classifier's outputs."""
     num_classes: int | None = None
     """Of a classifier."""
-    evaluation: str | None = None
-    """What `evaluate` does, in one word that names its seconds in `metrics.jsonl`; None: nothing."""
-    evaluate_every: int | None = None
-    """Optimizer steps between two evaluations, beside the one after the last step."""
-    evaluation_images: ImageSource | None = None
-    """What it measures on, where that is known."""
+    evaluation: Evaluation | None = None
+    """How the model is evaluated after the last step; set by whoever opens a run."""
 
     @abstractmethod
     def inputs(self, batch: Batch, stage: Shown) -> Inputs:
@@ -94,14 +105,6 @@ class Task(ABC):
 
         Raises:
             UserError: if they cannot be read or are of another model.
-        """
-
-    @abstractmethod
-    def evaluate(self, model: nn.Module) -> dict[str, float | None]:
-        """Named numbers about the trained model, by the probe or on the evaluation images.
-
-        Args:
-            model: whole and bare, the moving average where the run keeps one.
         """
 
     @abstractmethod

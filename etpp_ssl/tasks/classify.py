@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from etpp_ssl.config import show_size
 from etpp_ssl.curriculum.cost import Cost
 from etpp_ssl.curriculum.frequency import low_frequency_crop
-from etpp_ssl.data.augmentation import Mixup, RandomErasing
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.sources.splits import check_labels, check_same_classes
 from etpp_ssl.data.views import EvalView, Normalise, View
 from etpp_ssl.evaluation.classification import ClassifierEvaluation
-from etpp_ssl.model.classifier import Classifier, ClassifierConfig
+from etpp_ssl.model.classifier import Classifier
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.tasks.base import Inputs, Shown, Task, blank_images
 from etpp_ssl.weights.loading import load_classifier_init
@@ -37,14 +36,9 @@ class Classification(Task):
     """Predict the class of each image.
 
     Args:
+        recipe: says what images and labels go through.
         model: the classifier.
-        view: the training view.
-        normalise: uint8 images to float32.
-        erase: blanks rectangles, or nothing.
-        mix: mixup and CutMix, label smoothing.
-        config: what the model was built from.
-        image_size: (H, W) at full resolution.
-        in_chans: C.
+        device: of the images.
         num_classes: K.
     """
 
@@ -52,47 +46,20 @@ class Classification(Task):
     num_classes: int
 
     def __init__(
-        self,
-        model: Classifier,
-        view: View,
-        normalise: Normalise,
-        erase: RandomErasing,
-        mix: Mixup,
-        *,
-        config: ClassifierConfig,
-        image_size: tuple[int, int],
-        in_chans: int,
-        num_classes: int,
+        self, recipe: FinetuneRecipe, model: Classifier, device: torch.device, num_classes: int
     ) -> None:
         self.model = model
         self.net = model.net
-        self.view = view
-        self.normalise = normalise
-        self.erase = erase
-        self.mix = mix
-        self.config = config
-        self.image_size = image_size
-        self.in_chans = in_chans
         self.num_classes = num_classes
-        self.kernels = f"attention {config.attention}"
-        self.images: ClassifierEvaluation | None = None
-
-    @classmethod
-    def of(
-        cls, recipe: FinetuneRecipe, model: Classifier, device: torch.device, num_classes: int
-    ) -> Classification:
-        """The task of a recipe, without its evaluation images."""
-        return cls(
-            model,
-            recipe.augment.build_view(recipe.crop_view(), recipe.data.statistics(recipe.in_chans)[0]),
-            recipe.normaliser(device),
-            recipe.augment.build_erasing(recipe.seed),
-            recipe.augment.build_mixup(num_classes, recipe.seed),
-            config=recipe.model,
-            image_size=recipe.size,
-            in_chans=recipe.in_chans,
-            num_classes=num_classes,
-        )
+        augment = recipe.augment
+        self.view: View = augment.build_view(recipe.crop_view(), recipe.data.statistics(recipe.in_chans)[0])
+        self.normalise = recipe.normaliser(device)
+        self.erase = augment.build_erasing(recipe.seed)
+        self.mix = augment.build_mixup(num_classes, recipe.seed)
+        self.name = recipe.model.name
+        self.image_size = recipe.size
+        self.in_chans = recipe.in_chans
+        self.kernels = f"attention {recipe.model.attention}"
 
     def inputs(self, batch: Batch, stage: Shown) -> Inputs:
         """`images` as they were mixed, `positions` int64 (B,) and `targets` float (B, K)."""
@@ -126,28 +93,11 @@ class Classification(Task):
         """See `etpp_ssl.weights.loading.load_classifier_init`."""
         load_classifier_init(self.model.net, init, say)
 
-    def attach_evaluation(self, images: ClassifierEvaluation | None, every_steps: int | None) -> None:
-        """Let `evaluate` measure on images.
-
-        Args:
-            images: from `open_evaluation`, or None.
-            every_steps: optimizer steps between two evaluations; None evaluates after the last step only.
-        """
-        self.images = images
-        self.evaluation = None if images is None else "evaluation"
-        self.evaluate_every = every_steps
-        self.evaluation_images = None if images is None else images.source
-
-    def evaluate(self, model: nn.Module) -> dict[str, float | None]:
-        """Accuracy and calibration on the evaluation images."""
-        assert self.images is not None
-        return self.images.run(model).numbers()
-
     def describe(self) -> str:
         """See `Task.describe`."""
         parameters = sum(p.numel() for p in self.model.parameters())
         return (
-            f"{self.config.name}, image {show_size(self.image_size)}, {self.in_chans} channels, "
+            f"{self.name}, image {show_size(self.image_size)}, {self.in_chans} channels, "
             f"{self.num_classes:,} classes: {parameters / 1e6:.2f} M parameters"
         )
 

@@ -6,7 +6,7 @@ patch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +15,21 @@ from torch import Tensor, nn
 
 from etpp_ssl.config import show_size
 from etpp_ssl.curriculum.base import Stage
-from etpp_ssl.curriculum.cost import Cost
+from etpp_ssl.curriculum.cost import Cost, count_cost
 from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.data.loader import Batch
-from etpp_ssl.data.views import EvalView, Normalise, TrainView
+from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.evaluation.base import Probe, ProbeContext
+from etpp_ssl.messages import members_at, name_of
+from etpp_ssl.model.attention import AttentionName, choose_kernel
+from etpp_ssl.model.decoders import CrossDecoder
 from etpp_ssl.model.mae import AnyDecoder, MaskedAutoencoder, ModelConfig
-from etpp_ssl.model.masking import MaskCounts, Masker, MaskRatioRamp
+from etpp_ssl.model.masking import MaskCounts, MaskRatioRamp
 from etpp_ssl.model.patches import grid_of
+from etpp_ssl.randomness import ShapesOnly
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.targets.base import Objective
 from etpp_ssl.tasks.base import Inputs, Shown, Task, blank_images
-from etpp_ssl.tasks.mae_plan import attention_notes, decoder_flops, other_decoders
 from etpp_ssl.weights.loading import load_init
 
 
@@ -34,54 +37,24 @@ class MaskedAutoencoding(Task):
     """Predict the masked patches of each image from the visible ones (MAE, section 3).
 
     Args:
+        recipe: says what is shown, masked and reconstructed.
         model: the masked autoencoder.
-        view: the training view.
-        normalise: uint8 images to float32.
-        masker: says which patches are visible and which are predicted.
-        objective: the reconstruction target and its loss.
-        config: what the model was built from.
-        image_size: (H, W) at full resolution.
-        in_chans: C.
+        device: of the images.
     """
 
     model: MaskedAutoencoder
 
-    def __init__(
-        self,
-        model: MaskedAutoencoder,
-        view: TrainView,
-        normalise: Normalise,
-        masker: Masker,
-        objective: Objective,
-        *,
-        config: ModelConfig,
-        image_size: tuple[int, int],
-        in_chans: int,
-    ) -> None:
+    def __init__(self, recipe: Recipe, model: MaskedAutoencoder, device: torch.device) -> None:
         self.model = self.net = model
-        self.view = view
-        self.normalise = normalise
-        self.masker = masker
-        self.objective = objective
-        self.config = config
-        self.image_size = image_size
-        self.in_chans = in_chans
-        self.kernels = f"attention {config.attention}" + (", compiled" if config.compiled else "")
-        self.probe: Probe | None = None
-
-    @classmethod
-    def of(cls, recipe: Recipe, model: MaskedAutoencoder, device: torch.device) -> MaskedAutoencoding:
-        """The task of a recipe, without its probe."""
-        return cls(
-            model,
-            recipe.crop_view(),
-            recipe.normaliser(device),
-            recipe.build_masker(),
-            recipe.build_objective(),
-            config=recipe.model,
-            image_size=recipe.size,
-            in_chans=recipe.in_chans,
-        )
+        self.view = recipe.crop_view()
+        self.normalise = recipe.normaliser(device)
+        self.masker = recipe.build_masker()
+        self.objective = recipe.build_objective()
+        self.config = recipe.model
+        self.image_size = recipe.size
+        self.in_chans = recipe.in_chans
+        compiled = ", compiled" if recipe.model.compiled else ""
+        self.kernels = f"attention {recipe.model.attention}{compiled}"
 
     def inputs(self, batch: Batch, stage: Shown) -> Inputs:
         """`images`, `ids_keep` int64 (B, K) and `ids_predict` int64 (B, M)."""
@@ -114,25 +87,6 @@ class MaskedAutoencoding(Task):
     def load_init(self, init: str, say: Callable[[str], None]) -> None:
         """See `etpp_ssl.weights.loading.load_init`."""
         load_init(self.model, init, say)
-
-    def attach_probe(self, probe: Probe | None, every_steps: int | None) -> None:
-        """Let `evaluate` run a probe.
-
-        Args:
-            probe: from `build_probe`, or None.
-            every_steps: optimizer steps between two of its runs; None runs it after the last step only.
-        """
-        self.probe = probe
-        self.evaluation = None if probe is None else "probe"
-        self.evaluate_every = every_steps
-        # Probes with labels keep training and evaluation images together.
-        self.evaluation_images = getattr(getattr(probe, "images", probe), "evaluation", None)
-
-    def evaluate(self, model: nn.Module) -> dict[str, float | None]:
-        """The probe's numbers."""
-        assert self.probe is not None
-        assert isinstance(model, MaskedAutoencoder)
-        return {**self.probe.run(model)}
 
     def describe(self) -> str:
         """See `Task.describe`."""
@@ -225,3 +179,77 @@ def build_probe(
             **long,
         )
     )
+
+
+def decoder_flops(
+    config: AnyDecoder,
+    model: MaskedAutoencoder,
+    grid: tuple[int, int],
+    counts: MaskCounts,
+    num_values: int,
+) -> int:
+    """Operations of a decoder behind a model's encoder, forward and backward, for one image.
+
+    Args:
+        config: the decoder, which need not be the model's own.
+        model: the encoder's size is read from it; nothing is computed.
+        grid: (h, w) patches.
+        counts: patches of the image.
+        num_values: numbers to predict per patch.
+    """
+    encoder = model.encoder
+    prefix, width = encoder.num_prefix_tokens, encoder.embed_dim
+    with ShapesOnly():
+        decoder = config.build(
+            encoder_dim=width,
+            encoder_depth=len(encoder.blocks),
+            num_prefix=prefix,
+            base_grid=tuple(encoder.patch_embed.grid_size),
+            num_values=num_values,
+        )
+        outputs = [
+            torch.zeros(1, prefix + counts.num_keep, width, requires_grad=True)
+            for _ in range(len(encoder.blocks) + 1 if config.reads_blocks else 1)
+        ]
+        ids_keep = torch.zeros(1, counts.num_keep, dtype=torch.int64)
+        ids_predict = torch.zeros(1, counts.num_predict, dtype=torch.int64)
+
+    def loss() -> Tensor:
+        tokens = outputs if config.reads_blocks else outputs[0]
+        values: Tensor = decoder(tokens, ids_keep, ids_predict, grid)
+        return values.sum()
+
+    return count_cost(loss, decoder).flops
+
+
+def other_decoders(config: AnyDecoder) -> list[AnyDecoder]:
+    """The decoders of other names, at the width, depth and heads of `config`."""
+    shape = {"embed_dim": config.embed_dim, "depth": config.depth, "num_heads": config.num_heads}
+    kinds = members_at(ModelConfig, ["decoder"])
+    return [kind.model_validate(shape) for kind in kinds if name_of(kind) != config.name]  # type: ignore[misc]
+
+
+def attention_notes(
+    model: MaskedAutoencoder, counts: Iterable[MaskCounts], attention: AttentionName, dtype: torch.dtype
+) -> list[str]:
+    """One sentence per attention kernel in use: the numbers of tokens it serves, and the reason.
+
+    Args:
+        model: on its device.
+        counts: patches of the images of each stage.
+        attention: the recipe's choice.
+        dtype: that the model computes in.
+    """
+    device, lengths = next(model.parameters()).device, set()
+    for patches in counts:
+        encoded = model.encoder.num_prefix_tokens + patches.num_keep
+        crossed = isinstance(model.decoder, CrossDecoder)
+        lengths |= {encoded, max(encoded, patches.num_predict) if crossed else encoded + patches.num_predict}
+    served: dict[tuple[bool, str], list[str]] = {}
+    for length in sorted(lengths):
+        choice = choose_kernel(attention, device.type, dtype, length)
+        served.setdefault((choice.fused, choice.reason), []).append(str(length))
+    return [
+        f"attention over {', '.join(tokens)} tokens: {'fused' if fused else 'unfused'} ({reason})"
+        for (fused, reason), tokens in served.items()
+    ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,8 +126,9 @@ class MetricsFile:
 class Meter:
     """Loss and speed since the last row, without waiting for the device in between."""
 
-    def __init__(self, accelerator: Accelerator, state: TrainState) -> None:
+    def __init__(self, accelerator: Accelerator, state: TrainState, clock: Callable[[], float]) -> None:
         self.accelerator = accelerator
+        self.clock = clock
         self.state = state
         # Over all processes, step after step, in the order that a resumed run keeps.
         self._sums = {
@@ -136,7 +137,7 @@ class Meter:
         }
         self._num_summed = torch.tensor(float(state.loss_steps), device=accelerator.device)
         self._step: dict[str, Tensor] = {}
-        self._since = self._noted = time.perf_counter()
+        self._since = self._noted = self.clock()
         self._images = 0
         self._wait = 0.0
 
@@ -186,7 +187,7 @@ class Meter:
         self.state.loss_steps = int(num_summed)
         self.state.loss_sum = sums.pop("loss")
         self.state.part_sums = sums
-        now = time.perf_counter()
+        now = self.clock()
         self.state.elapsed += now - self._noted
         self._noted = now
 
@@ -199,7 +200,7 @@ class Meter:
         self.synchronise()
         state = self.state
         sums = {"loss": state.loss_sum, **state.part_sums}
-        seconds = time.perf_counter() - self._since
+        seconds = self.clock() - self._since
         values = {
             **{name: value / state.loss_steps for name, value in sums.items() if state.loss_steps},
             "images_per_second": self._images / seconds,
@@ -211,7 +212,7 @@ class Meter:
         state.loss_sum, state.part_sums, state.loss_steps = 0.0, dict.fromkeys(state.part_sums, 0.0), 0
         for total in (*self._sums.values(), self._num_summed):
             total.zero_()
-        self._since, self._images, self._wait = time.perf_counter(), 0, 0.0
+        self._since, self._images, self._wait = self.clock(), 0, 0.0
         return values
 
 
@@ -338,7 +339,7 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
-def shown_numbers(numbers: dict[str, float | None]) -> str:
+def shown_numbers(numbers: Mapping[str, float | None]) -> str:
     """Named numbers in one line, without those that are None."""
     return ", ".join(
         f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}"

@@ -43,7 +43,7 @@ def train(run: Run, stop_request: StopRequest) -> int:
         RunFault: for a disk, a data worker or another process that failed.
     """
     task, state, accelerator, optimizer = run.task, run.state, run.accelerator, run.optimizer
-    meter = Meter(accelerator, state)
+    meter = Meter(accelerator, state, run.clock)
     batches = _open_batches(run)
     check = NonFiniteCheck(run, meter, batches)
     bad_images = BadImages(state, len(run.source), run.recipe.data.max_bad_share, run.progress)

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import get_total_norm
 
 from etpp_ssl.config import RunFault
 from etpp_ssl.files import disk_fault
-from etpp_ssl.run_state import TrainState
 from etpp_ssl.train.batches import TrainingBatches
-from etpp_ssl.train.checkpoint import load_checkpoint
 from etpp_ssl.train.dump import write_dump
 from etpp_ssl.train.log import Meter
 from etpp_ssl.train.run import Run
 
 MOST_SKIPS_IN_A_ROW = 10
 """More steps than this without a finite one: the weights themselves are lost."""
+
+on_gradients: list[Callable[[Run, Tensor, Tensor], None]] = []
+"""Called, in order, before every optimizer step of every run in this process, with this process's part of the
+step's loss and the norm of the gradients, both float32 (). What one raises ends the run."""
 
 
 class NonFinite(RunFault):
@@ -52,27 +54,18 @@ class NonFiniteCheck:
         run: the run.
         meter: has the step's losses.
         batches: has the step's batches, for a dump.
-        late: whether to read the verdict one step later; None decides by device and optimizer.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        meter: Meter,
-        batches: TrainingBatches,
-        *,
-        late: bool | None = None,
-    ) -> None:
+    def __init__(self, run: Run, meter: Meter, batches: TrainingBatches) -> None:
         self.run = run
         self.meter = meter
         self.batches = batches
-        self.clip_grad = run.recipe.optim.clip_grad
         self.scaled = run.accelerator.scaler is not None
         # accelerate wraps the optimizer whose kernel reads `found_inf`.
         self._optimizer: Any = getattr(run.optimizer, "optimizer", run.optimizer)
         fused = isinstance(self._optimizer, torch.optim.AdamW) and bool(self._optimizer.defaults.get("fused"))
         on_device = run.accelerator.device.type == "cuda" and fused and not self.scaled
-        self.late = on_device if late is None else late
+        self.late = on_device if run.late_verdicts is None else run.late_verdicts
         # A forward pass changes them, whatever the optimizer does then.
         self._statistics = [
             (buffer, buffer.clone())
@@ -126,15 +119,11 @@ class NonFiniteCheck:
 
     def _finite(self) -> Tensor:
         """bool (), whether this process finds loss and gradients finite, once the latter are clipped."""
-        run = self.run
-        finite = self.meter.step_loss().isfinite()
-        if self.clip_grad is not None:
-            norm = run.accelerator.clip_grad_norm_(run.model.parameters(), self.clip_grad)
-        else:
-            norm = get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
-        if not self.scaled:
-            finite = finite & _whole(norm).isfinite()
-        return finite
+        loss, norm = self.meter.step_loss(), self.run.gradient_norm()
+        for hook in on_gradients:
+            hook(self.run, loss, norm)
+        finite = loss.isfinite()
+        return finite if self.scaled else finite & norm.isfinite()
 
     def _act(self, step: int, bad: bool) -> None:
         if not bad:
@@ -187,12 +176,8 @@ def rewind(run: Run, fault: NonFinite) -> None:
     accelerator, config = run.accelerator, run.recipe.nonfinite
     accelerator.wait_for_everyone()
     checkpoint = run.folder.trained(run.progress.say)
-    saved = load_checkpoint(checkpoint, run.bare_model, run.optimizer)
-    if run.average is not None:
-        run.average.load_state_dict(checkpoint.average() or {}, f"moving average of {checkpoint.path}")
-    run.restore(saved)
+    state = run.load(checkpoint)
     run.optimizer.zero_grad()
-    state = TrainState.from_json(saved["state"])
     state.num_rewinds = run.state.num_rewinds + 1
     state.lr_factor = run.state.lr_factor * config.lr_factor
     run.state = state
@@ -212,8 +197,3 @@ def rewind(run: Run, fault: NonFinite) -> None:
         f"{fault}; back to step {state.step} with {state.lr_factor:g} of the learning rate "
         f"(rewind {state.num_rewinds} of {config.max_rewinds})"
     )
-
-
-def _whole(norm: Tensor) -> Tensor:
-    """A norm over all shards, where parameters are sharded."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

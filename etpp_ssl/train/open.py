@@ -22,11 +22,10 @@ from etpp_ssl.dist.sharding import check_sharded, prepare, sharding_in_use
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.tasks.base import Task
+from etpp_ssl.tasks.base import Evaluation, Task
 from etpp_ssl.tasks.classify import Classification, open_evaluation
 from etpp_ssl.tasks.mae import MaskedAutoencoding, build_probe
 from etpp_ssl.train.batches import check_stream
-from etpp_ssl.train.checkpoint import load_checkpoint
 from etpp_ssl.train.ema import WeightAverage
 from etpp_ssl.train.log import MetricsFile, Progress
 from etpp_ssl.train.memory import check_host_memory, check_replay, replay_notes
@@ -55,7 +54,8 @@ def open_run(recipe: Recipe | FinetuneRecipe, fork: Path | None = None) -> Run:
     progress = Progress(curriculum, visible=accelerator.is_main_process)
     recipe.check_curriculum(curriculum)
     task, classes = _open_task(recipe, source, accelerator)
-    progress.evaluation = task.evaluation
+    if task.evaluation is not None:
+        progress.evaluation = task.evaluation.name
     folder = RunFolder(recipe.output)
     start, state = starting_point(recipe, folder, source, curriculum, fork, progress.say)
     if recipe.init is not None and start is None:
@@ -115,10 +115,7 @@ def open_run(recipe: Recipe | FinetuneRecipe, fork: Path | None = None) -> Run:
         classes=classes,
     )
     if start is not None:
-        saved = load_checkpoint(start, task.model, optimizer)
-        if run.average is not None:
-            run.average.load_state_dict(start.average() or {}, f"moving average of {start.path}")
-        run.restore(saved)
+        run.load(start)
     return run
 
 
@@ -138,8 +135,8 @@ def bare_task(
     """
     if isinstance(recipe, FinetuneRecipe):
         assert num_classes is not None
-        return Classification.of(recipe, build(partial(recipe.build_model, num_classes)), device, num_classes)
-    return MaskedAutoencoding.of(recipe, build(recipe.build_model), device)
+        return Classification(recipe, build(partial(recipe.build_model, num_classes)), device, num_classes)
+    return MaskedAutoencoding(recipe, build(recipe.build_model), device)
 
 
 def _open_task(
@@ -165,11 +162,23 @@ def _open_task(
     if isinstance(recipe, Recipe):
         assert isinstance(task, MaskedAutoencoding)
         probe = build_probe(recipe, accelerator, task.normalise, task.objective)
-        task.attach_probe(probe, getattr(recipe.probe, "every_steps", None))
+        if probe is not None:
+            # Probes with labels keep training and evaluation images together.
+            measured = getattr(getattr(probe, "images", probe), "evaluation", None)
+            how, every = f"probe {recipe.probe.name}", getattr(recipe.probe, "every_steps", None)
+            task.evaluation = Evaluation("probe", how, probe.run, measured, every)
         return task, None
     assert isinstance(task, Classification)
     images = open_evaluation(recipe, accelerator, task.normalise, source.classes, task.num_classes)
-    task.attach_evaluation(images, recipe.evaluate.every_steps)
+    if images is not None:
+        numbers = images.run
+        task.evaluation = Evaluation(
+            "evaluation",
+            "accuracy",
+            lambda model: numbers(model).numbers(),
+            images.source,
+            recipe.evaluate.every_steps,
+        )
     # A stream may not tell class names; its evaluation images may.
     named = source.classes or (images.source.classes if images is not None else None)
     return task, named or [str(number) for number in range(task.num_classes)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich import box
@@ -19,7 +19,7 @@ from etpp_ssl.data.sampler import micro_batch_of
 from etpp_ssl.randomness import ShapesOnly
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.tasks.base import Inputs, Task
+from etpp_ssl.tasks.base import Shown, Task
 from etpp_ssl.train.memory import replay_bytes, replay_notes
 from etpp_ssl.train.open import bare_task
 from etpp_ssl.train.summary import short_run_warnings
@@ -77,14 +77,6 @@ class Plan:
     warnings: list[str]
 
 
-@dataclass(frozen=True)
-class _At:
-    """A moment of a run; see `Shown`."""
-
-    bandwidth: tuple[int, int]
-    progress: float
-
-
 def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -> Plan:
     """Compute the plan of a recipe.
 
@@ -116,17 +108,16 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
     task = bare_task(recipe, torch.device("cpu"), num_classes, _on_meta)
     known: dict[tuple[torch.Size, ...], Cost] = {}
 
-    def cost(shown: _At) -> Cost:
-        inputs = task.blank_inputs(shown)
-        key = tuple(tensor.shape for tensor in inputs.values())
+    def cost(shown: Stage) -> Cost:
+        key = tuple(tensor.shape for tensor in task.blank_inputs(shown).values())
         if key not in known:
-            known[key] = _counted(task, inputs)
+            known[key] = cost_of(task, shown)
         return known[key]
 
     try:
-        at_full = cost(_At(recipe.size, 0.5))
+        at_full = cost(replace(curriculum.stages[-1], bandwidth=recipe.size, progress=0.5))
         means = [
-            _At(stage.bandwidth, sum(span) / 2)
+            replace(stage, progress=sum(span) / 2)
             for stage, span in zip(curriculum.stages, curriculum.spans, strict=True)
         ]
         mean_costs = [cost(mean) for mean in means]
@@ -143,7 +134,7 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
     view = recipe.crop_view()
     stages = []
     for index, stage in enumerate(curriculum.stages):
-        at_ends = [cost(_At(stage.bandwidth, progress)) for progress in curriculum.spans[index]]
+        at_ends = [cost(replace(stage, progress=progress)) for progress in curriculum.spans[index]]
         saved_values = max(one.saved_values for one in (mean_costs[index], *at_ends))
         micro_batch = micro_batch_of(stage.batch_size, recipe.micro_batch_size, recipe.batch_size)
         stages.append(
@@ -189,18 +180,9 @@ def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         return build().train()
 
 
-def cost_at(task: Task, bandwidth: tuple[int, int], progress: float) -> Cost:
-    """Counted cost of one image, forward and backward, losses included.
-
-    Args:
-        task: with its model on the meta device.
-        bandwidth: (height, width) in pixels.
-        progress: share of the run's compute that is spent, which a mask ratio may follow.
-    """
-    return _counted(task, task.blank_inputs(_At(bandwidth, progress)))
-
-
-def _counted(task: Task, inputs: Inputs) -> Cost:
+def cost_of(task: Task, shown: Shown) -> Cost:
+    """Counted cost of one image, forward and backward, losses included; the model is on the meta device."""
+    inputs = task.blank_inputs(shown)
     return count_cost(lambda: task.losses(task.forward(task.model, inputs), inputs)["loss"], task.model)
 
 

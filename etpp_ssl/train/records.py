@@ -66,20 +66,23 @@ def log_row(run: Run, stage: Stage, meter: Meter, lr: float, *, written: bool = 
 
 def evaluation_due(run: Run) -> bool:
     """At the run's end, and every so many steps where the recipe says so."""
-    if run.task.evaluation is None:
+    evaluation = run.task.evaluation
+    if evaluation is None:
         return False
-    every = run.task.evaluate_every
+    every = evaluation.every_steps
     return run.finished or (every is not None and run.state.step % every == 0)
 
 
 def evaluate_and_record(run: Run) -> float:
     """Write a row of the task's evaluation; returns the seconds it took."""
+    evaluation = run.task.evaluation
+    assert evaluation is not None
     start = time.perf_counter()
     with run.progress.evaluating(run.state.step):
-        numbers = run.task.evaluate(run.trained_model())
+        numbers = evaluation.run(run.trained_model())
     seconds = time.perf_counter() - start
     run.newest |= numbers
-    run.metrics.write({"step": run.state.step, **numbers, f"{run.task.evaluation}_seconds": seconds})
+    run.metrics.write({"step": run.state.step, **numbers, f"{evaluation.name}_seconds": seconds})
     run.progress.say(f"step {run.state.step}: {shown_numbers(numbers)} ({seconds:.0f} s)")
     return seconds
 

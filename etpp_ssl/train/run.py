@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from etpp_ssl.curriculum.base import Curriculum, Stage
 from etpp_ssl.data.loader import Batch
@@ -21,10 +23,11 @@ from etpp_ssl.data.training import TrainingImages
 from etpp_ssl.dist.peers import Agreement, agree_on_start
 from etpp_ssl.dist.sharding import Copies
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
-from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.run_state import TrainState, environment, environment_changes
 from etpp_ssl.tasks.base import Task
 from etpp_ssl.train.batches import TrainingBatches, follow_stream, place_in_stream
+from etpp_ssl.train.checkpoint import load_checkpoint
 from etpp_ssl.train.ema import WeightAverage
 from etpp_ssl.train.log import MetricsFile, Progress
 from etpp_ssl.train.start import FolderLock
@@ -56,6 +59,10 @@ class Run:
     data_fingerprint: str
     classes: list[str] | None
     """Class names in the order of a classifier's outputs."""
+    clock: Callable[[], float] = field(default=time.perf_counter, init=False)
+    """Seconds since some moment: what speed and a budget in hours are measured by."""
+    late_verdicts: bool | None = field(default=None, init=False)
+    """Whether the host learns one step later that a step was not finite; None: as the device is best used."""
     batches: TrainingBatches | None = field(default=None, init=False)
     """Those opened last."""
     newest: dict[str, float | None] = field(default_factory=dict, init=False)
@@ -157,6 +164,16 @@ class Run:
         context: AbstractContextManager[None] = self.accelerator.no_sync(self.model)
         return context
 
+    def gradient_norm(self) -> Tensor:
+        """Clip a step's gradients, where the recipe says so; their norm before that, over all shards, ()."""
+        parameters = list(self.model.parameters())
+        if self.recipe.optim.clip_grad is not None:
+            norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.optim.clip_grad)
+        else:
+            norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return whole
+
     def check_agreement(self) -> None:
         """See that all processes have opened the same run; every process must call it.
 
@@ -174,14 +191,20 @@ class Run:
             is_stream=self.source.is_stream,
         )
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Bring back what a checkpoint holds beside tensors and progress; say what may change the last bits.
+    def load(self, checkpoint: Checkpoint) -> TrainState:
+        """Bring back a checkpoint but for its progress, which is returned; a collective where it is sharded.
 
-        Args:
-            saved: the content of its `state.json`.
+        Says what may change the last bits.
+
+        Raises:
+            UserError: if it belongs to another model.
         """
+        saved = load_checkpoint(checkpoint, self.bare_model, self.optimizer)
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint.average() or {}, f"moving average of {checkpoint.path}")
         if self.accelerator.scaler is not None and saved.get("scaler"):
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         changes = environment_changes(saved["environment"], self.environment)
         if changes:
             self.progress.say(f"warning: the last bits may differ from the run so far: {', '.join(changes)}")
+        return TrainState.from_json(saved["state"])

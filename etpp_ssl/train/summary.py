@@ -66,14 +66,13 @@ def tell_start(run: Run) -> None:
 
 def _evaluation(run: Run) -> str:
     """On which images, how, and when the run is evaluated."""
-    task, recipe = run.task, run.recipe
-    if task.evaluation is None:
+    evaluation = run.task.evaluation
+    if evaluation is None:
         return "none"
-    images = task.evaluation_images
-    on = "" if images is None else f"{_shown_images(images, recipe.data.name)}; "
-    how = f"probe {recipe.probe.name}" if isinstance(recipe, Recipe) else "accuracy"
-    every = f"every {counted(task.evaluate_every, 'step')} and " if task.evaluate_every else ""
-    return f"{on}{how} {every}after the last step"
+    images = evaluation.images
+    on = "" if images is None else f"{_shown_images(images, run.recipe.data.name)}; "
+    every = f"every {counted(evaluation.every_steps, 'step')} and " if evaluation.every_steps else ""
+    return f"{on}{evaluation.how} {every}after the last step"
 
 
 def tell_end(run: Run) -> None:

@@ -7,7 +7,6 @@ plan. A plan is recorded with every checkpoint: between two plans a run is a fun
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import torch
@@ -41,9 +40,9 @@ def decide_steps(run: Run) -> None:
     if hours is None or run.state.plan is not None:
         return
     run.progress.say(f"measuring the stages' speed, to fill {_shown(3600 * hours)}")
-    start = time.perf_counter()
+    start = run.clock()
     pace, evaluation_seconds = _measure(run)
-    elapsed = _agreed(run, time.perf_counter() - start)
+    elapsed = _agreed(run, run.clock() - start)
     need = elapsed + evaluation_seconds + shortest_seconds(run.curriculum, pace)
     if 3600 * hours < need:
         raise UserError(
@@ -110,7 +109,7 @@ def _measure(run: Run) -> tuple[list[float], float]:
         group.update(before)
     if scaler is not None:
         scaler.load_state_dict(scale)
-    every = run.task.evaluate_every
+    every = run.task.evaluation and run.task.evaluation.every_steps
     return [seconds + (evaluation_seconds / every if every else 0.0) for seconds in pace], evaluation_seconds
 
 
@@ -144,8 +143,7 @@ def train_step(run: Run, stage: Stage, batches: TrainingBatches, lr: float) -> N
             forward_backward(
                 run.task, run.model, batch, stage, accelerator.backward, accelerator.num_processes
             )
-    if run.recipe.optim.clip_grad is not None:
-        accelerator.clip_grad_norm_(run.model.parameters(), run.recipe.optim.clip_grad)
+    run.gradient_norm()
     run.optimizer.step()
     run.optimizer.zero_grad()
 
@@ -154,14 +152,14 @@ def _evaluation_seconds(run: Run) -> float:
     if run.task.evaluation is None:
         return 0.0
     start = _now(run)
-    run.task.evaluate(run.trained_model())
+    run.task.evaluation.run(run.trained_model())
     return _agreed(run, _now(run) - start)
 
 
 def _now(run: Run) -> float:
     if run.accelerator.device.type != "cpu":
         torch.accelerator.synchronize()
-    return time.perf_counter()
+    return run.clock()
 
 
 def _agreed(run: Run, number: float) -> float:

@@ -23,7 +23,7 @@ from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.masking import MaskCounts, random_masking, removed_ids
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.tasks.mae_plan import decoder_flops, other_decoders
+from etpp_ssl.tasks.mae import decoder_flops, other_decoders
 from etpp_ssl.train.launch import pretrain
 
 PATCH = (4, 3)

@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from etpp_ssl.train import nonfinite
 from etpp_ssl.train.dump import write_dump
 from etpp_ssl.train.loop import on_step_end
-from etpp_ssl.train.nonfinite import NonFiniteCheck
+from etpp_ssl.train.nonfinite import on_gradients
 from etpp_ssl.train.run import Run
 
 Act = Callable[[Any], None]
@@ -40,21 +38,13 @@ def watched(*, dumps_at: Sequence[int] = (), before: dict[int, Act] | None = Non
         before: what to do with the model before a step.
     """
     seen = Seen()
-    real_finite, real_whole = NonFiniteCheck._finite, nonfinite._whole
-    judged = -1
 
-    def finite(self: NonFiniteCheck) -> Tensor:
-        nonlocal judged
-        judged = self.run.state.step
-        seen.losses[judged] = float(self.meter.step_loss())
-        passed = real_finite(self)
-        if judged in dumps_at:
-            seen.dumps[judged] = write_dump(self.run, judged, self.batches.kept[judged])
-        return passed
-
-    def whole(norm: Tensor) -> Tensor:
-        seen.norms[judged] = float(norm)
-        return real_whole(norm)
+    def judge(run: Run, loss: Tensor, norm: Tensor) -> None:
+        step = run.state.step
+        seen.losses[step], seen.norms[step] = float(loss), float(norm)
+        if step in dumps_at:
+            assert run.batches is not None
+            seen.dumps[step] = write_dump(run, step, run.batches.kept[step])
 
     def act(run: Run) -> None:
         if dumps_at and run.state.step > max(dumps_at):
@@ -63,14 +53,13 @@ def watched(*, dumps_at: Sequence[int] = (), before: dict[int, Act] | None = Non
             with torch.no_grad():
                 before[run.state.step](run.bare_model)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NonFiniteCheck, "_finite", finite)
-        patch.setattr(nonfinite, "_whole", whole)
-        on_step_end.append(act)
-        try:
-            yield seen
-        finally:
-            on_step_end.remove(act)
+    on_gradients.append(judge)
+    on_step_end.append(act)
+    try:
+        yield seen
+    finally:
+        on_gradients.remove(judge)
+        on_step_end.remove(act)
 
 
 def paint_images(folder: Path, *, bright: int, size: tuple[int, int] = (16, 24), count: int = 64) -> None:

@@ -30,28 +30,20 @@ checkpoint: {every_minutes: null}
 WATCHED = """
 from pathlib import Path
 from etpp_ssl.train import dump
-from etpp_ssl.train import nonfinite
-from etpp_ssl.train.nonfinite import NonFiniteCheck
+from etpp_ssl.train.nonfinite import on_gradients
 
 policy, file = {policy!r}, Path({folder!r}, f"{policy}-{{rank}}.txt")
-verdict, whole = NonFiniteCheck._finite, nonfinite._whole
 
-def note(kind, value):
+def note(run, loss, norm):
     with file.open("a") as notes:
-        notes.write(f"{{kind}} {{float(value)}}\\n")
-    return value
-
-def noted_finite(self):
-    note("loss", self.meter.step_loss())
-    finite = verdict(self)
-    if policy == "stop" and self.run.state.step == 0:
-        dump.write_dump(self.run, 0, self.batches.kept[0])
-    return finite
+        notes.write(f"loss {{float(loss)}}\\nnorm {{float(norm)}}\\n")
+    if policy == "stop" and run.state.step == 0:
+        dump.write_dump(run, 0, run.batches.kept[0])
 
 def full(*arguments):
     raise OSError(28, "No space left on device")
 
-NonFiniteCheck._finite, nonfinite._whole = noted_finite, lambda norm: whole(note("norm", norm))
+on_gradients.append(note)
 if policy == "skip" and rank == 1:
     dump.save_file = full
 """

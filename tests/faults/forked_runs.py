@@ -13,16 +13,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import moments
 from moments import MOMENTS, Moment, disarm
+
+if TYPE_CHECKING:
+    from etpp_ssl.train.run import Run
 
 SECONDS = 120
 """After which a run that hangs is ended."""
@@ -68,7 +69,7 @@ class ForkedRuns:
             recipe: its file; the process's output goes beside it.
             overrides: as on the command line.
             moment: when to kill it.
-            clock: let time pass with each crop, as long as its bandwidth is large, instead of by itself.
+            clock: let time pass with each training step, more at a larger bandwidth, instead of by itself.
         """
         named = None if moment is None else [type(moment).__name__, asdict(moment)]
         return self._ordered(recipe=str(recipe), overrides=overrides, moment=named, clock=clock)[0]
@@ -165,11 +166,10 @@ def _meet(file: Path, rank: int, count: int) -> None:
 
 
 def _run(order: dict[str, Any]) -> None:
-    from etpp_ssl.recipe import Recipe, load_any
-    from etpp_ssl.train.launch import finetune, pretrain
+    from etpp_ssl.recipe import load_any
+    from etpp_ssl.train.launch import launch
+    from etpp_ssl.train.open import open_run
 
-    if order.get("clock"):
-        _turn_the_clock()
     if order.get("refused"):
         _fill_the_disk(order["refused"])
     recipe = load_any(order["recipe"], order["overrides"])
@@ -178,34 +178,24 @@ def _run(order: dict[str, Any]) -> None:
     if order.get("moment") is not None:
         kind, values = order["moment"]
         MOMENTS[kind](**values).arm()
-    if isinstance(recipe, Recipe):
-        pretrain(recipe)
-    else:
-        finetune(recipe)
+    run = open_run(recipe)
+    if order.get("clock"):
+        _turn_the_clock(run)
+    launch(run)
     disarm()
 
 
-def _turn_the_clock() -> None:
+def _turn_the_clock(run: Run) -> None:
     """Measured speeds, and the plans made of them, are the same for every process then."""
-    from torch import Tensor
-
-    import etpp_ssl.train.log as metrics
-    import etpp_ssl.train.time_budget as budget
-    from etpp_ssl.tasks import mae
-
     now = 0.0
 
-    def slow(crop: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def slow_crop(images: Tensor, bandwidth: tuple[int, int]) -> Tensor:
-            nonlocal now
-            now += bandwidth[0] / 8
-            return crop(images, bandwidth)
+    def tick(model: Any, arguments: tuple[Any, ...]) -> None:
+        nonlocal now
+        if model.training:
+            now += arguments[0].shape[-2] / 8
 
-        return slow_crop
-
-    for module in (budget, metrics):
-        module.time = SimpleNamespace(perf_counter=lambda: now, monotonic=time.monotonic)
-    mae.low_frequency_crop = slow(mae.low_frequency_crop)
+    run.clock = lambda: now
+    run.bare_model.register_forward_pre_hook(tick)
 
 
 def _fill_the_disk(refused: Sequence[int]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,40 +15,34 @@ from torch import Tensor
 
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.train.launch import finetune, pretrain
+from etpp_ssl.train.launch import finetune, launch, pretrain
 from etpp_ssl.train.loop import on_step_end
-from etpp_ssl.train.nonfinite import NonFinite, NonFiniteCheck
+from etpp_ssl.train.nonfinite import NonFinite
+from etpp_ssl.train.open import open_run
 from etpp_ssl.train.run import Run
 
-Poison = Callable[..., AbstractContextManager[None]]
+Start = Callable[[Recipe | FinetuneRecipe], Run]
 
 
-@contextmanager
-def read_late() -> Iterator[None]:
-    """The host learns of a bad step one step later: a GPU's way, which the CPU's kernel can go too."""
-    real = NonFiniteCheck.__init__
-
-    def late(self: NonFiniteCheck, *args: Any, **others: Any) -> None:
-        real(self, *args, **others, late=True)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NonFiniteCheck, "__init__", late)
-        yield
+def start(recipe: Recipe | FinetuneRecipe, *, late: bool) -> Run:
+    """Train; `late` lets the host learn of a bad step one step later: a GPU's way, which a CPU can go too."""
+    run = open_run(recipe)
+    run.late_verdicts = late
+    launch(run)
+    return run
 
 
-@pytest.fixture(params=["at once", "late"])
-def verdict(request: pytest.FixtureRequest) -> Iterator[str]:
-    """How the host learns of a bad step."""
-    with read_late() if request.param == "late" else nullcontext():
-        yield str(request.param)
+@pytest.fixture(params=[False, True], ids=["at once", "late"])
+def train(request: pytest.FixtureRequest) -> Callable[[Recipe | FinetuneRecipe], Run]:
+    """See `start`."""
+    return partial(start, late=request.param)
 
 
-@pytest.mark.usefixtures("verdict")
 def test_stop_ends_the_run_before_a_checkpoint_and_names_step_and_samples(
-    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+    train: Start, tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     with poisoned(4), pytest.raises(NonFinite) as fault:
-        pretrain(tiny_recipe("checkpoint.every_steps=3"))
+        train(tiny_recipe("checkpoint.every_steps=3"))
     assert fault.value.step == 4
     assert "of step 5 (samples 40 to 49) are not finite" in str(fault.value)
     assert fault.value.exit_code == 1
@@ -58,16 +52,16 @@ def test_stop_ends_the_run_before_a_checkpoint_and_names_step_and_samples(
     assert status["state"] == "failed"
     assert status["message"] == str(fault.value)
     # Met no more, it leaves no trace: the same command goes on.
-    pretrain(tiny_recipe())
+    train(tiny_recipe())
     assert json.loads(folder.status_file.read_text())["state"] == "finished"
 
 
 def test_the_last_step_is_judged_too(
-    tiny_recipe: Callable[..., Recipe], tmp_path: Path, verdict: str
+    train: Start, tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     last = tiny_recipe().build_curriculum(64).num_steps - 1
     with poisoned(last), pytest.raises(NonFinite, match=f"of step {last + 1} "):
-        pretrain(tiny_recipe())
+        train(tiny_recipe())
     assert RunFolder(tmp_path / "run").checkpoints() == []
 
 
@@ -82,13 +76,12 @@ def test_a_skipped_step_leaves_weights_and_moments_alone_in_either_way(
 ) -> None:
     ends = []
     for late in (False, True):
-        with read_late() if late else nullcontext(), poisoned(2, 3, 9):
-            run = pretrain(
-                tiny_recipe(
-                    "nonfinite.policy=skip", f"optim.clip_grad={clip}", f"output={tmp_path / str(late)}",
-                    "checkpoint.every_steps=3", "micro_batch_size=4",
-                )
-            )  # fmt: skip
+        recipe = tiny_recipe(
+            "nonfinite.policy=skip", f"optim.clip_grad={clip}", f"output={tmp_path / str(late)}",
+            "checkpoint.every_steps=3", "micro_batch_size=4",
+        )  # fmt: skip
+        with poisoned(2, 3, 9):
+            run = start(recipe, late=late)
         assert run.state.num_skipped == 3
         rows = run.folder.metrics()
         assert [row["skipped_steps"] for row in rows if "loss" in row][-1] == 3
@@ -120,13 +113,12 @@ def test_lost_weights_end_a_run_that_skips(
         pretrain(tiny_recipe("nonfinite.policy=skip"))
 
 
-@pytest.mark.usefixtures("verdict")
 @pytest.mark.parametrize("every", [3, 1000])
 def test_a_rewind_goes_back_to_the_checkpoint_with_a_lower_learning_rate(
-    every: int, tiny_recipe: Callable[..., Recipe], capfd: pytest.CaptureFixture[str]
+    train: Start, every: int, tiny_recipe: Callable[..., Recipe], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with poisoned(7, times=2):
-        run = pretrain(
+        run = train(
             tiny_recipe("nonfinite.policy=rewind", f"checkpoint.every_steps={every}", "log_every_steps=1")
         )
     back = 6 if every == 3 else 0
@@ -189,12 +181,12 @@ def test_a_classifier_skips_and_rewinds_with_its_average(
     assert all(torch.equal(a[name], b[name]) for name in a), "a rewind brings back everything"
 
 
-@pytest.mark.usefixtures("verdict")
 def test_a_skipped_step_leaves_the_statistics_of_batch_norms_alone(
+    train: Start,
     tiny_classifier: Callable[..., FinetuneRecipe],
 ) -> None:
     with poisoned(1, 3):
-        run = finetune(
+        run = train(
             tiny_classifier(
                 "model={name: resnet10t}", "image_size=32", "budget_epochs=1", "curriculum=constant",
                 "nonfinite.policy=skip",
