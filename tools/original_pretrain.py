@@ -42,13 +42,13 @@ from etpp_ssl.recipe_file import changed_keys
 SAVE_SECONDS = 120
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Parse, check, train."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("clone", type=Path, help="a clone of facebookresearch/mae")
     parser.add_argument("recipe", help="recipe file")
     parser.add_argument("overrides", nargs="*", help="overrides of the recipe, as section.key=value")
-    options = parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args(arguments)
     if not is_clone(options.clone):
         parser.error(f"{options.clone} holds no models_mae.py")
     recipe = Recipe.load(options.recipe, options.overrides)
@@ -69,8 +69,13 @@ def main() -> None:
         sys.exit(interrupted.exit_code)
 
 
-def train(recipe: Recipe, clone: Path) -> None:
+def train(recipe: Recipe, clone: Path, save_seconds: float = SAVE_SECONDS) -> None:
     """Train to the end of the budget, from the state in the output folder if there is one.
+
+    Args:
+        recipe: the run.
+        clone: of the original.
+        save_seconds: between two states.
 
     Raises:
         UserError: if the output folder is of other settings, or there are no images for one batch.
@@ -121,7 +126,7 @@ def train(recipe: Recipe, clone: Path) -> None:
                 }
                 append_line(folder / "metrics.jsonl", json.dumps(row))
                 print(f"step {step}/{num_steps} loss {value:.4f} {row['seconds']:.0f} s", flush=True)
-            if request.signum or now - saved > SAVE_SECONDS:
+            if request.signum or now - saved > save_seconds:
                 _save(folder, model, optimizer, step, before + now - start)
                 saved = now
             if request.signum:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 import torch
 from original_mae import import_original, original_model
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from etpp_ssl.config import UserError
 from etpp_ssl.dist.signals import Interrupted
@@ -24,6 +28,8 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import Block
 
+before_step = []
+
 class MaskedAutoencoderViT(torch.nn.Module):
     def __init__(self, img_size, patch_size, in_chans, embed_dim, depth, num_heads, decoder_embed_dim,
                  decoder_depth, decoder_num_heads, mlp_ratio, norm_layer, norm_pix_loss):
@@ -33,6 +39,8 @@ class MaskedAutoencoderViT(torch.nn.Module):
         self.seen = []
 
     def forward(self, images, mask_ratio):
+        for act in before_step:
+            act(len(self.seen))
         self.seen.append(images.mean().item())
         tokens = images.flatten(1).mean(1)[:, None, None].expand(-1, 2, self.block.norm1.weight.shape[0])
         return self.block(tokens).square().mean(), None, None
@@ -68,16 +76,12 @@ def rows(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def test_it_takes_the_steps_of_our_budget_and_leaves_the_originals_layout(
-    clone: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+    clone: Path, recipe: Recipe
 ) -> None:
     rates: list[float] = []
-    step = torch.optim.AdamW.step
-
-    def noted(self: torch.optim.AdamW) -> None:
-        rates.append(self.param_groups[0]["lr"])
-        step(self)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    noted = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+    )
     original_pretrain.train(recipe, clone)
     num_steps = recipe.build_curriculum(13).num_steps
     schedule = recipe.optim.schedule(4)
@@ -87,6 +91,7 @@ def test_it_takes_the_steps_of_our_budget_and_leaves_the_originals_layout(
     weights = torch.load(Path(recipe.output) / "weights.pth", weights_only=True)
     assert weights["model"].keys() == original_model(recipe, recipe.size, clone).state_dict().keys()
     original_pretrain.train(recipe, clone)
+    noted.remove()
     assert len(rates) == num_steps
 
 
@@ -102,63 +107,55 @@ def test_an_epoch_shows_every_image_of_its_whole_batches_once_wherever_it_is_ent
         assert rest == whole[first:]
 
 
-def test_a_stopped_run_goes_on_from_its_step(
-    clone: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = import_original(clone).MaskedAutoencoderViT
-    forward = model.forward
+@contextmanager
+def before_step(clone: Path, act: Callable[[int], None]) -> Iterator[None]:
+    """The stand-in does something inside before each step; `act` is told how many steps are done."""
+    hooks = import_original(clone).before_step
+    hooks.append(act)
+    try:
+        yield
+    finally:
+        hooks.remove(act)
 
-    def stopping(self: Any, images: torch.Tensor, mask_ratio: float) -> Any:
-        if len(self.seen) == 2:
+
+def test_a_stopped_run_goes_on_from_its_step(clone: Path, recipe: Recipe) -> None:
+    def stop(done: int) -> None:
+        if done == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return forward(self, images, mask_ratio)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(model, "forward", stopping)
-    with pytest.raises(Interrupted, match="SIGTERM after step 3") as stopped:
+    with before_step(clone, stop), pytest.raises(Interrupted, match="SIGTERM after step 3") as stopped:
         original_pretrain.train(recipe, clone)
     assert stopped.value.exit_code == 75
     assert signal.getsignal(signal.SIGTERM) is before
     assert [row["step"] for row in rows(recipe)] == [1, 2, 3]
-    monkeypatch.setattr(model, "forward", forward)
     original_pretrain.train(recipe, clone)
     assert [row["step"] for row in rows(recipe)] == list(range(1, recipe.build_curriculum(13).num_steps + 1))
     assert [row["seconds"] for row in rows(recipe)] == sorted(row["seconds"] for row in rows(recipe))
 
 
-def test_a_killed_run_forgets_what_it_logged_after_its_state(
-    clone: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = import_original(clone).MaskedAutoencoderViT
-    forward = model.forward
+def test_a_killed_run_forgets_what_it_logged_after_its_state(clone: Path, recipe: Recipe) -> None:
+    state = Path(recipe.output) / "state.pt"
+    older = state.with_name("older.pt")
 
-    def dying(self: Any, images: torch.Tensor, mask_ratio: float) -> Any:
-        if len(self.seen) == 4:
+    def die(done: int) -> None:
+        # As if no state had been due since the first one.
+        if done == 1:
+            shutil.copy(state, older)
+        if done == 4:
+            older.rename(state)
             raise KeyboardInterrupt
-        return forward(self, images, mask_ratio)
 
-    saved: list[int] = []
-    save = original_pretrain._save
-
-    def once(folder: Path, model: Any, optimizer: Any, step: int, seconds: float) -> None:
-        if not saved:
-            save(folder, model, optimizer, step, seconds)
-        saved.append(step)
-
-    monkeypatch.setattr(original_pretrain, "SAVE_SECONDS", -1.0)
-    monkeypatch.setattr(original_pretrain, "_save", once)
-    monkeypatch.setattr(model, "forward", dying)
-    with pytest.raises(KeyboardInterrupt):
-        original_pretrain.train(recipe, clone)
+    with before_step(clone, die), pytest.raises(KeyboardInterrupt):
+        original_pretrain.train(recipe, clone, save_seconds=-1.0)
     assert [row["step"] for row in rows(recipe)] == [1, 2, 3, 4]
-    monkeypatch.setattr(model, "forward", forward)
+    assert torch.load(state, weights_only=True)["step"] == 1
     original_pretrain.train(recipe, clone)
-    assert saved[0] == 1
     assert [row["step"] for row in rows(recipe)] == list(range(1, recipe.build_curriculum(13).num_steps + 1))
 
 
 def test_what_the_original_cannot_do_is_refused(
-    clone: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    clone: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for overrides, reason in (
         ([], "curriculum=constant"),
@@ -167,9 +164,8 @@ def test_what_the_original_cannot_do_is_refused(
         (["curriculum=constant", "model.decoder=cross"], "model.decoder=mae"),
         (["curriculum=constant"], "data.name=folder"),
     ):
-        monkeypatch.setattr("sys.argv", ["tool", str(clone), "recipes/quickstart.yaml", *overrides])
         with pytest.raises(SystemExit):
-            original_pretrain.main()
+            original_pretrain.main([str(clone), "recipes/quickstart.yaml", *overrides])
         assert reason in capsys.readouterr().err
     with pytest.raises(ValueError, match="square"):
         original_model(recipe, (16, 24), clone)
