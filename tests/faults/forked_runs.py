@@ -6,7 +6,6 @@ from what is on disk, and its end is the kernel's doing. Run as a script, this f
 
 from __future__ import annotations
 
-import errno
 import gc
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import moments
+from disks import no_checkpoint_of
 from moments import MOMENTS, Moment, disarm
 
 if TYPE_CHECKING:
@@ -170,8 +170,6 @@ def _run(order: dict[str, Any]) -> None:
     from etpp_ssl.train.launch import launch
     from etpp_ssl.train.open import open_run
 
-    if order.get("refused"):
-        _fill_the_disk(order["refused"])
     recipe = load_any(order["recipe"], order["overrides"])
     # Data workers are forked from here, and are not what is killed.
     os.register_at_fork(after_in_child=disarm)
@@ -181,7 +179,8 @@ def _run(order: dict[str, Any]) -> None:
     run = open_run(recipe)
     if order.get("clock"):
         _turn_the_clock(run)
-    launch(run)
+    with no_checkpoint_of(*order.get("refused", ())):
+        launch(run)
     disarm()
 
 
@@ -196,19 +195,6 @@ def _turn_the_clock(run: Run) -> None:
 
     run.clock = lambda: now
     run.bare_model.register_forward_pre_hook(tick)
-
-
-def _fill_the_disk(refused: Sequence[int]) -> None:
-    import etpp_ssl.train.checkpoint as checkpoint
-
-    real = checkpoint.take_place
-
-    def take_place(aside: Path, folder: Path, old: Path) -> None:
-        if int(folder.name.removeprefix("step-")) in refused:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(aside, folder, old)
-
-    checkpoint.take_place = take_place
 
 
 if __name__ == "__main__":

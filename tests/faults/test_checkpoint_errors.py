@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
-from disks import SmallDisk, no_file_beyond
+from disks import SmallDisk, no_file_beyond, refused
+from safetensors.torch import save_file
 
-import etpp_ssl.train.checkpoint as checkpoint_module
 from etpp_ssl.config import RunFault
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.train.checkpoint import save_checkpoint
@@ -54,57 +55,40 @@ class Job:
         assert sorted(self.folder.checkpoint_folder.iterdir()) == folders
 
 
-def failing(
-    real: Callable[..., Any], number: int, when: Callable[..., bool], part: bytes | None = None
-) -> Callable[..., Any]:
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        if not when(*args):
-            return real(*args, **kwargs)
-        if part is not None:
-            Path(args[-1]).write_bytes(part)
-        raise OSError(number, os.strerror(number))
-
-    return fail
-
-
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize(
     "place", [*FILES, "mkdir", "fsync of a file", "fsync of the folder", "rename", "rename with one there"]
 )
-def test_an_error_at_any_place(
-    place: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_at_any_place(place: str, number: int, tmp_path: Path) -> None:
     job = Job(tmp_path)
     job.save(1)
     job.save(2)
     step = 2 if place == "rename with one there" else 3
-    with monkeypatch.context() as patch:
-        if place.endswith(".safetensors"):
-            fail = failing(checkpoint_module.save_file, number, lambda _, file: file.name == place, b"part")
-            patch.setattr(checkpoint_module, "save_file", fail)
-        elif place == "state.json":
-            patch.setattr(Path, "write_text", failing(Path.write_text, number, lambda *_: True))
-        elif place == "mkdir":
-            patch.setattr(os, "mkdir", failing(os.mkdir, number, lambda path, *_: ".writing" in str(path)))
-        elif place.startswith("fsync"):
-            calls = iter(range(100))
-            nth = 2 if place == "fsync of a file" else len(FILES)
-            patch.setattr(os, "fsync", failing(os.fsync, number, lambda _: next(calls) == nth))
-        else:
-            patch.setattr(os, "replace", failing(os.replace, number, lambda path, _: ".writing" in str(path)))
+    error = {
+        "mkdir": refused(os.mkdir, number),
+        "state.json": refused(Path.write_text, number),
+        "fsync of a file": refused(os.fsync, number, nth=3),
+        "fsync of the folder": refused(os.fsync, number, nth=len(FILES) + 1),
+        "rename": refused(os.replace, number),
+        # The old checkpoint goes out of the way first.
+        "rename with one there": refused(os.replace, number, nth=2),
+    }
+    if place.endswith(".safetensors"):
+        error[place] = refused(save_file, number, nth=FILES.index(place) + 1, part="filename")
+    with error[place]:
         job.fails(step, os.strerror(number))
     job.save(step)
     assert job.folder.checkpoints()[0].step == step
     assert job.folder.checkpoints()[0].fault() is None
 
 
-def test_an_error_after_the_rename_loses_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_after_the_rename_loses_neither(tmp_path: Path) -> None:
     job = Job(tmp_path)
     job.save(1, keep=1)
-    calls = iter(range(100))
-    fail = failing(os.fsync, errno.EIO, lambda _: next(calls) == len(FILES) + 1)
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(RunFault, match="Input/output error"):
+    with (
+        refused(os.fsync, errno.EIO, nth=len(FILES) + 2),
+        pytest.raises(RunFault, match="Input/output error"),
+    ):
         job.save(2, keep=1)
     # Nobody knows whether the new name is on the disk, so the old checkpoint stays.
     assert [(c.step, c.fault()) for c in job.folder.checkpoints()] == [(2, None), (1, None)]
@@ -143,21 +127,22 @@ def test_files_that_are_cut_short(size: int, tmp_path: Path) -> None:
     job.save(2)
 
 
-def test_old_checkpoints_go_once_the_new_one_is_on_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_old_checkpoints_go_once_the_new_one_is_on_the_disk(tmp_path: Path) -> None:
     job = Job(tmp_path)
     job.save(1)
     job.save(2)
-    real, flushed = os.fsync, []
+    flushed = []
 
-    def fsync(descriptor: int) -> None:
-        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-        assert {checkpoint.step for checkpoint in job.folder.checkpoints()} >= {1, 2}
-        real(descriptor)
+    def look(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "c_call" and argument is os.fsync:
+            flushed.append(os.readlink(f"/proc/self/fd/{frame.f_locals['descriptor']}"))
+            assert {checkpoint.step for checkpoint in job.folder.checkpoints()} >= {1, 2}
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    job.save(3)
+    sys.setprofile(look)
+    try:
+        job.save(3)
+    finally:
+        sys.setprofile(None)
     place = job.folder.checkpoint_folder
     aside = place / ".writing-step-00000003"
     assert sorted(flushed[: len(FILES)]) == sorted(str(aside / name) for name in FILES)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,20 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from disks import SmallDisk, no_file_beyond
+from disks import SmallDisk, full_where, no_checkpoint_of, no_file_beyond, opens_for_writing
 from forked_runs import ForkedRuns
 
-import etpp_ssl.train.checkpoint as checkpoint_module
-import etpp_ssl.train.log as metrics_module
-import etpp_ssl.train.start as start_module
 from etpp_ssl.cli import main
 from etpp_ssl.config import RunFault, UserError
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.train.launch import pretrain
 from etpp_ssl.train.log import MetricsFile
+from etpp_ssl.train.loop import on_step_end
 from etpp_ssl.train.open import open_run, prepare_run
 from etpp_ssl.train.records import save
+from etpp_ssl.train.run import Run
 
 TIMINGS = {"seconds", "images_per_second", "data_wait_share"}
 
@@ -39,33 +36,24 @@ def recipe(tiny_recipe: Callable[..., Recipe]) -> Callable[..., Recipe]:
 
 
 @contextmanager
-def no_checkpoint_of(*steps: int) -> Iterator[None]:
-    """Checkpoints of these steps find the disk full."""
-    real = checkpoint_module.take_place
-
-    def refuse(aside: Path, folder: Path, old: Path) -> None:
-        if int(folder.name.removeprefix("step-")) in steps:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(aside, folder, old)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_module, "take_place", refuse)
-        yield
-
-
-@contextmanager
 def no_row_from(step: int, times: int) -> Iterator[None]:
     """Rows from this step on find the disk full so many times."""
-    real, left = metrics_module.append_line, iter(range(times))
+    done, left = 0, iter(range(times))
 
-    def refuse(file: Path, line: str) -> None:
-        if json.loads(line)["step"] >= step and next(left, None) is not None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(file, line)
+    def count(run: Run) -> None:
+        nonlocal done
+        done = run.state.step
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics_module, "append_line", refuse)
-        yield
+    def asked(event: str, arguments: tuple[Any, ...]) -> bool:
+        is_row = opens_for_writing(event, arguments, "metrics.jsonl")
+        return is_row and done >= step and next(left, None) is not None
+
+    on_step_end.append(count)
+    try:
+        with full_where(asked):
+            yield
+    finally:
+        on_step_end.remove(count)
 
 
 def rows_of(folder: RunFolder) -> list[dict[str, Any]]:
@@ -212,17 +200,15 @@ def test_a_run_on_a_disk_that_is_too_small(
 ) -> None:
     folder = RunFolder(small_disk.folder / "run")
     chosen = recipe(f"output={folder.path}")
-    with small_disk.full(left=120 << 10):
+    with small_disk.full(left=152 << 10):
         with pytest.raises(
-            UserError, match=r"has 123 kB free, but 10 more checkpoints take \d+ kB: make room"
+            UserError, match=r"has 156 kB free, but 10 more checkpoints take \d+ kB: make room"
         ):
             pretrain(chosen)
         assert not folder.path.exists()
-        # Room for one checkpoint, whose size nobody knows yet, and not for two.
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(start_module, "_check_room", lambda *_: None)
-            with pytest.raises(RunFault, match="checkpoint of step 6 could not be written"):
-                pretrain(chosen)
+        # Room for two checkpoints by their weights and moments, for one as they really are.
+        with pytest.raises(RunFault, match="checkpoint of step 6 could not be written"):
+            pretrain(recipe(f"output={folder.path}", "checkpoint.keep=1"))
         assert steps_of(folder) == [3]
         with pytest.raises(UserError, match=r"free, but 9 more checkpoints take 7\d\d kB"):
             pretrain(chosen)
