@@ -12,10 +12,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
@@ -111,15 +110,6 @@ class _Pass:
     finite: bool
 
 
-class _Reasons(NamedTuple):
-    """What is known of bad micro-batches; see `Reproduction`."""
-
-    bad_weights: tuple[str, ...]
-    samples_apart: bool
-    samples: tuple[BadSample, ...]
-    origin: Origin | None
-
-
 def reproduce(path: Path, overrides: Sequence[str] = ()) -> Reproduction:
     """Reproduce the step of a dump, in this process alone.
 
@@ -134,7 +124,7 @@ def reproduce(path: Path, overrides: Sequence[str] = ()) -> Reproduction:
     accelerator = open_accelerator(step.recipe.model_copy(update={"tracker": TrackerConfig()}))
     if accelerator.num_processes > 1:
         raise UserError("replay-nan repeats all processes' parts in one: start it without a launcher")
-    task = _task(step, accelerator.device)
+    task = bare_task(step.recipe, accelerator.device, step.record.num_classes, lambda build: build())
     tensors = load_weights(task.model.state_dict(), step.weights, f"dump {path}")
     task.model.load_state_dict(tensors)
     model = accelerator.prepare(task.model).train()
@@ -144,11 +134,22 @@ def reproduce(path: Path, overrides: Sequence[str] = ()) -> Reproduction:
     found = _run(step, task, model, accelerator.backward, scaled=scaler is not None)
     largest = _largest_gradients(task.model) if scaler is None else {}
     with plain_blocks(task.model):
-        reasons = _search(task, model, [dumped for dumped, _ in found.bad])
+        # Statistics of batch norms are those after the forward pass: this very step may have spoilt them.
+        bad_weights = [name for name, p in task.model.named_parameters() if not bool(p.isfinite().all())]
+        mixed = any(isinstance(module, _BatchNorm) for module in task.model.modules())
+        samples_apart = not bad_weights and not mixed
+        samples: list[BadSample] = []
+        for dumped, _ in found.bad[:MOST_SEARCHED]:
+            samples += _bad_samples(task, model, dumped, apart=samples_apart)
+        origin = None
+        if found.bad:
+            first, _ = found.bad[0]
+            origin = trace(task, model, _inputs(task, first, accelerator.device))
     finite_in_fp32 = None
     if not found.finite and accelerator.mixed_precision != "no":
         plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         finite_in_fp32 = _run(step, task, plain, torch.Tensor.backward, scaled=False).finite
+    now = environment(step.record.num_processes, accelerator.device, task.kernels)
     return Reproduction(
         path=str(path),
         step=step.record.step,
@@ -161,20 +162,16 @@ def reproduce(path: Path, overrides: Sequence[str] = ()) -> Reproduction:
         },
         process_losses=tuple(losses["loss"] for losses in found.process_losses),
         gradient_norm=found.norm,
-        bad_weights=reasons.bad_weights,
+        bad_weights=tuple(bad_weights),
         micro_batches=tuple(bad for _, bad in found.bad),
-        samples=reasons.samples,
-        samples_apart=reasons.samples_apart,
-        origin=reasons.origin,
+        samples=tuple(samples),
+        samples_apart=samples_apart,
+        origin=origin,
         bad_gradients=tuple(found.bad_gradients),
         largest_gradients=largest,
         finite_in_fp32=finite_in_fp32,
-        changes=_changes(step, task, accelerator),
+        changes=tuple(environment_changes(step.record.environment, now)),
     )
-
-
-def _task(step: DumpedStep, device: torch.device) -> Task:
-    return bare_task(step.recipe, device, step.record.num_classes, lambda build: build())
 
 
 def _inputs(task: Task, dumped: DumpedBatch, device: torch.device) -> Inputs:
@@ -212,7 +209,11 @@ def _run(
                 found.bad.append((dumped, bad))
         found.process_losses.append({name: float(loss) for name, loss in losses_of_process.items()})
         found.finite &= bool(losses_of_process["loss"].isfinite())
-        _add_gradients(model, together, num_processes)
+        for parameter in model.parameters():
+            # As DDP averages over the processes: divide, then add.
+            if num_processes > 1 and parameter.grad is not None:
+                own = parameter.grad / num_processes
+                together[parameter] = together[parameter] + own if parameter in together else own
     for parameter, gradient in together.items():
         parameter.grad = gradient
     if not scaled:
@@ -220,30 +221,6 @@ def _run(
         found.norm = float(norm)
         found.finite &= bool(norm.isfinite())
     return found
-
-
-def _add_gradients(model: nn.Module, together: dict[nn.Parameter, Tensor], num_processes: int) -> None:
-    """Average over the processes as DDP does it: divide, then add."""
-    if num_processes == 1:
-        return
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            own = parameter.grad / num_processes
-            together[parameter] = together[parameter] + own if parameter in together else own
-
-
-def _search(task: Task, model: nn.Module, bad: list[DumpedBatch]) -> _Reasons:
-    """Look for what is at fault: weights, samples, a module."""
-    # Statistics of batch norms are those after the forward pass: this very step may have spoilt them.
-    bad_weights = [name for name, p in task.model.named_parameters() if not bool(p.isfinite().all())]
-    samples_apart = not bad_weights and not any(isinstance(m, _BatchNorm) for m in task.model.modules())
-    samples: list[BadSample] = []
-    for dumped in bad[:MOST_SEARCHED]:
-        samples += _bad_samples(task, model, dumped, apart=samples_apart)
-    origin = None
-    if bad:
-        origin = trace(task, model, _inputs(task, bad[0], next(model.parameters()).device))
-    return _Reasons(tuple(bad_weights), samples_apart, tuple(samples), origin)
 
 
 def _bad_samples(task: Task, model: nn.Module, dumped: DumpedBatch, *, apart: bool) -> list[BadSample]:
@@ -288,8 +265,3 @@ def _norm(gradient: Tensor) -> float:
     """A norm that is finite where the gradient is: its squares may not be."""
     largest = gradient.abs().max()
     return float(largest) * float((gradient / largest).norm()) if largest > 0 else float(largest)
-
-
-def _changes(step: DumpedStep, task: Task, accelerator: Accelerator) -> tuple[str, ...]:
-    now = environment(step.record.num_processes, accelerator.device, task.kernels)
-    return tuple(environment_changes(step.record.environment, now))

@@ -110,6 +110,7 @@ class TrainingBatches:
         replay: turns the loaded micro-batches into those to train on; None trains on them as they are. A
             buffer that has to be read again is read here, before the first step.
         taken: told of each micro-batch that a step takes.
+        clock: what waiting is measured by, in seconds.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class TrainingBatches:
         stall_seconds: float | None = None,
         replay: Replay | None = None,
         taken: Callable[[Batch], None] = lambda batch: None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._loaded = load_batches(
             builder,
@@ -138,6 +140,7 @@ class TrainingBatches:
             self._batches = replay.batches(self._loaded)
         self._device = accelerator.device
         self._taken = taken
+        self._clock = clock
         self.wait_seconds = 0.0
         """Time that the current step has waited for data."""
         self.kept: dict[int, list[Batch]] = {}
@@ -150,9 +153,9 @@ class TrainingBatches:
         self.wait_seconds = 0.0
         last = False
         while not last:
-            start = time.perf_counter()
+            start = self._clock()
             batch = next(self._batches).own_memory()
-            self.wait_seconds += time.perf_counter() - start
+            self.wait_seconds += self._clock() - start
             last = batch.request.last
             self._keep(batch)
             self._taken(batch)
@@ -195,10 +198,15 @@ class BadImages:
                 self.progress.say(f"unreadable image {image.name!r}: {image.reason}; replaced")
                 self._check(image.reason)
 
-    def share(self, accelerator: Accelerator) -> None:
-        """Bring together what the processes have met; every process must call it."""
-        if accelerator.num_processes > 1:
-            for process, known in enumerate(gather_object([dict(self.known)])):
+    def share(self, num_processes: int, gather: Callable[[Any], Any] = gather_object) -> None:
+        """Bring together what the processes have met; every process must call it.
+
+        Args:
+            num_processes: of the run.
+            gather: brings the processes' lists together, in their order.
+        """
+        if num_processes > 1:
+            for process, known in enumerate(gather([dict(self.known)])):
                 for index in known.keys() - self.known.keys():
                     self.known[index] = known[index]
                     self.progress.say(

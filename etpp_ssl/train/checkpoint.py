@@ -208,11 +208,20 @@ def load_checkpoint(
     Raises:
         UserError: if it belongs to another model.
     """
-    own = model.state_dict()
-    tensors = load_weights(own, checkpoint.model(), f"checkpoint {checkpoint.path}")
-    model.load_state_dict({name: parted_like(tensors[name], own[name]) for name in own})
+    load_tensors(model, checkpoint.model(), f"checkpoint {checkpoint.path}")
     load_optimizer_tensors(model, optimizer, checkpoint.optimizer())
     return checkpoint.state()
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Put whole tensors into a model, sharded or not; `source` names their file in the message.
+
+    Raises:
+        UserError: naming up to five tensors that are missing, too many or of another shape.
+    """
+    own = model.state_dict()
+    checked = load_weights(own, tensors, source)
+    model.load_state_dict({name: parted_like(checked[name], own[name]) for name in own})
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

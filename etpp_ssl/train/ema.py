@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from etpp_ssl.dist.sharding import parted_like
-from etpp_ssl.weights.reading import load_weights
+from etpp_ssl.train.checkpoint import load_tensors
 
 
 class WeightAverage:
@@ -28,13 +27,8 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float, *, warmup: bool = False) -> None:
         self._average = ModelEmaV3(model, decay=decay, use_warmup=warmup)
-        self._average.module.float().requires_grad_(False)
-
-    @property
-    def model(self) -> nn.Module:
+        self.model: nn.Module = self._average.module.float().requires_grad_(False)
         """The model with averaged weights, in eval mode, without gradients."""
-        module: nn.Module = self._average.module
-        return module
 
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights of `model`.
@@ -52,15 +46,5 @@ class WeightAverage:
         return dict(self.model.state_dict())
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """The inverse of `state_dict`.
-
-        Args:
-            tensors: averaged weights.
-            source: names the file in the message.
-
-        Raises:
-            UserError: naming up to five tensors that are missing, too many or of another shape.
-        """
-        own = self.model.state_dict()
-        checked = load_weights(own, tensors, source)
-        self.model.load_state_dict({name: parted_like(checked[name], own[name]) for name in own})
+        """The inverse of `state_dict`; see `etpp_ssl.train.checkpoint.load_tensors`."""
+        load_tensors(self.model, tensors, source)

@@ -79,7 +79,7 @@ def train(run: Run, stop_request: StopRequest) -> int:
             hook(run)
 
         if log_due(run):
-            bad_images.share(accelerator)
+            bad_images.share(accelerator.num_processes)
             log_row(run, stage, meter, lr)
         elif state.step == first_step:
             # Long before the first row on a slow machine.

@@ -154,6 +154,7 @@ class Run:
             stall_seconds=recipe.data.stall_seconds,
             replay=replay,
             taken=follow_stream(state, accelerator, num_workers, recipe.micro_batch_size),
+            clock=self.clock,
         )
         return self.batches
 

@@ -7,6 +7,7 @@ plan. A plan is recorded with every checkpoint: between two plans a run is a fun
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -94,19 +95,15 @@ def _measure(run: Run) -> tuple[list[float], float]:
     device, scaler = run.accelerator.device, run.accelerator.scaler
     weights = {name: value.to("cpu", copy=True) for name, value in own_parts(run.bare_model).items()}
     scale = scaler.state_dict() if scaler is not None else None
-    # timm's Lamb counts steps in its groups.
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
+    # No tensors yet, but settings, to which timm's Lamb adds a count of steps.
+    untouched = deepcopy(run.optimizer.state_dict())
     run.model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         pace = [_step_seconds(run, stage) for stage in run.curriculum.stages]
         evaluation_seconds = _evaluation_seconds(run)
     for name, value in own_parts(run.bare_model).items():
         value.copy_(weights[name])
-    run.optimizer.state.clear()
-    for group, before in zip(run.optimizer.param_groups, settings, strict=True):
-        for key in group.keys() - before.keys() - {"params"}:
-            del group[key]
-        group.update(before)
+    run.optimizer.load_state_dict(untouched)
     if scaler is not None:
         scaler.load_state_dict(scale)
     every = run.task.evaluation and run.task.evaluation.every_steps

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
-import etpp_ssl.train.batches as batches_module
 from etpp_ssl.config import UserError
 from etpp_ssl.data.loader import BadImage, Batch, BatchBuilder
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, RequestSampler
@@ -96,20 +96,26 @@ def test_batches_arrive_on_the_accelerators_device() -> None:
         assert {t.device.type for t in (batch.images, batch.labels, batch.sample_ids)} == {"meta"}
 
 
-def test_the_wait_is_that_of_the_current_step_and_of_data_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
+class SlowBuilder(Dataset[Batch]):
+    """Takes a second for each batch, which ends its step."""
 
-    def slow(builder: BatchBuilder, request: BatchRequest) -> Batch:
-        clock[0] += 1.0
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __getitem__(self, request: BatchRequest) -> Batch:
+        self.now += 1.0
         return batch_with()
 
-    monkeypatch.setattr(batches_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(BatchBuilder, "__getitem__", slow)
-    reader = open_batches(range(2))
-    # Every batch made here ends its step.
+
+def test_the_wait_is_that_of_the_current_step_and_of_data_only() -> None:
+    builder = SlowBuilder()
+    requests = RequestSampler(KeyedOrder(12, seed=0), Plan, range(2), micro_batch_size=4)
+    reader = TrainingBatches(
+        builder, requests, processes(), num_workers=0, prefetch=2, clock=lambda: builder.now
+    )
     for _ in range(3):
         for _ in reader.step():
-            clock[0] += 100.0
+            builder.now += 100.0
         assert reader.wait_seconds == 1.0
 
 
@@ -163,20 +169,18 @@ def test_a_share_of_one_never_ends_the_run() -> None:
     images.note(batch_with(*map(bad, range(3))))
 
 
-def test_processes_bring_together_what_they_have_met(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_bring_together_what_they_have_met() -> None:
     others = [{1: "photos/1.jpg"}, {1: "photos/1.jpg", 2: "photos/2.jpg"}]
-    monkeypatch.setattr(batches_module, "gather_object", lambda mine: mine + others)
     state = TrainState()
     images = BadImages(state, num_images=100, max_share=0.03, progress=Notebook())  # type: ignore[arg-type]
     images.note(batch_with(bad(4)))
-    images.share(processes(3))
+    images.share(3, lambda mine: mine + others)
     assert state.bad_images == {i: f"photos/{i}.jpg" for i in (4, 1, 2)}
     others.append({50: "photos/50.jpg"})
     with pytest.raises(UserError, match=r"data\.max_bad_share"):
-        images.share(processes(3))
+        images.share(4, lambda mine: mine + others)
 
 
-def test_a_single_process_gathers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches_module, "gather_object", lambda mine: pytest.fail("it gathered"))
+def test_a_single_process_gathers_nothing() -> None:
     images = BadImages(TrainState(), num_images=100, max_share=0.0, progress=Notebook())  # type: ignore[arg-type]
-    images.share(processes(1))
+    images.share(1, lambda mine: pytest.fail("it gathered"))

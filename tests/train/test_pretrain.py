@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -257,15 +258,16 @@ def test_a_recipe_that_changes_the_result_is_refused_on_resume(
 def test_changed_data_is_refused_on_resume(
     tiny_recipe: Callable[..., Recipe],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     crash_after: Callable[[int], AbstractContextManager[None]],
 ) -> None:
-    from etpp_ssl.data.sources.synthetic import SyntheticSource
-
-    recipe = tiny_recipe("checkpoint.every_steps=2")
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(64):
+        Image.new("RGB", (24, 16), (3 * number, 90, 200)).save(images / f"{number}.png")
+    recipe = tiny_recipe(f"data={{name: folder, root: {images}, num_workers: 0}}", "checkpoint.every_steps=2")
     with crash_after(5):
         pretrain(recipe)
-    monkeypatch.setattr(SyntheticSource, "fingerprint", lambda self: "other")
+    (images / "7.png").rename(images / "another.png")
     with pytest.raises(UserError, match="the data is not what run"):
         pretrain(recipe)
 
