@@ -11,60 +11,12 @@ from accelerate.utils import gather_object
 from torch.utils.data import Dataset
 
 from etpp_ssl.config import UserError
-from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.data.loader import Batch, load_batches
 from etpp_ssl.data.replay import Replay
 from etpp_ssl.data.sampler import BatchRequest
 from etpp_ssl.data.streams.loader import StreamPlace
-from etpp_ssl.data.training import TrainingImages
 from etpp_ssl.run_state import TrainState
 from etpp_ssl.train.log import Progress
-
-
-def check_stream(
-    source: TrainingImages,
-    curriculum: Curriculum,
-    state: TrainState,
-    *,
-    num_processes: int,
-    num_workers: int,
-    micro_batch_size: int | None,
-    name: str,
-) -> None:
-    """See that so many processes can read the training images, from where the run stands.
-
-    Args:
-        source: the training images.
-        curriculum, state: of the run.
-        num_processes, num_workers, micro_batch_size: how they would be read.
-        name: of the data.
-
-    Raises:
-        UserError: if they cannot.
-    """
-    num_workers = max(1, num_workers)
-    source.check_workers(num_processes * num_workers)
-    if not source.is_stream:
-        return
-    for stage in curriculum.stages:
-        if stage.buffer_steps:
-            raise UserError(
-                f"curriculum: stage {stage.index + 1} has a replay buffer, which a resumed run refills by "
-                f"index, but data.name {name} is a stream: leave replay out, or use indexed data"
-            )
-    if not state.streams:
-        return
-    places = [place for place in state.streams if place is not None]
-    for what, before, now in (
-        ("processes", len(state.streams), num_processes),
-        ("data.num_workers", len(places[0]["lanes"]), num_workers),
-        ("micro_batch_size", places[0]["micro_batch_size"], micro_batch_size),
-    ):
-        if before != now:
-            raise UserError(
-                f"the run's stream was read with {what} {before} and cannot be resumed with {now}: "
-                f"use {before}, or --fork with another output, which begins the stream anew"
-            )
 
 
 def place_in_stream(state: TrainState, rank: int, num_workers: int) -> StreamPlace:

@@ -19,18 +19,19 @@ from etpp_ssl.data.training import TrainingImages
 from etpp_ssl.dist.accelerator import open_accelerator
 from etpp_ssl.dist.peers import with_peers
 from etpp_ssl.dist.sharding import check_sharded, prepare, sharding_in_use
+from etpp_ssl.files import flush
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.tasks.base import Evaluation, Task
 from etpp_ssl.tasks.classify import Classification, open_evaluation
 from etpp_ssl.tasks.mae import MaskedAutoencoding, build_probe
-from etpp_ssl.train.batches import check_stream
+from etpp_ssl.train.checkpoint import clear_leftovers
 from etpp_ssl.train.ema import WeightAverage
 from etpp_ssl.train.log import MetricsFile, Progress
 from etpp_ssl.train.memory import check_host_memory, check_replay, replay_notes
 from etpp_ssl.train.run import Run
-from etpp_ssl.train.start import prepare_folder, starting_point
+from etpp_ssl.train.start import check_room, starting_point, write_plan
 from etpp_ssl.train.summary import tell_start
 
 
@@ -73,15 +74,6 @@ def open_run(recipe: Recipe | FinetuneRecipe, fork: Path | None = None) -> Run:
             f"checkpoint of step {state.step} is beyond this recipe's {curriculum.num_steps} steps"
         )
     check_replay(recipe.crop_view(), recipe.in_chans, curriculum, accelerator.num_processes, state.step)
-    check_stream(
-        source,
-        curriculum,
-        state,
-        num_processes=accelerator.num_processes,
-        num_workers=recipe.data.num_workers,
-        micro_batch_size=recipe.micro_batch_size,
-        name=recipe.data.name,
-    )
     if accelerator.is_fsdp2:
         check_sharded(
             curriculum.stages,
@@ -114,6 +106,7 @@ def open_run(recipe: Recipe | FinetuneRecipe, fork: Path | None = None) -> Run:
         data_fingerprint=source.fingerprint(),
         classes=classes,
     )
+    run.check_stream()
     if start is not None:
         run.load(start)
     return run
@@ -195,19 +188,12 @@ def prepare_run(run: Run) -> None:
     run.accelerator.wait_for_everyone()
     fault = ""
     if run.accelerator.is_main_process:
-        num_parameters = sum(parameter.numel() for parameter in run.bare_model.parameters())
         try:
-            prepare_folder(
-                run.folder,
-                run.state,
-                run.metrics,
-                run.lock,
-                save_recipe=run.recipe.save,
-                num_parameters=num_parameters,
-                keep=run.recipe.checkpoint.keep,
-            )
+            prepare_folder(run)
         except UserError as error:
             fault = str(error)
+        except OSError as error:
+            fault = f"output {str(run.folder.path)!r} cannot be written to: {error.strerror or error}"
     fault = run.agreement.main_says(fault)
     if fault:
         raise UserError(fault)
@@ -220,3 +206,24 @@ def prepare_run(run: Run) -> None:
         run.progress.say(note)
     if recipe.tracker.name != "none":
         run.accelerator.init_trackers(recipe.tracker.project)
+
+
+def prepare_folder(run: Run) -> None:
+    """The main process's part of `prepare_run`.
+
+    Raises:
+        OSError: if the folder cannot be written to.
+        UserError: for what else keeps the run from it.
+    """
+    folder, state = run.folder, run.state
+    run.lock.acquire()
+    clear_leftovers(folder, state.step)
+    num_parameters = sum(parameter.numel() for parameter in run.bare_model.parameters())
+    check_room(folder, run.recipe.checkpoint.keep, num_parameters)
+    # First, since it makes a folder a run.
+    run.recipe.save(folder.recipe_file)
+    run.lock.acquire()
+    folder.checkpoint_folder.mkdir(exist_ok=True)
+    run.metrics.cut_back(state.step)
+    write_plan(folder, state.plan)
+    flush(folder.path)

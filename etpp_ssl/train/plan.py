@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -195,7 +195,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     recipe = plan.recipe
     console.print(plan.title)
     console.print(f"{plan.num_images:,} images, global batch {recipe.batch_size}, {_budget(plan)}")
-    console.print(_stage_table(plan))
+    for table in _stage_tables(plan, console.width):
+        console.print(table)
     for note in plan.notes:
         console.print(f"note: {note}")
     console.print(_learning_rate(plan))
@@ -224,10 +225,10 @@ def _budget(plan: Plan) -> str:
     )
 
 
-def _stage_table(plan: Plan) -> Table:
-    table = Table(box=box.SIMPLE, collapse_padding=True)
-    for number, row in enumerate(plan.stages):
-        cells = {
+def _stage_tables(plan: Plan, width: int) -> Iterator[Table]:
+    """One table of the stages, or several below each other where a line has no room for all columns."""
+    rows = [
+        {
             "stage": str(row.stage.index + 1),
             "bandwidth": show_size(row.stage.bandwidth),
             "batch": str(row.stage.batch_size),
@@ -238,11 +239,23 @@ def _stage_table(plan: Plan) -> Table:
             **row.columns,
             "memory": f"{row.memory_bytes / 1e9:.2f} GB",
         }
-        if number == 0:
-            for title in cells:
-                table.add_column(title, justify="right", no_wrap=True)
-        table.add_row(*cells.values())
-    return table
+        for row in plan.stages
+    ]
+    first, *others = rows[0]
+    while others:
+        table = Table(box=box.SIMPLE, collapse_padding=True)
+        table.add_column(first, justify="right", no_wrap=True)
+        columns, used = [first], len(first) + 4
+        while others:
+            wide = max(len(others[0]), *(len(row[others[0]]) for row in rows)) + 2
+            if used + wide > width and len(columns) > 1:
+                break
+            columns.append(others.pop(0))
+            table.add_column(columns[-1], justify="right", no_wrap=True)
+            used += wide
+        for row in rows:
+            table.add_row(*(row[column] for column in columns))
+        yield table
 
 
 def _compute(plan: Plan) -> str:

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.base import Curriculum, Stage
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.replay import Replay, ReplayPlan
@@ -174,6 +175,37 @@ class Run:
             norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return whole
+
+    def check_stream(self) -> None:
+        """See that so many processes can read the training images, from where the run stands.
+
+        Raises:
+            UserError: if they cannot.
+        """
+        data, state = self.recipe.data, self.state
+        num_processes, num_workers = self.accelerator.num_processes, max(1, data.num_workers)
+        self.source.check_workers(num_processes * num_workers)
+        if not self.source.is_stream:
+            return
+        for stage in self.curriculum.stages:
+            if stage.buffer_steps:
+                raise UserError(
+                    f"curriculum: stage {stage.index + 1} has a replay buffer, which a resumed run refills "
+                    f"by index, but data.name {data.name} is a stream: leave replay out, or use indexed data"
+                )
+        places = [place for place in state.streams if place is not None]
+        if not places:
+            return
+        for what, before, now in (
+            ("processes", len(state.streams), num_processes),
+            ("data.num_workers", len(places[0]["lanes"]), num_workers),
+            ("micro_batch_size", places[0]["micro_batch_size"], self.recipe.micro_batch_size),
+        ):
+            if before != now:
+                raise UserError(
+                    f"the run's stream was read with {what} {before} and cannot be resumed with {now}: "
+                    f"use {before}, or --fork with another output, which begins the stream anew"
+                )
 
     def check_agreement(self) -> None:
         """See that all processes have opened the same run; every process must call it.

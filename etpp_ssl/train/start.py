@@ -16,13 +16,12 @@ from etpp_ssl.config import UserError, shown_bytes
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.curriculum.hours import TimePlan, replan
 from etpp_ssl.data.training import TrainingImages
-from etpp_ssl.files import flush, write_text
+from etpp_ssl.files import write_text
 from etpp_ssl.recipe_base import RunRecipe
 from etpp_ssl.recipe_file import changed_keys
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.run_state import TrainState, check_state
-from etpp_ssl.train.checkpoint import checkpoint_bytes, clear_leftovers
-from etpp_ssl.train.log import MetricsFile
+from etpp_ssl.train.checkpoint import checkpoint_bytes
 
 LOCK_FILE = ".lock"
 
@@ -176,49 +175,17 @@ def _plan_of_fork(
     return replan(curriculum, plan, step=state.step, elapsed=state.elapsed, hours=hours)
 
 
-def prepare_folder(
-    folder: RunFolder,
-    state: TrainState,
-    metrics: MetricsFile,
-    lock: FolderLock,
-    *,
-    save_recipe: Callable[[Path], None],
-    num_parameters: int,
-    keep: int,
-) -> None:
-    """Create a run's folder, or bring it back to a checkpoint's step; the main process only.
+def check_room(folder: RunFolder, keep: int, num_parameters: int) -> None:
+    """See that a disk has room for the checkpoints to come, and for one more while it is written.
 
     Args:
-        folder: the run's folder.
-        state: after its step, checkpoints and rows are of a past that did not happen.
-        metrics: the folder's log.
-        lock: taken here.
-        save_recipe: writes the recipe to a file.
-        num_parameters: of the model, to see whether its checkpoints fit the disk.
+        folder: the run's.
         keep: checkpoints that stay.
+        num_parameters: of the model.
 
     Raises:
-        UserError: if the disk is too full, the folder cannot be written to, or another process trains in it.
+        UserError: if it has not.
     """
-    try:
-        lock.acquire()
-        clear_leftovers(folder, state.step)
-        _check_room(folder, keep, num_parameters)
-        # First, since it makes a folder a run.
-        save_recipe(folder.recipe_file)
-        lock.acquire()
-        folder.checkpoint_folder.mkdir(exist_ok=True)
-        metrics.cut_back(state.step)
-        write_plan(folder, state.plan)
-        flush(folder.path)
-    except OSError as error:
-        raise UserError(
-            f"output {str(folder.path)!r} cannot be written to: {error.strerror or error}"
-        ) from error
-
-
-def _check_room(folder: RunFolder, keep: int, num_parameters: int) -> None:
-    """Refuse a disk that has no room for the checkpoints to come, and one more while it is written."""
     # Weights and two moments in float32, at least.
     size = 12 * num_parameters
     there = folder.checkpoints()

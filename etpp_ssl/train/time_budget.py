@@ -43,7 +43,7 @@ def decide_steps(run: Run) -> None:
     run.progress.say(f"measuring the stages' speed, to fill {_shown(3600 * hours)}")
     start = run.clock()
     pace, evaluation_seconds = _measure(run)
-    elapsed = _agreed(run, run.clock() - start)
+    elapsed = _agreed(run.clock() - start)
     need = elapsed + evaluation_seconds + shortest_seconds(run.curriculum, pace)
     if 3600 * hours < need:
         raise UserError(
@@ -65,7 +65,7 @@ def replan_steps(run: Run) -> None:
     """Fit the steps to come to the time that is left; every process must call it."""
     state = run.state
     assert state.plan is not None
-    state.elapsed = _agreed(run, state.elapsed)
+    state.elapsed = _agreed(state.elapsed)
     _adopt(run, replan(run.curriculum, state.plan, step=state.step, elapsed=state.elapsed))
     if run.accelerator.is_main_process:
         try:
@@ -125,7 +125,7 @@ def _step_seconds(run: Run, stage: Stage) -> float:
     while steps < FEWEST_STEPS or (seconds < enough and steps < MOST_STEPS):
         train_step(run, stage, batches, lr=0.0)
         steps += 1
-        seconds = _agreed(run, _now(run) - start)
+        seconds = _agreed(_now(run) - start)
     batches.close()
     run.state.streams = streams
     return seconds / steps
@@ -150,7 +150,7 @@ def _evaluation_seconds(run: Run) -> float:
         return 0.0
     start = _now(run)
     run.task.evaluation.run(run.trained_model())
-    return _agreed(run, _now(run) - start)
+    return _agreed(_now(run) - start)
 
 
 def _now(run: Run) -> float:
@@ -159,7 +159,7 @@ def _now(run: Run) -> float:
     return run.clock()
 
 
-def _agreed(run: Run, number: float) -> float:
+def _agreed(number: float) -> float:
     """The main process's number, on all."""
     numbers = [number]
     broadcast_object_list(numbers)

@@ -162,6 +162,18 @@ def test_a_classifier_is_evaluated_next_and_unlabelled_images_are_reconstructed(
     assert RunFolder(tmp_path / "other").newest(print) is not None
 
 
+def test_the_plan_fits_80_columns(tiny_recipe: Callable[..., Recipe]) -> None:
+    plan, wide, narrow = plan_run(tiny_recipe()), io.StringIO(), io.StringIO()
+    print_plan(plan, Console(file=wide, width=200))
+    print_plan(plan, Console(file=narrow, width=80))
+    titles = next(line for line in wide.getvalue().splitlines() if "bandwidth" in line).split()
+    assert titles[0] == "stage"
+    assert set(titles) <= set(narrow.getvalue().split())
+    assert narrow.getvalue().count("stage  ") == 2, "the second table names the stages, too"
+    assert "…" not in narrow.getvalue()
+    assert max(map(len, narrow.getvalue().splitlines())) <= 80
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
