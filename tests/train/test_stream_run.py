@@ -194,8 +194,9 @@ def test_a_stream_without_class_names_takes_those_of_its_evaluation_images(
     overrides = [f"model.num_classes={NUM_IMAGES}", "budget_epochs=0.5"]
     named = tiny_classifier(data_of(config, eval=EVAL), *overrides)
     run = finetune(named)
-    assert run.task.images is not None
-    assert run.classes == run.task.images.source.classes
+    assert run.task.evaluation is not None
+    assert run.task.evaluation.images is not None
+    assert run.classes == run.task.evaluation.images.classes
     assert evaluate_run(named, run.folder, print).classes == run.classes
     numbered = tiny_classifier(
         f"output={tmp_path / 'other'}", data_of(config), *overrides, "evaluate.split=null"
