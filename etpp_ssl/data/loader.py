@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from etpp_ssl.config import RunFault, UserError
+from etpp_ssl.config import UserError
 from etpp_ssl.data.formats.base import Picture, UnreadableImage
-from etpp_ssl.data.loader_faults import LoaderFault, note, note_reading
+from etpp_ssl.data.loader_faults import note, note_reading
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, safe_name
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import check_label
@@ -130,7 +130,7 @@ class Builder(Dataset[Batch], ABC):
             views.append(view)
             labels.append(label)
             bad.extend(broken)
-        note("")
+        note(f"\n{described}")
         return Batch(
             images=torch.stack(views),
             labels=torch.tensor(labels, dtype=torch.int64),
@@ -223,26 +223,12 @@ def load_batches(
 
     Raises:
         UserError: if no image can be read any more, or a label is not one of the classes.
-        RunFault: if a worker ends before its time, a batch does not come within the limit, the machine has no
-            room to hand batches over (see `MonitoredLoader`), or a shard of a stream cannot be read.
+        RunFault: if a worker ends before its time, a batch does not come within the limit, shared memory has
+            no room, the system refuses a process or a file, or a shard of a stream cannot be read.
     """
-    loader = MonitoredLoader(
-        builder,
-        requests,
-        num_workers=num_workers,
-        prefetch=prefetch,
-        pin_memory=pin_memory,
-        stall_seconds=stall_seconds,
-    )
+    loader = MonitoredLoader(builder, requests, num_workers, prefetch, pin_memory, stall_seconds)
     try:
         yield from loader
-    except LoaderFault:
-        raise
-    except (UnreadableImage, UserError) as error:
-        # From a worker the message arrives with a traceback in front of it.
-        reason = str(error).strip().splitlines()[-1].split(f"{type(error).__name__}: ")[-1]
-        kind = RunFault if isinstance(error, RunFault) else UserError
-        raise kind(f"data: {reason}") from None
     finally:
         loader.close()
 
