@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from accelerate import Accelerator
@@ -198,13 +198,15 @@ class BadImages:
     def share(self, accelerator: Accelerator) -> None:
         """Bring together what the processes have met; every process must call it."""
         if accelerator.num_processes > 1:
-            for process, known in enumerate(gather_object([dict(self.known)])):
-                for index in known.keys() - self.known.keys():
-                    self.known[index] = known[index]
-                    self.progress.say(
-                        f"unreadable image {known[index]!r}, met by process {process}; replaced"
-                    )
-            self._check("see the messages above")
+            self.merge(gather_object([dict(self.known)]))
+
+    def merge(self, gathered: Sequence[Mapping[int, str]]) -> None:
+        """Take what the processes have met; raises as `note` does."""
+        for process, known in enumerate(gathered):
+            for index in known.keys() - self.known.keys():
+                self.known[index] = known[index]
+                self.progress.say(f"unreadable image {known[index]!r}, met by process {process}; replaced")
+        self._check("see the messages above")
 
     def _check(self, reason: str) -> None:
         if len(self.known) > self.max_share * self.num_images:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
-import etpp_ssl.train.batches as batches_module
 from etpp_ssl.config import UserError
 from etpp_ssl.data.loader import BadImage, Batch, BatchBuilder
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, RequestSampler
@@ -44,17 +45,31 @@ class Notebook:
         self.lines.append(text)
 
 
+@dataclass(frozen=True)
+class SlowBuilder(Dataset[Batch]):
+    """Takes time for each batch."""
+
+    builder: BatchBuilder
+    seconds: float
+
+    def __getitem__(self, request: BatchRequest) -> Batch:
+        time.sleep(self.seconds)
+        return self.builder[request]
+
+
 def processes(count: int = 1, device: str = "cpu") -> Any:
     """The part of an Accelerator that is needed here."""
     return SimpleNamespace(device=torch.device(device), num_processes=count)
 
 
-def open_batches(steps: range, *, num_workers: int = 0, device: str = "cpu", **part: int) -> TrainingBatches:
+def open_batches(
+    steps: range, *, num_workers: int = 0, device: str = "cpu", seconds: float = 0.0, **part: int
+) -> TrainingBatches:
     source = SyntheticConfig(num_images=12).open("train", in_chans=3, image_size=SIZE, seed=0)
     order = KeyedOrder(len(source), seed=0)
     view = TrainView(image_size=SIZE, crop_scale=(0.5, 1.0), flip=True, lanczos=False, seed=0)
     return TrainingBatches(
-        BatchBuilder(source, view, order),
+        SlowBuilder(BatchBuilder(source, view, order), seconds),
         RequestSampler(order, Plan, steps, micro_batch_size=4, **part),
         processes(device=device),
         num_workers=num_workers,
@@ -96,21 +111,13 @@ def test_batches_arrive_on_the_accelerators_device() -> None:
         assert {t.device.type for t in (batch.images, batch.labels, batch.sample_ids)} == {"meta"}
 
 
-def test_the_wait_is_that_of_the_current_step_and_of_data_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-
-    def slow(builder: BatchBuilder, request: BatchRequest) -> Batch:
-        clock[0] += 1.0
-        return batch_with()
-
-    monkeypatch.setattr(batches_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(BatchBuilder, "__getitem__", slow)
-    reader = open_batches(range(2))
-    # Every batch made here ends its step.
-    for _ in range(3):
+def test_the_wait_is_that_of_the_current_step_and_of_data_only() -> None:
+    reader = open_batches(range(2), seconds=0.05)
+    for _ in range(2):
+        # Of three batches.
         for _ in reader.step():
-            clock[0] += 100.0
-        assert reader.wait_seconds == 1.0
+            time.sleep(0.5)
+        assert 0.15 <= reader.wait_seconds < 0.5
 
 
 def test_a_bad_image_is_named_once_with_its_reason() -> None:
@@ -163,20 +170,21 @@ def test_a_share_of_one_never_ends_the_run() -> None:
     images.note(batch_with(*map(bad, range(3))))
 
 
-def test_processes_bring_together_what_they_have_met(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_bring_together_what_they_have_met() -> None:
     others = [{1: "photos/1.jpg"}, {1: "photos/1.jpg", 2: "photos/2.jpg"}]
-    monkeypatch.setattr(batches_module, "gather_object", lambda mine: mine + others)
     state = TrainState()
     images = BadImages(state, num_images=100, max_share=0.03, progress=Notebook())  # type: ignore[arg-type]
     images.note(batch_with(bad(4)))
-    images.share(processes(3))
+    images.merge([images.known, *others])
     assert state.bad_images == {i: f"photos/{i}.jpg" for i in (4, 1, 2)}
-    others.append({50: "photos/50.jpg"})
     with pytest.raises(UserError, match=r"data\.max_bad_share"):
-        images.share(processes(3))
+        images.merge([images.known, *others, {50: "photos/50.jpg"}])
 
 
-def test_a_single_process_gathers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches_module, "gather_object", lambda mine: pytest.fail("it gathered"))
-    images = BadImages(TrainState(), num_images=100, max_share=0.0, progress=Notebook())  # type: ignore[arg-type]
+def test_a_single_process_gathers_nothing() -> None:
+    class Alone(BadImages):
+        def merge(self, gathered: object) -> None:
+            pytest.fail("it gathered")
+
+    images = Alone(TrainState(), num_images=100, max_share=0.0, progress=Notebook())  # type: ignore[arg-type]
     images.share(processes(1))
