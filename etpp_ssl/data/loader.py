@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
@@ -125,8 +124,16 @@ class Builder(Dataset[Batch], ABC):
         views, labels, bad = [], [], []
         described = request.described(self.image_name)
         for sample_id, index in zip(request.sample_ids, request.indices, strict=True):
-            with _named_errors(request, sample_id, index, self.image_name or str):
+            try:
                 view, label, broken = self._sample(sample_id, index, request, described)
+            except (UnreadableImage, UserError):
+                raise
+            except Exception as error:
+                image = repr(safe_name(self.image_name or str, index))
+                error.add_note(
+                    f"etpp: it was raised for image {image} (sample {sample_id} of {request.place})"
+                )
+                raise
             views.append(view)
             labels.append(label)
             bad.extend(broken)
@@ -184,21 +191,6 @@ class BatchBuilder(Builder):
             open_one, label = partial(self.source.open, index), partial(self.source.label, index)
             yield Candidate(index, safe_name(self.source.name, index), open_one, label)
             index = self.order.replacement(sample_id, attempt)
-
-
-@contextmanager
-def _named_errors(
-    request: BatchRequest, sample_id: int, index: int, name: Callable[[int], str]
-) -> Iterator[None]:
-    """Add to an unexpected error inside, which keeps its traceback, a line that names the image."""
-    try:
-        yield
-    except (UnreadableImage, UserError):
-        raise
-    except Exception as error:
-        image = repr(safe_name(name, index))
-        error.add_note(f"etpp: it was raised for image {image} (sample {sample_id} of {request.place})")
-        raise
 
 
 def load_batches(
