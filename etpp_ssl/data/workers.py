@@ -137,7 +137,8 @@ class MonitoredLoader(Iterator[T], Generic[T]):
         if isinstance(error, UnreadableImage | UserError):
             kind = RunFault if isinstance(error, RunFault) else UserError
             return kind("data: " + text.split(f"{type(error).__name__}: ")[-1])
-        if isinstance(error, OSError | EOFError) or "ancdata" in text:
+        fault = machine_fault(error, self._waited_for, self._num_workers)
+        if (isinstance(error, OSError | EOFError) and fault is None) or "ancdata" in text:
             # A worker that dies while it hands a batch over hangs up first, and closes its files before it
             # counts as ended.
             sentinels: dict[Any, BaseProcess] = {p.sentinel: p for p in self._processes if p.pid}
@@ -146,7 +147,7 @@ class MonitoredLoader(Iterator[T], Generic[T]):
         dead = self._first_dead()
         if dead is not None:
             return self._death(dead)
-        return machine_fault(error, self._waited_for, self._num_workers) or error
+        return fault or error
 
     def _first_dead(self) -> int | None:
         """A worker that has ended, one from whom a batch is awaited if there is any."""
