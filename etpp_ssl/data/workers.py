@@ -80,7 +80,7 @@ class MonitoredLoader(Iterator[T], Generic[T]):
         )
         self._asked: SimpleQueue[bool] = SimpleQueue()
         self._answers: SimpleQueue[T | BaseException] = SimpleQueue()
-        gpu = torch.accelerator.current_device_index() if pin_memory else None
+        gpu = torch.cuda.current_device() if pin_memory else None
         self._thread = threading.Thread(
             target=_serve, args=(loader, self._notes[0], gpu, self._asked, self._answers), daemon=True
         )
@@ -187,8 +187,8 @@ def _serve(
     use_note(note)
     try:
         if gpu is not None:
-            # torch keeps the device in use for each thread, and pins memory with it.
-            torch.accelerator.set_device_index(gpu)
+            # torch keeps the device in use thread by thread, and pins memory with it.
+            torch.cuda.set_device(gpu)
         iterator = iter(loader)
         while asked.get():
             answers.put(next(iterator))
