@@ -80,7 +80,7 @@ class MonitoredLoader(Iterator[T], Generic[T]):
         )
         self._asked: SimpleQueue[bool] = SimpleQueue()
         self._answers: SimpleQueue[T | BaseException] = SimpleQueue()
-        gpu = torch.cuda.current_device() if pin_memory else None
+        gpu = torch.cuda.current_device() if pin_memory and torch.cuda.is_available() else None
         self._thread = threading.Thread(
             target=_serve, args=(loader, self._notes[0], gpu, self._asked, self._answers), daemon=True
         )
