@@ -133,7 +133,6 @@ OTHER_NAMES = {
     "data.picture.open_picture": "data.formats.open.open_picture",
     "data.stream.Lane": "data.streams.base.WorkerShard",
     "data.stream_loader.LanePlace": "data.streams.loader.WorkerShardPlace",
-    "data.time_limit.TimeLimit": "data.loader_faults.StallLimit",
     "data.watch.Watch": "data.workers.MonitoredLoader",
     "engine.base_run.BaseRun": "train.run.Run",
     "engine.classifier_plan.plan_classifier": "train.plan.plan_run",

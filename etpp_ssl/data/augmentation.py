@@ -14,7 +14,7 @@ Legend: B batch, C channels, H, W pixels, K classes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -22,31 +22,12 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from etpp_ssl.config import Config
-from etpp_ssl.data.formats.base import Picture
 from etpp_ssl.data.rand_augment import RandAugment, rand_augment_sections
 from etpp_ssl.data.views import TrainView
 from etpp_ssl.randomness import keyed_numpy, keyed_words
 
 ATTEMPTS = 10
 """Boxes that random erasing tries before it leaves an image alone."""
-
-
-@dataclass(frozen=True)
-class FinetuneView:
-    """`TrainView` with RandAugment between its two halves, a function of (seed, sample_id, progress).
-
-    With `decode: reduced` the operations see the picture at the stage's intermediate size; those that count
-    pixels (sharpness, blur) then act on coarser pixels than at full size.
-    """
-
-    base: TrainView
-    rand_augment: RandAugment | None
-
-    def __call__(self, image: Picture, sample_id: int, bandwidth: tuple[int, int], progress: float) -> Tensor:
-        view = self.base.cropped(image, sample_id, bandwidth)
-        if self.rand_augment is not None:
-            view = self.rand_augment(view, sample_id, progress)
-        return self.base.shown(view, bandwidth)
 
 
 class AugmentConfig(Config):
@@ -79,7 +60,7 @@ class AugmentConfig(Config):
             raise ValueError("ramp is true and rand_augment is null: there is no magnitude to grow")
         return self
 
-    def build_view(self, base: TrainView, mean: tuple[float, ...]) -> FinetuneView:
+    def build_view(self, base: TrainView, mean: tuple[float, ...]) -> TrainView:
         """The training view.
 
         Args:
@@ -90,18 +71,16 @@ class AugmentConfig(Config):
             UserError: if RandAugment cannot work on that many channels.
         """
         if self.rand_augment is None:
-            return FinetuneView(base, None)
-        return FinetuneView(
-            base,
-            RandAugment(
-                self.rand_augment,
-                ramp=self.ramp,
-                mean=mean,
-                image_size=base.image_size,
-                interpolation=base.interpolation,
-                seed=base.seed,
-            ),
+            return base
+        augment = RandAugment(
+            self.rand_augment,
+            ramp=self.ramp,
+            mean=mean,
+            image_size=base.image_size,
+            interpolation=base.interpolation,
+            seed=base.seed,
         )
+        return replace(base, augment=augment)
 
     def build_erasing(self, seed: int) -> RandomErasing:
         """Random erasing, for normalised images at the stage's bandwidth."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from etpp_ssl.config import RunFault, UserError
+from etpp_ssl.config import UserError
 from etpp_ssl.data.formats.base import Picture, UnreadableImage
-from etpp_ssl.data.loader_faults import LoaderFault, note, note_reading
+from etpp_ssl.data.loader_faults import note, note_reading
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, safe_name
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import check_label
@@ -125,12 +124,20 @@ class Builder(Dataset[Batch], ABC):
         views, labels, bad = [], [], []
         described = request.described(self.image_name)
         for sample_id, index in zip(request.sample_ids, request.indices, strict=True):
-            with _named_errors(request, sample_id, index, self.image_name or str):
+            try:
                 view, label, broken = self._sample(sample_id, index, request, described)
+            except (UnreadableImage, UserError):
+                raise
+            except Exception as error:
+                image = repr(safe_name(self.image_name or str, index))
+                error.add_note(
+                    f"etpp: it was raised for image {image} (sample {sample_id} of {request.place})"
+                )
+                raise
             views.append(view)
             labels.append(label)
             bad.extend(broken)
-        note("")
+        note(f"\n{described}")
         return Batch(
             images=torch.stack(views),
             labels=torch.tensor(labels, dtype=torch.int64),
@@ -186,21 +193,6 @@ class BatchBuilder(Builder):
             index = self.order.replacement(sample_id, attempt)
 
 
-@contextmanager
-def _named_errors(
-    request: BatchRequest, sample_id: int, index: int, name: Callable[[int], str]
-) -> Iterator[None]:
-    """Add to an unexpected error inside, which keeps its traceback, a line that names the image."""
-    try:
-        yield
-    except (UnreadableImage, UserError):
-        raise
-    except Exception as error:
-        image = repr(safe_name(name, index))
-        error.add_note(f"etpp: it was raised for image {image} (sample {sample_id} of {request.place})")
-        raise
-
-
 def load_batches(
     builder: Dataset[Batch],
     requests: Iterable[BatchRequest],
@@ -223,26 +215,12 @@ def load_batches(
 
     Raises:
         UserError: if no image can be read any more, or a label is not one of the classes.
-        RunFault: if a worker ends before its time, a batch does not come within the limit, the machine has no
-            room to hand batches over (see `MonitoredLoader`), or a shard of a stream cannot be read.
+        RunFault: if a worker ends before its time, a batch does not come within the limit, shared memory has
+            no room, the system refuses a process or a file, or a shard of a stream cannot be read.
     """
-    loader = MonitoredLoader(
-        builder,
-        requests,
-        num_workers=num_workers,
-        prefetch=prefetch,
-        pin_memory=pin_memory,
-        stall_seconds=stall_seconds,
-    )
+    loader = MonitoredLoader(builder, requests, num_workers, prefetch, pin_memory, stall_seconds)
     try:
         yield from loader
-    except LoaderFault:
-        raise
-    except (UnreadableImage, UserError) as error:
-        # From a worker the message arrives with a traceback in front of it.
-        reason = str(error).strip().splitlines()[-1].split(f"{type(error).__name__}: ")[-1]
-        kind = RunFault if isinstance(error, RunFault) else UserError
-        raise kind(f"data: {reason}") from None
     finally:
         loader.close()
 

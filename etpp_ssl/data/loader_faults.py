@@ -1,9 +1,9 @@
 """What can go wrong while batches are built, and the sentences that say so.
 
-A data worker notes the image that it reads, hands batches over, and ends with its parent; a limit holds where
-this process builds batches itself, deep inside a decoder, too. A note has two lines, the image that is read
-and the batch that it is for, or is empty. It lies in memory that all processes share, so it outlives a worker
-that dies, and tells which step and images were in work.
+A data worker notes the image that it reads, hands batches over, and ends with its parent. A note has two
+lines, the image that is read, empty when all are, and the batch that it is for; between two batches it is
+empty. It lies in memory that all processes share, so it outlives a worker that dies, and tells which step and
+images were in work.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from multiprocessing.sharedctypes import RawArray
-from types import FrameType
 from typing import Any
 
 from torch.utils.data import get_worker_info
@@ -26,7 +24,6 @@ from etpp_ssl.messages import shown_text
 
 RESUME = "the same command resumes from its last checkpoint, if it writes any"
 SHARED_MEMORY = "/dev/shm"
-PIN_THREAD = "the thread that pins batches for the GPU ended"
 MORE_ROOM = "lower data.num_workers or data.prefetch, or give a container more (docker run --shm-size=8g)"
 _NO_ROOM = ("shared memory", "No space left on device", "unable to mmap")
 _NO_FILES = ("Communication with the workers is no longer possible", "items of ancdata")
@@ -49,19 +46,22 @@ def death(who: str, exit_code: int, note: str, waited_for: BatchRequest | None) 
         waited_for: the request whose batch comes next.
     """
     reading, _, batch = note.partition("\n")
-    work = f"when it was {reading}, at work on {batch}" if reading else "when it was not reading an image"
-    elsewhere = waited_for is not None and not batch.startswith(f"{waited_for.place},")
-    return LoaderFault(f"{who} {_fate(exit_code)} {work}{_waiting(waited_for) if elsewhere else ''}")
+    work = [f"when it was {reading}"] if reading else []
+    work += [f"at work on {batch}"] if batch else ["when it was not reading an image"]
+    waiting = "" if _is_for(batch, waited_for) else _waiting(waited_for)
+    return LoaderFault(f"{who} {_fate(exit_code)} {', '.join(work)}{waiting}")
 
 
 def stall(who: str, seconds: float, note: str, waited_for: BatchRequest | None) -> LoaderFault:
-    """No batch came within `data.stall_seconds` from the process that builds the next one; see `death`."""
+    """No batch came within `data.stall_seconds`; see `death`."""
     reading, _, batch = note.partition("\n")
-    batch = batch or ("the first batch" if waited_for is None else waited_for.described())
-    return LoaderFault(
-        f"no batch within data.stall_seconds {seconds:g} for {batch}: {who} is "
-        f"{reading or 'not reading an image'}"
-    )
+    work = reading or "not reading an image"
+    awaited = "the first batch" if waited_for is None else waited_for.described()
+    if _is_for(batch, waited_for):
+        awaited = batch
+    elif batch:
+        work += f", at work on {batch}"
+    return LoaderFault(f"no batch within data.stall_seconds {seconds:g} for {awaited}: {who} is {work}")
 
 
 def machine_fault(error: Exception, waited_for: BatchRequest | None, num_workers: int) -> LoaderFault | None:
@@ -81,11 +81,15 @@ def machine_fault(error: Exception, waited_for: BatchRequest | None, num_workers
         reason = (
             f"{num_workers} worker processes cannot be started ({os.strerror(code)}): lower data.num_workers"
         )
-    elif text == PIN_THREAD:
-        reason = f"{PIN_THREAD}{waiting}"
+    elif text.startswith("Pin memory thread"):
+        reason = f"the thread that pins batches for the GPU ended{waiting}"
     else:
         return None
     return LoaderFault(reason)
+
+
+def _is_for(batch: str, request: BatchRequest | None) -> bool:
+    return request is not None and batch.startswith(f"{request.place},")
 
 
 def _waiting(request: BatchRequest | None) -> str:
@@ -116,7 +120,7 @@ def _shared_memory() -> str:
 
 
 NOTE_BYTES = 8192
-_note: Any = None
+_of_thread = threading.local()
 
 
 def new_note() -> Any:
@@ -125,13 +129,12 @@ def new_note() -> Any:
 
 
 def use_note(memory: Any) -> None:
-    """From now on `note` writes to this shared array of `NOTE_BYTES`."""
-    global _note
-    _note = memory
+    """From now on `note` of this thread writes to this shared array of `NOTE_BYTES`."""
+    _of_thread.memory = memory
 
 
 def note_reading(sample_id: int, name: str, batch: str) -> None:
-    """Note what this process is about to read, for whoever waits for its batch.
+    """Note what this thread is about to read, for whoever waits for its batch.
 
     Args:
         sample_id: the number of the sample that the image is for.
@@ -142,16 +145,19 @@ def note_reading(sample_id: int, name: str, batch: str) -> None:
 
 
 def note(text: str) -> None:
-    """Note what this process is doing; "" between two batches."""
-    if _note is not None:
-        _note.value = text.encode(errors="replace")[: NOTE_BYTES - 1]
+    """Note what this thread is doing; "" between two batches."""
+    memory = getattr(_of_thread, "memory", None)
+    if memory is not None:
+        memory.value = text.encode(errors="replace")[: NOTE_BYTES - 1]
 
 
 def hand_over(batch: Any) -> Any:
     """The batch as it leaves the process that built it: from a worker, in shared memory."""
     # A worker's queue would move the tensors there by itself, in a thread whose errors get lost, and the
     # batch with them.
-    return batch if get_worker_info() is None else batch.share_memory()
+    handed_over = batch if get_worker_info() is None else batch.share_memory()
+    note("")
+    return handed_over
 
 
 def start_worker(notes: list[Any], worker: int) -> None:
@@ -177,74 +183,3 @@ def _end_with_main() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
-
-
-TICK_SECONDS = 1.0
-"""Between two looks at the clock."""
-GRACE_SECONDS = 5.0
-"""How long an interrupted wait may take to end."""
-
-
-class Expired(BaseException):
-    """A wait took longer than its limit. Not an `Exception`: in a decoder, those make an image unreadable."""
-
-
-class StallLimit:
-    """Ends a wait that takes too long: `with limit:` around each wait, one at a time.
-
-    A thread counts the time and interrupts the main thread, blocked system calls included, with `Expired`.
-    Where that has no effect for `GRACE_SECONDS` (another thread waits, a network file system never answers, a
-    decoder is in an endless loop), the process ends with exit code 1. Code that never lets another thread
-    run cannot be ended.
-
-    Args:
-        seconds: the limit. Time in which the process is suspended does not count.
-        sentence: asked for when the process ends, and printed.
-    """
-
-    def __init__(self, seconds: float, sentence: Callable[[], str]) -> None:
-        self._seconds = seconds
-        self._sentence = sentence
-        self._wait: object | None = None
-        self._expired: object | None = None
-        self._handler: Any = None
-        self._closed = threading.Event()
-        threading.Thread(target=self._count, name="stall limit", daemon=True).start()
-
-    def __enter__(self) -> None:
-        self._wait = object()
-        if threading.current_thread() is threading.main_thread():
-            # SIGURG does nothing where it comes too late and finds no handler.
-            self._handler = signal.signal(signal.SIGURG, self._interrupt)
-
-    def __exit__(self, *error: object) -> None:
-        self._wait = None
-        if self._handler is not None:
-            signal.signal(signal.SIGURG, self._handler)
-            self._handler = None
-
-    def close(self) -> None:
-        """Let the thread end."""
-        self._closed.set()
-
-    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
-        if self._wait is not None and self._wait is self._expired:
-            raise Expired
-        if callable(self._handler):
-            self._handler(signum, frame)
-
-    def _count(self) -> None:
-        tick, wait, waited = min(self._seconds, TICK_SECONDS), None, 0.0
-        while not self._closed.wait(tick):
-            # Of a time in which the process was suspended, one tick counts.
-            waited = waited + tick if self._wait is wait else 0.0
-            wait = self._wait
-            if wait is None or waited < self._seconds:
-                continue
-            if waited >= self._seconds + GRACE_SECONDS:
-                # Not through Python's own stream, whose lock the main thread may hold.
-                os.write(2, f"etpp: error: {self._sentence()}\n".encode(errors="backslashreplace"))
-                os._exit(1)
-            if self._handler is not None and self._expired is not wait:
-                self._expired = wait
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.formats.base import Interpolation
+from etpp_ssl.data.resize import KERNELS
 from etpp_ssl.data.views import to_channels, to_tensor
 from etpp_ssl.randomness import derive_key
 
@@ -40,13 +41,6 @@ SECTIONS = {
 """What may follow `rand-`, each at most once: timm's keys and the values that it understands."""
 DEFAULT_MAGNITUDE = 10
 """timm's, of a string without `m`."""
-
-# Pillow's affine transforms have no box kernel.
-_RESAMPLING = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "box": Image.Resampling.BICUBIC,
-}
 
 
 class RandAugment:
@@ -90,7 +84,8 @@ class RandAugment:
         hparams: dict[str, object] = {
             "translate_const": int(min(image_size) * 0.45),
             "img_mean": fill if len(fill) == 3 else fill[0],
-            "interpolation": _RESAMPLING[interpolation],
+            # Pillow's affine transforms have no box kernel.
+            "interpolation": KERNELS["bicubic" if interpolation == "box" else interpolation],
         }
         last = int(sections.get("m", DEFAULT_MAGNITUDE))
         magnitudes = [last * stage / (RAMP_STAGES - 1) for stage in range(RAMP_STAGES)] if ramp else [last]

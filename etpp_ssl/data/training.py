@@ -10,7 +10,7 @@ from etpp_ssl.data.loader import BatchBuilder, Builder
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.base import DataConfig, ImageSource
 from etpp_ssl.data.sources.splits import check_labels, open_split
-from etpp_ssl.data.streams.base import Stream, StreamConfig
+from etpp_ssl.data.streams.base import StreamConfig
 from etpp_ssl.data.streams.loader import StreamBuilder, StreamPlace, StreamRequests
 from etpp_ssl.data.views import View
 
@@ -69,31 +69,22 @@ class StreamedImages:
     """Images that are read in sequence; offers what `IndexedImages` does.
 
     Args:
-        stream: the images.
-        num_images: in an epoch, as the recipe states it.
+        config: tells their number, and their classes where the stream does not.
         in_chans: channels to decode to.
-        max_pixels: larger images count as unreadable.
-        classes: class names where the stream does not tell them.
+        seed: the run's seed.
     """
 
     is_stream = True
 
-    def __init__(
-        self,
-        stream: Stream,
-        num_images: int,
-        in_chans: int,
-        max_pixels: int,
-        classes: tuple[str, ...] | None = None,
-    ) -> None:
-        self.stream = stream
-        self.num_images = num_images
+    def __init__(self, config: StreamConfig, in_chans: int, seed: int) -> None:
+        self.config = config
         self.in_chans = in_chans
-        self.max_pixels = max_pixels
-        self.classes = list(classes) if classes is not None else stream.classes
+        self.stream = config.open_stream(seed)
+        self.classes = list(config.classes) if config.classes is not None else self.stream.classes
 
     def __len__(self) -> int:
-        return self.num_images
+        assert self.config.num_images is not None
+        return self.config.num_images
 
     def fingerprint(self) -> str:
         """See `Stream.fingerprint`."""
@@ -130,7 +121,7 @@ class StreamedImages:
             rank=sampler.rank,
             num_processes=sampler.num_processes,
             in_chans=self.in_chans,
-            max_pixels=self.max_pixels,
+            max_pixels=self.config.max_pixels,
             num_classes=num_classes,
         )
         return builder, StreamRequests(sampler, place)
@@ -148,9 +139,6 @@ def open_training(
         UserError: if they are not there.
     """
     if isinstance(config, StreamConfig):
-        assert config.num_images is not None
-        return StreamedImages(
-            config.open_stream(seed), config.num_images, in_chans, config.max_pixels, config.classes
-        )
+        return StreamedImages(config, in_chans, seed)
     source = open_split(config, "train", in_chans=in_chans, image_size=image_size, seed=seed)
     return IndexedImages(source, seed)

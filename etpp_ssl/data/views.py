@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, Protocol
@@ -49,10 +50,11 @@ class View(Protocol):
 
 @dataclass(frozen=True)
 class TrainView:
-    """Random resized crop and mirror, a function of (seed, sample_id) alone.
+    """Random resized crop and mirror, a function of (seed, sample_id), and of progress with an `augment`.
 
     With `decode` full, Pillow resizes the crop to the image size. With `reduced` it is resized to the stage's
-    intermediate size, from a JPEG that need not be decoded at full resolution.
+    intermediate size, from a JPEG that need not be decoded at full resolution. Then comes `augment`. Its
+    operations that count pixels (sharpness, blur) act on coarser pixels with `reduced`.
 
     With `lanczos`, the result is then resized to the bandwidth by Lanczos, the published code's approximation
     of the low-frequency crop. Otherwise it stays as it is, and the device crops.
@@ -69,6 +71,8 @@ class TrainView:
     decode: Literal["full", "reduced"] = "full"
     interpolation: Interpolation = "bicubic"
     decoder: Decoder = "pillow"
+    augment: Callable[[Tensor, int, float], Tensor] | None = None
+    """From (uint8 (C, H, W), sample_id, progress) to a distorted copy."""
 
     def __post_init__(self) -> None:
         require_decoder(self.decoder)
@@ -76,29 +80,20 @@ class TrainView:
     def __call__(
         self, image: Picture, sample_id: int, bandwidth: tuple[int, int], progress: float = 1.0
     ) -> Tensor:
-        return self.shown(self.cropped(image, sample_id, bandwidth), bandwidth)
-
-    def cropped(self, image: Picture, sample_id: int, bandwidth: tuple[int, int]) -> Tensor:
-        """The first half: cropped, resized and mirrored, uint8 (C, H, W)."""
         draw = keyed_random(self.seed, "crop", sample_id)
         box = random_crop_box(image.size, self.crop_scale, draw)
         mirror = self.flip and draw.random() < 0.5
-        view = self._reduced(image, box, bandwidth) if self.decode == "reduced" else self._full(image, box)
-        return view.flip(2) if mirror else view
-
-    def shown(self, view: Tensor, bandwidth: tuple[int, int]) -> Tensor:
-        """The second half: with `lanczos` at the bandwidth, otherwise as it is."""
+        if self.decode == "reduced":
+            size = intermediate_size(bandwidth, self.image_size)[::-1]
+            view = resize(image.region(box, size, self.decoder), size, self.interpolation)
+        else:
+            view = _resized_crop(image, box, self.image_size, self.interpolation)
+        view = view.flip(2) if mirror else view
+        if self.augment is not None:
+            view = self.augment(view, sample_id, progress)
         if self.lanczos and bandwidth != self.image_size:
             return self._by_lanczos(view, bandwidth[::-1])
         return view
-
-    def _full(self, image: Picture, box: tuple[int, int, int, int]) -> Tensor:
-        size, kernel = self.image_size[::-1], KERNELS[self.interpolation]
-        return to_tensor(tuple(channel.crop(box).resize(size, kernel) for channel in image.channels()))
-
-    def _reduced(self, image: Picture, box: tuple[int, int, int, int], bandwidth: tuple[int, int]) -> Tensor:
-        size = intermediate_size(bandwidth, self.image_size)[::-1]
-        return resize(image.region(box, size, self.decoder), size, self.interpolation)
 
     def _by_lanczos(self, view: Tensor, size: tuple[int, int]) -> Tensor:
         if self.decode == "reduced":
@@ -129,6 +124,13 @@ class EvalView:
             part = (left * x, top * y, (left + width) * x, (top + height) * y)
             return to_tensor(tuple(channel.resize((width, height), kernel, box=part) for channel in channels))
         return to_tensor(tuple(channel.resize(size, kernel).crop(box) for channel in channels))
+
+
+def _resized_crop(
+    image: Picture, box: tuple[int, int, int, int], image_size: tuple[int, int], kernel: Interpolation
+) -> Tensor:
+    size = image_size[::-1]
+    return to_tensor(tuple(channel.crop(box).resize(size, KERNELS[kernel]) for channel in image.channels()))
 
 
 def intermediate_size(bandwidth: tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int]:
@@ -239,10 +241,7 @@ class ProbeView:
         draw = keyed_random(self.seed, "probe-crop", sample_id)
         box = single_draw_crop_box(image.size, self.crop_scale, draw)
         mirror = self.flip and draw.random() < 0.5
-        size = self.image_size[::-1]
-        view = to_tensor(
-            tuple(channel.crop(box).resize(size, Image.Resampling.BICUBIC) for channel in image.channels())
-        )
+        view = _resized_crop(image, box, self.image_size, "bicubic")
         return view.flip(2) if mirror else view
 
 

@@ -1,32 +1,33 @@
-"""Batches from worker processes: a wait for them that ends, with one sentence, when a worker dies or stalls.
+"""Batches from torch's `DataLoader`, and a wait for them that ends, with one sentence, when they stop coming.
 
-torch's `DataLoader` runs the workers and limits the wait. Added here are the workers' exit codes and their
-notes of the images in work (`worker.py`). No private name of torch is used.
+The loader runs in a thread of its own, because it may block where no timeout of torch's holds: on half a
+message of a worker that was killed, on the open files of a worker that hangs, in a decoder of this process.
+The thread that trains only waits. Meanwhile it looks at the workers' exit codes and, when it has to say what
+went wrong, at their notes of the images in work (`loader_faults.py`).
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import signal
 import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from queue import Empty, SimpleQueue
 from traceback import clear_frames
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
+from etpp_ssl.config import RunFault, UserError
+from etpp_ssl.data.formats.base import UnreadableImage
 from etpp_ssl.data.loader_faults import (
-    PIN_THREAD,
-    Expired,
     LoaderFault,
-    StallLimit,
     death,
     hand_over,
     machine_fault,
@@ -39,49 +40,34 @@ from etpp_ssl.data.sampler import BatchRequest
 
 TICK_SECONDS = 1.0
 """Between two looks at the workers while a batch is waited for."""
-DEATH_SECONDS = 2.0
+DEATH_SECONDS = 5.0
 """How long a worker that has hung up may take to end."""
 END_SECONDS = 10.0
-"""How long torch may take to end its workers and threads: a dead worker may hold what they wait for."""
+"""How long the workers may take to finish what they are at when they are no longer needed."""
 
 T = TypeVar("T")
 
 
 class MonitoredLoader(Iterator[T], Generic[T]):
-    """Batches in the order of their requests, or one sentence about what went wrong.
-
-    Args:
-        builder, requests, num_workers, prefetch, pin_memory, stall_seconds: see `load_batches`.
-
-    Raises:
-        LoaderFault: when iterated over, if a worker ends before its time, no batch comes within
-            `stall_seconds`, there is no room in shared memory, or the system refuses a process or a file.
-    """
+    """Batches in the order of their requests, up to the first error; see `load_batches`."""
 
     def __init__(
         self,
         builder: Dataset[T],
         requests: Iterable[BatchRequest],
-        *,
         num_workers: int,
         prefetch: int,
         pin_memory: bool,
         stall_seconds: float | None,
     ) -> None:
         self._num_workers = num_workers
-        self._stall_seconds = stall_seconds
-        self._tick = min(TICK_SECONDS, stall_seconds or TICK_SECONDS)
+        self._limit = stall_seconds or float("inf")
         self._under_way: deque[BatchRequest] = deque()
         self._num_arrived = 0
         self._notes = [new_note() for _ in range(max(1, num_workers))]
         self._processes: list[BaseProcess] = []
-        self._pin_threads: list[threading.Thread] = []
-        self._iterator: Iterator[T] | None = None
         self._failed = False
-        self._limit: StallLimit | None = None
-        if stall_seconds is not None and not num_workers:
-            self._limit = StallLimit(stall_seconds, lambda: str(self._stalled()))
-        self._loader: DataLoader[T] = DataLoader(
+        loader: DataLoader[T] = DataLoader(
             builder,
             sampler=_recorded(requests, self._under_way),
             batch_size=None,
@@ -89,46 +75,34 @@ class MonitoredLoader(Iterator[T], Generic[T]):
             num_workers=num_workers,
             prefetch_factor=prefetch if num_workers else None,
             pin_memory=pin_memory,
-            timeout=self._tick if num_workers else 0,
             worker_init_fn=partial(start_worker, self._notes),
             multiprocessing_context=_recording(self._processes) if num_workers else None,
         )
+        self._asked: SimpleQueue[bool] = SimpleQueue()
+        self._answers: SimpleQueue[T | BaseException] = SimpleQueue()
+        gpu = torch.cuda.current_device() if pin_memory and torch.cuda.is_available() else None
+        self._thread = threading.Thread(
+            target=_serve, args=(loader, self._notes[0], gpu, self._asked, self._answers), daemon=True
+        )
+        self._thread.start()
 
     def __next__(self) -> T:
-        try:
-            if self._iterator is None:
-                self._open()
-            batch = self._from_workers() if self._num_workers else self._built_here()
-        except StopIteration:
-            raise
-        except BaseException as error:
-            # The frames keep torch's iterator, which ends the workers when it is deleted.
-            clear_frames(error.__traceback__)
-            fault = self._fault(error)
-            self._failed = fault is not None
-            if fault is None:
-                raise
-            raise fault from None
+        self._asked.put(True)
+        answer = self._answer()
+        if isinstance(answer, BaseException):
+            self._failed = isinstance(answer, LoaderFault)
+            raise answer
         self._under_way.popleft()
         self._num_arrived += 1
-        return batch
+        return answer
 
     def close(self) -> None:
         """End the workers; what they have prepared is lost."""
-        if self._limit is not None:
-            self._limit.close()
-        iterator, self._iterator = [self._iterator], None
-        # While Python ends, no thread can be started, and torch waits for nothing.
-        if (self._failed or any(self._dead().values())) and not sys.is_finalizing():
-            self._kill()
-            # torch waits here for its threads, and for locks that a dead worker may hold for ever.
-            end = threading.Thread(target=iterator.clear, daemon=True)
-            end.start()
-            end.join(END_SECONDS)
-        iterator.clear()
-        self._kill()
-
-    def _kill(self) -> None:
+        self._asked.put(False)
+        # After a fault torch may wait for ever for what a dead worker holds, and while Python ends no other
+        # thread runs.
+        if not self._failed and not sys.is_finalizing():
+            self._thread.join(END_SECONDS)
         alive = [process for process in self._processes if process.is_alive()]
         for process in alive:
             process.kill()
@@ -136,64 +110,54 @@ class MonitoredLoader(Iterator[T], Generic[T]):
             # One that waits for a device cannot even be killed.
             process.join(END_SECONDS)
 
-    def _open(self) -> None:
-        handler, threads = signal.getsignal(signal.SIGCHLD), threading.enumerate()
-        try:
-            self._iterator = iter(self._loader)
-        finally:
-            # When a worker dies, torch's handler raises wherever the main thread is: in a decoder, where any
-            # error makes an image unreadable, or in the middle of a checkpoint.
-            if signal.getsignal(signal.SIGCHLD) is not handler:
-                signal.signal(signal.SIGCHLD, handler)
-        # With a timeout, torch does not notice that this thread has ended.
-        new = set(threading.enumerate()).difference(threads)
-        self._pin_threads = [thread for thread in new if "pin_memory" in thread.name]
-
-    def _built_here(self) -> T:
-        use_note(self._notes[0])
-        with self._limit or nullcontext():
-            return self._next()
-
-    def _from_workers(self) -> T:
-        waited = 0.0
-        while True:
-            if any(self._has_work(worker) for worker in self._dead()):
-                raise ChildProcessError
-            if not all(thread.is_alive() for thread in self._pin_threads):
-                raise RuntimeError(PIN_THREAD)
+    def _answer(self) -> T | BaseException:
+        # Of a time in which the process was suspended, one tick counts.
+        waited, tick = 0.0, min(TICK_SECONDS, self._limit / 4)
+        while waited < self._limit:
+            dead = self._first_dead()
+            if dead is not None and self._has_work(dead):
+                return self._death(dead)
             try:
-                return self._next()
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader timed out"):
-                    raise
-            # Of a time in which the process was suspended, one tick counts.
-            waited += self._tick
-            if self._stall_seconds is not None and waited >= self._stall_seconds:
-                raise Expired
+                answer = self._answers.get(timeout=tick)
+            except Empty:
+                waited += tick
+                continue
+            return self._explained(answer) if isinstance(answer, Exception) else answer
+        awaited = self._num_arrived % len(self._notes)
+        # The one whose batch comes next may wait for another, which hangs while it hands its own over.
+        worker = next((w for w in (awaited, *range(len(self._notes))) if self._read_note(w)), awaited)
+        return stall(self._who(worker), self._limit, self._read_note(worker), self._waited_for)
 
-    def _next(self) -> T:
-        assert self._iterator is not None
-        return next(self._iterator)
-
-    def _fault(self, error: BaseException) -> LoaderFault | None:
-        """What to say instead of an error; None for one that is not the loader's."""
-        if isinstance(error, Expired):
-            return self._stalled()
-        if not isinstance(error, Exception):
-            return None
-        if isinstance(error, OSError | EOFError) or "ancdata" in str(error):
+    def _explained(self, error: Exception) -> Exception:
+        """What to raise for an error of torch or of the data."""
+        if isinstance(error, StopIteration):
+            return error
+        # From a worker the message arrives with a traceback in front of it.
+        text = (str(error).strip().splitlines() or [""])[-1]
+        if isinstance(error, UnreadableImage | UserError):
+            kind = RunFault if isinstance(error, RunFault) else UserError
+            return kind("data: " + text.split(f"{type(error).__name__}: ")[-1])
+        fault = machine_fault(error, self._waited_for, self._num_workers)
+        if (isinstance(error, OSError | EOFError) and fault is None) or "ancdata" in text:
             # A worker that dies while it hands a batch over hangs up first, and closes its files before it
             # counts as ended.
             sentinels: dict[Any, BaseProcess] = {p.sentinel: p for p in self._processes if p.pid}
             for sentinel in wait(list(sentinels), DEATH_SECONDS):
                 sentinels[sentinel].join(DEATH_SECONDS)
-        for worker, code in self._dead().items():
-            return death(self._who(worker), code, self._read_note(worker), self._waited_for)
-        return machine_fault(error, self._waited_for, self._num_workers)
+        dead = self._first_dead()
+        if dead is not None:
+            return self._death(dead)
+        return fault or error
 
-    def _stalled(self) -> LoaderFault:
-        worker = self._num_arrived % max(1, self._num_workers)
-        return stall(self._who(worker), self._stall_seconds or 0, self._read_note(worker), self._waited_for)
+    def _first_dead(self) -> int | None:
+        """A worker that has ended, one from whom a batch is awaited if there is any."""
+        dead = [worker for worker, process in enumerate(self._processes) if process.exitcode is not None]
+        return max(dead, key=self._has_work, default=None)
+
+    def _death(self, worker: int) -> LoaderFault:
+        code = self._processes[worker].exitcode
+        assert code is not None
+        return death(self._who(worker), code, self._read_note(worker), self._waited_for)
 
     @property
     def _waited_for(self) -> BatchRequest | None:
@@ -210,11 +174,32 @@ class MonitoredLoader(Iterator[T], Generic[T]):
         text: str = self._notes[worker].value.decode(errors="replace")
         return text
 
-    def _dead(self) -> dict[int, int]:
-        """The exit codes of workers that have ended, those from whom a batch is awaited first."""
-        codes = {worker: process.exitcode for worker, process in enumerate(self._processes)}
-        awaited = sorted(codes, key=self._has_work, reverse=True)
-        return {worker: code for worker in awaited if (code := codes[worker]) is not None}
+
+def _serve(
+    loader: DataLoader[T],
+    note: Any,
+    gpu: int | None,
+    asked: SimpleQueue[bool],
+    answers: SimpleQueue[T | BaseException],
+) -> None:
+    """What the loader's thread does: one batch whenever one is asked for, until the first error."""
+    iterator: Iterator[T] | None
+    use_note(note)
+    try:
+        if gpu is not None:
+            # torch keeps the device in use thread by thread, and pins memory with it.
+            torch.cuda.set_device(gpu)
+        iterator = iter(loader)
+        while asked.get():
+            answers.put(next(iterator))
+    except BaseException as error:
+        if loader.num_workers:
+            # The frames keep torch's iterator, which ends the workers when it is deleted.
+            clear_frames(error.__traceback__)
+        answers.put(error)
+        # Until the loader is closed, the workers' exit codes are their own doing.
+        asked.get()
+    iterator = None
 
 
 def _recorded(requests: Iterable[BatchRequest], under_way: deque[BatchRequest]) -> Iterator[BatchRequest]:

@@ -46,11 +46,11 @@ def test_rand_augment_comes_after_the_mirror_and_before_lanczos(
 ) -> None:
     plain = base(decode=decode)
     view = AugmentConfig().build_view(base(decode=decode, lanczos=lanczos), MEAN)
-    assert view.rand_augment is not None
+    assert view.augment is not None
     changed = 0
     for position in range(12):
         seen = plain(photo(), position, bandwidth)
-        expected = view.rand_augment(seen, position, 0.5)
+        expected = view.augment(seen, position, 0.5)
         changed += not torch.equal(expected, seen)
         found = view(photo(), position, bandwidth, 0.5)
         assert found.dtype == torch.uint8

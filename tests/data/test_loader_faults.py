@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import gc
 import multiprocessing
 import os
 import re
+import select
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 from loader_scenes import Trapped, run_aside
+from torch.utils.data import Dataset
 
 from etpp_ssl.config import RunFault, UserError
-from etpp_ssl.data import loader_faults, workers
 from etpp_ssl.data import loader_faults as worker
 from etpp_ssl.data.formats.base import one_line_reasons
 from etpp_ssl.data.loader import Batch, BatchBuilder, evaluation_requests, load_batches
-from etpp_ssl.data.loader_faults import (
-    PIN_THREAD,
-    Expired,
-    LoaderFault,
-    StallLimit,
-    death,
-    machine_fault,
-    stall,
-)
+from etpp_ssl.data.loader_faults import LoaderFault, death, machine_fault, stall
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
 from etpp_ssl.data.sources.synthetic import SyntheticConfig
 from etpp_ssl.data.views import EvalView
@@ -60,9 +57,20 @@ def requests(first: int = 0) -> list[BatchRequest]:
     ]
 
 
-def source_of(act: Callable[[], Any], index: int = TRAP) -> Trapped:
+def builder_of(act: Callable[[], Any], index: int = TRAP) -> BatchBuilder:
     inner = SyntheticConfig(num_images=NUM_IMAGES).open("train", in_chans=3, image_size=SIZE, seed=0)
-    return Trapped(inner, index, act)
+    return BatchBuilder(Trapped(inner, index, act), EvalView(SIZE, 1.0), KeyedOrder(NUM_IMAGES, 0))
+
+
+@dataclass(frozen=True)
+class Laden(Dataset[Batch]):
+    """Batches that bring something along when a worker hands them over."""
+
+    builder: BatchBuilder
+    load: Callable[[BatchRequest], Any]
+
+    def __getitem__(self, request: BatchRequest) -> Batch:
+        return replace(self.builder[request], cursor={"load": self.load(request)})
 
 
 def opened(
@@ -72,11 +80,12 @@ def opened(
     index: int = TRAP,
     stall_seconds: float | None = None,
     asked: list[BatchRequest] | Iterator[BatchRequest] | None = None,
+    load: Callable[[BatchRequest], Any] | None = None,
 ) -> Generator[Batch, None, None]:
     """Batches of a data set in which something happens at one image."""
-    builder = BatchBuilder(source_of(act, index), EvalView(SIZE, 1.0), KeyedOrder(NUM_IMAGES, 0))
+    builder = builder_of(act, index)
     return load_batches(
-        builder,
+        builder if load is None else Laden(builder, load),
         requests() if asked is None else asked,
         num_workers=num_workers,
         prefetch=2,
@@ -186,20 +195,63 @@ def test_a_death_is_told_where_a_batch_is_waited_for_and_nowhere_else() -> None:
             list(training)
 
 
-def test_a_worker_that_hangs_up_before_it_dies_is_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    with closing(opened(lambda: exit_after(tmp_path / "now", 5))) as loader:
-        next(loader)
+class HungUp:
+    """What finds, when it is taken out of a message, that the sender has hung up."""
 
-        def hung_up(loader: object) -> Batch:
-            (tmp_path / "now").touch()
-            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+    def __init__(self, signal_file: Path) -> None:
+        self.signal_file = signal_file
 
-        monkeypatch.setattr(workers, "DEATH_SECONDS", 30.0)
-        monkeypatch.setattr(workers.MonitoredLoader, "_next", hung_up)
-        with pytest.raises(LoaderFault, match="worker process 2 of 2 ended with exit code 5"):
+    def __reduce__(self) -> Any:
+        return hung_up, (self.signal_file,)
+
+
+def hung_up(signal_file: Path) -> None:
+    signal_file.touch()
+    raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+
+
+def test_a_worker_that_hangs_up_before_it_dies_is_named(tmp_path: Path) -> None:
+    def load(request: BatchRequest) -> HungUp | None:
+        return HungUp(tmp_path / "now") if request.step == 1 else None
+
+    # The one worker is at step 2 when its batch of step 1 is taken out.
+    with closing(opened(lambda: exit_after(tmp_path / "now", 5), 1, index=9, load=load)) as loader:
+        assert next(loader).request.step == 0
+        with pytest.raises(LoaderFault, match="worker process 1 of 1 ended with exit code 5"):
             next(loader)
+
+
+def kill_self_while_sending() -> None:
+    """Wait until a pipe of this process is full, for somebody still writes to it, and die."""
+    while True:
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(FileNotFoundError):
+                pipe = os.readlink(f"/proc/self/fd/{name}").startswith("pipe:")
+                writes = pipe and fcntl.fcntl(int(name), fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
+                if writes and not select.select([], [int(name)], [], 0)[1]:
+                    kill_self()
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_message_is_named() -> None:
+    sentence = told(
+        # Each batch is more than a pipe takes at once.
+        lambda: list(opened(kill_self_while_sending, 1, index=4, load=lambda request: bytes(1 << 26)))
+    )
+    assert sentence.startswith("data: worker process 1 of 1 was killed by SIGKILL")
+    assert "reading image 'photos/04.jpg' (sample 4), at work on step 1, samples 4, 5, 6, 7" in sentence
+
+
+def test_a_worker_that_dies_when_its_images_are_read_is_named_with_its_batch() -> None:
+    def load(request: BatchRequest) -> None:
+        if request.step == 3:
+            kill_self()
+
+    sentence = told(lambda: list(opened(nothing, load=load)))
+    assert re.fullmatch(
+        rf"data: worker process 2 of 2 was killed by SIGKILL, [^,]+, at work on {IN_HAND}"
+        rf"(, while step \d was waited for)?{GO_ON}",
+        sentence,
+    )
 
 
 def test_the_loader_whose_worker_dies_is_the_one_that_says_so() -> None:
@@ -227,7 +279,7 @@ def test_no_file_stays_open() -> None:
     def files_after_failing() -> int:
         with pytest.raises(LoaderFault):
             list(opened(kill_self))
-        # The threads of its queues end when they come to it. Only then can the garbage collector, which
+        # torch's loader looks for dead workers every five seconds. Only then can the garbage collector, which
         # shall not come by chance here, have the last of it.
         deadline = time.monotonic() + 30
         while threading.active_count() > 1 and time.monotonic() < deadline:
@@ -236,8 +288,7 @@ def test_no_file_stays_open() -> None:
         return len(os.listdir("/proc/self/fd"))
 
     def body() -> None:
-        first = files_after_failing()
-        assert [files_after_failing() for _ in range(3)] == [first] * 3
+        assert files_after_failing() == files_after_failing()
 
     ended = run_aside(body)
     assert ended.code == 0, ended.stderr
@@ -267,22 +318,32 @@ def test_a_read_that_blocks_in_a_decoder_is_no_unreadable_image(tmp_path: Path) 
     assert "is reading image 'photos/14.jpg' (sample 14)" in sentence
 
 
-def test_workers_that_ignore_signals_are_ended_all_the_same() -> None:
-    def deaf() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {signal.SIGKILL})
-        # Without ever letting another thread run.
-        ctypes.PyDLL(None).pause()
+def deaf() -> None:
+    """Ignore signals, and never let another thread run."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {signal.SIGKILL})
+    ctypes.PyDLL(None).pause()
 
+
+def test_workers_that_ignore_signals_are_ended_all_the_same() -> None:
     sentence = told(lambda: list(opened(deaf, stall_seconds=5.0)))
     assert "worker process 2 of 2 is reading image 'photos/14.jpg'" in sentence
 
 
-@pytest.mark.parametrize("where", ["main thread", "another thread"])
-def test_where_no_interruption_gets_through_the_process_ends_with_the_sentence(
-    where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loader_faults, "GRACE_SECONDS", 0.5)
+def test_a_worker_that_hangs_before_its_last_batch_was_taken_over_is_named() -> None:
+    def body() -> None:
+        with closing(opened(deaf, num_workers=1, index=9, stall_seconds=4.0)) as loader:
+            assert next(loader).request.step == 0
+            # The next one is in the queue, but its files are still the worker's, who is at step 2 by then.
+            time.sleep(2.0)
+            list(loader)
 
+    sentence = told(body)
+    assert sentence.startswith("data: no batch within data.stall_seconds 4 for step 1, samples 4, 5, 6, 7: ")
+    assert "1 of 1 is reading image 'photos/09.jpg' (sample 9), at work on step 2, samples 8, 9" in sentence
+
+
+@pytest.mark.parametrize("where", ["main thread", "another thread"])
+def test_a_read_that_nothing_interrupts_ends_with_the_sentence(where: str) -> None:
     def stubborn() -> None:
         while True:
             try:
@@ -291,20 +352,23 @@ def test_where_no_interruption_gets_through_the_process_ends_with_the_sentence(
                 continue
 
     def body() -> None:
+        faults: list[BaseException] = []
+
         def run() -> None:
-            list(opened(stubborn, 0, stall_seconds=0.5))
+            try:
+                list(opened(stubborn, 0, stall_seconds=0.5))
+            except LoaderFault as fault:
+                faults.append(fault)
 
-        if where == "main thread":
-            run()
         thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
+        thread.run() if where == "main thread" else thread.start()
+        if where == "another thread":
+            thread.join()
+        raise faults[0]
 
-    ended = run_aside(body)
-    assert ended.code == 1
-    assert ended.stderr.startswith("etpp: error: data: no batch within data.stall_seconds 0.5 for step 3, ")
-    assert len(ended.stderr.splitlines()) == 1
-    assert "is reading image 'photos/14.jpg' (sample 14)" in ended.stderr
+    sentence = told(body)
+    assert sentence.startswith("data: no batch within data.stall_seconds 0.5 for step 3, ")
+    assert "is reading image 'photos/14.jpg' (sample 14)" in sentence
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -315,9 +379,7 @@ def test_nothing_is_armed_between_two_batches(num_workers: int) -> None:
             assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
 
 
-def test_only_waiting_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader_faults, "GRACE_SECONDS", 0.2)
-
+def test_only_waiting_counts() -> None:
     def body() -> None:
         for batch in opened(nothing, stall_seconds=4.0):
             if batch.request.step == 4:
@@ -327,10 +389,7 @@ def test_only_waiting_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (ended.code, ended.stderr) == (0, "")
 
 
-def test_time_in_which_the_process_is_suspended_does_not_count(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(loader_faults, "GRACE_SECONDS", 0.3)
+def test_time_in_which_the_process_is_suspended_does_not_count(tmp_path: Path) -> None:
     started = tmp_path / "started"
 
     def act() -> None:
@@ -422,7 +481,7 @@ def test_full_shared_memory_is_recognised(size: str, when: str) -> None:
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "ulimit -n"),
         (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "4 worker processes cannot be started"),
         (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "lower data.num_workers"),
-        (RuntimeError(PIN_THREAD), "pins batches for the GPU"),
+        (RuntimeError("Pin memory thread exited unexpectedly"), "pins batches for the GPU"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
         (OSError(errno.EIO, os.strerror(errno.EIO)), None),
         (KeyError("shared memory"), None),
@@ -452,11 +511,17 @@ def test_a_fault_of_which_little_is_known_is_still_a_sentence() -> None:
     assert text.endswith(f"('20.png', '21.png', '22.png', '23.png'){GO_ON}")
     assert f"'23.png'), while step 4 was waited for{GO_ON}" in str(death(who, 1, note, requests()[4]))
     assert "signal 99" in str(death(who, -99, note, request))
+    read = "\n" + request.described()
+    assert str(death(who, 1, read, None)).endswith(f"code 1 at work on {request.described()}{GO_ON}")
+    no_batch = "data: no batch within data.stall_seconds 5 for"
     assert str(stall("the process", 5.0, "", request)) == (
-        f"data: no batch within data.stall_seconds 5 for step 5, samples 20, 21, 22, 23: the process is not "
-        f"reading an image{GO_ON}"
+        f"{no_batch} step 5, samples 20, 21, 22, 23: the process is not reading an image{GO_ON}"
     )
-    assert "stall_seconds 5 for the first batch: worker" in str(stall(who, 5.0, "", None))
+    assert f"{no_batch} the first batch: {who} is not reading" in str(stall(who, 5.0, "", None))
+    assert f"{no_batch} step 5, samples 20, 21, 22, 23 ('20.png', " in str(stall(who, 5.0, note, request))
+    other = str(stall(who, 5.0, note, requests()[4]))
+    assert f"{no_batch} step 4, samples 16, 17, 18, 19: {who} is reading image '7.png' (sample 21), " in other
+    assert other.endswith(f"at work on {request.described('{}.png'.format)}{GO_ON}")
 
 
 def test_a_request_is_described_by_its_place_and_its_first_images() -> None:
@@ -494,58 +559,42 @@ def test_a_note_outlives_the_process_that_wrote_it() -> None:
         worker.use_note(None)
 
 
-def test_a_thread_for_pinning_that_ends_is_noticed() -> None:
-    from torch.utils.data._utils.pin_memory import _pin_memory_loop
-
-    # By this name it is told apart from other threads.
-    assert "pin_memory" in threading.Thread(target=_pin_memory_loop).name
-    builder = BatchBuilder(source_of(nothing), EvalView(SIZE, 1.0), KeyedOrder(NUM_IMAGES, 0))
-    loader = workers.MonitoredLoader(
-        builder, requests(), num_workers=1, prefetch=2, pin_memory=False, stall_seconds=60.0
-    )
-    with closing(loader):
-        next(loader)
-        loader._pin_threads = [threading.Thread()]
-        with pytest.raises(LoaderFault, match="the thread that pins batches for the GPU ended, while step 1"):
-            next(loader)
-
-
-def test_a_limit_leaves_signals_as_they_were() -> None:
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_signals_are_left_to_whoever_has_taken_them(num_workers: int) -> None:
     rung: list[int] = []
-    before = signal.signal(signal.SIGURG, lambda signum, frame: rung.append(signum))
-    mine = signal.getsignal(signal.SIGURG)
-    try:
-        with closing(StallLimit(0.2, str)) as limit:
-            # It can be used more than once.
-            for _ in range(2):
-                with pytest.raises(Expired), limit:
-                    time.sleep(10)
-                assert signal.getsignal(signal.SIGURG) is mine
-            # Somebody's signal reaches him.
-            with limit:
-                os.kill(os.getpid(), signal.SIGURG)
-            assert rung == [signal.SIGURG]
-            assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGURG, before)
+
+    def ring(signum: int, frame: FrameType | None) -> None:
+        rung.append(signum)
+
+    def body() -> None:
+        theirs = {signal.SIGALRM, signal.SIGURG, signal.SIGCHLD}
+        for signum in theirs:
+            signal.signal(signum, ring)
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        # The alarm rings during a wait, which it does not end.
+        with closing(opened(partial(time.sleep, 1.0), num_workers, stall_seconds=60.0)) as loader:
+            assert len(list(loader)) == 10
+        assert signal.SIGALRM in rung
+        assert all(signal.getsignal(signum) is ring for signum in theirs)
+
+    ended = run_aside(body)
+    assert ended.code == 0, ended.stderr
 
 
-def test_a_limits_second_thread_ends_with_it() -> None:
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loaders_threads_end_with_it(num_workers: int) -> None:
     before = set(threading.enumerate())
-    limit = StallLimit(60.0, str)
-    for _ in range(2):
-        with limit:
-            (thread,) = set(threading.enumerate()) - before
-    limit.close()
-    thread.join(30)
-    assert not thread.is_alive()
+    with closing(opened(nothing, num_workers, stall_seconds=60.0)) as loader:
+        next(loader)
+        next(loader)
+        assert set(threading.enumerate()) - before
+    # Those of multiprocessing's queues end when they come to it.
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30)
+    assert set(threading.enumerate()) <= before
 
 
-def test_a_loader_that_has_failed_is_left_alone_if_torchs_threads_hang(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(workers, "END_SECONDS", 0.3)
-
+def test_a_loader_that_has_failed_is_left_alone_if_torchs_threads_hang() -> None:
     def body() -> None:
         from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 

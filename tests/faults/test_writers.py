@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from disks import SmallDisk
 from PIL import Image
 from torch import Tensor
 
-import etpp_ssl.commands.probe as probe_module
 import etpp_ssl.report.page as page_module
 from etpp_ssl.commands.probe import probe_run
 from etpp_ssl.config import UserError
@@ -123,7 +123,6 @@ def no_rename() -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", refuse)
-        patch.setattr(Path, "rename", refuse)
         yield
 
 
@@ -166,47 +165,48 @@ def test_a_writer_whose_last_rename_fails(name: str, runs: Runs, tmp_path: Path)
     check(lambda out: WRITERS[name](runs, out), tmp_path / "disk", {"Input/output error": no_rename})
 
 
-def test_a_probe_that_cannot_be_recorded_has_its_result(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(file: Path, line: str) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+def test_a_probe_that_cannot_be_recorded_has_its_result(runs: Runs, small_disk: SmallDisk) -> None:
     said: list[str] = []
-    recipe = Recipe.load(runs.encoder, ["probe=knn"])
-    with monkeypatch.context() as patch:
-        patch.setattr(probe_module, "append_line", refuse)
-        numbers = probe_run(recipe, str(runs.encoder), said.append)
+    run = shutil.copytree(runs.encoder, small_disk.folder / "run")
+    recipe = Recipe.load(run, ["probe=knn"])
+    with small_disk.full():
+        numbers = probe_run(recipe, str(run), said.append)
     assert "knn_top1" in numbers
     told = [text for text in said if "No space left" in text]
     assert len(told) == 1
     assert "probes.jsonl' cannot be written" in told[0]
-    file = runs.encoder / "report" / "probes.jsonl"
+    file = run / "report" / "probes.jsonl"
     file.write_text('{"step": 5, "knn')
-    assert probe_run(recipe, str(runs.encoder), said.append) == numbers
+    assert probe_run(recipe, str(run), said.append) == numbers
     assert [json.loads(line)["knn_top1"] for line in file.read_text().splitlines()] == [numbers["knn_top1"]]
 
 
-def test_shards_on_a_full_disk_go_on_from_what_is_there(
-    small_disk: SmallDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_on_a_full_disk_go_on_from_what_is_there(small_disk: SmallDisk, tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     for number in range(100):
         noise = np.random.default_rng(number).integers(0, 256, (80, 80, 3), dtype=np.uint8)
         Image.fromarray(noise).save(images / f"{number:02d}.png")
 
-    def convert(out: Path) -> dict[str, bytes]:
-        prepare(images, out, PrepareConfig(shard_mb=1), lambda done, total: None)
+    def convert(
+        out: Path, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> dict[str, bytes]:
+        prepare(images, out, PrepareConfig(shard_mb=1), progress)
         return contents(out)
 
     expected = convert(tmp_path / "shards")
     assert len([name for name in expected if name.endswith(".tar")]) == 2
     shards = small_disk.folder / "shards"
-    # Someone else fills the disk after the room on it was looked at.
-    plenty = type("Usage", (), {"free": 1 << 40})
-    monkeypatch.setattr("shutil.disk_usage", lambda path: plenty)
     sentence = r"cannot be written: No space left on device; the same command resumes from what is there$"
-    with small_disk.full(left=3 << 19), pytest.raises(UserError, match=sentence):
-        convert(shards)
+    with ExitStack() as someone_else:
+
+        def fill(done: int, total: int) -> None:
+            # After the room on the disk was looked at.
+            if done == 1:
+                someone_else.enter_context(small_disk.full(left=3 << 19))
+
+        with pytest.raises(UserError, match=sentence):
+            convert(shards, fill)
     assert not shards.exists()
     first = small_disk.folder / "shards.partial" / "shard-000000.tar"
     made = first.stat().st_mtime_ns
