@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from etpp_ssl.config import UserError
+from etpp_ssl.data.formats import most_bytes, open_picture
 from etpp_ssl.data.formats.base import Channels, DecodedPicture, Picture, UnreadableImage
 from etpp_ssl.data.formats.npy import from_array
-from etpp_ssl.data.formats.open import most_bytes, open_picture
 from etpp_ssl.data.formats.pillow import from_picture
 from etpp_ssl.data.views import EvalView
 from etpp_ssl.files import read_regular

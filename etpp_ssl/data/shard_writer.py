@@ -26,10 +26,11 @@ from PIL import Image
 from pydantic import Field
 
 from etpp_ssl.config import Config, UserError
+from etpp_ssl.data.formats import EXTENSIONS, check_header, decode, jpeg
 from etpp_ssl.data.formats.base import UnreadableImage
-from etpp_ssl.data.formats.open import EXTENSIONS, decode
 from etpp_ssl.data.sources.folder import FileSource
-from etpp_ssl.data.sources.shard_index import INDEX_FILE, ShardIndex, ShardRows, write_json
+from etpp_ssl.data.sources.shard_index import INDEX_FILE, ShardIndex, ShardRows
+from etpp_ssl.files import write_text
 
 DEFAULT_QUALITY = 92
 
@@ -60,27 +61,30 @@ class Converter:
     Args:
         source: the images.
         recode: how to re-encode; None copies the bytes.
-        check: decode bytes that are copied too, to know whether they can be.
+        decode: decode bytes that are copied, too, to know whether they can be; otherwise only their
+            headers are read.
     """
 
-    def __init__(self, source: FileSource, recode: RecodeConfig | None, *, check: bool) -> None:
+    def __init__(self, source: FileSource, recode: RecodeConfig | None, *, decode: bool) -> None:
         self.source = source
         self.recode = recode
-        self.check = check
+        self.decode = decode
 
     def __call__(self, index: int) -> Stored:
         """Image number `index`."""
         extension = os.path.splitext(self.source.files[index])[1].lower()
         # timm's reader of WebDataset tars looks for jpg, png and webp only.
-        extension = {".jpeg": ".jpg"}.get(extension, extension)
+        extension = ".jpg" if extension in jpeg.FORMAT.extensions else extension
         extension = extension if extension in EXTENSIONS else ".img"
         data = b""
         try:
             data = self.source.read(index)
             if self.recode is not None:
                 return Stored(encode(decode(data, 3, self.source.max_pixels)[0], self.recode), ".jpg", None)
-            if self.check:
+            if self.decode:
                 decode(data, self.source.in_chans, self.source.max_pixels)
+            else:
+                check_header(data, self.source.max_pixels)
         except UnreadableImage as error:
             return Stored(data, extension, str(error))
         return Stored(data, extension, None)
@@ -198,26 +202,26 @@ class ShardWriter:
                 return
             self._add(tar, json.loads(rows.read_text(encoding="utf-8")))
 
-    def write(self, images: Iterator[Stored], done: Callable[[], None]) -> None:
+    def write(self, images: Iterator[Stored], advance: Callable[[int], None]) -> None:
         """Write the images from `next_image` on, then the index.
 
         Args:
             images: what is stored of them, in order.
-            done: called after each.
+            advance: called after each with the number of images that are done.
 
         Raises:
-            UserError: if all of them are left out.
+            UserError: if none of them can be read.
         """
         while self.next_image < len(self.source):
-            self._write_shard(images, done)
-        if not self.index.rows.names:
+            self._write_shard(images, advance)
+        if len(self.index.bad) == len(self.source):
             name, reason = self.index.bad[0]
             raise UserError(
-                f"SRC: none of the {len(self.source)} images can be read, the first one {name!r}: {reason}"
+                f"SRC: none of the {len(self.source):,} images can be read, the first one {name!r}: {reason}"
             )
         self.index.save(self.folder)
 
-    def _write_shard(self, images: Iterator[Stored], done: Callable[[], None]) -> None:
+    def _write_shard(self, images: Iterator[Stored], advance: Callable[[int], None]) -> None:
         number = len(self.index.files)
         target = self._tar(number)
         aside = target.with_name(target.name + ".tmp")
@@ -237,12 +241,12 @@ class ShardWriter:
                         if label >= 0:
                             _add_member(tar, key + ".cls", b"%d" % label)
                     image += 1
-                    done()
+                    advance(image)
             file.flush()
             os.fsync(file.fileno())
         content = {"end": image, "rows": asdict(rows), "bad": bad}
-        write_json(_rows_file(target), content)
-        aside.rename(target)
+        write_text(_rows_file(target), json.dumps(content))
+        os.replace(aside, target)
         self._add(target, content)
 
     def _add(self, tar: Path, content: dict[str, Any]) -> None:

@@ -18,10 +18,10 @@ from torch import Tensor
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.curriculum.cost import area_share
 from etpp_ssl.curriculum.frequency import low_frequency_crop
+from etpp_ssl.data.formats import most_bytes, open_picture
 from etpp_ssl.data.formats.base import UnreadableImage
-from etpp_ssl.data.formats.open import most_bytes, open_picture
 from etpp_ssl.data.sources.base import printable
-from etpp_ssl.data.sources.folder import image_files
+from etpp_ssl.data.sources.folder import find_images
 from etpp_ssl.data.sources.splits import keyed_indices
 from etpp_ssl.data.views import EvalView, Normalise, to_channels, to_tensor
 from etpp_ssl.files import read_regular
@@ -216,7 +216,7 @@ def _files(paths: Sequence[Path], count: int) -> Iterator[Path]:
     for path in paths:
         if os.path.isdir(path):
             try:
-                inside = sorted(image_files(path))[:count]
+                inside = sorted(find_images(path).files)[:count]
             except OSError as error:
                 raise UserError(f"image folder {str(path)!r} cannot be read: {error.strerror}") from error
             if not inside:

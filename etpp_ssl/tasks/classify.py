@@ -13,18 +13,19 @@ Legend: B batch, C channels, h, w pixels at the bandwidth, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from etpp_ssl.config import show_size
+from etpp_ssl.config import UserError, show_size
+from etpp_ssl.curriculum.base import Stage
 from etpp_ssl.curriculum.cost import Cost
 from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.data.augmentation import Mixup, RandomErasing
 from etpp_ssl.data.loader import Batch
-from etpp_ssl.data.sources.splits import check_labels, check_same_classes
+from etpp_ssl.data.sources.splits import check_labels, with_classes
 from etpp_ssl.data.views import EvalView, Normalise, View
 from etpp_ssl.evaluation.classification import ClassifierEvaluation
 from etpp_ssl.model.classifier import Classifier, ClassifierConfig
@@ -142,6 +143,10 @@ class Classification(Task):
         assert self.images is not None
         return self.images.run(model).numbers()
 
+    def start_notes(self, stages: Sequence[Stage], precision: str) -> list[str]:
+        """What there is to evaluate on."""
+        return [f"evaluation: {self.images.source.describe()}"] if self.images is not None else []
+
     def describe(self) -> str:
         """See `Task.describe`."""
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -187,13 +192,18 @@ def open_evaluation(
         num_classes: of the model.
 
     Raises:
-        UserError: if there are no evaluation images, or they have other classes.
+        UserError: if there are no evaluation images, or they have a class that training lacks.
     """
     if recipe.evaluate.split is None:
         return None
     source = recipe.open_split(recipe.evaluate.split)
     if classes is not None:
-        check_same_classes(classes, source.classes)
+        source = with_classes(source, classes)
+    elif source.classes is not None and len(source.classes) != num_classes:
+        raise UserError(
+            f"the evaluation images have {len(source.classes)} classes, but model.num_classes is "
+            f"{num_classes}, and the training data does not tell their names: give data.classes"
+        )
     check_labels(source, num_classes)
     return ClassifierEvaluation(
         source=source,

@@ -53,7 +53,7 @@ def open_run(recipe: Recipe | FinetuneRecipe, fork: Path | None = None) -> Run:
     curriculum = recipe.build_curriculum(len(source))
     progress = Progress(curriculum, visible=accelerator.is_main_process)
     recipe.check_curriculum(curriculum)
-    task, classes = _open_task(recipe, source, accelerator)
+    task, classes = _open_task(recipe, source, accelerator, progress.say)
     folder = RunFolder(recipe.output)
     start, state = starting_point(recipe, folder, source, curriculum, fork, progress.say)
     if recipe.init is not None and start is None:
@@ -141,7 +141,10 @@ def bare_task(
 
 
 def _open_task(
-    recipe: Recipe | FinetuneRecipe, source: TrainingImages, accelerator: Accelerator
+    recipe: Recipe | FinetuneRecipe,
+    source: TrainingImages,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
 ) -> tuple[Task, list[str] | None]:
     """A recipe's task with its evaluation, and the class names of a classifier."""
     num_classes = None
@@ -162,7 +165,7 @@ def _open_task(
     task = bare_task(recipe, accelerator.device, num_classes, build)
     if isinstance(recipe, Recipe):
         assert isinstance(task, MaskedAutoencoding)
-        probe = build_probe(recipe, accelerator, task.normalise, task.objective)
+        probe = build_probe(recipe, accelerator, task.normalise, task.objective, say=say)
         task.attach_probe(probe, getattr(recipe.probe, "every_steps", None))
         return task, None
     assert isinstance(task, Classification)
@@ -202,6 +205,7 @@ def prepare_run(run: Run) -> None:
         raise UserError(fault)
     recipe, stages = run.recipe, run.curriculum.stages
     for note in (
+        run.source.describe(),
         *replay_notes(recipe.crop_view(), recipe.in_chans, stages),
         *run.task.start_notes(stages, recipe.precision),
     ):

@@ -23,10 +23,10 @@ import torch
 from PIL import Image
 
 import etpp_ssl.data
+from etpp_ssl.commands.prepare import PrepareConfig, prepare
 from etpp_ssl.config import UserError
 from etpp_ssl.data.formats.base import UnreadableImage
 from etpp_ssl.data.loader import Batch, BatchBuilder, load_batches
-from etpp_ssl.data.prepare import PrepareConfig, prepare
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.base import DataConfig, ImageSource
 from etpp_ssl.data.sources.folder import FileListConfig, FolderConfig
@@ -229,6 +229,16 @@ def test_it_offers_everything_of_an_image_source(example: Example, tmp_path: Pat
     assert len(set(names)) == NUM_IMAGES
     for name in names:
         assert name.encode("utf-8")
+
+
+@every_example
+def test_a_line_says_what_was_found(example: Example, tmp_path: Path) -> None:
+    source = open_one(example.make(tmp_path, ()))
+    said = source.describe()
+    assert said.startswith(f"{NUM_IMAGES} images ")
+    assert "\n" not in said
+    part = Subset(source, [4, 1, 0])
+    assert part.describe() == f"3 of {said}"
 
 
 @every_example

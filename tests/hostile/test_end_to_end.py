@@ -13,7 +13,7 @@ import pytest
 from hostile_images import BOMBS, ODD, encoded, noise
 
 from etpp_ssl.cli import main
-from etpp_ssl.data.prepare import PrepareConfig, prepare
+from etpp_ssl.commands.prepare import PrepareConfig, prepare
 from etpp_ssl.data.sources.folder import FileListConfig, FolderConfig
 from etpp_ssl.data.sources.shards import ShardsConfig
 from etpp_ssl.evaluation.features import read_embeddings

@@ -153,4 +153,6 @@ def _open(data: bytes, in_chans: int, max_pixels: int) -> Picture:
     return pillow.FORMAT.open(data, in_chans, max_pixels)
 
 
-FORMAT = Format(frozenset({".jpg", ".jpeg"}), (b"\xff\xd8",), _open)
+_EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"})
+
+FORMAT = Format(_EXTENSIONS, signatures=(b"\xff\xd8",), open=_open, check=open_image)

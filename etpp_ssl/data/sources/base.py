@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from pathlib import Path
 from typing import Literal, Protocol
 
 from pydantic import Field, model_validator
 
-from etpp_ssl.config import Config, UserError, may_change
+from etpp_ssl.config import Config, UserError, listed, may_change
 from etpp_ssl.data.formats.base import MAX_PIXELS, Decoder, Interpolation, Picture
 
 
@@ -43,6 +44,9 @@ class ImageSource(Protocol):
 
     def fingerprint(self) -> str:
         """A short hash of what the data set contains; a resumed run must find the same."""
+
+    def describe(self) -> str:
+        """What was found and what was left out, in one line for people."""
 
 
 class DataConfig(Config, ABC):
@@ -157,6 +161,33 @@ def existing_folder(key: str, path: Path) -> Path:
 def expanded(path: str) -> Path:
     """A path from a recipe, with `~` and environment variables filled in."""
     return Path(os.path.expanduser(os.path.expandvars(path)))
+
+
+def by_extension(counts: Counter[str]) -> str:
+    """Numbers of files by extension, as `30 .heic, 5 .png`: the most frequent five, and how many others.
+
+    Args:
+        counts: by extension, in lower case with its dot; empty for files without one.
+    """
+    first = sorted((+counts).items(), key=lambda item: (-item[1], item[0]))[:5]
+    parts = [f"{number:,} {extension or 'without extension'}" for extension, number in first]
+    others = counts.total() - sum(number for _, number in first)
+    return ", ".join([*parts, *([f"{others:,} others"] if others else [])])
+
+
+def images_of(number: int) -> str:
+    """`1,234 images`."""
+    return f"{number:,} image{'s' * (number != 1)}"
+
+
+def no_image_of(classes: list[str]) -> str:
+    """Names classes without images."""
+    return f"no image of class{'es' * (len(classes) > 1)} {listed(classes)}"
+
+
+def extension_of(name: str) -> str:
+    """`.jpg` of `a/b.JPG`; empty where there is none."""
+    return os.path.splitext(name)[1].lower()
 
 
 def printable(name: str) -> str:

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from etpp_ssl.config import UserError, may_change
+from etpp_ssl.config import UserError, listed, may_change
+from etpp_ssl.data.formats import EXTENSIONS, most_bytes, open_picture
 from etpp_ssl.data.formats.base import MAX_PIXELS, Picture, UnreadableImage
-from etpp_ssl.data.formats.open import EXTENSIONS, most_bytes, open_picture
-from etpp_ssl.data.sources.base import DataConfig, existing_folder, expanded, printable
-from etpp_ssl.files import read_regular, read_text
+from etpp_ssl.data.sources.base import (
+    DataConfig,
+    by_extension,
+    existing_folder,
+    expanded,
+    extension_of,
+    images_of,
+    no_image_of,
+    printable,
+)
+from etpp_ssl.files import read_regular
 from etpp_ssl.messages import shown
 
 MAX_LIST_BYTES = 1 << 34
 """Of a list: about two hundred million names."""
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+"""Byte order marks; that of UTF-32 begins with that of UTF-16."""
 EVAL_SYNONYMS = ("val", "validation", "valid", "eval", "test")
 
 
@@ -36,13 +54,18 @@ class FolderConfig(DataConfig):
     """Sub-folder of the evaluation images; by default the first of val, validation, valid, eval, test."""
     labels: Literal["folders", "none"] = "folders"
     """`folders`: the first folder level names the class, if every image lies in one and there are at
-    least two. `none`: no labels."""
+    least two (of evaluation images, one will do). `none`: no labels."""
 
     def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> FileSource:
         """Open the "train" or the "eval" split; see `DataConfig.open`."""
         folder = split_folder(split, self.root, self.split, self.eval_split)
         return open_folder(
-            "data.root", folder, in_chans, labelled=self.labels == "folders", max_pixels=self.max_pixels
+            "data.root",
+            folder,
+            in_chans,
+            labelled=self.labels == "folders",
+            least_classes=2 if split == "train" else 1,
+            max_pixels=self.max_pixels,
         )
 
 
@@ -90,7 +113,10 @@ class FileListConfig(DataConfig):
     @staticmethod
     def _rows(key: str, path: Path) -> list[tuple[str, str | None]]:
         try:
-            text = read_text(path, MAX_LIST_BYTES, errors="surrogateescape")
+            data = read_regular(path, MAX_LIST_BYTES)
+            # Excel and PowerShell write UTF-16. File names in UTF-8 may hold any bytes.
+            marked = next((name for mark, name in _MARKS if data.startswith(mark)), None)
+            text = data.decode(marked) if marked else data.decode("utf-8-sig", "surrogateescape")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{key} {str(path)!r} cannot be read: {reason}") from error
@@ -103,6 +129,11 @@ class FileListConfig(DataConfig):
                 rows.append((file.strip(" \r"), name.strip() or None))
         if not rows:
             raise UserError(f"{key} {str(path)!r} names no image")
+        if all("\0" in file for file, _ in rows):
+            raise UserError(
+                f"{key} {str(path)!r} is not text in UTF-8: its lines hold null bytes, as UTF-16 without a "
+                f"byte order mark does; save it as UTF-8"
+            )
         return rows
 
 
@@ -116,6 +147,7 @@ class FileSource:
         classes: class names, or None.
         in_chans: channels to decode to.
         max_pixels: larger images count as unreadable.
+        notes: what else there is to say of them.
     """
 
     def __init__(
@@ -126,6 +158,7 @@ class FileSource:
         classes: list[str] | None,
         in_chans: int,
         max_pixels: int = MAX_PIXELS,
+        notes: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         self.files = files
@@ -134,6 +167,7 @@ class FileSource:
         self.in_chans = in_chans
         self.max_pixels = max_pixels
         self.max_bytes = most_bytes(max_pixels, in_chans)
+        self.notes = notes
 
     def __len__(self) -> int:
         return len(self.files)
@@ -181,6 +215,17 @@ class FileSource:
             digest.update(os.fsencode(file) + b"\0%d\n" % self.label(index))
         return digest.hexdigest()
 
+    def describe(self) -> str:
+        """Their number, folder, extensions and classes, and what was left out."""
+        kinds = by_extension(Counter(map(extension_of, self.files)))
+        labels = f"{len(self.classes):,} classes" if self.classes else "no labels"
+        notes, seen = list(self.notes), set(self.labels or ())
+        without = [name for label, name in enumerate(self.classes or ()) if label not in seen]
+        if without:
+            notes.append(no_image_of(without))
+        place = printable(str(self.folder))
+        return "; ".join([f"{images_of(len(self))} in {place!r} ({kinds}; {labels})", *notes])
+
 
 def split_folder(split: str, root: str, train_name: str, eval_name: str | None) -> Path:
     """The folder of the "train" or the "eval" split.
@@ -210,7 +255,13 @@ def split_folder(split: str, root: str, train_name: str, eval_name: str | None) 
 
 
 def open_folder(
-    key: str, folder: Path, in_chans: int, *, labelled: bool = True, max_pixels: int = MAX_PIXELS
+    key: str,
+    folder: Path,
+    in_chans: int,
+    *,
+    labelled: bool = True,
+    least_classes: int = 2,
+    max_pixels: int = MAX_PIXELS,
 ) -> FileSource:
     """All images below one folder, in the order of their paths' bytes.
 
@@ -219,30 +270,82 @@ def open_folder(
         folder: where they lie.
         in_chans: channels to decode to.
         labelled: whether the first folder level may name classes.
+        least_classes: fewer folders are not classes.
         max_pixels: larger images count as unreadable.
 
     Raises:
         UserError: if there is no image, or a folder cannot be read: a run must not take the rest for all.
     """
     try:
-        files = sorted(image_files(folder), key=os.fsencode)
+        found = find_images(folder)
     except OSError as error:
         where = error.filename or folder
         raise UserError(
             f"{key}: folder {shown(os.fspath(where), 300)} cannot be read: {error.strerror}"
         ) from error
+    files = sorted(found.files, key=os.fsencode)
+    left_out = found.sentence()
     if not files:
-        raise UserError(f"{key}: no image below {str(folder)!r} (looked for {', '.join(sorted(EXTENSIONS))})")
-    classes, labels = class_folders(files) if labelled else (None, None)
-    return FileSource(folder, files, labels, classes, in_chans, max_pixels)
+        raise UserError(
+            f"{key}: no image below {str(folder)!r} ({left_out or 'it is empty'}; looked for "
+            f"{', '.join(sorted(EXTENSIONS))})"
+        )
+    classes, labels = class_folders(files, least_classes) if labelled else (None, None)
+    notes = [left_out] if left_out else []
+    if classes is not None:
+        empty = sorted(found.top_folders.difference(classes))
+        if empty:
+            notes.append(f"no image in the folders {listed(empty)}")
+    elif labelled and len(found.top_folders) > 1:
+        loose = next((printable(file) for file in files if "/" not in file), None)
+        if loose is not None:
+            notes.append(f"no labels, as {loose!r} lies beside the folders")
+    return FileSource(folder, files, labels, classes, in_chans, max_pixels, notes)
 
 
-def image_files(folder: Path) -> Iterator[str]:
-    """Relative paths of all images below a folder; links are followed, loops are not.
+HIDDEN = frozenset(
+    (
+        "@eadir", "@__thumb", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx",
+        "$recycle.bin", "system volume information", "lost+found",
+    )
+)  # fmt: skip
+"""Folders of thumbnails, waste and metadata, in lower case, that network drives and archives put among one's
+own; a name that begins with a dot is hidden anyway."""
+
+
+def is_hidden_name(name: str) -> bool:
+    """Whether a file or folder of this name is left out."""
+    return (name.startswith(".") and name not in (".", "..")) or name.lower() in HIDDEN
+
+
+class Found(NamedTuple):
+    """What lies below a folder."""
+
+    files: list[str]
+    """Relative paths of the images, in no order, with `/` on every system."""
+    others: Counter[str]
+    """Hidden images, and files that are no images and not hidden: by extension."""
+    hidden: list[str]
+    """Folders that were not looked into."""
+    top_folders: set[str]
+    """The first level's folders that were."""
+
+    def sentence(self) -> str:
+        """What was left out; empty for nothing."""
+        parts = [by_extension(self.others)] if self.others.total() else []
+        if self.hidden:
+            more = f" and {len(self.hidden) - 3:,} more" if len(self.hidden) > 3 else ""
+            parts.append(f"hidden folders {', '.join(repr(printable(f)) for f in self.hidden[:3])}{more}")
+        return f"left out: {', '.join(parts)}" if parts else ""
+
+
+def find_images(folder: Path) -> Found:
+    """All images below a folder; links are followed, loops are not.
 
     Raises:
         OSError: if a folder below it cannot be read.
     """
+    found = Found([], Counter(), [], set())
     seen: set[tuple[int, int]] = set()
     # Not os.walk: it calls itself for each level, and passes over what it cannot read.
     waiting = [""]
@@ -253,17 +356,25 @@ def image_files(folder: Path) -> Iterator[str]:
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders = []
+        folders: list[str] = []
         with os.scandir(where) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
-                    continue
+                name = f"{current}/{entry.name}" if current else entry.name
+                is_hidden = is_hidden_name(entry.name)
                 if _leads_to_folder(entry):
-                    folders.append(os.path.join(current, entry.name))
-                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                    yield os.path.join(current, entry.name)
+                    (found.hidden if is_hidden else folders).append(name)
+                elif extension_of(name) not in EXTENSIONS:
+                    found.others[extension_of(name)] += not is_hidden
+                elif is_hidden:
+                    found.others[f"hidden {extension_of(name)}"] += 1
+                else:
+                    found.files.append(name)
+        if not current:
+            found.top_folders.update(folders)
         # The order of visits decides which path of a linked folder counts.
         waiting += sorted(folders, reverse=True)
+    found.hidden.sort()
+    return found
 
 
 def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
@@ -274,11 +385,16 @@ def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def class_folders(files: list[str]) -> tuple[list[str] | None, list[int] | None]:
-    """(class names, label per file) from the first folder level, or (None, None) if it names none."""
-    tops = [file.split(os.sep, 1)[0] if os.sep in file else None for file in files]
-    if None in tops or len(set(tops)) < 2:
-        return None, None
+def class_folders(files: list[str], least: int = 2) -> tuple[list[str] | None, list[int] | None]:
+    """(class names, label per file) from the first folder level, or (None, None) if it names none.
+
+    Args:
+        files: relative paths with `/` between folders.
+        least: fewer folders are not classes.
+    """
+    tops = [file.split("/", 1)[0] if "/" in file else None for file in files]
     classes = sorted({top for top in tops if top is not None})
+    if None in tops or len(classes) < least:
+        return None, None
     index = {name: i for i, name in enumerate(classes)}
     return classes, [index[top] for top in tops if top is not None]

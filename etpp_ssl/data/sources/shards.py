@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
 from etpp_ssl.config import may_change
 from etpp_ssl.data.formats.base import MAX_PIXELS, UnreadableImage
-from etpp_ssl.data.sources.base import DataConfig
+from etpp_ssl.data.sources.base import DataConfig, by_extension
 from etpp_ssl.data.sources.folder import FileSource, split_folder
 from etpp_ssl.data.sources.shard_index import ShardIndex, open_index
 from etpp_ssl.files import open_regular
@@ -53,7 +54,11 @@ class ShardSource(FileSource):
 
     def __init__(self, folder: Path, index: ShardIndex, in_chans: int, max_pixels: int = MAX_PIXELS) -> None:
         labels = index.rows.labels if index.classes is not None else None
-        super().__init__(folder, index.rows.names, labels, index.classes, in_chans, max_pixels)
+        notes = [f"left out: {by_extension(index.left_out)}"] if index.left_out else []
+        if index.bad:
+            name, reason = index.bad[0]
+            notes.append(f"{len(index.bad):,} were unreadable when they were written, as {name!r}: {reason}")
+        super().__init__(folder, index.rows.names, labels, index.classes, in_chans, max_pixels, notes)
         self.shards = list(index.files)
         self.rows = index.rows
         self._open: dict[int, _Tar] = {}
@@ -112,9 +117,21 @@ class _Tar:
     def read(self, offset: int, size: int) -> bytes:
         parts = []
         while size > 0:
-            part = os.pread(self.descriptor, size, offset)
+            part = _read_at(self.descriptor, size, offset)
             if not part:
                 raise OSError("the shard ends early")
             parts.append(part)
             offset, size = offset + len(part), size - len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+_TURN = threading.Lock()
+
+
+def _read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """`os.pread`, which Windows lacks; processes share no descriptor there, so that threads take turns."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, offset)
+    with _TURN:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, size)

@@ -20,7 +20,7 @@ from pydantic import Field, field_validator
 from etpp_ssl.config import as_pair, legal_size
 from etpp_ssl.data.formats.base import DecodedPicture, Picture
 from etpp_ssl.data.formats.npy import from_array
-from etpp_ssl.data.sources.base import DataConfig
+from etpp_ssl.data.sources.base import DataConfig, images_of
 from etpp_ssl.randomness import keyed_numpy
 
 SHAPES = ("disk", "cross", "square", "ring", "triangle")
@@ -136,6 +136,10 @@ class SyntheticSource:
         parts = (_RECIPE, self.split, self.num_images, self.num_classes, self.size, self.in_chans)
         text = repr((*parts, self.seed)).encode()
         return hashlib.blake2b(text, digest_size=12).hexdigest()
+
+    def describe(self) -> str:
+        """See `ImageSource.describe`."""
+        return f"{images_of(self.num_images)} of {self.num_classes} classes, drawn as they are needed"
 
 
 def render(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from etpp_ssl.config import UserError, listed, may_change
 from etpp_ssl.data.sources.base import printable
-from etpp_ssl.data.streams.base import Item, StreamConfig, require_library
+from etpp_ssl.data.streams.base import Item, StreamConfig, label_of, require_library
 from etpp_ssl.data.streams.worker_shards import ShardSettings
 
 ROWS_AT_ONCE = 16
@@ -31,7 +31,7 @@ class HuggingFaceSettings(ShardSettings):
     image_column: str = "image"
     """Column of images, or of encoded files as bytes."""
     label_column: str | None = "label"
-    """Column of class indices; null reads none."""
+    """Column of class indices, or of class names that `classes` lists; null reads none."""
 
     def open_reader(self) -> HuggingFaceReader:
         """Find the files; see `ShardSettings.open_reader`."""
@@ -113,7 +113,7 @@ class HuggingFaceReader:
                 data = file.read()
         if not isinstance(data, bytes):
             return Item(name, fault=f"its column {self.image_column} holds no image file")
-        return Item(name, data, label if isinstance(label, int) and label >= 0 else -1)
+        return Item(name, data, label_of(label))
 
 
 def _shard_names(builder: Any, data: Any, settings: HuggingFaceSettings) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 import tarfile
@@ -16,7 +17,7 @@ from pydantic import field_validator
 
 from etpp_ssl.config import UserError, may_change
 from etpp_ssl.data.sources.base import expanded, printable
-from etpp_ssl.data.streams.base import Item, StreamConfig, require_library
+from etpp_ssl.data.streams.base import Item, StreamConfig, label_of, require_library
 from etpp_ssl.data.streams.worker_shards import ShardSettings
 
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -37,7 +38,10 @@ class WebDatasetSettings(ShardSettings):
     image_keys: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
     """Extensions of the images, in lower case; the first that a sample has is taken."""
     label_key: str | None = "cls"
-    """Extension of a text file with the class index; null reads none. Samples without one have no label."""
+    """Extension of a text file with the class index, or a class name that `classes` lists; null reads none.
+    Samples without one have no label. `json` is a number, a name, or an object with one in `label_field`."""
+    label_field: str = "label"
+    """Where a JSON object holds the label."""
 
     @field_validator("urls", "image_keys")
     @classmethod
@@ -51,7 +55,10 @@ class WebDatasetSettings(ShardSettings):
         require_library("webdataset", "webdataset")
         urls = [self.urls] if isinstance(self.urls, str) else self.urls
         return WebDatasetReader(
-            [url for pattern in urls for url in find_tars(pattern)], self.image_keys, self.label_key
+            [url for pattern in urls for url in find_tars(pattern)],
+            self.image_keys,
+            self.label_key,
+            self.label_field,
         )
 
 
@@ -70,14 +77,22 @@ class WebDatasetReader:
         names: local paths or URLs.
         image_keys: extensions of images.
         label_key: extension of labels, or None.
+        label_field: of a JSON object.
     """
 
     classes: list[str] | None = None
 
-    def __init__(self, names: Sequence[str], image_keys: Sequence[str], label_key: str | None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        image_keys: Sequence[str],
+        label_key: str | None,
+        label_field: str = "label",
+    ) -> None:
         self.names = names
         self.image_keys = image_keys
         self.label_key = label_key
+        self.label_field = label_field
         self.has_labels = label_key is not None
 
     def read(self, shard: int, offset: int) -> Iterator[Item]:
@@ -118,11 +133,15 @@ class WebDatasetReader:
             return Item(name, fault=f"it has no file of {', '.join(self.image_keys)}")
         return Item(name, files[found], self._label(files))
 
-    def _label(self, files: dict[str, bytes]) -> int:
+    def _label(self, files: dict[str, bytes]) -> int | str:
+        stored: Any = files.get(self.label_key or "", b"-1")
         try:
-            return int(files.get(self.label_key or "", b"-1"))
-        except ValueError:
-            return -1
+            if self.label_key != "json":
+                return int(stored)
+            stored = json.loads(stored)
+        except (ValueError, RecursionError):
+            return label_of(stored) if self.label_key != "json" else -1
+        return label_of(stored.get(self.label_field) if isinstance(stored, dict) else stored)
 
 
 def find_tars(pattern: str) -> list[str]:

@@ -27,7 +27,7 @@ from typing import NamedTuple, Protocol
 import torch
 from pydantic import Field
 
-from etpp_ssl.config import Config, RunFault, UserError, may_change
+from etpp_ssl.config import Config, RunFault, UserError, listed, may_change
 from etpp_ssl.data.streams.base import Cursor, Item
 from etpp_ssl.randomness import keyed_torch
 
@@ -96,6 +96,11 @@ class ShardStream:
         """Hash of the shards' file names in their order; they may lie elsewhere."""
         names = "\n".join(name.rsplit("/", 1)[-1] for name in self.reader.names)
         return hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+
+    def describe(self) -> str:
+        """See `Stream.describe`."""
+        names = [name.rsplit("/", 1)[-1] for name in self.reader.names]
+        return f"{len(names):,} shard{'s' * (len(names) != 1)} ({listed(names)})"
 
     def check_workers(self, num_workers: int) -> None:
         """See `Stream.check_workers`."""
