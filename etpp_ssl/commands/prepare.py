@@ -59,7 +59,7 @@ class PrepareConfig(Config):
     Otherwise they keep their place, and a run replaces them as it would with the files."""
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=2**32)
     """Images of more pixels count as unreadable, as in `data.max_pixels`."""
-    shard_mb: float = Field(default=1024, gt=0, le=1 << 20)
+    shard_mb: int | float = Field(default=1024, gt=0, le=1 << 20)
     """A shard ends with the image that reaches so many megabytes (2^20 bytes)."""
     workers: int = Field(default=1, ge=1, le=4096)
     """Images in work at once; never changes a byte."""
@@ -269,6 +269,9 @@ def _convert(
         advance(before, total)
     for name in splits:
         remove_traces(aside / name)
+    if destination.exists():
+        # It is empty. Only some systems rename to what is there.
+        destination.rmdir()
     os.replace(aside, destination)
 
 
@@ -285,7 +288,7 @@ def _start(aside: Path, job: dict[str, Any]) -> None:
             )
         shutil.rmtree(aside)
     aside.mkdir(parents=True, exist_ok=True)
-    write_text(aside / JOB_FILE, json.dumps(job))
+    write_text(aside / JOB_FILE, json.dumps(job, separators=(",", ":")))
 
 
 def _check_space(writer: ShardWriter, convert: Converter) -> None:

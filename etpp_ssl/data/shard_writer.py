@@ -13,11 +13,11 @@ import os
 import signal
 import tarfile
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,8 @@ def encode(picture: Image.Image, recode: RecodeConfig) -> bytes:
     return buffer.getvalue()
 
 
-AHEAD = 8
-"""Images per worker that are submitted before the first result is taken."""
+AHEAD = 16
+"""Images per worker that are submitted together."""
 
 _convert_in_this_worker: Converter
 
@@ -124,8 +124,10 @@ def converted(convert: Converter, images: range, workers: int) -> Iterator[Itera
         workers: images in work at once.
     """
     executor, work = _executor(convert, workers)
+    step = AHEAD * workers
+    parts = (images[start : start + step] for start in range(0, len(images), step))
     try:
-        yield _in_order(executor, work, images, AHEAD * workers)
+        yield chain.from_iterable(executor.map(work, part) for part in parts)
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -159,18 +161,6 @@ def _end_with_main() -> None:
 
 def _convert_in_worker(index: int) -> Stored:
     return _convert_in_this_worker(index)
-
-
-def _in_order(
-    executor: Executor, work: Callable[[int], Stored], images: range, ahead: int
-) -> Iterator[Stored]:
-    waiting: deque[Future[Stored]] = deque()
-    for image in images:
-        waiting.append(executor.submit(work, image))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 class ShardWriter:
@@ -245,7 +235,7 @@ class ShardWriter:
             file.flush()
             os.fsync(file.fileno())
         content = {"end": image, "rows": asdict(rows), "bad": bad}
-        write_text(_rows_file(target), json.dumps(content))
+        write_text(_rows_file(target), json.dumps(content, separators=(",", ":")))
         os.replace(aside, target)
         self._add(target, content)
 

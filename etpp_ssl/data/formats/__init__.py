@@ -5,8 +5,18 @@ The bytes may be anyone's: what they claim is checked before it is decoded, and 
 
 from __future__ import annotations
 
+import os
+
 from etpp_ssl.data.formats import jpeg, npy, pillow
-from etpp_ssl.data.formats.base import MAX_PIXELS, Channels, Format, Picture, one_line_reasons
+from etpp_ssl.data.formats.base import (
+    MAX_PIXELS,
+    Channels,
+    Format,
+    Picture,
+    UnreadableImage,
+    one_line_reasons,
+)
+from etpp_ssl.files import read_regular
 
 FORMATS = (npy.FORMAT, jpeg.FORMAT, pillow.FORMAT)
 """In this order; the first whose signature fits opens a file. One line here makes a new format known."""
@@ -49,6 +59,24 @@ def check_header(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
 
 def _format_of(data: bytes) -> Format:
     return next(form for form in FORMATS if data.startswith(form.signatures))
+
+
+def read_file(path: str | os.PathLike[str], at_most: int) -> bytes:
+    """A file's bytes, as they are stored.
+
+    Raises:
+        UnreadableImage: if the file cannot be read, is none (a named pipe, a device), or has more bytes.
+    """
+    try:
+        return read_regular(path, at_most)
+    except (OSError, ValueError) as error:
+        # ValueError: a path can hold a null byte.
+        raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from error
+
+
+def open_file(path: str | os.PathLike[str], in_chans: int, max_pixels: int = MAX_PIXELS) -> Picture:
+    """A file as a picture; see `open_picture` and `read_file`."""
+    return open_picture(read_file(path, most_bytes(max_pixels, in_chans)), in_chans, max_pixels)
 
 
 def decode(data: bytes, in_chans: int, max_pixels: int = MAX_PIXELS) -> Channels:

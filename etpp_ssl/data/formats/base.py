@@ -7,6 +7,7 @@ Legend: C channels, H, W pixels.
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
+
+from etpp_ssl.config import UserError
 
 MAX_PIXELS = 178_956_970
 """Largest image by default, Pillow's own: half a gigabyte in three channels."""
@@ -105,6 +108,21 @@ class Format(NamedTuple):
     raise anything: `one_line_reasons` is around it."""
     check: Callable[[bytes, int], object]
     """Reads the header only, from a file's bytes and the largest number of pixels; may raise anything."""
+
+
+def require_library(key: str, library: str, extra: str) -> None:
+    """Check that an optional library is installed.
+
+    Args:
+        key: of the recipe, with its value, which needs it.
+        library: its module.
+        extra: of etpp-ssl, which brings it.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if importlib.util.find_spec(library) is None:
+        raise UserError(f"{key} needs {library}, which is not installed: pip install 'etpp-ssl[{extra}]'")
 
 
 def pixels_of(channels: Channels) -> np.ndarray:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from etpp_ssl.config import UserError, listed, may_change
-from etpp_ssl.data.formats import EXTENSIONS, most_bytes, open_picture
-from etpp_ssl.data.formats.base import MAX_PIXELS, Picture, UnreadableImage
+from etpp_ssl.data.formats import EXTENSIONS, most_bytes, open_picture, read_file
+from etpp_ssl.data.formats.base import MAX_PIXELS, Picture
 from etpp_ssl.data.sources.base import (
     DataConfig,
     by_extension,
@@ -38,30 +38,55 @@ _MARKS = (
 EVAL_SYNONYMS = ("val", "validation", "valid", "eval", "test")
 
 
-class FolderConfig(DataConfig):
-    """Images below a folder.
+class SplitFoldersConfig(DataConfig):
+    """A folder that may hold a sub-folder per split (`train`, `val`, ...), as timm expects.
 
-    `root` may hold a sub-folder per split (`train`, `val`, ...), as timm expects, or be the training
-    folder itself; evaluation then looks beside a folder that is called like the training split.
+    Otherwise it is the training folder itself; evaluation then looks beside a folder that is called like the
+    training split.
     """
 
-    name: Literal["folder"] = "folder"
     root: str = may_change(...)
     """The folder; `~` and environment variables are expanded."""
     split: str = "train"
     """Sub-folder of the training images, where `root` has one."""
     eval_split: str | None = None
     """Sub-folder of the evaluation images; by default the first of val, validation, valid, eval, test."""
+
+    def folder(self, split: str) -> Path:
+        """That of the "train" or the "eval" split.
+
+        Raises:
+            UserError: if there is no such folder.
+        """
+        top = existing_folder("data.root", expanded(self.root))
+        train = top / self.split if os.path.isdir(top / self.split) else top
+        if split == "train":
+            return train
+        around = top if train != top else top.parent if top.name == self.split else None
+        names = (self.eval_split,) if self.eval_split else EVAL_SYNONYMS
+        for name in names if around else ():
+            assert around is not None
+            if os.path.isdir(around / name):
+                return around / name
+        raise UserError(
+            f"data.eval_split: no evaluation images ({', '.join(names)}) beside the training images "
+            f"of data.root {self.root!r}; data.holdout=256 keeps some of those for evaluation"
+        )
+
+
+class FolderConfig(SplitFoldersConfig):
+    """Images below a folder; see `SplitFoldersConfig` for its splits."""
+
+    name: Literal["folder"] = "folder"
     labels: Literal["folders", "none"] = "folders"
     """`folders`: the first folder level names the class, if every image lies in one and there are at
     least two (of evaluation images, one will do). `none`: no labels."""
 
     def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> FileSource:
         """Open the "train" or the "eval" split; see `DataConfig.open`."""
-        folder = split_folder(split, self.root, self.split, self.eval_split)
         return open_folder(
             "data.root",
-            folder,
+            self.folder(split),
             in_chans,
             labelled=self.labels == "folders",
             least_classes=2 if split == "train" else 1,
@@ -177,17 +202,8 @@ class FileSource:
         return open_picture(self.read(index), self.in_chans, self.max_pixels)
 
     def read(self, index: int) -> bytes:
-        """A file's bytes, as they are stored.
-
-        Raises:
-            UnreadableImage: if the file cannot be read, is none (a named pipe, a device), or is larger
-                than any image of so many pixels.
-        """
-        try:
-            return read_regular(self.folder / self.files[index], self.max_bytes)
-        except (OSError, ValueError) as error:
-            # ValueError: a line of a list can hold a null byte.
-            raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from error
+        """A file's bytes, as they are stored; see `etpp_ssl.data.formats.read_file`."""
+        return read_file(self.folder / self.files[index], self.max_bytes)
 
     def stored_size(self, index: int) -> int:
         """Bytes of a file, 0 where it cannot be read."""
@@ -225,33 +241,6 @@ class FileSource:
             notes.append(no_image_of(without))
         place = printable(str(self.folder))
         return "; ".join([f"{images_of(len(self))} in {place!r} ({kinds}; {labels})", *notes])
-
-
-def split_folder(split: str, root: str, train_name: str, eval_name: str | None) -> Path:
-    """The folder of the "train" or the "eval" split.
-
-    Args:
-        split: "train" or "eval".
-        root, train_name, eval_name: a recipe's `data.root`, `data.split` and `data.eval_split`; see
-            `FolderConfig`.
-
-    Raises:
-        UserError: if there is no such folder.
-    """
-    top = existing_folder("data.root", expanded(root))
-    train = top / train_name if os.path.isdir(top / train_name) else top
-    if split == "train":
-        return train
-    around = top if train != top else top.parent if top.name == train_name else None
-    names = (eval_name,) if eval_name else EVAL_SYNONYMS
-    for name in names if around else ():
-        assert around is not None
-        if os.path.isdir(around / name):
-            return around / name
-    raise UserError(
-        f"data.eval_split: no evaluation images ({', '.join(names)}) beside the training images "
-        f"of data.root {root!r}; data.holdout=256 keeps some of those for evaluation"
-    )
 
 
 def open_folder(

@@ -81,19 +81,20 @@ class ShardIndex:
         write_text(folder / INDEX_FILE, json.dumps(content, separators=(",", ":")))
 
 
-def open_index(key: str, folder: Path) -> ShardIndex:
+def open_index(key: str, folder: Path, *, least_classes: int = 2) -> ShardIndex:
     """The index of a folder of tars: ours where there is one, otherwise a scan of all tar headers.
 
     Args:
         key: names the folder in the message.
         folder: holds the tars.
+        least_classes: fewer folders in others' tars are not classes.
 
     Raises:
         UserError: if there is no tar, or the index and the tars do not belong together.
     """
     path = folder / INDEX_FILE
     if not path.exists():
-        return scan_tars(key, folder)
+        return scan_tars(key, folder, least_classes)
     try:
         content = json.loads(read_text(path, MAX_INDEX_BYTES))
         if content["format"] != FORMAT or content["version"] != VERSION:
@@ -149,7 +150,7 @@ def _check(index: ShardIndex) -> None:
             raise ValueError(f"image {name!r} lies outside of its shard")
 
 
-def scan_tars(key: str, folder: Path) -> ShardIndex:
+def scan_tars(key: str, folder: Path, least_classes: int) -> ShardIndex:
     """Index someone else's tars by their headers; image data is passed over.
 
     Images come in the order of the tars' names and of the members. Labels are the numbers in the
@@ -186,7 +187,7 @@ def scan_tars(key: str, folder: Path) -> ShardIndex:
     if known:
         classes, rows.labels = [str(number) for number in range(max(known) + 1)], known
     else:
-        classes, by_folder = class_folders(rows.names)
+        classes, by_folder = class_folders(rows.names, least_classes)
         rows.labels = by_folder or [-1] * len(rows.names)
     sizes = {path.name: path.stat().st_size for path in paths}
     return ShardIndex(sizes, classes, rows, left_out=left_out)

@@ -10,11 +10,10 @@ from typing import Any, Literal
 from PIL import Image
 
 from etpp_ssl.config import UserError, may_change
-from etpp_ssl.data.formats import most_bytes, open_picture
-from etpp_ssl.data.formats.base import MAX_PIXELS, DecodedPicture, Picture, UnreadableImage
+from etpp_ssl.data.formats import most_bytes, open_file, open_picture
+from etpp_ssl.data.formats.base import MAX_PIXELS, DecodedPicture, Picture, one_line_reasons
 from etpp_ssl.data.formats.pillow import from_picture
 from etpp_ssl.data.sources.base import DataConfig, expanded, images_of, printable
-from etpp_ssl.files import read_regular
 
 STREAMS = ("hfids", "tfds", "wds")
 FOLDERS = ("", "torch/folder", "torch/image_folder")
@@ -136,20 +135,15 @@ class TimmSource:
 
     def open(self, index: int) -> Picture:
         """Read an image; see `ImageSource.open`."""
-        try:
-            at_most = most_bytes(self.max_pixels, self.in_chans)
+        with one_line_reasons():
             picture = self._item(index)[0]
             if isinstance(picture, str):
-                return open_picture(read_regular(picture, at_most), self.in_chans, self.max_pixels)
+                return open_file(picture, self.in_chans, self.max_pixels)
             if not isinstance(picture, Image.Image):
                 with picture:
-                    return open_picture(picture.read(at_most), self.in_chans, self.max_pixels)
-        except UnreadableImage:
-            raise
-        except Exception as error:
-            # As in `decode`: whatever a library raises here, it is one unreadable image.
-            raise UnreadableImage(" ".join(f"{type(error).__name__}: {error}".split())) from error
-        return DecodedPicture(from_picture(picture, self.in_chans, self.max_pixels))
+                    data = picture.read(most_bytes(self.max_pixels, self.in_chans))
+                return open_picture(data, self.in_chans, self.max_pixels)
+            return DecodedPicture(from_picture(picture, self.in_chans, self.max_pixels))
 
     def label(self, index: int) -> int:
         """Class index, or -1."""

@@ -12,7 +12,6 @@ from a generator whose state cannot be stored, and they know no place to resume 
 
 from __future__ import annotations
 
-import importlib.util
 from abc import abstractmethod
 from typing import Annotated, Any, NamedTuple, Protocol
 
@@ -145,19 +144,3 @@ def label_of(stored: Any) -> int | str:
     if isinstance(stored, float) and stored.is_integer():
         stored = int(stored)
     return max(-1, int(stored)) if isinstance(stored, int) else -1
-
-
-def require_library(name: str, library: str) -> None:
-    """Check that the library behind a stream is installed.
-
-    Args:
-        name: of the data source.
-        library: its module.
-
-    Raises:
-        UserError: if it is not.
-    """
-    if importlib.util.find_spec(library) is None:
-        raise UserError(
-            f"data.name {name} needs {library}, which is not installed: pip install 'etpp-ssl[stream]'"
-        )

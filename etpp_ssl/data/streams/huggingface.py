@@ -8,8 +8,9 @@ from itertools import count
 from typing import Any, Literal
 
 from etpp_ssl.config import UserError, listed, may_change
+from etpp_ssl.data.formats.base import require_library
 from etpp_ssl.data.sources.base import printable
-from etpp_ssl.data.streams.base import Item, StreamConfig, label_of, require_library
+from etpp_ssl.data.streams.base import Item, StreamConfig, label_of
 from etpp_ssl.data.streams.worker_shards import ShardSettings
 
 ROWS_AT_ONCE = 16
@@ -35,7 +36,7 @@ class HuggingFaceSettings(ShardSettings):
 
     def open_reader(self) -> HuggingFaceReader:
         """Find the files; see `ShardSettings.open_reader`."""
-        require_library("huggingface", "datasets")
+        require_library("data.name huggingface", "datasets", "stream")
         import datasets
 
         title = f"data.path {self.path!r} (split {self.split!r})"

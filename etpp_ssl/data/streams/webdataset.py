@@ -11,13 +11,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import groupby, islice
 from operator import itemgetter
+from pathlib import Path
 from typing import IO, Any, Literal
 
 from pydantic import field_validator
 
 from etpp_ssl.config import UserError, may_change
+from etpp_ssl.data.formats.base import require_library
 from etpp_ssl.data.sources.base import expanded, printable
-from etpp_ssl.data.streams.base import Item, StreamConfig, label_of, require_library
+from etpp_ssl.data.streams.base import Item, StreamConfig, label_of
 from etpp_ssl.data.streams.worker_shards import ShardSettings
 
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -52,7 +54,7 @@ class WebDatasetSettings(ShardSettings):
 
     def open_reader(self) -> WebDatasetReader:
         """Find the tars; see `ShardSettings.open_reader`."""
-        require_library("webdataset", "webdataset")
+        require_library("data.name webdataset", "webdataset", "stream")
         urls = [self.urls] if isinstance(self.urls, str) else self.urls
         return WebDatasetReader(
             [url for pattern in urls for url in find_tars(pattern)],
@@ -109,7 +111,8 @@ class WebDatasetReader:
     def _read(self, url: str) -> Iterator[Item]:
         from webdataset.gopen import gopen
 
-        stream = gopen(url)
+        # The library takes the drive of a Windows path for a scheme.
+        stream = gopen(url) if _SCHEME.match(url) else Path(url).open("rb")  # noqa: SIM115
         try:
             for key, files in groupby(_files(stream), itemgetter(0)):
                 content = {extension: data for _, extension, data in files}

@@ -19,6 +19,7 @@ lies before it in the same shard.
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -94,12 +95,12 @@ class ShardStream:
 
     def fingerprint(self) -> str:
         """Hash of the shards' file names in their order; they may lie elsewhere."""
-        names = "\n".join(name.rsplit("/", 1)[-1] for name in self.reader.names)
+        names = "\n".join(map(os.path.basename, self.reader.names))
         return hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
 
     def describe(self) -> str:
         """See `Stream.describe`."""
-        names = [name.rsplit("/", 1)[-1] for name in self.reader.names]
+        names = [*map(os.path.basename, self.reader.names)]
         return f"{len(names):,} shard{'s' * (len(names) != 1)} ({listed(names)})"
 
     def check_workers(self, num_workers: int) -> None:
