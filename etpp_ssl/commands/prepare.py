@@ -30,11 +30,10 @@ from etpp_ssl.data.shard_writer import (
     RecodeConfig,
     ShardWriter,
     converted,
-    finished,
     remove_traces,
 )
 from etpp_ssl.data.sources.folder import EVAL_SYNONYMS, FileListConfig, FileSource, open_folder
-from etpp_ssl.data.sources.shard_index import open_index
+from etpp_ssl.data.sources.shard_index import INDEX_FILE, open_index
 from etpp_ssl.data.sources.shards import ShardSource
 from etpp_ssl.files import read_text, write_text
 from etpp_ssl.messages import validation_sentence
@@ -257,7 +256,7 @@ def _convert(
     total = sum(len(source) for source in splits.values())
     before = 0
     for name, source in splits.items():
-        if not finished(aside / name):
+        if not (aside / name / INDEX_FILE).exists():
             writer = ShardWriter(aside / name, source, int(config.shard_mb * 2**20), skip_bad=config.skip_bad)
             writer.resume()
             convert = Converter(source, config.recode, decode=config.skip_bad)

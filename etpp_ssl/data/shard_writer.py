@@ -29,7 +29,7 @@ from etpp_ssl.config import Config, UserError
 from etpp_ssl.data.formats import EXTENSIONS, check_header, decode, jpeg
 from etpp_ssl.data.formats.base import UnreadableImage
 from etpp_ssl.data.sources.folder import FileSource
-from etpp_ssl.data.sources.shard_index import INDEX_FILE, ShardIndex, ShardRows
+from etpp_ssl.data.sources.shard_index import ShardIndex, ShardRows
 from etpp_ssl.files import write_text
 
 DEFAULT_QUALITY = 92
@@ -55,20 +55,15 @@ class Stored:
     """Why it cannot be read or re-encoded, if so; `data` is then the file as it is, or empty."""
 
 
+@dataclass(frozen=True)
 class Converter:
-    """Makes what is stored of each image of a source; small to pickle, for worker processes.
+    """Makes what is stored of each image of a source; small to pickle, for worker processes."""
 
-    Args:
-        source: the images.
-        recode: how to re-encode; None copies the bytes.
-        decode: decode bytes that are copied, too, to know whether they can be; otherwise only their
-            headers are read.
-    """
-
-    def __init__(self, source: FileSource, recode: RecodeConfig | None, *, decode: bool) -> None:
-        self.source = source
-        self.recode = recode
-        self.decode = decode
+    source: FileSource
+    recode: RecodeConfig | None
+    """How to re-encode; None copies the bytes."""
+    decode: bool
+    """Decode bytes that are copied, too, to know whether they can be; otherwise only headers are read."""
 
     def __call__(self, index: int) -> Stored:
         """Image number `index`."""
@@ -247,11 +242,6 @@ class ShardWriter:
 
     def _tar(self, number: int) -> Path:
         return self.folder / f"shard-{number:06d}.tar"
-
-
-def finished(folder: Path) -> bool:
-    """Whether a split has been written to its end."""
-    return (folder / INDEX_FILE).exists()
 
 
 def remove_traces(folder: Path) -> None:

@@ -21,7 +21,7 @@ from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.data.formats.base import UnreadableImage
 from etpp_ssl.data.given import viewed
 from etpp_ssl.data.sources.base import printable
-from etpp_ssl.data.sources.folder import find_images
+from etpp_ssl.data.sources.found import find_images
 from etpp_ssl.data.sources.splits import keyed_indices
 from etpp_ssl.data.views import EvalView, Normalise, to_channels, to_tensor
 from etpp_ssl.model.mae import MaskedAutoencoder

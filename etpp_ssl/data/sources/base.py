@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections import Counter
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -20,8 +19,9 @@ from etpp_ssl.data.formats.base import MAX_PIXELS, Decoder, Interpolation, Pictu
 class ImageSource(Protocol):
     """A data set that is addressed by index; small to pickle, safe to use from data workers."""
 
-    classes: list[str] | None
-    """Class names, in the order of the labels; None for a data set without labels."""
+    @property
+    def classes(self) -> list[str] | None:
+        """Class names, in the order of the labels; None for a data set without labels."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -163,18 +163,6 @@ def expanded(path: str) -> Path:
     return Path(os.path.expanduser(os.path.expandvars(path)))
 
 
-def by_extension(counts: Counter[str]) -> str:
-    """Numbers of files by extension, as `30 .heic, 5 .png`: the most frequent five, and how many others.
-
-    Args:
-        counts: by extension, in lower case with its dot; empty for files without one.
-    """
-    first = sorted((+counts).items(), key=lambda item: (-item[1], item[0]))[:5]
-    parts = [f"{number:,} {extension or 'without extension'}" for extension, number in first]
-    others = counts.total() - sum(number for _, number in first)
-    return ", ".join([*parts, *([f"{others:,} others"] if others else [])])
-
-
 def images_of(number: int) -> str:
     """`1,234 images`."""
     return f"{number:,} image{'s' * (number != 1)}"
@@ -183,11 +171,6 @@ def images_of(number: int) -> str:
 def no_image_of(classes: list[str]) -> str:
     """Names classes without images."""
     return f"no image of class{'es' * (len(classes) > 1)} {listed(classes)}"
-
-
-def extension_of(name: str) -> str:
-    """`.jpg` of `a/b.JPG`; empty where there is none."""
-    return os.path.splitext(name)[1].lower()
 
 
 def printable(name: str) -> str:

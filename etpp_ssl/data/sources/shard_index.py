@@ -19,8 +19,7 @@ from typing import Any
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.formats import EXTENSIONS
-from etpp_ssl.data.sources.base import by_extension, extension_of
-from etpp_ssl.data.sources.folder import class_folders, is_hidden_name
+from etpp_ssl.data.sources.found import by_extension, class_folders, extension_of, is_hidden_name
 from etpp_ssl.files import read_text, require_regular, write_text
 
 INDEX_FILE = "index.json"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from etpp_ssl.data.formats.base import MAX_PIXELS, UnreadableImage
-from etpp_ssl.data.sources.base import by_extension
 from etpp_ssl.data.sources.folder import FileSource, SplitFoldersConfig
+from etpp_ssl.data.sources.found import by_extension
 from etpp_ssl.data.sources.shard_index import ShardIndex, open_index
 from etpp_ssl.files import open_regular
 

@@ -56,9 +56,11 @@ class HuggingFaceSettings(ShardSettings):
                     f"data.{key} {column!r} is not a column of {title}, which has "
                     f"{listed(list(columns))}{hint}"
                 )
-        return HuggingFaceReader(
-            data, self.image_column, self.label_column, _shard_names(builder, data, self)
-        )
+        # The files, where the library tells them and reads one after the other; otherwise numbers.
+        names = [str(file) for file in (builder.config.data_files or {}).get(self.split, [])]
+        if len(names) != data.num_shards:
+            names = [f"{self.path}/{self.split}/{number}" for number in range(data.num_shards)]
+        return HuggingFaceReader(data, self.image_column, self.label_column, names)
 
 
 class HuggingFaceConfig(HuggingFaceSettings, StreamConfig):
@@ -115,11 +117,3 @@ class HuggingFaceReader:
         if not isinstance(data, bytes):
             return Item(name, fault=f"its column {self.image_column} holds no image file")
         return Item(name, data, label_of(label))
-
-
-def _shard_names(builder: Any, data: Any, settings: HuggingFaceSettings) -> list[str]:
-    """The files, where the library tells them and reads one after the other; otherwise numbers."""
-    files = (builder.config.data_files or {}).get(settings.split, [])
-    if len(files) == data.num_shards:
-        return [str(file) for file in files]
-    return [f"{settings.path}/{settings.split}/{number}" for number in range(data.num_shards)]

@@ -9,6 +9,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -56,12 +57,7 @@ class WebDatasetSettings(ShardSettings):
         """Find the tars; see `ShardSettings.open_reader`."""
         require_library("data.name webdataset", "webdataset", "stream")
         urls = [self.urls] if isinstance(self.urls, str) else self.urls
-        return WebDatasetReader(
-            [url for pattern in urls for url in find_tars(pattern)],
-            self.image_keys,
-            self.label_key,
-            self.label_field,
-        )
+        return WebDatasetReader(self, [url for pattern in urls for url in find_tars(pattern)])
 
 
 class WebDatasetConfig(WebDatasetSettings, StreamConfig):
@@ -70,32 +66,22 @@ class WebDatasetConfig(WebDatasetSettings, StreamConfig):
     name: Literal["webdataset"] = "webdataset"
 
 
+@dataclass(frozen=True)
 class WebDatasetReader:
     """Reads tars; see `etpp_ssl.data.streams.worker_shards.ShardReader`.
 
     Files of a tar whose names are equal up to the first dot of their last part make one sample.
-
-    Args:
-        names: local paths or URLs.
-        image_keys: extensions of images.
-        label_key: extension of labels, or None.
-        label_field: of a JSON object.
     """
 
+    settings: WebDatasetSettings
+    names: Sequence[str]
+    """Local paths or URLs."""
     classes: list[str] | None = None
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        image_keys: Sequence[str],
-        label_key: str | None,
-        label_field: str = "label",
-    ) -> None:
-        self.names = names
-        self.image_keys = image_keys
-        self.label_key = label_key
-        self.label_field = label_field
-        self.has_labels = label_key is not None
+    @property
+    def has_labels(self) -> bool:
+        """See `Stream.has_labels`."""
+        return self.settings.label_key is not None
 
     def read(self, shard: int, offset: int) -> Iterator[Item]:
         """The items of a tar, which is read from its start: a pipe cannot be asked for its middle.
@@ -131,20 +117,20 @@ class WebDatasetReader:
     def _item(self, name: str, files: dict[str, bytes]) -> Item:
         if _DAMAGE in files:
             return Item(name, fault=files[_DAMAGE].decode())
-        found = next((key for key in self.image_keys if key in files), None)
+        keys = self.settings.image_keys
+        found = next((key for key in keys if key in files), None)
         if found is None:
-            return Item(name, fault=f"it has no file of {', '.join(self.image_keys)}")
+            return Item(name, fault=f"it has no file of {', '.join(keys)}")
         return Item(name, files[found], self._label(files))
 
     def _label(self, files: dict[str, bytes]) -> int | str:
-        stored: Any = files.get(self.label_key or "", b"-1")
+        key, field = self.settings.label_key, self.settings.label_field
+        stored: Any = files.get(key or "", b"-1")
         try:
-            if self.label_key != "json":
-                return int(stored)
-            stored = json.loads(stored)
+            stored = json.loads(stored) if key == "json" else int(stored)
         except (ValueError, RecursionError):
-            return label_of(stored) if self.label_key != "json" else -1
-        return label_of(stored.get(self.label_field) if isinstance(stored, dict) else stored)
+            return label_of(stored) if key != "json" else -1
+        return label_of(stored.get(field) if isinstance(stored, dict) else stored)
 
 
 def find_tars(pattern: str) -> list[str]:

@@ -39,12 +39,17 @@ RETRY_SECONDS = 1.0
 class ShardReader(Protocol):
     """Reads the shards of one format; small to pickle."""
 
-    classes: list[str] | None
-    """See `Stream.classes`."""
-    has_labels: bool
-    """See `Stream.has_labels`."""
-    names: Sequence[str]
-    """The shards: their URLs, where they have some."""
+    @property
+    def classes(self) -> list[str] | None:
+        """See `Stream.classes`."""
+
+    @property
+    def has_labels(self) -> bool:
+        """See `Stream.has_labels`."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The shards: their URLs, where they have some."""
 
     def read(self, shard: int, offset: int) -> Iterator[Item]:
         """The items of a shard from number `offset` on.

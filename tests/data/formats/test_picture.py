@@ -31,7 +31,7 @@ ORIENTATION = 0x0112
 def drawn(width: int, height: int, index: int = 0) -> Image.Image:
     """A picture with a photograph's spectrum."""
     source = SyntheticSource(
-        "train", num_images=100, num_classes=10, size=(height, width), in_chans=3, seed=1
+        split="train", num_images=100, num_classes=10, size=(height, width), in_chans=3, seed=1
     )
     return source.open(index).channels()[0]
 

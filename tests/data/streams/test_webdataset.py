@@ -21,7 +21,7 @@ from webdataset.tariterators import tarfile_samples
 from etpp_ssl.config import RunFault, UserError
 from etpp_ssl.data.streams import worker_shards
 from etpp_ssl.data.streams.base import Item
-from etpp_ssl.data.streams.webdataset import WebDatasetConfig, WebDatasetReader, find_tars
+from etpp_ssl.data.streams.webdataset import WebDatasetConfig, find_tars
 from etpp_ssl.data.streams.worker_shards import read_patiently
 
 
@@ -85,7 +85,7 @@ def test_urls_of_every_kind_give_the_same_samples(tmp_path: Path, server: str) -
 
 def test_a_pipe_that_is_not_read_to_its_end_is_closed_without_a_word(tmp_path: Path) -> None:
     file = write_tar(tmp_path / "0.tar", range(300))
-    reader = WebDatasetReader([f"pipe:cat {file}"], ["png"], "cls")
+    reader = WebDatasetConfig(urls=f"pipe:cat {file}", num_images=1).open_reader()
     found = reader.read(0, 0)
     assert next(found).label == 0
     del found
