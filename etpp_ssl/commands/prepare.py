@@ -12,13 +12,15 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.progress import Progress
@@ -157,10 +159,15 @@ def prepare(
     job = _job(splits, config)
     if not _is_done(destination, job):
         try:
-            _convert(splits, destination, job, config, advance, say)
-        except OSError as error:
+            with _alone(destination):
+                if not _is_done(destination, job):
+                    _convert(splits, destination, job, config, advance, say)
+        except (OSError, UserError) as error:
+            fault = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(fault, OSError):
+                raise
             raise UserError(
-                f"DST {str(destination)!r} cannot be written: {error.strerror or error}; the same command "
+                f"DST {str(destination)!r} cannot be written: {fault.strerror or fault}; the same command "
                 f"resumes from what is there"
             ) from error
         except BrokenExecutor as error:
@@ -239,6 +246,30 @@ def _read_job(folder: Path) -> Any:
         return json.loads(read_text(folder / JOB_FILE, MAX_JOB_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+@contextmanager
+def _alone(destination: Path) -> Iterator[None]:
+    """Keep out other processes, such as a second job with the same command.
+
+    Raises:
+        UserError: if one is at work. A file system without locks gives none, and no error.
+    """
+    lock = FileLock(destination.with_name(f".{destination.name}.lock"), timeout=0, fallback_to_soft=False)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"DST {str(destination)!r} is being written by another process") from None
+    except NotImplementedError:
+        pass
+    try:
+        yield
+    finally:
+        # Before it is released: whoever comes now finds the work done.
+        with suppress(OSError):
+            os.unlink(lock.lock_file)
+        lock.release()
 
 
 def _convert(

@@ -30,7 +30,7 @@ from etpp_ssl.data.formats import EXTENSIONS, check_header, decode, jpeg
 from etpp_ssl.data.formats.base import UnreadableImage
 from etpp_ssl.data.sources.folder import FileSource
 from etpp_ssl.data.sources.shard_index import ShardIndex, ShardRows
-from etpp_ssl.files import write_text
+from etpp_ssl.files import replaced_file, write_text
 
 DEFAULT_QUALITY = 92
 
@@ -209,11 +209,10 @@ class ShardWriter:
     def _write_shard(self, images: Iterator[Stored], advance: Callable[[int], None]) -> None:
         number = len(self.index.files)
         target = self._tar(number)
-        aside = target.with_name(target.name + ".tmp")
         rows, bad, image = ShardRows(), [], self.next_image
         # All names are ours and short: the plain format, whose headers are one block each, is enough.
-        with aside.open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        with replaced_file(target) as aside:
+            with tarfile.open(aside, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 while image < len(self.source) and tar.offset < self.shard_bytes:
                     stored = next(images)
                     name, label = self.source.files[image], self.source.label(image)
@@ -227,11 +226,8 @@ class ShardWriter:
                             _add_member(tar, key + ".cls", b"%d" % label)
                     image += 1
                     advance(image)
-            file.flush()
-            os.fsync(file.fileno())
-        content = {"end": image, "rows": asdict(rows), "bad": bad}
-        write_text(_rows_file(target), json.dumps(content, separators=(",", ":")))
-        os.replace(aside, target)
+            content = {"end": image, "rows": asdict(rows), "bad": bad}
+            write_text(_rows_file(target), json.dumps(content, separators=(",", ":")))
         self._add(target, content)
 
     def _add(self, tar: Path, content: dict[str, Any]) -> None:
@@ -246,7 +242,7 @@ class ShardWriter:
 
 def remove_traces(folder: Path) -> None:
     """Remove what only an unfinished split needs."""
-    for pattern in ("shard-*.rows.json", "*.tmp"):
+    for pattern in ("shard-*.rows.json", ".writing-*"):
         for path in folder.glob(pattern):
             path.unlink()
 

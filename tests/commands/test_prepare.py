@@ -286,6 +286,19 @@ def test_a_killed_process_leaves_nothing_that_looks_finished(tmp_path: Path) -> 
     assert contents(tmp_path / "shards") == contents(tmp_path / "whole")
 
 
+def test_a_second_process_is_told_that_one_is_at_work(tmp_path: Path) -> None:
+    write_images(tmp_path / "files", plain_names(6))
+
+    def advance(done: int, total: int) -> None:
+        if done == 3:
+            with pytest.raises(UserError, match=r"^DST '.*/shards' is being written by another process$"):
+                convert(tmp_path / "files", tmp_path / "shards")
+
+    prepare(tmp_path / "files", tmp_path / "shards", PrepareConfig(), advance)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "shards"]
+    assert len(open_one(ShardsConfig(root=str(tmp_path / "shards")))) == 6
+
+
 def test_an_empty_working_folder_can_be_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_images(tmp_path / "files", plain_names(4))
     (tmp_path / "shards").mkdir()
