@@ -43,7 +43,7 @@ SEED = 6
 
 
 def write_images(root: Path, first: int, count: int, broken: Iterable[int] = ()) -> list[str]:
-    """Images of several modes in two class folders; the broken ones end in the middle."""
+    """Images of several modes in two class folders; the broken ones end in the middle, or are as given."""
     names = []
     for number in range(first, first + count):
         name = f"{'oak' if number % 2 else 'pine'}/{number:03d}.png"
@@ -52,7 +52,7 @@ def write_images(root: Path, first: int, count: int, broken: Iterable[int] = ())
         noise = np.random.default_rng(number).integers(0, 256, (20 + number % 5, 22, 3), dtype=np.uint8)
         Image.fromarray(noise).convert(["RGB", "L", "P", "RGBA"][number % 4]).save(path)
         if number - first in broken:
-            path.write_bytes(path.read_bytes()[:60])
+            path.write_bytes(broken[number - first] if isinstance(broken, dict) else path.read_bytes()[:60])
         names.append(name)
     return names
 
@@ -74,6 +74,12 @@ def timm_folder(root: Path, broken: Iterable[int]) -> DataConfig:
     write_images(root / "train", 0, NUM_IMAGES, broken)
     write_images(root / "validation", 100, 4)
     return TimmConfig(root=str(root))
+
+
+def torchvision_folder(root: Path, broken: Iterable[int]) -> DataConfig:
+    write_images(root / "train", 0, NUM_IMAGES, broken)
+    write_images(root / "val", 100, 4)
+    return TimmConfig(dataset="torch/image_folder", root=str(root), eval_split="val")
 
 
 def timm_tar(root: Path, broken: Iterable[int]) -> DataConfig:
@@ -119,7 +125,11 @@ class Example(NamedTuple):
 EXAMPLES: dict[str, list[Example]] = {
     "folder": [Example(folder)],
     "list": [Example(file_list)],
-    "timm": [Example(timm_folder), Example(timm_tar, has_evaluation=False)],
+    "timm": [
+        Example(timm_folder),
+        Example(torchvision_folder),
+        Example(timm_tar, has_evaluation=False),
+    ],
     "shards": [Example(shards), Example(foreign_shards)],
     "synthetic": [Example(synthetic, has_files=False)],
 }
@@ -414,6 +424,19 @@ def test_a_data_set_of_broken_images_is_one_sentence(example: Example, tmp_path:
         train_batches(source)
     assert str(error.value).startswith("data: ")
     assert "\n" not in str(error.value)
+
+
+@every_example_with_files
+def test_a_pointer_of_git_lfs_is_named_as_what_it_is(example: Example, tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
+    source = open_one(example.make(tmp_path, dict.fromkeys((2, 7), pointer)))
+    reasons = []
+    for index in range(NUM_IMAGES):
+        try:
+            source.open(index).channels()
+        except UnreadableImage as error:
+            reasons.append(str(error))
+    assert reasons == ["it is a pointer of Git LFS: `git lfs pull` fetches the image"] * 2
 
 
 # An empty evaluation part of each source with files, and what its sentence says.
