@@ -42,7 +42,7 @@ from etpp_ssl.messages import validation_sentence
 
 JOB_FILE = "prepare.json"
 MAX_JOB_BYTES = 1 << 20
-SHOWN = 5
+SHOWN = 50
 """Unreadable images of a split that are named; `index.json` names all."""
 PROBED = 16
 """Images that are re-encoded to estimate the size of all."""

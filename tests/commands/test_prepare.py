@@ -407,7 +407,8 @@ def test_headers_are_checked_and_what_is_no_image_is_counted(
 ) -> None:
     """3,000 pointers of Git LFS were "0 bad"."""
     write_images(tmp_path / "files/oak", ["a.png", "b.png"])
-    write_pointers(tmp_path / "files/pine", *(f"{number}.jpg" for number in range(7)))
+    names = [f"{number:02d}.jpg" for number in range(60)]
+    write_pointers(tmp_path / "files/pine", *names)
     # The header of a file that ends early is whole.
     (tmp_path / "files/oak/b.png").write_bytes((tmp_path / "files/oak/b.png").read_bytes()[:60])
     (tmp_path / "files/oak/c.HEIC").touch()
@@ -416,15 +417,15 @@ def test_headers_are_checked_and_what_is_no_image_is_counted(
         main(command)
     assert stop.value.code == 0
     printed = capsys.readouterr()
-    assert "9 images in 1 shard, 0.0 MB, 7 bad" in printed.out
+    assert "62 images in 1 shard, 0.1 MB, 60 bad" in printed.out
     reason = "it is a pointer of Git LFS: `git lfs pull` fetches the image"
     assert printed.err.splitlines() == [
-        f"etpp: 9 images in '{tmp_path}/files' (7 .jpg, 2 .png; 2 classes); left out: 1 .heic",
-        *(f"etpp: kept as it is: 'pine/{number}.jpg': {reason}" for number in range(5)),
-        f"etpp: kept as it is: 2 more: {reason}",
+        f"etpp: 62 images in '{tmp_path}/files' (60 .jpg, 2 .png; 2 classes); left out: 1 .heic",
+        *(f"etpp: kept as it is: 'pine/{name}': {reason}" for name in names[:50]),
+        f"etpp: kept as it is: 10 more: {reason}",
     ]
     source = open_one(ShardsConfig(root=str(tmp_path / "shards")))
-    assert f"7 were unreadable when they were written, as 'pine/0.jpg': {reason}" in source.describe()
+    assert f"60 were unreadable when they were written, as 'pine/00.jpg': {reason}" in source.describe()
 
 
 def test_only_pointers_are_an_error(tmp_path: Path) -> None:

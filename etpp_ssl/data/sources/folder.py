@@ -38,11 +38,7 @@ EVAL_SYNONYMS = ("val", "validation", "valid", "eval", "test")
 
 
 class SplitFoldersConfig(DataConfig):
-    """A folder that may hold a sub-folder per split (`train`, `val`, ...), as timm expects.
-
-    Otherwise it is the training folder itself; evaluation then looks beside a folder that is called like the
-    training split.
-    """
+    """A folder of training and evaluation data; see `FolderConfig`."""
 
     root: str = may_change(...)
     """The folder; `~` and environment variables are expanded."""
@@ -74,7 +70,11 @@ class SplitFoldersConfig(DataConfig):
 
 
 class FolderConfig(SplitFoldersConfig):
-    """Images below a folder; see `SplitFoldersConfig` for its splits."""
+    """Images below a folder.
+
+    `root` may hold a sub-folder per split (`train`, `val`, ...), as timm expects, or be the training
+    folder itself; evaluation then looks beside a folder that is called like the training split.
+    """
 
     name: Literal["folder"] = "folder"
     labels: Literal["folders", "none"] = "folders"

@@ -25,8 +25,7 @@ class ShardsConfig(SplitFoldersConfig):
     Image number i of the shards is image number i of the folder they were made of, so order, resume
     and (where the bytes were copied) results are those of the folder.
 
-    Tars without our `index.json` are scanned once when a run starts, which reads every header. See
-    `SplitFoldersConfig` for the splits.
+    Tars without our `index.json` are scanned once when a run starts, which reads every header.
     """
 
     name: Literal["shards"] = "shards"
@@ -57,7 +56,7 @@ class ShardSource(FileSource):
         super().__init__(folder, index.rows.names, labels, index.classes, in_chans, max_pixels, notes)
         self.shards = list(index.files)
         self.rows = index.rows
-        self._open: dict[int, FileIO] = {}
+        self._open: dict[int, _Tar] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A file descriptor means nothing to a spawned worker. A forked one may share it: positioned
@@ -97,8 +96,8 @@ class ShardSource(FileSource):
             digest.update(b"%d\n" % size)
         return digest.hexdigest()
 
-    def _tar(self, shard: int) -> FileIO:
-        tar = self._open.pop(shard, None) or FileIO(open_regular(self.folder / self.shards[shard]))
+    def _tar(self, shard: int) -> _Tar:
+        tar = self._open.pop(shard, None) or _Tar(open_regular(self.folder / self.shards[shard]))
         self._open[shard] = tar
         if len(self._open) > MAX_OPEN:
             # The one that was used longest ago; it closes when the last reader lets go of it.
@@ -106,10 +105,17 @@ class ShardSource(FileSource):
         return tar
 
 
+class _Tar(FileIO):
+    """An open file that closes with its last reference, which is how it is meant to be closed."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 _TURN = threading.Lock()
 
 
-def _read_at(file: FileIO, size: int, offset: int) -> bytes:
+def _read_at(file: _Tar, size: int, offset: int) -> bytes:
     """At most `size` bytes, by `os.pread`.
 
     Windows lacks it. Processes share no descriptors there, so that threads take turns.
