@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.sources.folder import FolderConfig, split_folder
+from etpp_ssl.data.sources.folder import FolderConfig
 from etpp_ssl.dist.signals import Interrupted, StopRequest
 from etpp_ssl.files import append_line, replaced_file, write_text
 from etpp_ssl.recipe import Recipe
@@ -148,7 +148,7 @@ def open_images(recipe: Recipe) -> datasets.ImageFolder:
         transforms.ToTensor(),
         transforms.Normalize(mean=mean, std=std),
     ]
-    folder = split_folder("train", recipe.data.root, recipe.data.split, recipe.data.eval_split)
+    folder = recipe.data.folder("train")
     return datasets.ImageFolder(folder, transforms.Compose(steps))
 
 

@@ -13,12 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from etpp_ssl.config import UserError
+from etpp_ssl.data.formats import open_file
 from etpp_ssl.data.formats.base import Channels, DecodedPicture, Picture, UnreadableImage
 from etpp_ssl.data.formats.npy import from_array
-from etpp_ssl.data.formats.open import most_bytes, open_picture
 from etpp_ssl.data.formats.pillow import from_picture
 from etpp_ssl.data.views import EvalView
-from etpp_ssl.files import read_regular
 
 AnyImage = str | os.PathLike | Image.Image | np.ndarray | Tensor
 """A file, a PIL image, an array (H, W) or (H, W, C) of uint8 or uint16, or normalised values (C, H, W)."""
@@ -61,18 +60,14 @@ def viewed(image: AnyImage, number: int, view: EvalView, *, in_chans: int, max_p
     """
     try:
         return view(_picture(image, number, in_chans, max_pixels), number, view.image_size)
-    except UserError:
-        raise
-    except (OSError, ValueError, UnreadableImage) as error:
+    except UnreadableImage as error:
         name = repr(os.fspath(image)) if isinstance(image, str | os.PathLike) else str(number)
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"image {name} cannot be read: {reason}") from error
+        raise UserError(f"image {name} cannot be read: {error}") from error
 
 
 def _picture(image: AnyImage, number: int, in_chans: int, max_pixels: int) -> Picture:
     if isinstance(image, str | os.PathLike):
-        data = read_regular(os.path.expanduser(image), most_bytes(max_pixels, in_chans))
-        return open_picture(data, in_chans, max_pixels)
+        return open_file(os.path.expanduser(image), in_chans, max_pixels)
     if isinstance(image, Image.Image):
         return DecodedPicture(from_picture(image, in_chans, max_pixels))
     if isinstance(image, np.ndarray):

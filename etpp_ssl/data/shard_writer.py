@@ -13,11 +13,11 @@ import os
 import signal
 import tarfile
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from PIL import Image
 from pydantic import Field
 
 from etpp_ssl.config import Config, UserError
+from etpp_ssl.data.formats import EXTENSIONS, check_header, decode, jpeg
 from etpp_ssl.data.formats.base import UnreadableImage
-from etpp_ssl.data.formats.open import EXTENSIONS, decode
 from etpp_ssl.data.sources.folder import FileSource
-from etpp_ssl.data.sources.shard_index import INDEX_FILE, ShardIndex, ShardRows, write_json
+from etpp_ssl.data.sources.shard_index import ShardIndex, ShardRows
+from etpp_ssl.files import replaced_file, write_text
 
 DEFAULT_QUALITY = 92
 
@@ -54,33 +55,31 @@ class Stored:
     """Why it cannot be read or re-encoded, if so; `data` is then the file as it is, or empty."""
 
 
+@dataclass(frozen=True)
 class Converter:
-    """Makes what is stored of each image of a source; small to pickle, for worker processes.
+    """Makes what is stored of each image of a source; small to pickle, for worker processes."""
 
-    Args:
-        source: the images.
-        recode: how to re-encode; None copies the bytes.
-        check: decode bytes that are copied too, to know whether they can be.
-    """
-
-    def __init__(self, source: FileSource, recode: RecodeConfig | None, *, check: bool) -> None:
-        self.source = source
-        self.recode = recode
-        self.check = check
+    source: FileSource
+    recode: RecodeConfig | None
+    """How to re-encode; None copies the bytes."""
+    decode: bool
+    """Decode bytes that are copied, too, to know whether they can be; otherwise only headers are read."""
 
     def __call__(self, index: int) -> Stored:
         """Image number `index`."""
         extension = os.path.splitext(self.source.files[index])[1].lower()
         # timm's reader of WebDataset tars looks for jpg, png and webp only.
-        extension = {".jpeg": ".jpg"}.get(extension, extension)
+        extension = ".jpg" if extension in jpeg.FORMAT.extensions else extension
         extension = extension if extension in EXTENSIONS else ".img"
         data = b""
         try:
             data = self.source.read(index)
             if self.recode is not None:
                 return Stored(encode(decode(data, 3, self.source.max_pixels)[0], self.recode), ".jpg", None)
-            if self.check:
+            if self.decode:
                 decode(data, self.source.in_chans, self.source.max_pixels)
+            else:
+                check_header(data, self.source.max_pixels)
         except UnreadableImage as error:
             return Stored(data, extension, str(error))
         return Stored(data, extension, None)
@@ -104,8 +103,8 @@ def encode(picture: Image.Image, recode: RecodeConfig) -> bytes:
     return buffer.getvalue()
 
 
-AHEAD = 8
-"""Images per worker that are submitted before the first result is taken."""
+AHEAD = 16
+"""Images per worker that are submitted together."""
 
 _convert_in_this_worker: Converter
 
@@ -120,8 +119,10 @@ def converted(convert: Converter, images: range, workers: int) -> Iterator[Itera
         workers: images in work at once.
     """
     executor, work = _executor(convert, workers)
+    step = AHEAD * workers
+    parts = (images[start : start + step] for start in range(0, len(images), step))
     try:
-        yield _in_order(executor, work, images, AHEAD * workers)
+        yield chain.from_iterable(executor.map(work, part) for part in parts)
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -157,18 +158,6 @@ def _convert_in_worker(index: int) -> Stored:
     return _convert_in_this_worker(index)
 
 
-def _in_order(
-    executor: Executor, work: Callable[[int], Stored], images: range, ahead: int
-) -> Iterator[Stored]:
-    waiting: deque[Future[Stored]] = deque()
-    for image in images:
-        waiting.append(executor.submit(work, image))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
 class ShardWriter:
     """Writes the shards of one source.
 
@@ -198,33 +187,32 @@ class ShardWriter:
                 return
             self._add(tar, json.loads(rows.read_text(encoding="utf-8")))
 
-    def write(self, images: Iterator[Stored], done: Callable[[], None]) -> None:
+    def write(self, images: Iterator[Stored], advance: Callable[[int], None]) -> None:
         """Write the images from `next_image` on, then the index.
 
         Args:
             images: what is stored of them, in order.
-            done: called after each.
+            advance: called after each with the number of images that are done.
 
         Raises:
-            UserError: if all of them are left out.
+            UserError: if none of them can be read.
         """
         while self.next_image < len(self.source):
-            self._write_shard(images, done)
-        if not self.index.rows.names:
+            self._write_shard(images, advance)
+        if len(self.index.bad) == len(self.source):
             name, reason = self.index.bad[0]
             raise UserError(
-                f"SRC: none of the {len(self.source)} images can be read, the first one {name!r}: {reason}"
+                f"SRC: none of the {len(self.source):,} images can be read, the first one {name!r}: {reason}"
             )
         self.index.save(self.folder)
 
-    def _write_shard(self, images: Iterator[Stored], done: Callable[[], None]) -> None:
+    def _write_shard(self, images: Iterator[Stored], advance: Callable[[int], None]) -> None:
         number = len(self.index.files)
         target = self._tar(number)
-        aside = target.with_name(target.name + ".tmp")
         rows, bad, image = ShardRows(), [], self.next_image
         # All names are ours and short: the plain format, whose headers are one block each, is enough.
-        with aside.open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        with replaced_file(target) as aside:
+            with tarfile.open(aside, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 while image < len(self.source) and tar.offset < self.shard_bytes:
                     stored = next(images)
                     name, label = self.source.files[image], self.source.label(image)
@@ -237,12 +225,9 @@ class ShardWriter:
                         if label >= 0:
                             _add_member(tar, key + ".cls", b"%d" % label)
                     image += 1
-                    done()
-            file.flush()
-            os.fsync(file.fileno())
-        content = {"end": image, "rows": asdict(rows), "bad": bad}
-        write_json(_rows_file(target), content)
-        aside.rename(target)
+                    advance(image)
+            content = {"end": image, "rows": asdict(rows), "bad": bad}
+            write_text(_rows_file(target), json.dumps(content, separators=(",", ":")))
         self._add(target, content)
 
     def _add(self, tar: Path, content: dict[str, Any]) -> None:
@@ -255,14 +240,9 @@ class ShardWriter:
         return self.folder / f"shard-{number:06d}.tar"
 
 
-def finished(folder: Path) -> bool:
-    """Whether a split has been written to its end."""
-    return (folder / INDEX_FILE).exists()
-
-
 def remove_traces(folder: Path) -> None:
     """Remove what only an unfinished split needs."""
-    for pattern in ("shard-*.rows.json", "*.tmp"):
+    for pattern in ("shard-*.rows.json", ".writing-*"):
         for path in folder.glob(pattern):
             path.unlink()
 

@@ -39,6 +39,10 @@ class IndexedImages:
         """A short hash of what the data set contains; a resumed run must find the same."""
         return self.source.fingerprint()
 
+    def describe(self) -> str:
+        """What was found and what was left out, in one line for people."""
+        return self.source.describe()
+
     def name(self, index: int) -> str:
         """What a person would look for; `index` is one of a request's `indices`."""
         return self.source.name(index)
@@ -90,6 +94,10 @@ class StreamedImages:
         """See `Stream.fingerprint`."""
         return self.stream.fingerprint()
 
+    def describe(self) -> str:
+        """See `IndexedImages.describe`."""
+        return f"{self.num_images:,} images an epoch, by data.num_images, of {self.stream.describe()}"
+
     def name(self, index: int) -> str:
         """The number of the sample; only the data worker that reads an image knows its name."""
         return f"sample {index} of the stream"
@@ -123,6 +131,7 @@ class StreamedImages:
             in_chans=self.in_chans,
             max_pixels=self.config.max_pixels,
             num_classes=num_classes,
+            classes=self.classes,
         )
         return builder, StreamRequests(sampler, place)
 

@@ -16,8 +16,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from etpp_ssl.data.formats.base import Channels, Decoder, Interpolation, Picture, Region, pixels_of
-from etpp_ssl.data.formats.jpeg import require_decoder
+from etpp_ssl.data.formats.base import (
+    Channels,
+    Decoder,
+    Interpolation,
+    Picture,
+    Region,
+    pixels_of,
+    require_library,
+)
 from etpp_ssl.data.resize import KERNELS, resize
 from etpp_ssl.randomness import keyed_random
 
@@ -75,7 +82,8 @@ class TrainView:
     """From (uint8 (C, H, W), sample_id, progress) to a distorted copy."""
 
     def __post_init__(self) -> None:
-        require_decoder(self.decoder)
+        if self.decoder != "pillow":
+            require_library(f"data.decoder {self.decoder}", self.decoder, "fast")
 
     def __call__(
         self, image: Picture, sample_id: int, bandwidth: tuple[int, int], progress: float = 1.0

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from etpp_ssl.config import Config, UserError, may_change
 from etpp_ssl.data.sources.base import ImageSource
-from etpp_ssl.data.sources.splits import Subset, check_same_classes, keyed_indices
+from etpp_ssl.data.sources.splits import Subset, keyed_indices, with_classes
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.evaluation.features import Features, Pool, Precision, extract_features
 from etpp_ssl.model.mae import MaskedAutoencoder
@@ -70,7 +70,7 @@ class ProbeContext:
     function that it yields returns the one that any process received, or 0. That is a collective, which
     every process must call at the same steps."""
     say: Callable[[str], None] = _silent
-    """Told about the progress of a long probe."""
+    """Told about evaluation images that lack a class, and about the progress of a probe with a `folder`."""
 
 
 class Probe(Protocol):
@@ -145,7 +145,8 @@ class LabelledImages:
             probe: its name, for messages.
 
         Raises:
-            UserError: if there is no evaluation split, there are no labels, or the classes differ.
+            UserError: if there is no evaluation split, there are no labels, or training lacks a class of the
+                evaluation images.
         """
         train, evaluation = context.open_split("train"), context.open_split("eval")
         if train.classes is None or evaluation.classes is None:
@@ -153,8 +154,10 @@ class LabelledImages:
                 f"probe={probe} needs labels, and the data has none (class sub-folders, or class names in a "
                 f"list); probe=reconstruction works without"
             )
-        check_same_classes(train.classes, evaluation.classes)
-        return cls(train, evaluation, len(train.classes))
+        known = with_classes(evaluation, train.classes)
+        if len(evaluation.classes) < len(train.classes):
+            context.say(f"probe={probe}: {known.describe()}")
+        return cls(train, known, len(train.classes))
 
     def drawn(self, config: LabelledConfig, seed: int) -> LabelledImages:
         """The images that a probe's settings draw, under new numbers."""

@@ -19,12 +19,11 @@ from etpp_ssl.config import UserError, show_size
 from etpp_ssl.curriculum.cost import area_share
 from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.data.formats.base import UnreadableImage
-from etpp_ssl.data.formats.open import most_bytes, open_picture
+from etpp_ssl.data.given import viewed
 from etpp_ssl.data.sources.base import printable
-from etpp_ssl.data.sources.folder import image_files
+from etpp_ssl.data.sources.found import find_images
 from etpp_ssl.data.sources.splits import keyed_indices
 from etpp_ssl.data.views import EvalView, Normalise, to_channels, to_tensor
-from etpp_ssl.files import read_regular
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.masking import Masker
 from etpp_ssl.report.panels import ChannelView, Panel, target_panels
@@ -202,12 +201,7 @@ def images_of_files(
     """
     images = []
     for number, file in enumerate(_files(paths, count)):
-        try:
-            data = read_regular(file, most_bytes(max_pixels, in_chans))
-            pixels = view(open_picture(data, in_chans, max_pixels), number, view.image_size)
-        except (OSError, UnreadableImage) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"image {str(file)!r} cannot be read: {reason}") from error
+        pixels = viewed(file, number, view, in_chans=in_chans, max_pixels=max_pixels)
         images.append(InputImage(printable(str(file)), number, pixels))
     return images
 
@@ -216,7 +210,7 @@ def _files(paths: Sequence[Path], count: int) -> Iterator[Path]:
     for path in paths:
         if os.path.isdir(path):
             try:
-                inside = sorted(image_files(path))[:count]
+                inside = sorted(find_images(path).files)[:count]
             except OSError as error:
                 raise UserError(f"image folder {str(path)!r} cannot be read: {error.strerror}") from error
             if not inside:

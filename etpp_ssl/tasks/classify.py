@@ -19,11 +19,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from etpp_ssl.config import show_size
+from etpp_ssl.config import UserError, show_size
 from etpp_ssl.curriculum.cost import Cost
 from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.data.loader import Batch
-from etpp_ssl.data.sources.splits import check_labels, check_same_classes
+from etpp_ssl.data.sources.splits import check_labels, with_classes
 from etpp_ssl.data.views import EvalView, Normalise, View
 from etpp_ssl.evaluation.classification import ClassifierEvaluation
 from etpp_ssl.model.classifier import Classifier
@@ -138,13 +138,18 @@ def open_evaluation(
         num_classes: of the model.
 
     Raises:
-        UserError: if there are no evaluation images, or they have other classes.
+        UserError: if there are no evaluation images, or they have a class that training lacks.
     """
     if recipe.evaluate.split is None:
         return None
     source = recipe.open_split(recipe.evaluate.split)
     if classes is not None:
-        check_same_classes(classes, source.classes)
+        source = with_classes(source, classes)
+    elif source.classes is not None and len(source.classes) != num_classes:
+        raise UserError(
+            f"the evaluation images have {len(source.classes)} classes, but model.num_classes is "
+            f"{num_classes}, and the training data does not tell their names: give data.classes"
+        )
     check_labels(source, num_classes)
     return ClassifierEvaluation(
         source=source,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from etpp_ssl.config import show_size
+from etpp_ssl.config import UserError, show_size
 from etpp_ssl.curriculum.base import Curriculum, Stage
 from etpp_ssl.curriculum.cost import Cost, area_share, count_cost
 from etpp_ssl.curriculum.hours import TimePlan
 from etpp_ssl.data.sampler import micro_batch_of
+from etpp_ssl.data.sources.splits import with_classes
 from etpp_ssl.randomness import ShapesOnly
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
@@ -61,6 +63,8 @@ class Plan:
     """The model, in a line."""
     parameters: int
     num_images: int
+    found: list[str]
+    """What the data at hand holds, and what is left out of it."""
     curriculum: Curriculum
     stages: list[StagePlan]
     decided: bool
@@ -158,6 +162,7 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
         title=task.describe(),
         parameters=parameters,
         num_images=num_images,
+        found=_found(recipe),
         curriculum=curriculum,
         stages=stages,
         decided=decided,
@@ -173,6 +178,22 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
         ],
         warnings=short_run_warnings(recipe, curriculum) if decided else [],
     )
+
+
+def _found(recipe: Recipe | FinetuneRecipe) -> list[str]:
+    """What there is to train and to evaluate on; nothing of data that is elsewhere."""
+    split = recipe.evaluate.split if isinstance(recipe, FinetuneRecipe) else "eval"
+    evaluated = isinstance(recipe, FinetuneRecipe) or recipe.probe.name != "none"
+    lines = []
+    with suppress(UserError):
+        training = recipe.open_training()
+        lines.append(f"training: {training.describe()}")
+        if evaluated and split == "eval":
+            images = recipe.open_split(split)
+            if training.classes and images.classes:
+                images = with_classes(images, training.classes)
+            lines.append(f"evaluation: {images.describe()}")
+    return lines
 
 
 def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
@@ -195,6 +216,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     recipe = plan.recipe
     console.print(plan.title)
     console.print(f"{plan.num_images:,} images, global batch {recipe.batch_size}, {_budget(plan)}")
+    for line in plan.found:
+        console.print(line, markup=False)
     for table in _stage_tables(plan, console.width):
         console.print(table)
     for note in plan.notes:

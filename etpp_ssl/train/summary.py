@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
 
 import torch
 
 from etpp_ssl.curriculum.base import Curriculum
-from etpp_ssl.data.sources.base import ImageSource
-from etpp_ssl.data.training import TrainingImages
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.train.log import clock, shown_numbers
 from etpp_ssl.train.run import Run
@@ -52,7 +49,7 @@ def tell_start(run: Run) -> None:
     _tell(
         run,
         training=run.task.describe(),
-        images=_shown_images(run.source, recipe.data.name),
+        images=run.source.describe(),
         evaluation=_evaluation(run),
         steps=f"{curriculum.num_steps:,}{done}; batches of {batches} images, "
         f"{curriculum.equivalent_epochs:.4g} equivalent epochs",
@@ -70,7 +67,7 @@ def _evaluation(run: Run) -> str:
     if evaluation is None:
         return "none"
     images = evaluation.images
-    on = "" if images is None else f"{_shown_images(images, run.recipe.data.name)}; "
+    on = "" if images is None else f"{images.describe()}; "
     every = f"every {counted(evaluation.every_steps, 'step')} and " if evaluation.every_steps else ""
     return f"{on}{evaluation.how} {every}after the last step"
 
@@ -100,16 +97,6 @@ def _tell(run: Run, **lines: str) -> None:
     for name, text in lines.items():
         for number, line in enumerate(text.splitlines()):
             run.progress.say(f"  {'' if number else name:<10}  {line}")
-
-
-def _shown_images(source: TrainingImages | ImageSource, name: str) -> str:
-    """How many images of how many classes, and where they lie."""
-    classes = f"{len(source.classes):,} classes" if source.classes else "no classes"
-    inner: Any = source
-    while hasattr(inner, "source"):
-        inner = inner.source
-    place = getattr(inner, "folder", None) or f"data={name}"
-    return f"{len(source):,}, {classes}, {place}"
 
 
 def counted(count: int, what: str) -> str:

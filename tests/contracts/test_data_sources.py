@@ -23,10 +23,10 @@ import torch
 from PIL import Image
 
 import etpp_ssl.data
+from etpp_ssl.commands.prepare import PrepareConfig, prepare
 from etpp_ssl.config import UserError
 from etpp_ssl.data.formats.base import UnreadableImage
 from etpp_ssl.data.loader import Batch, BatchBuilder, load_batches
-from etpp_ssl.data.prepare import PrepareConfig, prepare
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.base import DataConfig, ImageSource
 from etpp_ssl.data.sources.folder import FileListConfig, FolderConfig
@@ -43,7 +43,7 @@ SEED = 6
 
 
 def write_images(root: Path, first: int, count: int, broken: Iterable[int] = ()) -> list[str]:
-    """Images of several modes in two class folders; the broken ones end in the middle."""
+    """Images of several modes in two class folders; the broken ones end in the middle, or are as given."""
     names = []
     for number in range(first, first + count):
         name = f"{'oak' if number % 2 else 'pine'}/{number:03d}.png"
@@ -52,7 +52,7 @@ def write_images(root: Path, first: int, count: int, broken: Iterable[int] = ())
         noise = np.random.default_rng(number).integers(0, 256, (20 + number % 5, 22, 3), dtype=np.uint8)
         Image.fromarray(noise).convert(["RGB", "L", "P", "RGBA"][number % 4]).save(path)
         if number - first in broken:
-            path.write_bytes(path.read_bytes()[:60])
+            path.write_bytes(broken[number - first] if isinstance(broken, dict) else path.read_bytes()[:60])
         names.append(name)
     return names
 
@@ -74,6 +74,12 @@ def timm_folder(root: Path, broken: Iterable[int]) -> DataConfig:
     write_images(root / "train", 0, NUM_IMAGES, broken)
     write_images(root / "validation", 100, 4)
     return TimmConfig(root=str(root))
+
+
+def torchvision_folder(root: Path, broken: Iterable[int]) -> DataConfig:
+    write_images(root / "train", 0, NUM_IMAGES, broken)
+    write_images(root / "val", 100, 4)
+    return TimmConfig(dataset="torch/image_folder", root=str(root), eval_split="val")
 
 
 def timm_tar(root: Path, broken: Iterable[int]) -> DataConfig:
@@ -119,7 +125,11 @@ class Example(NamedTuple):
 EXAMPLES: dict[str, list[Example]] = {
     "folder": [Example(folder)],
     "list": [Example(file_list)],
-    "timm": [Example(timm_folder), Example(timm_tar, has_evaluation=False)],
+    "timm": [
+        Example(timm_folder),
+        Example(torchvision_folder),
+        Example(timm_tar, has_evaluation=False),
+    ],
     "shards": [Example(shards), Example(foreign_shards)],
     "synthetic": [Example(synthetic, has_files=False)],
 }
@@ -229,6 +239,16 @@ def test_it_offers_everything_of_an_image_source(example: Example, tmp_path: Pat
     assert len(set(names)) == NUM_IMAGES
     for name in names:
         assert name.encode("utf-8")
+
+
+@every_example
+def test_a_line_says_what_was_found(example: Example, tmp_path: Path) -> None:
+    source = open_one(example.make(tmp_path, ()))
+    said = source.describe()
+    assert said.startswith(f"{NUM_IMAGES} images ")
+    assert "\n" not in said
+    part = Subset(source, [4, 1, 0])
+    assert part.describe() == f"3 of {said}"
 
 
 @every_example
@@ -404,6 +424,19 @@ def test_a_data_set_of_broken_images_is_one_sentence(example: Example, tmp_path:
         train_batches(source)
     assert str(error.value).startswith("data: ")
     assert "\n" not in str(error.value)
+
+
+@every_example_with_files
+def test_a_pointer_of_git_lfs_is_named_as_what_it_is(example: Example, tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
+    source = open_one(example.make(tmp_path, dict.fromkeys((2, 7), pointer)))
+    reasons = []
+    for index in range(NUM_IMAGES):
+        try:
+            source.open(index).channels()
+        except UnreadableImage as error:
+            reasons.append(str(error))
+    assert reasons == ["it is a pointer of Git LFS: `git lfs pull` fetches the image"] * 2
 
 
 # An empty evaluation part of each source with files, and what its sentence says.

@@ -6,16 +6,18 @@ A new stream needs one line in tests/stream_sources.py: how to make a tiny one (
 from __future__ import annotations
 
 import importlib
+import io
 import pickle
 import pkgutil
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
-from stream_sources import EXAMPLES, NUM_IMAGES
+from stream_sources import EXAMPLES, NUM_IMAGES, png
 
 import etpp_ssl.data
 from etpp_ssl.config import RunFault, UserError
@@ -91,6 +93,7 @@ def read(
     seed: int = SEED,
     first_step: int = 0,
     place: StreamPlace | None = None,
+    num_classes: int | None = None,
 ) -> Read:
     place = place or StreamPlace.beginning(num_workers)
     view = TrainView(image_size=SIZE, crop_scale=(0.3, 1.0), flip=True, lanczos=False, seed=seed)
@@ -103,7 +106,7 @@ def read(
         micro_batch_size=3,
     )
     images = open_training(config, in_chans=3, image_size=SIZE, seed=seed)
-    builder, requests = images.loading(sampler, view, None, place)
+    builder, requests = images.loading(sampler, view, num_classes, place)
     loader = load_batches(builder, requests, num_workers=num_workers, prefetch=2, pin_memory=False)
     found = Read([], [])
     for batch in loader:
@@ -281,6 +284,40 @@ def test_broken_samples_are_named_and_the_next_ones_take_their_places(tmp_path: 
         assert all(bad.reason and "\n" not in bad.reason for bad in bad)
         tail = read(config, first_step=3, place=broken.places[8])
         assert_same(tail.batches, broken.batches[9:])
+
+
+def named_labels(folder: Path, **settings: Any) -> StreamConfig:
+    """Images 0 to 5 with the labels oak and pine in turn."""
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for number in range(6):
+            for name, content in ((f"{number}.png", png(number)), (f"{number}.cls", NAMES[number % 2])):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return WebDatasetConfig(urls=str(folder), num_images=6, shuffle_buffer=1, **settings)
+
+
+NAMES = (b"oak\n", b"pine")
+
+
+def test_labels_that_are_names_become_the_indices_of_the_recipes_classes(tmp_path: Path) -> None:
+    """They were "no label" in 0.5."""
+    named = named_labels(tmp_path, classes=("pine", "oak"))
+    assert read(named, num_classes=2).numbers[:6] == [1, 0, 1, 0, 1, 0]
+    assert read(named).numbers[:6] == [1, 0, 1, 0, 1, 0]
+    assert set(read(named_labels(tmp_path)).numbers) == {-1}
+    for classes, words in ((("pine", "elm"), "has pine, elm"), (None, "is not given")):
+        with pytest.raises(UserError) as error:
+            read(named_labels(tmp_path, classes=classes), num_classes=2)
+        assert str(error.value) == (
+            f"data: image '{tmp_path}/0.tar :: 0' has label 'oak', but data.classes {words}"
+        )
+
+
+def test_a_line_says_what_the_stream_consists_of(config: StreamConfig) -> None:
+    said = open_training(config, in_chans=3, image_size=SIZE, seed=SEED).describe()
+    assert said.startswith(f"{NUM_IMAGES} images an epoch, by data.num_images, of 7 shards (0.")
+    assert "\n" not in said
 
 
 def test_images_of_more_pixels_than_allowed_are_unreadable(config: StreamConfig) -> None:

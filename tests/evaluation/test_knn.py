@@ -165,7 +165,7 @@ def test_labels_that_are_missing_or_differ_are_refused(
         Image.new("RGB", (24, 16)).save(tmp_path / name)
     recipe = tiny_recipe("data=folder", f"data.root={tmp_path}", "probe=knn")
     accelerator, normalise = setup(recipe)
-    with pytest.raises(UserError, match="different classes: b, c are"):
+    with pytest.raises(UserError, match="classes that training lacks: c; training has a, b"):
         build_probe(recipe, accelerator, normalise, recipe.build_objective())
     unlabelled = tiny_recipe("data=folder", f"data.root={tmp_path}", "probe=knn", "data.labels=none")
     with pytest.raises(UserError, match="needs labels"):

@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 import etpp_ssl.report.page as page_module
+from etpp_ssl.commands.prepare import PrepareConfig, prepare
 from etpp_ssl.commands.probe import probe_run
 from etpp_ssl.config import UserError
-from etpp_ssl.data.prepare import PrepareConfig, prepare
 from etpp_ssl.evaluation.features import Embeddings, Features, make_room, write_embeddings
 from etpp_ssl.evaluation.training import ProbeState
 from etpp_ssl.export import official, timm

@@ -73,6 +73,10 @@ ODD: dict[str, Callable[[], bytes]] = {
     "exif.jpg": lambda: encoded(noise(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"),
     "turned-99.jpg": lambda: oriented(99),
     "turned-6.jpg": lambda: oriented(6),
+    "two-pictures.mpo": lambda: encoded(noise(), "MPO"),
+    "gray.pgm": lambda: encoded(noise("L"), "PPM"),
+    "alpha.jp2": lambda: encoded(noise("RGBA"), "JPEG2000"),
+    "alpha.tga": lambda: encoded(noise("RGBA"), "TGA"),
     "profile.jpg": lambda: encoded(noise(), "JPEG", icc_profile=b"\xde\xad" * 70_000),
     "profile.png": lambda: encoded(noise(), "PNG", icc_profile=b"garbage"),
 }
@@ -133,6 +137,25 @@ def npy_of(width: int, height: int) -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(100)
 
 
+def ppm_of(width: int, height: int) -> bytes:
+    return f"P6 {width} {height} 255\n".encode() + bytes(100)
+
+
+def tga_of(width: int, height: int) -> bytes:
+    data = bytearray(encoded(noise(), "TGA", compression="tga_rle"))
+    data[12:16] = struct.pack("<HH", width, height)
+    return bytes(data)
+
+
+def jp2_of(width: int, height: int) -> bytes:
+    data = bytearray(encoded(noise(), "JPEG2000"))
+    header, size = data.index(b"ihdr") + 4, data.index(b"\xff\x51") + 6
+    data[header : header + 8] = struct.pack(">II", height, width)
+    # The image and its one tile.
+    data[size : size + 8] = data[size + 16 : size + 24] = struct.pack(">II", width, height)
+    return bytes(data)
+
+
 BOMBS: dict[str, Callable[[int, int], bytes]] = {
     "bomb.png": png_of,
     "bomb.jpg": jpeg_of,
@@ -141,5 +164,8 @@ BOMBS: dict[str, Callable[[int, int], bytes]] = {
     "bomb.tif": tiff_of,
     "bomb.webp": webp_of,
     "bomb.npy": npy_of,
+    "bomb.ppm": ppm_of,
+    "bomb.tga": tga_of,
+    "bomb.jp2": jp2_of,
 }
 """Name to a maker of a file of a few hundred bytes that claims (width, height) pixels."""

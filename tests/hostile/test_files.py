@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from hostile_images import encoded, noise
 
+from etpp_ssl.commands.prepare import PrepareConfig, prepare
 from etpp_ssl.config import UserError
 from etpp_ssl.data.formats.base import UnreadableImage
-from etpp_ssl.data.prepare import PrepareConfig, prepare
 from etpp_ssl.data.sources.folder import FileSource, FolderConfig
 from etpp_ssl.data.sources.shards import ShardsConfig
 from etpp_ssl.recipe import Recipe
@@ -65,7 +65,7 @@ def test_what_is_no_file_is_an_unreadable_image_and_nobody_waits_for_it(tmp_path
     with listening(tmp_path / "socket.png"):
         found = reasons(open_folder(tmp_path))
     assert found == {
-        "empty.png": "it is in no known image format",
+        "empty.png": "it is empty",
         "null.png": "it is a device, not a file",
         "pipe.png": "it is a named pipe, not a file",
         "self.png": os.strerror(40),

@@ -14,11 +14,11 @@ import pytest
 from hostile_images import BOMBS, ODD, animated, encoded, jpeg_of, noise
 from PIL import Image
 
+from etpp_ssl.commands.prepare import PrepareConfig, prepare
 from etpp_ssl.config import UserError
+from etpp_ssl.data.formats import decode, open_picture
 from etpp_ssl.data.formats.base import MAX_PIXELS, Decoder, UnreadableImage
-from etpp_ssl.data.formats.open import decode, open_picture
 from etpp_ssl.data.formats.pillow import MAX_SCANS, from_picture
-from etpp_ssl.data.prepare import PrepareConfig, prepare
 from etpp_ssl.data.shard_writer import RecodeConfig
 from etpp_ssl.data.sources.folder import FolderConfig
 from etpp_ssl.data.views import EvalView, TrainView
@@ -97,7 +97,7 @@ def test_no_bomb_takes_memory_where_python_does_not_see_it(tmp_path: Path) -> No
         "import resource, sys\n"
         "from pathlib import Path\n"
         "from etpp_ssl.data.formats.base import UnreadableImage\n"
-        "from etpp_ssl.data.formats.open import open_picture\n"
+        "from etpp_ssl.data.formats import open_picture\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "files = [file.read_bytes() for file in Path(sys.argv[1]).iterdir()]\n"
         "refused = 0\n"

@@ -15,7 +15,7 @@ import torch
 import yaml
 from ranks import Server
 from safetensors.torch import load_file
-from stream_sources import EXAMPLES, NUM_IMAGES
+from stream_sources import EXAMPLES, NUM_IMAGES, png
 
 from etpp_ssl.commands.evaluate import evaluate_run
 from etpp_ssl.config import UserError
@@ -192,7 +192,13 @@ def test_a_stream_without_class_names_takes_those_of_its_evaluation_images(
 ) -> None:
     config = EXAMPLES["webdataset"](tmp_path)
     overrides = [f"model.num_classes={NUM_IMAGES}", "budget_epochs=0.5"]
-    named = tiny_classifier(data_of(config, eval=EVAL), *overrides)
+    for number in range(NUM_IMAGES):
+        folder = tmp_path / "images" / "val" / f"class {number:02d}"
+        folder.mkdir(parents=True)
+        (folder / "1.png").write_bytes(png(number))
+    (tmp_path / "images" / "train").mkdir()
+    evaluation = {"name": "folder", "root": str(tmp_path / "images")}
+    named = tiny_classifier(data_of(config, eval=evaluation), *overrides)
     run = finetune(named)
     assert run.task.evaluation is not None
     assert run.task.evaluation.images is not None
@@ -213,8 +219,9 @@ def test_labels_and_classes_that_do_not_fit_are_a_sentence(
         ({}, [], r"model\.num_classes must be given"),
         ({"label_key": None}, ["model.num_classes=31"], "give its label_key or label_column"),
         ({}, ["model.num_classes=31"], r"data\.eval is missing"),
-        ({"classes": names, "eval": {**EVAL, "num_classes": 4}}, [], "have different classes"),
-        ({"eval": EVAL}, ["model.num_classes=20"], r"has label \d+, but model.num_classes is 20"),
+        ({"classes": names, "eval": {**EVAL, "num_classes": 4}}, [], "classes that training lacks: "),
+        ({"eval": EVAL}, ["model.num_classes=31"], "have 3 classes, but model.num_classes is 31, and the"),
+        ({}, ["model.num_classes=20", "evaluate.split=null"], r"has label \d+, but model.num_classes is 20"),
     ):
         with pytest.raises(UserError, match=words) as error:
             finetune(tiny_classifier(data_of(config, **changes), *overrides))

@@ -1,19 +1,22 @@
 """What an image file holds: a picture that is decoded when its pixels are asked for, and the limits on it.
 
-A new format is a file beside this one with a `Format`, and one line in `open.py`.
+A new format is a file beside this one with a `Format`, and one line in `__init__.py`.
 
 Legend: C channels, H, W pixels.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from etpp_ssl.config import UserError
 
 MAX_PIXELS = 178_956_970
 """Largest image by default, Pillow's own: half a gigabyte in three channels."""
@@ -103,6 +106,23 @@ class Format(NamedTuple):
     open: Callable[[bytes, int, int], Picture]
     """From a file's bytes, the number of channels wanted and the largest number of pixels to the picture. May
     raise anything: `one_line_reasons` is around it."""
+    check: Callable[[bytes, int], object]
+    """Reads the header only, from a file's bytes and the largest number of pixels; may raise anything."""
+
+
+def require_library(key: str, library: str, extra: str) -> None:
+    """Check that an optional library is installed.
+
+    Args:
+        key: of the recipe, with its value, which needs it.
+        library: its module.
+        extra: of etpp-ssl, which brings it.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if importlib.util.find_spec(library) is None:
+        raise UserError(f"{key} needs {library}, which is not installed: pip install 'etpp-ssl[{extra}]'")
 
 
 def pixels_of(channels: Channels) -> np.ndarray:
@@ -135,9 +155,6 @@ def one_line_reasons() -> Iterator[None]:
             yield
     except UnreadableImage:
         raise
-    except UnidentifiedImageError as error:
-        # Pillow's own words hold the memory address of the bytes.
-        raise UnreadableImage("it is in no known image format") from error
     except Exception as error:
         # Decoders meet arbitrary bytes here and raise anything (SyntaxError, struct.error,
         # DecompressionBombError ...): each of them means one unreadable image.

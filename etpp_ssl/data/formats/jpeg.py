@@ -6,13 +6,11 @@ which is cheaper than all of them and aliases less than dropping pixels.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 
 import numpy as np
 from PIL import Image
 
-from etpp_ssl.config import UserError
 from etpp_ssl.data.formats import pillow
 from etpp_ssl.data.formats.base import (
     Box,
@@ -135,16 +133,6 @@ class JpegPicture:
         return pixels if pixels.shape == (height, width, self._in_chans) else None
 
 
-def require_decoder(decoder: Decoder) -> None:
-    """Check that a decoder is installed.
-
-    Raises:
-        UserError: if it is not.
-    """
-    if decoder == "simplejpeg" and importlib.util.find_spec("simplejpeg") is None:
-        raise UserError("data.decoder simplejpeg is not installed: pip install 'etpp-ssl[fast]'")
-
-
 def _open(data: bytes, in_chans: int, max_pixels: int) -> Picture:
     if in_chans in (1, 3):
         image = open_image(data, max_pixels)
@@ -153,4 +141,6 @@ def _open(data: bytes, in_chans: int, max_pixels: int) -> Picture:
     return pillow.FORMAT.open(data, in_chans, max_pixels)
 
 
-FORMAT = Format(frozenset({".jpg", ".jpeg"}), (b"\xff\xd8",), _open)
+_EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"})
+
+FORMAT = Format(_EXTENSIONS, signatures=(b"\xff\xd8",), open=_open, check=open_image)

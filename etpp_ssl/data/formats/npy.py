@@ -45,7 +45,7 @@ def from_array(array: np.ndarray, in_chans: int) -> Channels:
     return tuple(Image.fromarray(np.ascontiguousarray(array[:, :, c])) for c in range(in_chans))
 
 
-def _open(data: bytes, in_chans: int, max_pixels: int) -> Picture:
+def _check(data: bytes, max_pixels: int) -> None:
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     read_header = (
@@ -58,8 +58,11 @@ def _open(data: bytes, in_chans: int, max_pixels: int) -> Picture:
     claimed, there = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
     if claimed > there:
         raise UnreadableImage(f"its values take {claimed:,} bytes, but it has {there:,}")
-    file.seek(0)
-    return DecodedPicture(from_array(np.load(file, allow_pickle=False), in_chans))
 
 
-FORMAT = Format(frozenset({".npy"}), (b"\x93NUMPY",), _open)
+def _open(data: bytes, in_chans: int, max_pixels: int) -> Picture:
+    _check(data, max_pixels)
+    return DecodedPicture(from_array(np.load(io.BytesIO(data), allow_pickle=False), in_chans))
+
+
+FORMAT = Format(frozenset({".npy"}), (b"\x93NUMPY",), _open, _check)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 from functools import cache
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from etpp_ssl.data.formats.base import (
     MAX_PIXELS,
@@ -19,11 +20,21 @@ from etpp_ssl.data.formats.base import (
     one_line_reasons,
 )
 
-_FORMATS = (
+FORMATS = (
     "JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF", "TGA", "PCX",
 )  # fmt: skip
 """Pillow's names of the formats that are read. It knows more: EPS files it hands to Ghostscript, which
 runs them, and some formats it decodes in Python, at a thousandth of the speed."""
+
+_STRANGERS = {
+    rb"\s*\Z": "it is empty",
+    rb"version https://git-lfs": "it is a pointer of Git LFS: `git lfs pull` fetches the image",
+    rb"(\.\./)*(\.git/)?/?annex/objects/": "it is a pointer of git-annex: `git annex get` fetches the image",
+    rb"\s*<(!doctype|html|\?xml)": "it is a page of HTML or XML, not an image",
+    rb".{4}ftyp(hei|hev|mif|msf)": "it is HEIC, which is not read: convert it, for instance to JPEG",
+    rb".{4}ftypavi": "it is AVIF that cannot be read: it is damaged, or Pillow is older than 11.3",
+}
+"""What files that are no image begin with, and what is said of them."""
 
 MAX_SCANS = 100
 """Of a JPEG. Progressive ones have about ten; each takes as long as a baseline picture, but may have a
@@ -74,6 +85,9 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"it claims more pixels than data.max_pixels {max_pixels:,} allows") from error
+    except UnidentifiedImageError as error:
+        # Pillow's own words hold the memory address of the bytes.
+        raise UnreadableImage(_what_it_is(data)) from error
     check_pixels(image.size, max_pixels)
     return image
 
@@ -93,24 +107,33 @@ def _open(data: bytes, in_chans: int, max_pixels: int) -> Picture:
         return DecodedPicture(_from_image(image, in_chans, max_pixels))
 
 
-FORMAT = Format(
-    frozenset({".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}),
-    signatures=(b"",),
-    open=_open,
-)
+_EXTENSIONS = (
+    ".png", ".apng", ".webp", ".gif", ".avif", ".avifs", ".tif", ".tiff", ".bmp", ".dib", ".tga", ".pcx",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
+)  # fmt: skip
+"""Not those that are more often something else (.icb, .vda and .vst, for Targa), nor .pfm (floats)."""
+
+FORMAT = Format(frozenset(_EXTENSIONS), signatures=(b"",), open=_open, check=open_image)
 """Takes every file that no other format takes, and says what is wrong with it."""
+
+
+def _what_it_is(data: bytes) -> str:
+    for pattern, sentence in _STRANGERS.items():
+        if re.match(pattern, data[:200], re.DOTALL | re.IGNORECASE):
+            return sentence
+    return "it is in no known image format"
 
 
 @cache
 def _formats() -> tuple[str, ...]:
     # Older versions of Pillow, and some builds, lack a few.
     Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _from_image(image: Image.Image, in_chans: int, max_pixels: int) -> Channels:
-    # Older versions of Pillow open a 16-bit PNG as 32-bit integers.
-    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+    # Pillow opens a 16-bit PGM, and older versions a 16-bit PNG, as 32-bit integers.
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         kind = "floats" if image.mode == "F" else "integers"
         raise UnreadableImage(f"its values are 32-bit {kind}, not 8 or 16 bits")
     if in_chans in (1, 3):

@@ -12,15 +12,16 @@ from typing import Literal, Protocol
 
 from pydantic import Field, model_validator
 
-from etpp_ssl.config import Config, UserError, may_change
+from etpp_ssl.config import Config, UserError, listed, may_change
 from etpp_ssl.data.formats.base import MAX_PIXELS, Decoder, Interpolation, Picture
 
 
 class ImageSource(Protocol):
     """A data set that is addressed by index; small to pickle, safe to use from data workers."""
 
-    classes: list[str] | None
-    """Class names, in the order of the labels; None for a data set without labels."""
+    @property
+    def classes(self) -> list[str] | None:
+        """Class names, in the order of the labels; None for a data set without labels."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -43,6 +44,9 @@ class ImageSource(Protocol):
 
     def fingerprint(self) -> str:
         """A short hash of what the data set contains; a resumed run must find the same."""
+
+    def describe(self) -> str:
+        """What was found and what was left out, in one line for people."""
 
 
 class DataConfig(Config, ABC):
@@ -157,6 +161,16 @@ def existing_folder(key: str, path: Path) -> Path:
 def expanded(path: str) -> Path:
     """A path from a recipe, with `~` and environment variables filled in."""
     return Path(os.path.expanduser(os.path.expandvars(path)))
+
+
+def images_of(number: int) -> str:
+    """`1,234 images`."""
+    return f"{number:,} image{'s' * (number != 1)}"
+
+
+def no_image_of(classes: list[str]) -> str:
+    """Names classes without images."""
+    return f"no image of class{'es' * (len(classes) > 1)} {listed(classes)}"
 
 
 def printable(name: str) -> str:

@@ -2,25 +2,74 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from etpp_ssl.config import UserError, may_change
-from etpp_ssl.data.formats.base import MAX_PIXELS, Picture, UnreadableImage
-from etpp_ssl.data.formats.open import EXTENSIONS, most_bytes, open_picture
-from etpp_ssl.data.sources.base import DataConfig, existing_folder, expanded, printable
-from etpp_ssl.files import read_regular, read_text
+from etpp_ssl.config import UserError, listed, may_change
+from etpp_ssl.data.formats import EXTENSIONS, most_bytes, open_picture, read_file
+from etpp_ssl.data.formats.base import MAX_PIXELS, Picture
+from etpp_ssl.data.sources.base import (
+    DataConfig,
+    existing_folder,
+    expanded,
+    images_of,
+    no_image_of,
+    printable,
+)
+from etpp_ssl.data.sources.found import by_extension, class_folders, extension_of, find_images
+from etpp_ssl.files import read_regular
 from etpp_ssl.messages import shown
 
 MAX_LIST_BYTES = 1 << 34
 """Of a list: about two hundred million names."""
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+"""Byte order marks; that of UTF-32 begins with that of UTF-16."""
 EVAL_SYNONYMS = ("val", "validation", "valid", "eval", "test")
 
 
-class FolderConfig(DataConfig):
+class SplitFoldersConfig(DataConfig):
+    """A folder of training and evaluation data; see `FolderConfig`."""
+
+    root: str = may_change(...)
+    """The folder; `~` and environment variables are expanded."""
+    split: str = "train"
+    """Sub-folder of the training images, where `root` has one."""
+    eval_split: str | None = None
+    """Sub-folder of the evaluation images; by default the first of val, validation, valid, eval, test."""
+
+    def folder(self, split: str) -> Path:
+        """That of the "train" or the "eval" split.
+
+        Raises:
+            UserError: if there is no such folder.
+        """
+        top = existing_folder("data.root", expanded(self.root))
+        train = top / self.split if os.path.isdir(top / self.split) else top
+        if split == "train":
+            return train
+        around = top if train != top else top.parent if top.name == self.split else None
+        names = (self.eval_split,) if self.eval_split else EVAL_SYNONYMS
+        for name in names if around else ():
+            assert around is not None
+            if os.path.isdir(around / name):
+                return around / name
+        raise UserError(
+            f"data.eval_split: no evaluation images ({', '.join(names)}) beside the training images "
+            f"of data.root {self.root!r}; data.holdout=256 keeps some of those for evaluation"
+        )
+
+
+class FolderConfig(SplitFoldersConfig):
     """Images below a folder.
 
     `root` may hold a sub-folder per split (`train`, `val`, ...), as timm expects, or be the training
@@ -28,21 +77,19 @@ class FolderConfig(DataConfig):
     """
 
     name: Literal["folder"] = "folder"
-    root: str = may_change(...)
-    """The folder; `~` and environment variables are expanded."""
-    split: str = "train"
-    """Sub-folder of the training images, where `root` has one."""
-    eval_split: str | None = None
-    """Sub-folder of the evaluation images; by default the first of val, validation, valid, eval, test."""
     labels: Literal["folders", "none"] = "folders"
     """`folders`: the first folder level names the class, if every image lies in one and there are at
-    least two. `none`: no labels."""
+    least two (of evaluation images, one will do). `none`: no labels."""
 
     def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> FileSource:
         """Open the "train" or the "eval" split; see `DataConfig.open`."""
-        folder = split_folder(split, self.root, self.split, self.eval_split)
         return open_folder(
-            "data.root", folder, in_chans, labelled=self.labels == "folders", max_pixels=self.max_pixels
+            "data.root",
+            self.folder(split),
+            in_chans,
+            labelled=self.labels == "folders",
+            least_classes=2 if split == "train" else 1,
+            max_pixels=self.max_pixels,
         )
 
 
@@ -90,7 +137,10 @@ class FileListConfig(DataConfig):
     @staticmethod
     def _rows(key: str, path: Path) -> list[tuple[str, str | None]]:
         try:
-            text = read_text(path, MAX_LIST_BYTES, errors="surrogateescape")
+            data = read_regular(path, MAX_LIST_BYTES)
+            # Excel and PowerShell write UTF-16. File names in UTF-8 may hold any bytes.
+            marked = next((name for mark, name in _MARKS if data.startswith(mark)), None)
+            text = data.decode(marked) if marked else data.decode("utf-8-sig", "surrogateescape")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{key} {str(path)!r} cannot be read: {reason}") from error
@@ -103,6 +153,11 @@ class FileListConfig(DataConfig):
                 rows.append((file.strip(" \r"), name.strip() or None))
         if not rows:
             raise UserError(f"{key} {str(path)!r} names no image")
+        if all("\0" in file for file, _ in rows):
+            raise UserError(
+                f"{key} {str(path)!r} is not text in UTF-8: its lines hold null bytes, as UTF-16 without a "
+                f"byte order mark does; save it as UTF-8"
+            )
         return rows
 
 
@@ -116,6 +171,7 @@ class FileSource:
         classes: class names, or None.
         in_chans: channels to decode to.
         max_pixels: larger images count as unreadable.
+        notes: what else there is to say of them.
     """
 
     def __init__(
@@ -126,6 +182,7 @@ class FileSource:
         classes: list[str] | None,
         in_chans: int,
         max_pixels: int = MAX_PIXELS,
+        notes: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         self.files = files
@@ -134,6 +191,7 @@ class FileSource:
         self.in_chans = in_chans
         self.max_pixels = max_pixels
         self.max_bytes = most_bytes(max_pixels, in_chans)
+        self.notes = notes
 
     def __len__(self) -> int:
         return len(self.files)
@@ -143,17 +201,8 @@ class FileSource:
         return open_picture(self.read(index), self.in_chans, self.max_pixels)
 
     def read(self, index: int) -> bytes:
-        """A file's bytes, as they are stored.
-
-        Raises:
-            UnreadableImage: if the file cannot be read, is none (a named pipe, a device), or is larger
-                than any image of so many pixels.
-        """
-        try:
-            return read_regular(self.folder / self.files[index], self.max_bytes)
-        except (OSError, ValueError) as error:
-            # ValueError: a line of a list can hold a null byte.
-            raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from error
+        """A file's bytes, as they are stored; see `etpp_ssl.data.formats.read_file`."""
+        return read_file(self.folder / self.files[index], self.max_bytes)
 
     def stored_size(self, index: int) -> int:
         """Bytes of a file, 0 where it cannot be read."""
@@ -181,36 +230,26 @@ class FileSource:
             digest.update(os.fsencode(file) + b"\0%d\n" % self.label(index))
         return digest.hexdigest()
 
-
-def split_folder(split: str, root: str, train_name: str, eval_name: str | None) -> Path:
-    """The folder of the "train" or the "eval" split.
-
-    Args:
-        split: "train" or "eval".
-        root, train_name, eval_name: a recipe's `data.root`, `data.split` and `data.eval_split`; see
-            `FolderConfig`.
-
-    Raises:
-        UserError: if there is no such folder.
-    """
-    top = existing_folder("data.root", expanded(root))
-    train = top / train_name if os.path.isdir(top / train_name) else top
-    if split == "train":
-        return train
-    around = top if train != top else top.parent if top.name == train_name else None
-    names = (eval_name,) if eval_name else EVAL_SYNONYMS
-    for name in names if around else ():
-        assert around is not None
-        if os.path.isdir(around / name):
-            return around / name
-    raise UserError(
-        f"data.eval_split: no evaluation images ({', '.join(names)}) beside the training images "
-        f"of data.root {root!r}; data.holdout=256 keeps some of those for evaluation"
-    )
+    def describe(self) -> str:
+        """Their number, folder, extensions and classes, and what was left out."""
+        kinds = by_extension(Counter(map(extension_of, self.files)))
+        labels = f"{len(self.classes):,} classes" if self.classes else "no labels"
+        notes, seen = list(self.notes), set(self.labels or ())
+        without = [name for label, name in enumerate(self.classes or ()) if label not in seen]
+        if without:
+            notes.append(no_image_of(without))
+        place = printable(str(self.folder))
+        return "; ".join([f"{images_of(len(self))} in {place!r} ({kinds}; {labels})", *notes])
 
 
 def open_folder(
-    key: str, folder: Path, in_chans: int, *, labelled: bool = True, max_pixels: int = MAX_PIXELS
+    key: str,
+    folder: Path,
+    in_chans: int,
+    *,
+    labelled: bool = True,
+    least_classes: int = 2,
+    max_pixels: int = MAX_PIXELS,
 ) -> FileSource:
     """All images below one folder, in the order of their paths' bytes.
 
@@ -219,66 +258,34 @@ def open_folder(
         folder: where they lie.
         in_chans: channels to decode to.
         labelled: whether the first folder level may name classes.
+        least_classes: fewer folders are not classes.
         max_pixels: larger images count as unreadable.
 
     Raises:
         UserError: if there is no image, or a folder cannot be read: a run must not take the rest for all.
     """
     try:
-        files = sorted(image_files(folder), key=os.fsencode)
+        found = find_images(folder)
     except OSError as error:
         where = error.filename or folder
         raise UserError(
             f"{key}: folder {shown(os.fspath(where), 300)} cannot be read: {error.strerror}"
         ) from error
+    files = sorted(found.files, key=os.fsencode)
+    left_out = found.sentence()
     if not files:
-        raise UserError(f"{key}: no image below {str(folder)!r} (looked for {', '.join(sorted(EXTENSIONS))})")
-    classes, labels = class_folders(files) if labelled else (None, None)
-    return FileSource(folder, files, labels, classes, in_chans, max_pixels)
-
-
-def image_files(folder: Path) -> Iterator[str]:
-    """Relative paths of all images below a folder; links are followed, loops are not.
-
-    Raises:
-        OSError: if a folder below it cannot be read.
-    """
-    seen: set[tuple[int, int]] = set()
-    # Not os.walk: it calls itself for each level, and passes over what it cannot read.
-    waiting = [""]
-    while waiting:
-        current = waiting.pop()
-        where = os.path.join(folder, current)
-        status = os.stat(where)
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders = []
-        with os.scandir(where) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if _leads_to_folder(entry):
-                    folders.append(os.path.join(current, entry.name))
-                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                    yield os.path.join(current, entry.name)
-        # The order of visits decides which path of a linked folder counts.
-        waiting += sorted(folders, reverse=True)
-
-
-def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        # A link to itself, for instance; as a file it will be said why.
-        return False
-
-
-def class_folders(files: list[str]) -> tuple[list[str] | None, list[int] | None]:
-    """(class names, label per file) from the first folder level, or (None, None) if it names none."""
-    tops = [file.split(os.sep, 1)[0] if os.sep in file else None for file in files]
-    if None in tops or len(set(tops)) < 2:
-        return None, None
-    classes = sorted({top for top in tops if top is not None})
-    index = {name: i for i, name in enumerate(classes)}
-    return classes, [index[top] for top in tops if top is not None]
+        raise UserError(
+            f"{key}: no image below {str(folder)!r} ({left_out or 'it is empty'}; looked for "
+            f"{', '.join(sorted(EXTENSIONS))})"
+        )
+    classes, labels = class_folders(files, least_classes) if labelled else (None, None)
+    notes = [left_out] if left_out else []
+    if classes is not None:
+        empty = sorted(found.top_folders.difference(classes))
+        if empty:
+            notes.append(f"no image in the folders {listed(empty)}")
+    elif labelled and len(found.top_folders) > 1:
+        loose = next((printable(file) for file in files if "/" not in file), None)
+        if loose is not None:
+            notes.append(f"no labels, as {loose!r} lies beside the folders")
+    return FileSource(folder, files, labels, classes, in_chans, max_pixels, notes)

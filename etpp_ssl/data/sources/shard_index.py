@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.formats.open import EXTENSIONS
-from etpp_ssl.data.sources.folder import class_folders
-from etpp_ssl.files import read_text, require_regular
+from etpp_ssl.data.formats import EXTENSIONS
+from etpp_ssl.data.sources.found import by_extension, class_folders, extension_of, is_hidden_name
+from etpp_ssl.files import read_text, require_regular, write_text
 
 INDEX_FILE = "index.json"
 FORMAT = "etpp-shards"
@@ -70,26 +70,30 @@ class ShardIndex:
     rows: ShardRows
     bad: list[tuple[str, str]] = field(default_factory=list)
     """Images that could not be read or re-encoded when the tars were written: name and reason."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Members of others' tars that are neither image nor label, by extension; not kept in the file."""
 
     def save(self, folder: Path) -> None:
         """Write `index.json`, whole or not at all."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        write_json(folder / INDEX_FILE, content)
+        del content["left_out"]
+        write_text(folder / INDEX_FILE, json.dumps(content, separators=(",", ":")))
 
 
-def open_index(key: str, folder: Path) -> ShardIndex:
+def open_index(key: str, folder: Path, *, least_classes: int = 2) -> ShardIndex:
     """The index of a folder of tars: ours where there is one, otherwise a scan of all tar headers.
 
     Args:
         key: names the folder in the message.
         folder: holds the tars.
+        least_classes: fewer folders in others' tars are not classes.
 
     Raises:
         UserError: if there is no tar, or the index and the tars do not belong together.
     """
     path = folder / INDEX_FILE
     if not path.exists():
-        return scan_tars(key, folder)
+        return scan_tars(key, folder, least_classes)
     try:
         content = json.loads(read_text(path, MAX_INDEX_BYTES))
         if content["format"] != FORMAT or content["version"] != VERSION:
@@ -145,7 +149,7 @@ def _check(index: ShardIndex) -> None:
             raise ValueError(f"image {name!r} lies outside of its shard")
 
 
-def scan_tars(key: str, folder: Path) -> ShardIndex:
+def scan_tars(key: str, folder: Path, least_classes: int) -> ShardIndex:
     """Index someone else's tars by their headers; image data is passed over.
 
     Images come in the order of the tars' names and of the members. Labels are the numbers in the
@@ -160,11 +164,11 @@ def scan_tars(key: str, folder: Path) -> ShardIndex:
         raise UserError(
             f"{key}: no .tar in {str(folder)!r}: `etpp prepare IMAGES {folder}` writes shards of a folder"
         )
-    rows, numbers = ShardRows(), []
+    rows, numbers, left_out = ShardRows(), [], Counter[str]()
     for shard, path in enumerate(paths):
         try:
             require_regular(path.stat())
-            labels = _scan_tar(path, shard, rows)
+            labels = _scan_tar(path, shard, rows, left_out)
         except (OSError, tarfile.TarError, ValueError, OverflowError) as error:
             reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
             raise UserError(
@@ -172,7 +176,8 @@ def scan_tars(key: str, folder: Path) -> ShardIndex:
             ) from error
         numbers += labels
     if not rows.names:
-        raise UserError(f"{key}: no image in the tars of {str(folder)!r}")
+        found = by_extension(left_out) or "nothing"
+        raise UserError(f"{key}: no image in the tars of {str(folder)!r}, which hold {found}")
     classes: list[str] | None
     known = [label for label in numbers if label is not None]
     if known and len(known) < len(numbers):
@@ -181,13 +186,14 @@ def scan_tars(key: str, folder: Path) -> ShardIndex:
     if known:
         classes, rows.labels = [str(number) for number in range(max(known) + 1)], known
     else:
-        classes, by_folder = class_folders(rows.names)
+        classes, by_folder = class_folders(rows.names, least_classes)
         rows.labels = by_folder or [-1] * len(rows.names)
-    return ShardIndex({path.name: path.stat().st_size for path in paths}, classes, rows)
+    sizes = {path.name: path.stat().st_size for path in paths}
+    return ShardIndex(sizes, classes, rows, left_out=left_out)
 
 
-def _scan_tar(path: Path, shard: int, rows: ShardRows) -> list[int | None]:
-    """Add a tar's images to `rows`; returns the number in each one's .cls member."""
+def _scan_tar(path: Path, shard: int, rows: ShardRows, left_out: Counter[str]) -> list[int | None]:
+    """Add a tar's images to `rows` and what else it has to `left_out`; returns each one's .cls number."""
     keys: list[str] = []
     labels: dict[str, int] = {}
     # Mode "r:" takes no compressed tar: nothing in one can be addressed.
@@ -195,8 +201,9 @@ def _scan_tar(path: Path, shard: int, rows: ShardRows) -> list[int | None]:
         for member in tar:
             if not member.isreg() or member.issparse():
                 continue
-            stem, extension = os.path.splitext(member.name)
-            if extension.lower() in EXTENSIONS and not os.path.basename(stem).startswith("."):
+            extension, parts = extension_of(member.name), member.name.split("/")
+            is_hidden = any(is_hidden_name(part) for part in parts[:-1]) or parts[-1].startswith(".")
+            if extension in EXTENSIONS and not is_hidden:
                 rows.append(member.name, -1, shard, member.offset_data, member.size)
                 keys.append(_key(member.name))
             elif extension == ".cls":
@@ -206,6 +213,8 @@ def _scan_tar(path: Path, shard: int, rows: ShardRows) -> list[int | None]:
                 if label < 0:
                     raise ValueError(f"{member.name!r} holds {label}, and labels start at 0")
                 labels[_key(member.name)] = label
+            else:
+                left_out[f"hidden {extension}" if is_hidden else extension] += 1
     if labels and len(set(keys)) < len(keys):
         twice = Counter(keys).most_common(1)[0][0]
         raise ValueError(f"sample {twice!r} has two images")
@@ -214,8 +223,8 @@ def _scan_tar(path: Path, shard: int, rows: ShardRows) -> list[int | None]:
 
 def _key(name: str) -> str:
     """WebDataset's key: the path up to the first dot of the file name."""
-    folder, file = os.path.split(name)
-    return os.path.join(folder, file.partition(".")[0])
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
 
 
 def _fault(path: Path, size: int) -> str | None:
@@ -224,13 +233,3 @@ def _fault(path: Path, size: int) -> str | None:
     except OSError as error:
         return f"is in the index but cannot be read ({error.strerror})"
     return None if found == size else f"has {found:,} bytes, but the index says {size:,}"
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file aside, flush it and rename it."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(content, file, separators=(",", ":"))
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)

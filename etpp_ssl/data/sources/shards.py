@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
-from etpp_ssl.config import may_change
 from etpp_ssl.data.formats.base import MAX_PIXELS, UnreadableImage
-from etpp_ssl.data.sources.base import DataConfig
-from etpp_ssl.data.sources.folder import FileSource, split_folder
+from etpp_ssl.data.sources.folder import FileSource, SplitFoldersConfig
+from etpp_ssl.data.sources.found import by_extension
 from etpp_ssl.data.sources.shard_index import ShardIndex, open_index
 from etpp_ssl.files import open_regular
 
@@ -18,7 +19,7 @@ MAX_OPEN = 128
 """Tars that one process keeps open; half of the smallest usual limit (macOS)."""
 
 
-class ShardsConfig(DataConfig):
+class ShardsConfig(SplitFoldersConfig):
     """Tars that `etpp prepare` has written, or anyone's uncompressed WebDataset tars.
 
     Image number i of the shards is image number i of the folder they were made of, so order, resume
@@ -28,17 +29,12 @@ class ShardsConfig(DataConfig):
     """
 
     name: Literal["shards"] = "shards"
-    root: str = may_change(...)
-    """The folder; `~` and environment variables are expanded."""
-    split: str = "train"
-    """Sub-folder of the training tars, where `root` has one."""
-    eval_split: str | None = None
-    """Sub-folder of the evaluation tars; by default the first of val, validation, valid, eval, test."""
 
     def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> ShardSource:
         """Open the "train" or the "eval" split; see `DataConfig.open`."""
-        folder = split_folder(split, self.root, self.split, self.eval_split)
-        return ShardSource(folder, open_index("data.root", folder), in_chans, self.max_pixels)
+        folder = self.folder(split)
+        index = open_index("data.root", folder, least_classes=2 if split == "train" else 1)
+        return ShardSource(folder, index, in_chans, self.max_pixels)
 
 
 class ShardSource(FileSource):
@@ -53,7 +49,11 @@ class ShardSource(FileSource):
 
     def __init__(self, folder: Path, index: ShardIndex, in_chans: int, max_pixels: int = MAX_PIXELS) -> None:
         labels = index.rows.labels if index.classes is not None else None
-        super().__init__(folder, index.rows.names, labels, index.classes, in_chans, max_pixels)
+        notes = [f"left out: {by_extension(index.left_out)}"] if index.left_out else []
+        if index.bad:
+            name, reason = index.bad[0]
+            notes.append(f"{len(index.bad):,} were unreadable when they were written, as {name!r}: {reason}")
+        super().__init__(folder, index.rows.names, labels, index.classes, in_chans, max_pixels, notes)
         self.shards = list(index.files)
         self.rows = index.rows
         self._open: dict[int, _Tar] = {}
@@ -74,7 +74,14 @@ class ShardSource(FileSource):
         if rows.sizes[index] > self.max_bytes:
             raise UnreadableImage(f"its {rows.sizes[index]:,} bytes are more than {self.max_bytes:,}")
         try:
-            return self._tar(rows.shards[index]).read(rows.offsets[index], rows.sizes[index])
+            tar, offset, left = self._tar(rows.shards[index]), rows.offsets[index], rows.sizes[index]
+            parts = []
+            while left > 0:
+                parts.append(_read_at(tar, left, offset))
+                if not parts[-1]:
+                    raise UnreadableImage("the shard ends early")
+                offset, left = offset + len(parts[-1]), left - len(parts[-1])
+            return b"".join(parts)
         except (OSError, ValueError, OverflowError) as error:
             raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from error
 
@@ -90,7 +97,7 @@ class ShardSource(FileSource):
         return digest.hexdigest()
 
     def _tar(self, shard: int) -> _Tar:
-        tar = self._open.pop(shard, None) or _Tar(self.folder / self.shards[shard])
+        tar = self._open.pop(shard, None) or _Tar(open_regular(self.folder / self.shards[shard]))
         self._open[shard] = tar
         if len(self._open) > MAX_OPEN:
             # The one that was used longest ago; it closes when the last reader lets go of it.
@@ -98,23 +105,23 @@ class ShardSource(FileSource):
         return tar
 
 
-class _Tar:
-    """An open file that closes with its last reference."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = -1
-        self.descriptor = open_regular(path)
+class _Tar(FileIO):
+    """An open file that closes with its last reference, which is how it is meant to be closed."""
 
     def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+        self.close()
 
-    def read(self, offset: int, size: int) -> bytes:
-        parts = []
-        while size > 0:
-            part = os.pread(self.descriptor, size, offset)
-            if not part:
-                raise OSError("the shard ends early")
-            parts.append(part)
-            offset, size = offset + len(part), size - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+_TURN = threading.Lock()
+
+
+def _read_at(file: _Tar, size: int, offset: int) -> bytes:
+    """At most `size` bytes, by `os.pread`.
+
+    Windows lacks it. Processes share no descriptors there, so that threads take turns.
+    """
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), size, offset)
+    with _TURN:
+        file.seek(offset)
+        return file.read(size)

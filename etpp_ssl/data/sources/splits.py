@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 
-from etpp_ssl.config import UserError
+from etpp_ssl.config import UserError, listed
 from etpp_ssl.data.formats.base import Picture
-from etpp_ssl.data.sources.base import DataConfig, ImageSource
+from etpp_ssl.data.sources.base import DataConfig, ImageSource, no_image_of
 from etpp_ssl.data.sources.folder import FileListConfig, FolderConfig
 from etpp_ssl.data.sources.shards import ShardsConfig
 from etpp_ssl.data.sources.synthetic import SyntheticConfig
@@ -27,13 +28,24 @@ class Subset:
         source: where they come from.
         indices: their numbers there.
         hash_indices: whether the fingerprint depends on which images these are, not only on how many.
+        classes: class names in another order, or more of them; None keeps the source's.
     """
 
-    def __init__(self, source: ImageSource, indices: list[int], *, hash_indices: bool = False) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        indices: Sequence[int],
+        *,
+        hash_indices: bool = False,
+        classes: list[str] | None = None,
+    ) -> None:
         self.source = source
         self.indices = indices
         self.hash_indices = hash_indices
-        self.classes = source.classes
+        self.classes = source.classes if classes is None else classes
+        self._labels: dict[int, int] = {}
+        if classes is not None and source.classes is not None:
+            self._labels = {old: classes.index(name) for old, name in enumerate(source.classes)}
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -44,12 +56,15 @@ class Subset:
 
     def label(self, index: int) -> int:
         """See `ImageSource.label`."""
-        return self.source.label(self.indices[index])
+        label = self.source.label(self.indices[index])
+        return self._labels.get(label, label)
 
     def all_labels(self) -> list[int] | None:
         """See `ImageSource.all_labels`."""
         labels = self.source.all_labels()
-        return None if labels is None else [labels[index] for index in self.indices]
+        if labels is None:
+            return None
+        return [self._labels.get(labels[index], labels[index]) for index in self.indices]
 
     def name(self, index: int) -> str:
         """See `ImageSource.name`."""
@@ -62,6 +77,12 @@ class Subset:
             numbers = ",".join(map(str, self.indices)).encode()
             found += f":{hashlib.blake2b(numbers, digest_size=6).hexdigest()}"
         return found
+
+    def describe(self) -> str:
+        """The source, how much of it, and which classes have no image there."""
+        part = f"{len(self):,} of " if len(self) < len(self.source) else ""
+        without = sorted(set(self.classes or ()).difference(self.source.classes or ()))
+        return f"{part}{self.source.describe()}" + (f"; {no_image_of(without)}" if without else "")
 
 
 def open_split(
@@ -150,26 +171,25 @@ def label_subset(source: ImageSource, *, share: float | None, per_class: int | N
     return sorted(taken)
 
 
-def check_same_classes(train: list[str] | None, evaluation: list[str] | None) -> None:
-    """Check that training and evaluation images have the same classes in the same order.
+def with_classes(source: ImageSource, classes: list[str]) -> ImageSource:
+    """Evaluation images with the class indices of training. Some classes may have no image.
 
     Args:
-        train, evaluation: class names, None without labels.
+        source: labelled images.
+        classes: of training, in the order of a classifier's outputs.
 
     Raises:
-        UserError: naming at most five classes that differ.
+        UserError: if there are no labels, or some of classes that training lacks, of which it names five.
     """
-    ours, theirs = train or [], evaluation or []
-    if ours == theirs:
-        return
-    odd = sorted(set(ours) ^ set(theirs))
-    if not odd:
-        raise UserError("training and evaluation images have the same classes in a different order")
-    more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
-    raise UserError(
-        f"training and evaluation images have different classes: {', '.join(odd[:5])}{more} "
-        f"{'are' if len(odd) > 1 else 'is'} in one of them only"
-    )
+    if source.classes is None:
+        raise UserError(f"the evaluation images have no labels, and the training images have ({NO_LABELS})")
+    unknown = sorted(set(source.classes).difference(classes))
+    if unknown:
+        raise UserError(
+            f"the evaluation images have classes that training lacks: {listed(unknown)}; training has "
+            f"{listed(classes)}"
+        )
+    return source if source.classes == classes else Subset(source, range(len(source)), classes=classes)
 
 
 def check_labels(source: ImageSource, num_classes: int) -> None:

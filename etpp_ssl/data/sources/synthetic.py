@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -20,7 +21,7 @@ from pydantic import Field, field_validator
 from etpp_ssl.config import as_pair, legal_size
 from etpp_ssl.data.formats.base import DecodedPicture, Picture
 from etpp_ssl.data.formats.npy import from_array
-from etpp_ssl.data.sources.base import DataConfig
+from etpp_ssl.data.sources.base import DataConfig, images_of
 from etpp_ssl.randomness import keyed_numpy
 
 SHAPES = ("disk", "cross", "square", "ring", "triangle")
@@ -64,7 +65,7 @@ class SyntheticConfig(DataConfig):
     def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> SyntheticSource:
         """Open the "train" or the "eval" split; see `DataConfig.open`. The recipe's `seed` plays no part."""
         return SyntheticSource(
-            split,
+            split=split,
             num_images=self.num_images if split == "train" else self.num_eval_images,
             num_classes=self.num_classes,
             size=image_size if self.size is None else as_pair(self.size),
@@ -73,35 +74,24 @@ class SyntheticConfig(DataConfig):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
 class SyntheticSource:
-    """Pictures that are functions of (seed, split, index).
+    """Pictures that are functions of (seed, split, index)."""
 
-    Args:
-        split: "train" or "eval"; the same index gives unrelated pictures in the two.
-        num_images: at least 1.
-        num_classes: 2 to 10.
-        size: (H, W), at least 1 each; shapes can be told apart from about 16 pixels on.
-        in_chans: C, at least 1.
-        seed: any integer.
-    """
+    split: str
+    """Either "train" or "eval"; the same index gives unrelated pictures in the two."""
+    num_images: int
+    num_classes: int
+    """2 to 10."""
+    size: tuple[int, int]
+    """(H, W); shapes can be told apart from about 16 pixels on."""
+    in_chans: int
+    seed: int
 
-    def __init__(
-        self,
-        split: str,
-        *,
-        num_images: int,
-        num_classes: int,
-        size: tuple[int, int],
-        in_chans: int,
-        seed: int,
-    ) -> None:
-        self.split = split
-        self.num_images = num_images
-        self.classes: list[str] | None = list(CLASSES[:num_classes])
-        self.num_classes = num_classes
-        self.size = size
-        self.in_chans = in_chans
-        self.seed = seed
+    @property
+    def classes(self) -> list[str] | None:
+        """The first of `CLASSES`."""
+        return list(CLASSES[: self.num_classes])
 
     def __len__(self) -> int:
         return self.num_images
@@ -136,6 +126,10 @@ class SyntheticSource:
         parts = (_RECIPE, self.split, self.num_images, self.num_classes, self.size, self.in_chans)
         text = repr((*parts, self.seed)).encode()
         return hashlib.blake2b(text, digest_size=12).hexdigest()
+
+    def describe(self) -> str:
+        """See `ImageSource.describe`."""
+        return f"{images_of(self.num_images)} of {self.num_classes} classes, drawn as they are needed"
 
 
 def render(

@@ -10,10 +10,10 @@ from typing import Any, Literal
 from PIL import Image
 
 from etpp_ssl.config import UserError, may_change
-from etpp_ssl.data.formats.base import MAX_PIXELS, DecodedPicture, Picture, UnreadableImage
-from etpp_ssl.data.formats.open import most_bytes, open_picture
+from etpp_ssl.data.formats import most_bytes, open_file, open_picture
+from etpp_ssl.data.formats.base import MAX_PIXELS, DecodedPicture, Picture, one_line_reasons
 from etpp_ssl.data.formats.pillow import from_picture
-from etpp_ssl.data.sources.base import DataConfig, expanded, printable
+from etpp_ssl.data.sources.base import DataConfig, expanded, images_of, printable
 
 STREAMS = ("hfids", "tfds", "wds")
 FOLDERS = ("", "torch/folder", "torch/image_folder")
@@ -135,18 +135,15 @@ class TimmSource:
 
     def open(self, index: int) -> Picture:
         """Read an image; see `ImageSource.open`."""
-        try:
+        with one_line_reasons():
             picture = self._item(index)[0]
+            if isinstance(picture, str):
+                return open_file(picture, self.in_chans, self.max_pixels)
             if not isinstance(picture, Image.Image):
                 with picture:
                     data = picture.read(most_bytes(self.max_pixels, self.in_chans))
-                    return open_picture(data, self.in_chans, self.max_pixels)
-        except UnreadableImage:
-            raise
-        except Exception as error:
-            # As in `decode`: whatever a library raises here, it is one unreadable image.
-            raise UnreadableImage(" ".join(f"{type(error).__name__}: {error}".split())) from error
-        return DecodedPicture(from_picture(picture, self.in_chans, self.max_pixels))
+                return open_picture(data, self.in_chans, self.max_pixels)
+            return DecodedPicture(from_picture(picture, self.in_chans, self.max_pixels))
 
     def label(self, index: int) -> int:
         """Class index, or -1."""
@@ -175,6 +172,16 @@ class TimmSource:
         text = f"{self.title}\n{len(self)}".encode()
         return hashlib.blake2b(text, digest_size=12).hexdigest()
 
+    def describe(self) -> str:
+        """Their number and classes, and which files timm looks for in a folder."""
+        from timm.data import get_img_extensions
+
+        classes = f"{len(self.classes):,} classes" if self.classes else "no labels"
+        root, note = getattr(self.reader, "root", None), ""
+        if isinstance(root, str) and os.path.isdir(root):
+            note = f"; timm looks for {', '.join(sorted(get_img_extensions()))} only"
+        return f"{images_of(len(self))} of {self.title!r} ({classes}){note}"
+
     def _known_labels(self) -> Any:
         """The library's own list of labels, or of files with labels, or None."""
         for owner, key in ((self.data, "targets"), (self.reader, "targets"), (self.reader, "samples")):
@@ -186,7 +193,9 @@ class TimmSource:
     def _item(self, index: int) -> tuple[Any, Any]:
         # timm's own __getitem__ replaces a broken image by its neighbour without a word.
         if self.reader is None:
-            item = self.data[index]
+            # torchvision's folders tell their files, which are opened here: it looks at no limit.
+            files = getattr(self.data, "samples", None)
+            item = files[index] if files and isinstance(files[0][0], str) else self.data[index]
             return item[0], item[1]
         file, label, *_ = self.reader[index]
         return (io.BytesIO(file) if isinstance(file, bytes) else file), label

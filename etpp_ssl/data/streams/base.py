@@ -12,7 +12,6 @@ from a generator whose state cannot be stored, and they know no place to resume 
 
 from __future__ import annotations
 
-import importlib.util
 from abc import abstractmethod
 from typing import Annotated, Any, NamedTuple, Protocol
 
@@ -33,8 +32,8 @@ class Item(NamedTuple):
     """`shard :: key`."""
     data: bytes = b""
     """The image file."""
-    label: int = -1
-    """Class index, or -1."""
+    label: int | str = -1
+    """Class index, -1 for none, or a class name."""
     fault: str = ""
     """Why there is no image, in a few words."""
 
@@ -64,6 +63,9 @@ class Stream(Protocol):
     def fingerprint(self) -> str:
         """A short hash of what the data set consists of; a resumed run must find the same."""
 
+    def describe(self) -> str:
+        """What it consists of, in a few words for people."""
+
     def check_workers(self, num_workers: int) -> None:
         """Check that each of so many data workers, over all processes, has something to read in every epoch.
 
@@ -88,9 +90,9 @@ class StreamConfig(DataConfig):
     """Images in an epoch, which the number of steps follows from. A stream does not tell it, so it has to be
     given; if it is not quite right, the run trains as many images as it says."""
     classes: tuple[str, ...] | None = None
-    """Class names in the order of the labels, where the data does not tell them. A classifier can do without,
-    given `model.num_classes`: its evaluation images' classes then have to be in the order of the labels, and
-    lend it their names."""
+    """Class names in the order of the labels, where the data does not tell them; labels that are names need
+    them. With numbers a classifier can do without, given `model.num_classes`: its evaluation images' classes
+    then have to be those of the labels, in their order, and lend it their names."""
     eval: Annotated[AnyIndexedData, Field(discriminator="name")] | None = may_change(None)
     """Data that is read by index, for evaluation: its "eval" part, and its "train" part for probes that
     need labelled training images. Its settings of loading and of views have no effect."""
@@ -133,17 +135,12 @@ class StreamConfig(DataConfig):
         return open_split(self.eval, split, in_chans=in_chans, image_size=image_size, seed=seed)
 
 
-def require_library(name: str, library: str) -> None:
-    """Check that the library behind a stream is installed.
-
-    Args:
-        name: of the data source.
-        library: its module.
-
-    Raises:
-        UserError: if it is not.
-    """
-    if importlib.util.find_spec(library) is None:
-        raise UserError(
-            f"data.name {name} needs {library}, which is not installed: pip install 'etpp-ssl[stream]'"
-        )
+def label_of(stored: Any) -> int | str:
+    """A label as data sets store it: a class index, the name of a class without space around it, or -1."""
+    if isinstance(stored, bytes):
+        stored = stored.decode("utf-8", "replace")
+    if isinstance(stored, str):
+        return stored.strip() or -1
+    if isinstance(stored, float) and stored.is_integer():
+        stored = int(stored)
+    return max(-1, int(stored)) if isinstance(stored, int) else -1

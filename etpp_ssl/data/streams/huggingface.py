@@ -8,8 +8,9 @@ from itertools import count
 from typing import Any, Literal
 
 from etpp_ssl.config import UserError, listed, may_change
+from etpp_ssl.data.formats.base import require_library
 from etpp_ssl.data.sources.base import printable
-from etpp_ssl.data.streams.base import Item, StreamConfig, require_library
+from etpp_ssl.data.streams.base import Item, StreamConfig, label_of
 from etpp_ssl.data.streams.worker_shards import ShardSettings
 
 ROWS_AT_ONCE = 16
@@ -31,11 +32,11 @@ class HuggingFaceSettings(ShardSettings):
     image_column: str = "image"
     """Column of images, or of encoded files as bytes."""
     label_column: str | None = "label"
-    """Column of class indices; null reads none."""
+    """Column of class indices, or of class names that `classes` lists; null reads none."""
 
     def open_reader(self) -> HuggingFaceReader:
         """Find the files; see `ShardSettings.open_reader`."""
-        require_library("huggingface", "datasets")
+        require_library("data.name huggingface", "datasets", "stream")
         import datasets
 
         title = f"data.path {self.path!r} (split {self.split!r})"
@@ -55,9 +56,11 @@ class HuggingFaceSettings(ShardSettings):
                     f"data.{key} {column!r} is not a column of {title}, which has "
                     f"{listed(list(columns))}{hint}"
                 )
-        return HuggingFaceReader(
-            data, self.image_column, self.label_column, _shard_names(builder, data, self)
-        )
+        # The files, where the library tells them and reads one after the other; otherwise numbers.
+        names = [str(file) for file in (builder.config.data_files or {}).get(self.split, [])]
+        if len(names) != data.num_shards:
+            names = [f"{self.path}/{self.split}/{number}" for number in range(data.num_shards)]
+        return HuggingFaceReader(data, self.image_column, self.label_column, names)
 
 
 class HuggingFaceConfig(HuggingFaceSettings, StreamConfig):
@@ -113,12 +116,4 @@ class HuggingFaceReader:
                 data = file.read()
         if not isinstance(data, bytes):
             return Item(name, fault=f"its column {self.image_column} holds no image file")
-        return Item(name, data, label if isinstance(label, int) and label >= 0 else -1)
-
-
-def _shard_names(builder: Any, data: Any, settings: HuggingFaceSettings) -> list[str]:
-    """The files, where the library tells them and reads one after the other; otherwise numbers."""
-    files = (builder.config.data_files or {}).get(settings.split, [])
-    if len(files) == data.num_shards:
-        return [str(file) for file in files]
-    return [f"{settings.path}/{settings.split}/{number}" for number in range(data.num_shards)]
+        return Item(name, data, label_of(label))

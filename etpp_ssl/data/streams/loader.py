@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from etpp_ssl.config import UserError, listed
+from etpp_ssl.data.formats import open_picture
 from etpp_ssl.data.formats.base import Picture, UnreadableImage
-from etpp_ssl.data.formats.open import open_picture
 from etpp_ssl.data.loader import Batch, Builder, Candidate
 from etpp_ssl.data.sampler import BatchRequest
 from etpp_ssl.data.streams.base import Cursor, Item, Stream, WorkerShard
@@ -110,6 +111,7 @@ class StreamBuilder(Builder):
         rank, num_processes: which worker shards are its own.
         in_chans: channels to decode to.
         max_pixels: larger images count as unreadable.
+        classes: class names in the order of the labels, where they are known.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class StreamBuilder(Builder):
         in_chans: int,
         max_pixels: int,
         num_classes: int | None = None,
+        classes: list[str] | None = None,
     ) -> None:
         super().__init__(view, num_classes)
         self.stream = stream
@@ -131,6 +134,7 @@ class StreamBuilder(Builder):
         self.num_processes = num_processes
         self.in_chans = in_chans
         self.max_pixels = max_pixels
+        self.classes = classes or []
         # Opened where they are read: in the data worker.
         self._opened: dict[int, WorkerShard] = {}
         self._given = [one.num_samples for one in place.worker_shards]
@@ -148,12 +152,26 @@ class StreamBuilder(Builder):
         items = self._items(request.worker)
         while True:
             item = items.take()
-            yield Candidate(number_of(item), item.name, partial(self._open, item), partial(int, item.label))
+            yield Candidate(number_of(item), item.name, partial(self._open, item), partial(self._label, item))
 
     def _open(self, item: Item) -> Picture:
         if item.fault:
             raise UnreadableImage(item.fault)
         return open_picture(item.data, self.in_chans, self.max_pixels)
+
+    def _label(self, item: Item) -> int:
+        """The class index, -1 for none or, where labels do not matter, for a name that is not known."""
+        label = item.label
+        if isinstance(label, int):
+            return label
+        if label in self.classes:
+            return self.classes.index(label)
+        if not self.classes and label.isdecimal():
+            return int(label)
+        if self.num_classes is None:
+            return -1
+        known = f"has {listed(self.classes)}" if self.classes else "is not given"
+        raise UserError(f"image {item.name!r} has label {label!r}, but data.classes {known}")
 
     def _items(self, number: int) -> WorkerShard:
         if number not in self._opened:

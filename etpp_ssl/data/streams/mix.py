@@ -90,6 +90,10 @@ class MixedStream:
         text = " ".join(stream.fingerprint() for stream in self.streams)
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
+    def describe(self) -> str:
+        """See `Stream.describe`."""
+        return " and ".join(stream.describe() for stream in self.streams)
+
     def check_workers(self, num_workers: int) -> None:
         """See `Stream.check_workers`."""
         for stream in self.streams:

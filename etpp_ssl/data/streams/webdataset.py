@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import itemgetter
+from pathlib import Path
 from typing import IO, Any, Literal
 
 from pydantic import field_validator
 
 from etpp_ssl.config import UserError, may_change
+from etpp_ssl.data.formats.base import require_library
 from etpp_ssl.data.sources.base import expanded, printable
-from etpp_ssl.data.streams.base import Item, StreamConfig, require_library
+from etpp_ssl.data.streams.base import Item, StreamConfig, label_of
 from etpp_ssl.data.streams.worker_shards import ShardSettings
 
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -37,7 +41,10 @@ class WebDatasetSettings(ShardSettings):
     image_keys: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
     """Extensions of the images, in lower case; the first that a sample has is taken."""
     label_key: str | None = "cls"
-    """Extension of a text file with the class index; null reads none. Samples without one have no label."""
+    """Extension of a text file with the class index, or a class name that `classes` lists; null reads none.
+    Samples without one have no label. `json` is a number, a name, or an object with one in `label_field`."""
+    label_field: str = "label"
+    """Where a JSON object holds the label."""
 
     @field_validator("urls", "image_keys")
     @classmethod
@@ -48,11 +55,9 @@ class WebDatasetSettings(ShardSettings):
 
     def open_reader(self) -> WebDatasetReader:
         """Find the tars; see `ShardSettings.open_reader`."""
-        require_library("webdataset", "webdataset")
+        require_library("data.name webdataset", "webdataset", "stream")
         urls = [self.urls] if isinstance(self.urls, str) else self.urls
-        return WebDatasetReader(
-            [url for pattern in urls for url in find_tars(pattern)], self.image_keys, self.label_key
-        )
+        return WebDatasetReader(self, [url for pattern in urls for url in find_tars(pattern)])
 
 
 class WebDatasetConfig(WebDatasetSettings, StreamConfig):
@@ -61,24 +66,22 @@ class WebDatasetConfig(WebDatasetSettings, StreamConfig):
     name: Literal["webdataset"] = "webdataset"
 
 
+@dataclass(frozen=True)
 class WebDatasetReader:
     """Reads tars; see `etpp_ssl.data.streams.worker_shards.ShardReader`.
 
     Files of a tar whose names are equal up to the first dot of their last part make one sample.
-
-    Args:
-        names: local paths or URLs.
-        image_keys: extensions of images.
-        label_key: extension of labels, or None.
     """
 
+    settings: WebDatasetSettings
+    names: Sequence[str]
+    """Local paths or URLs."""
     classes: list[str] | None = None
 
-    def __init__(self, names: Sequence[str], image_keys: Sequence[str], label_key: str | None) -> None:
-        self.names = names
-        self.image_keys = image_keys
-        self.label_key = label_key
-        self.has_labels = label_key is not None
+    @property
+    def has_labels(self) -> bool:
+        """See `Stream.has_labels`."""
+        return self.settings.label_key is not None
 
     def read(self, shard: int, offset: int) -> Iterator[Item]:
         """The items of a tar, which is read from its start: a pipe cannot be asked for its middle.
@@ -94,7 +97,8 @@ class WebDatasetReader:
     def _read(self, url: str) -> Iterator[Item]:
         from webdataset.gopen import gopen
 
-        stream = gopen(url)
+        # The library takes the drive of a Windows path for a scheme.
+        stream = gopen(url) if _SCHEME.match(url) else Path(url).open("rb")  # noqa: SIM115
         try:
             for key, files in groupby(_files(stream), itemgetter(0)):
                 content = {extension: data for _, extension, data in files}
@@ -113,16 +117,20 @@ class WebDatasetReader:
     def _item(self, name: str, files: dict[str, bytes]) -> Item:
         if _DAMAGE in files:
             return Item(name, fault=files[_DAMAGE].decode())
-        found = next((key for key in self.image_keys if key in files), None)
+        keys = self.settings.image_keys
+        found = next((key for key in keys if key in files), None)
         if found is None:
-            return Item(name, fault=f"it has no file of {', '.join(self.image_keys)}")
+            return Item(name, fault=f"it has no file of {', '.join(keys)}")
         return Item(name, files[found], self._label(files))
 
-    def _label(self, files: dict[str, bytes]) -> int:
+    def _label(self, files: dict[str, bytes]) -> int | str:
+        key, field = self.settings.label_key, self.settings.label_field
+        stored: Any = files.get(key or "", b"-1")
         try:
-            return int(files.get(self.label_key or "", b"-1"))
-        except ValueError:
-            return -1
+            stored = json.loads(stored) if key == "json" else int(stored)
+        except (ValueError, RecursionError):
+            return label_of(stored) if key != "json" else -1
+        return label_of(stored.get(field) if isinstance(stored, dict) else stored)
 
 
 def find_tars(pattern: str) -> list[str]:

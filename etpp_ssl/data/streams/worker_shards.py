@@ -19,6 +19,7 @@ lies before it in the same shard.
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from typing import NamedTuple, Protocol
 import torch
 from pydantic import Field
 
-from etpp_ssl.config import Config, RunFault, UserError, may_change
+from etpp_ssl.config import Config, RunFault, UserError, listed, may_change
 from etpp_ssl.data.streams.base import Cursor, Item
 from etpp_ssl.randomness import keyed_torch
 
@@ -38,12 +39,17 @@ RETRY_SECONDS = 1.0
 class ShardReader(Protocol):
     """Reads the shards of one format; small to pickle."""
 
-    classes: list[str] | None
-    """See `Stream.classes`."""
-    has_labels: bool
-    """See `Stream.has_labels`."""
-    names: Sequence[str]
-    """The shards: their URLs, where they have some."""
+    @property
+    def classes(self) -> list[str] | None:
+        """See `Stream.classes`."""
+
+    @property
+    def has_labels(self) -> bool:
+        """See `Stream.has_labels`."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The shards: their URLs, where they have some."""
 
     def read(self, shard: int, offset: int) -> Iterator[Item]:
         """The items of a shard from number `offset` on.
@@ -94,8 +100,13 @@ class ShardStream:
 
     def fingerprint(self) -> str:
         """Hash of the shards' file names in their order; they may lie elsewhere."""
-        names = "\n".join(name.rsplit("/", 1)[-1] for name in self.reader.names)
+        names = "\n".join(map(os.path.basename, self.reader.names))
         return hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+
+    def describe(self) -> str:
+        """See `Stream.describe`."""
+        names = [*map(os.path.basename, self.reader.names)]
+        return f"{len(names):,} shard{'s' * (len(names) != 1)} ({listed(names)})"
 
     def check_workers(self, num_workers: int) -> None:
         """See `Stream.check_workers`."""

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.frequency import low_frequency_crop
+from etpp_ssl.data.formats import decode, open_picture
 from etpp_ssl.data.formats.base import DecodedPicture, Decoder, UnreadableImage
-from etpp_ssl.data.formats.jpeg import JpegPicture, require_decoder
-from etpp_ssl.data.formats.open import decode, open_picture
+from etpp_ssl.data.formats.jpeg import JpegPicture
 from etpp_ssl.data.resize import resize
 from etpp_ssl.data.sources.synthetic import SyntheticSource
 from etpp_ssl.data.views import TrainView, intermediate_size, random_crop_box, to_tensor
@@ -31,7 +31,7 @@ ORIENTATION = 0x0112
 def drawn(width: int, height: int, index: int = 0) -> Image.Image:
     """A picture with a photograph's spectrum."""
     source = SyntheticSource(
-        "train", num_images=100, num_classes=10, size=(height, width), in_chans=3, seed=1
+        split="train", num_images=100, num_classes=10, size=(height, width), in_chans=3, seed=1
     )
     return source.open(index).channels()[0]
 
@@ -191,9 +191,9 @@ def test_simplejpegs_pixels_are_pillows(subsampling: int, mode: str) -> None:
 
 
 def test_a_decoder_that_is_missing_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_decoder("pillow")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"data\.decoder simplejpeg is not installed: pip install"):
+    TrainView((20, 28), (0.2, 1.0), True, False, 0, "reduced", decoder="pillow")
+    with pytest.raises(UserError, match=r"data\.decoder simplejpeg needs simplejpeg, which is not"):
         TrainView((20, 28), (0.2, 1.0), True, False, 0, "reduced", decoder="simplejpeg")
 
 

@@ -69,6 +69,24 @@ def test_comments_empty_lines_windows_line_ends_and_a_byte_order_mark_are_skippe
     assert widths(source) == [4, 5]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_list_with_a_byte_order_mark_is_read_by_it(folder: Path, encoding: str) -> None:
+    """What Excel and PowerShell write."""
+    mark = "\ufeff" if encoding.endswith("e") else ""
+    text = f"{mark}a.png\toak\r\nb.png\tÖlbaum\r\n".encode(encoding)
+    source = open_list(file=write_list(folder / "list.txt", text))
+    assert (source.files, source.classes) == (["a.png", "b.png"], ["oak", "Ölbaum"])
+    assert widths(source) == [4, 5]
+
+
+def test_a_list_in_utf16_without_a_mark_is_a_sentence(folder: Path) -> None:
+    for end in ("le", "be"):
+        path = write_list(folder / "list.txt", "a.png\nb.png\n".encode(f"utf-16-{end}"))
+        assert "is not text in UTF-8" in sentence(file=path)
+    path = write_list(folder / "list.txt", b"\xff\xfea\0b")
+    assert "cannot be read" in sentence(file=path)
+
+
 def test_names_may_hold_spaces_other_scripts_and_bytes_that_are_not_utf8(folder: Path) -> None:
     names = [b"two words.png", "木\u2028\x85.png".encode(), b"caf\xe9.png"]
     try:

@@ -128,9 +128,51 @@ def test_the_root_may_use_home_and_environment_variables(
 
 
 def test_every_extension_counts_in_upper_and_lower_case_and_nothing_else_does(tmp_path: Path) -> None:
-    wanted = ["a.JPG", "b.jpeg", "c.Png", "d.WEBP", "e.bmp", "f.TIF", "g.tiff", "h.gif", "i.NPY"]
-    write_images(tmp_path, *wanted, "labels.txt", "png", "archive.tar", "j.jpg.txt", "k.png~")
-    assert open_folder(tmp_path).files == wanted
+    wanted = ["a.JPG", "b.jpeg", "c.Png", "d.WEBP", "e.bmp", "f.TIF", "g.tiff", "h.gif", "i.NPY", "j.jfif"]
+    wanted += ["k.avif", "l.jp2", "m.PPM", "n.pgm", "o.tga", "p.mpo", "q.jpe"]
+    write_images(tmp_path, *wanted, "labels.txt", "png", "archive.tar", "r.jpg.txt", "s.png~", "t.HEIC")
+    source = open_folder(tmp_path)
+    assert source.files == wanted
+    assert all(source.open(index).channels() for index in range(len(source)))
+
+
+def test_what_was_found_and_what_was_left_out_is_said(tmp_path: Path) -> None:
+    """30 HEIC photographs and 5 PNGs trained on 5 without a word."""
+    write_images(tmp_path, *(f"{number}.png" for number in range(5)), "x.JFIF", "notes", "._x.jpg", ".hidden")
+    for number in range(30):
+        (tmp_path / f"{number}.HEIC").touch()
+    for name in ("@eaDir/0.png/SYNO.jpg", "__MACOSX/1.png", ".thumbnails/2.png", "$RECYCLE.BIN/3.png"):
+        write_images(tmp_path, name)
+    source = open_folder(tmp_path)
+    assert len(source) == 6
+    assert source.describe() == (
+        f"6 images in '{tmp_path}' (5 .png, 1 .jfif; no labels); left out: 30 .heic, 1 without "
+        f"extension, 1 hidden .jpg, hidden folders '$RECYCLE.BIN', '.thumbnails', '@eaDir' and 1 more"
+    )
+    (tmp_path / "deep" / "@EADIR").mkdir(parents=True)
+    write_images(tmp_path / "deep", "@EADIR/x.png", "y.png")
+    assert open_folder(tmp_path).files[-2:] == ["deep/y.png", "x.JFIF"]
+    assert "left out" not in open_folder(write_images(tmp_path / "plain", "a.png")).describe()
+
+
+def test_a_folder_of_other_files_says_what_they_are(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.heic").touch()
+    assert "(left out: 3 .heic; looked for .apng, .avif" in sentence(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "(it is empty; looked for" in sentence(tmp_path / "empty")
+
+
+def test_classes_without_images_and_what_keeps_labels_from_being_are_said(tmp_path: Path) -> None:
+    write_images(tmp_path, "cat/1.png", "dog/2.png")
+    (tmp_path / "emu").mkdir()
+    (tmp_path / "emu" / "3.heic").touch()
+    source = open_folder(tmp_path)
+    assert source.classes == ["cat", "dog"]
+    assert source.describe().endswith("; left out: 1 .heic; no image in the folders emu")
+    write_images(tmp_path, "stray.png")
+    assert "; no labels, as 'stray.png' lies beside the folders" in open_folder(tmp_path).describe()
+    assert "stray" not in open_folder(tmp_path, labels="none").describe()
 
 
 def test_hidden_files_and_folders_are_ignored(tmp_path: Path) -> None:

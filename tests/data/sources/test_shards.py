@@ -9,15 +9,16 @@ import os
 import pickle
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from etpp_ssl.commands.prepare import PrepareConfig, prepare
 from etpp_ssl.config import UserError
 from etpp_ssl.data.formats.base import UnreadableImage
-from etpp_ssl.data.prepare import PrepareConfig, prepare
 from etpp_ssl.data.sources import shards as shards_module
 from etpp_ssl.data.sources.shards import ShardsConfig, ShardSource
 
@@ -182,6 +183,31 @@ def test_a_forked_process_does_not_move_the_parents_reads(prepared: Path) -> Non
         there = pool.map_async(source.read, [0, 1, 2, 3, 4, 5] * 20)
         assert [source.read(index) for index in range(6)] * 20 == here * 20
         assert there.get() == here * 20
+
+
+def test_threads_read_the_same_where_there_is_no_pread(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows."""
+    source = open_shards(prepared)
+    here = [source.read(index) for index in range(6)]
+    monkeypatch.delattr(os, "pread")
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(source.read, [0, 1, 2, 3, 4, 5] * 50)) == here * 50
+
+
+def test_what_others_tars_hold_beside_images_is_said(tmp_path: Path) -> None:
+    members = {"cat/1.png": picture(1), "dog/2.jfif": picture(2), "dog/3.heic": b"", "@eaDir/4.png": b""}
+    members |= {"notes": b"", ".thumbs/5.jpg": b"", "./dog/6.json": b"{}"}
+    source = open_shards(write_tar(tmp_path / "1.tar", members).parent)
+    assert source.files == ["cat/1.png", "dog/2.jfif"]
+    assert source.describe() == (
+        f"2 images in '{tmp_path}' (1 .jfif, 1 .png; 2 classes); left out: 1 without extension, 1 .heic, "
+        f"1 .json, 1 hidden .jpg, 1 hidden .png"
+    )
+    write_tar(tmp_path / "heic/1.tar", {"1.heic": b"", "2.heic": b""})
+    assert "no image in the tars of" in sentence(tmp_path / "heic")
+    assert "which hold 2 .heic" in sentence(tmp_path / "heic")
 
 
 def test_few_tars_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pydantic import ValidationError
 
+from etpp_ssl.commands.prepare import PrepareConfig, prepare
 from etpp_ssl.config import UserError
 from etpp_ssl.data.sources.base import DataConfig, ImageSource
-from etpp_ssl.data.sources.folder import FolderConfig
-from etpp_ssl.data.sources.splits import check_labels, check_same_classes, keyed_indices, open_split
+from etpp_ssl.data.sources.folder import FileListConfig, FolderConfig
+from etpp_ssl.data.sources.shards import ShardsConfig
+from etpp_ssl.data.sources.splits import check_labels, keyed_indices, open_split, with_classes
 from etpp_ssl.data.sources.synthetic import SyntheticConfig, SyntheticSource
+from etpp_ssl.data.sources.timm_dataset import TimmConfig
 from etpp_ssl.data.views import to_tensor
 
 
@@ -260,16 +264,54 @@ def sentence_of(check: Callable[[], None]) -> str:
     return str(error.value)
 
 
-def test_classes_that_differ_are_named_five_at_most() -> None:
-    def compare(ours: str, theirs: str) -> None:
-        check_same_classes(list(ours), list(theirs))
+def test_evaluation_images_get_the_indices_of_training_and_may_lack_a_class(tmp_path: Path) -> None:
+    """For folders and lists alike, and shards of them; a refusal of folders only in 0.5."""
+    for name in ("train/ash/1.png", "train/elm/2.png", "train/oak/3.png", "val/elm/5.png", "val/oak/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (3, 2, 1)).save(tmp_path / name)
+    for split in ("train", "val"):
+        files = sorted(path.relative_to(tmp_path) for path in (tmp_path / split).rglob("*.png"))
+        (tmp_path / f"{split}.txt").write_text("".join(f"{file}\t{file.parent.name}\n" for file in files))
+    prepare(tmp_path, tmp_path.parent / f"{tmp_path.name}-shards", PrepareConfig(), lambda done, total: None)
+    for config in (
+        FolderConfig(root=str(tmp_path)),
+        FileListConfig(file=str(tmp_path / "train.txt"), eval_file=str(tmp_path / "val.txt")),
+        ShardsConfig(root=str(tmp_path.parent / f"{tmp_path.name}-shards")),
+        TimmConfig(root=str(tmp_path), eval_split="val"),
+    ):
+        train, evaluation = (
+            open_split(config, split, in_chans=3, image_size=(8, 8), seed=0) for split in ("train", "eval")
+        )
+        assert train.classes == ["ash", "elm", "oak"]
+        known = with_classes(evaluation, train.classes)
+        assert known.classes == train.classes
+        labels = [known.label(index) for index in range(2)]
+        assert labels == known.all_labels() == [1, 2]
+        assert "no image of class ash" in known.describe()
+        assert "no image" not in train.describe()
+        assert len(known) == len(evaluation)
+        assert [known.name(index) for index in range(2)] == [evaluation.name(index) for index in range(2)]
 
-    compare("abc", "abc")
-    assert "different classes: d is in one of them only" in sentence_of(lambda: compare("abc", "abcd"))
-    assert "different classes: a, d are in" in sentence_of(lambda: compare("abc", "bcd"))
-    many = sentence_of(lambda: compare("abcdefgh", "i"))
-    assert "different classes: a, b, c, d, e and 4 more are in" in many
-    assert "in a different order" in sentence_of(lambda: compare("abc", "acb"))
+
+def test_an_evaluation_folder_of_one_class_has_its_label(tmp_path: Path) -> None:
+    for name in ("train/ash", "train/elm", "val/elm"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "1.png").touch()
+    source = FolderConfig(root=str(tmp_path)).open("eval", in_chans=3, image_size=(8, 8), seed=0)
+    assert with_classes(source, ["ash", "elm"]).all_labels() == [1]
+
+
+def test_classes_that_training_lacks_are_named_five_at_most() -> None:
+    def compare(ours: str, theirs: str) -> str:
+        return sentence_of(lambda: with_classes(Named(*theirs), list(ours)))  # type: ignore[arg-type]
+
+    same = Named(*"abc")
+    assert with_classes(same, list("abc")) is same  # type: ignore[arg-type]
+    assert compare("abc", "abcd") == (
+        "the evaluation images have classes that training lacks: d; training has a, b, c"
+    )
+    assert "training lacks: i, j, k, l, m, and 1 more; training has a, b" in compare("ab", "aijklmn")
+    assert "have no labels" in sentence_of(lambda: with_classes(Named(), ["a"]))  # type: ignore[arg-type]
 
 
 def test_labels_outside_the_classes_are_named() -> None:

@@ -69,6 +69,32 @@ def test_class_names_come_from_the_data(tmp_path: Path) -> None:
     assert [item.label for item in reader.read(0, 0)] == [1, -1]
 
 
+@pytest.mark.parametrize(
+    ("values", "kind", "labels"),
+    [
+        (["oak", " pine ", None, ""], "string", ["oak", "pine", -1, -1]),
+        (["oak", "pine"], "large_string", ["oak", "pine"]),
+        ([b"oak", b"\xff"], "binary", ["oak", "\ufffd"]),
+        ([1.0, 0.5], "float64", [1, -1]),
+        ([True, False], "bool", [1, 0]),
+        ([3, -7], "int8", [3, -1]),
+    ],
+)
+def test_a_label_column_may_hold_names(
+    values: list[Any], kind: str, labels: list[int | str], tmp_path: Path
+) -> None:
+    """Strings were "no label"."""
+    file = write(
+        tmp_path / "0.parquet",
+        {"image": [png(0)] * len(values), "label": values},
+        image=datasets.Value("binary"),
+        label=datasets.Value(kind),
+    )
+    reader = reader_of(path="parquet", data_files=file)
+    assert (reader.has_labels, reader.classes) == (True, None)
+    assert [item.label for item in reader.read(0, 0)] == labels
+
+
 def test_rows_without_an_image_are_named(tmp_path: Path) -> None:
     (tmp_path / "7.png").write_bytes(png(7))
     images = [

@@ -21,7 +21,7 @@ from webdataset.tariterators import tarfile_samples
 from etpp_ssl.config import RunFault, UserError
 from etpp_ssl.data.streams import worker_shards
 from etpp_ssl.data.streams.base import Item
-from etpp_ssl.data.streams.webdataset import WebDatasetConfig, WebDatasetReader, find_tars
+from etpp_ssl.data.streams.webdataset import WebDatasetConfig, find_tars
 from etpp_ssl.data.streams.worker_shards import read_patiently
 
 
@@ -85,7 +85,7 @@ def test_urls_of_every_kind_give_the_same_samples(tmp_path: Path, server: str) -
 
 def test_a_pipe_that_is_not_read_to_its_end_is_closed_without_a_word(tmp_path: Path) -> None:
     file = write_tar(tmp_path / "0.tar", range(300))
-    reader = WebDatasetReader([f"pipe:cat {file}"], ["png"], "cls")
+    reader = WebDatasetConfig(urls=f"pipe:cat {file}", num_images=1).open_reader()
     found = reader.read(0, 0)
     assert next(found).label == 0
     del found
@@ -116,7 +116,32 @@ def test_keys_say_what_is_an_image_and_what_a_label(tmp_path: Path) -> None:
     file = tar_of(tmp_path / "0.tar", {"0.png": b"a", "0.webp": b"b", "0.txt": b"4", "0.cls": b"oak"})
     (item,) = items_of(file, image_keys=("webp", "png"), label_key="txt")
     assert (item.data, item.label) == (b"b", 4)
-    assert [labels_of(file, label_key=key) for key in (None, "cls", "no")] == [[-1], [-1], [-1]]
+    assert [labels_of(file, label_key=key) for key in (None, "cls", "no")] == [[-1], ["oak"], [-1]]
+
+
+@pytest.mark.parametrize(
+    ("stored", "label"),
+    [
+        ('{"label": 7, "caption": "a tree"}', 7),
+        ('{"label": "oak"}', "oak"),
+        ('{"label": " 7 "}', "7"),
+        ('{"label": 7.0}', 7),
+        ('{"label": true}', 1),
+        ('{"label": [1, 2]}', -1),
+        ('{"label": null}', -1),
+        ('{"caption": "a tree"}', -1),
+        ("7", 7),
+        ('"oak"', "oak"),
+        ("not json", -1),
+        ("[" * 100_000, -1),
+    ],
+)
+def test_labels_in_json(stored: str, label: int | str, tmp_path: Path) -> None:
+    """`label_key=json` was "no label"."""
+    file = tar_of(tmp_path / "0.tar", {"0.png": png(0), "0.json": stored.encode()})
+    assert labels_of(file, label_key="json") == [label]
+    other = tar_of(tmp_path / "1.tar", {"0.png": png(0), "0.json": stored.replace("label", "kind").encode()})
+    assert labels_of(other, label_key="json", label_field="kind") == [label]
 
 
 @pytest.mark.parametrize("keep", [700, 1024, 1600, 2048, 2560, 5000, 9000])

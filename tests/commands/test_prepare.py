@@ -20,12 +20,11 @@ import torch
 from PIL import Image
 
 from etpp_ssl.cli import main
+from etpp_ssl.commands.prepare import PrepareConfig, Prepared, from_options, prepare
 from etpp_ssl.config import UserError
-from etpp_ssl.data import prepare as prepare_module
+from etpp_ssl.data.formats import decode
 from etpp_ssl.data.formats.base import UnreadableImage
-from etpp_ssl.data.formats.open import decode
 from etpp_ssl.data.loader import Batch, BatchBuilder, load_batches
-from etpp_ssl.data.prepare import PrepareConfig, Prepared, from_options, prepare
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.shard_writer import RecodeConfig
 from etpp_ssl.data.sources.base import DataConfig
@@ -60,6 +59,10 @@ def plain_names(count: int) -> list[str | bytes]:
     return [f"{'oak' if number % 3 else 'pine'}/{number:03d}.png" for number in range(count)]
 
 
+SMALL = 3000 / 2**20
+"""Megabytes of a shard, so that tiny data sets have several."""
+
+
 def convert(source: Path, destination: Path, **settings: Any) -> list[Prepared]:
     return prepare(source, destination, PrepareConfig(**settings), lambda done, total: None)
 
@@ -84,21 +87,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.fixture
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards end after three kilobytes, so that tiny data sets have several."""
-    plain = prepare_module.ShardWriter
-
-    def writer(folder: Path, source: FileSource, size: int, *, skip_bad: bool) -> Any:
-        return plain(folder, source, 3000, skip_bad=skip_bad)
-
-    monkeypatch.setattr(prepare_module, "ShardWriter", writer)
-
-
-def test_shards_hold_the_same_bytes_names_labels_and_order(tmp_path: Path, small_shards: None) -> None:
+def test_shards_hold_the_same_bytes_names_labels_and_order(tmp_path: Path) -> None:
     write_images(tmp_path / "files/train", [*plain_names(20), *ODD_NAMES])
     write_images(tmp_path / "files/val", plain_names(5))
-    splits = convert(tmp_path / "files", tmp_path / "shards", workers=3)
+    splits = convert(tmp_path / "files", tmp_path / "shards", workers=3, shard_mb=SMALL)
     assert [split.images for split in splits] == [27, 5]
     assert splits[0].shards > 3
     files, shards = FolderConfig(root=str(tmp_path / "files")), ShardsConfig(root=str(tmp_path / "shards"))
@@ -135,10 +127,10 @@ def test_members_have_the_extensions_that_timm_looks_for(tmp_path: Path) -> None
         assert [name.partition(".")[2] for name in tar.getnames()] == ["jpg", "jpg", "png", "img"]
 
 
-def test_a_keyed_run_sees_the_same_batches(tmp_path: Path, small_shards: None) -> None:
+def test_a_keyed_run_sees_the_same_batches(tmp_path: Path) -> None:
     write_images(tmp_path / "files", plain_names(13))
     (tmp_path / "files/oak/001.png").write_bytes(b"broken")
-    convert(tmp_path / "files", tmp_path / "shards")
+    convert(tmp_path / "files", tmp_path / "shards", shard_mb=SMALL)
 
     def train(config: DataConfig) -> list[Batch]:
         source = open_one(config)
@@ -183,13 +175,13 @@ def test_a_run_ends_with_the_same_weights(tiny_recipe: Callable[..., Recipe], tm
     assert weights[0] == weights[1]
 
 
-def test_the_same_images_give_the_same_files(tmp_path: Path, small_shards: None) -> None:
+def test_the_same_images_give_the_same_files(tmp_path: Path) -> None:
     write_images(tmp_path / "files", plain_names(12))
     for settings in ({}, {"recode": RecodeConfig(size=5)}):
-        convert(tmp_path / "files", tmp_path / "one", **settings)
+        convert(tmp_path / "files", tmp_path / "one", shard_mb=SMALL, **settings)
         for path in (tmp_path / "files").rglob("*.png"):
             os.utime(path, (1, 1))
-        convert(tmp_path / "files", tmp_path / "two", workers=2, **settings)
+        convert(tmp_path / "files", tmp_path / "two", workers=2, shard_mb=SMALL, **settings)
         assert contents(tmp_path / "one") == contents(tmp_path / "two")
         for name in ("one", "two"):
             (tmp_path / name).rename(tmp_path / f"{name}-{len(settings)}")
@@ -226,8 +218,7 @@ def test_bad_images_keep_their_places_or_are_left_out(recode: RecodeConfig | Non
     assert source.read(bad) == b"no image"
     with pytest.raises(UnreadableImage):
         source.open(bad).channels()
-    # Copied bytes are not looked at; a run names such an image when it meets it.
-    assert [name for name, _ in kept.bad] == ([] if recode is None else ["oak/002.png"])
+    assert [name for name, _ in kept.bad] == ["oak/002.png"]
     (skipped,) = convert(tmp_path / "files", tmp_path / "skipped", recode=recode, skip_bad=True)
     assert (skipped.images, [name for name, _ in skipped.bad]) == (5, ["oak/002.png"])
     rest = open_one(ShardsConfig(root=str(tmp_path / "skipped")))
@@ -237,11 +228,11 @@ def test_bad_images_keep_their_places_or_are_left_out(recode: RecodeConfig | Non
 
 
 def test_a_stopped_conversion_is_not_taken_for_a_finished_one_and_goes_on(
-    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_images(tmp_path / "files/train", plain_names(20))
     write_images(tmp_path / "files/val", plain_names(9))
-    convert(tmp_path / "files", tmp_path / "whole")
+    convert(tmp_path / "files", tmp_path / "whole", shard_mb=SMALL)
     for stop in (1, 8, 20, 24):
 
         def advance(done: int, total: int, stop: int = stop) -> None:
@@ -249,27 +240,32 @@ def test_a_stopped_conversion_is_not_taken_for_a_finished_one_and_goes_on(
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            prepare(tmp_path / "files", tmp_path / "shards", PrepareConfig(), advance)
+            prepare(tmp_path / "files", tmp_path / "shards", PrepareConfig(shard_mb=SMALL), advance)
         assert not (tmp_path / "shards").exists()
     first = tmp_path / "shards.partial/train/shard-000000.tar"
     before = first.stat().st_mtime_ns
-    convert(tmp_path / "files", tmp_path / "shards")
+    convert(tmp_path / "files", tmp_path / "shards", shard_mb=SMALL)
     assert contents(tmp_path / "shards") == contents(tmp_path / "whole")
     assert (tmp_path / "shards/train/shard-000000.tar").stat().st_mtime_ns == before
     assert not (tmp_path / "shards.partial").exists()
 
 
-def test_other_settings_start_over(tmp_path: Path, small_shards: None) -> None:
+def test_other_settings_start_over(tmp_path: Path) -> None:
     write_images(tmp_path / "files", plain_names(20))
-    convert(tmp_path / "files", tmp_path / "whole")
+    convert(tmp_path / "files", tmp_path / "whole", shard_mb=SMALL)
 
     def advance(done: int, total: int) -> None:
         if done == 15:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(tmp_path / "files", tmp_path / "shards", PrepareConfig(recode=RecodeConfig(size=3)), advance)
-    convert(tmp_path / "files", tmp_path / "shards")
+        prepare(
+            tmp_path / "files",
+            tmp_path / "shards",
+            PrepareConfig(recode=RecodeConfig(size=3), shard_mb=SMALL),
+            advance,
+        )
+    convert(tmp_path / "files", tmp_path / "shards", shard_mb=SMALL)
     assert contents(tmp_path / "shards") == contents(tmp_path / "whole")
 
 
@@ -288,6 +284,19 @@ def test_a_killed_process_leaves_nothing_that_looks_finished(tmp_path: Path) -> 
     subprocess.run(command, check=True)
     convert(tmp_path / "files", tmp_path / "whole", recode=RecodeConfig(size=140), shard_mb=1)
     assert contents(tmp_path / "shards") == contents(tmp_path / "whole")
+
+
+def test_a_second_process_is_told_that_one_is_at_work(tmp_path: Path) -> None:
+    write_images(tmp_path / "files", plain_names(6))
+
+    def advance(done: int, total: int) -> None:
+        if done == 3:
+            with pytest.raises(UserError, match=r"^DST '.*/shards' is being written by another process$"):
+                convert(tmp_path / "files", tmp_path / "shards")
+
+    prepare(tmp_path / "files", tmp_path / "shards", PrepareConfig(), advance)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "shards"]
+    assert len(open_one(ShardsConfig(root=str(tmp_path / "shards")))) == 6
 
 
 def test_an_empty_working_folder_can_be_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,15 +330,15 @@ def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
         convert(tmp_path / "files", tmp_path / "shards")
 
 
-def test_a_list_of_files_and_shards_are_sources_too(tmp_path: Path, small_shards: None) -> None:
+def test_a_list_of_files_and_shards_are_sources_too(tmp_path: Path) -> None:
     write_images(tmp_path / "files", plain_names(12))
     (tmp_path / "list.txt").write_text("files/oak/001.png\toak\nfiles/pine/000.png\tpine\n")
-    convert(tmp_path / "list.txt", tmp_path / "listed")
+    convert(tmp_path / "list.txt", tmp_path / "listed", shard_mb=SMALL)
     listed = open_one(ShardsConfig(root=str(tmp_path / "listed")))
     assert listed.files == ["files/oak/001.png", "files/pine/000.png"]
     assert (listed.classes, listed.label(0), listed.label(1)) == (["oak", "pine"], 0, 1)
-    convert(tmp_path / "files", tmp_path / "shards")
-    convert(tmp_path / "shards", tmp_path / "again", workers=3)
+    convert(tmp_path / "files", tmp_path / "shards", shard_mb=SMALL)
+    convert(tmp_path / "shards", tmp_path / "again", workers=3, shard_mb=SMALL)
     assert_same_source(
         open_one(ShardsConfig(root=str(tmp_path / "again"))),
         open_one(FolderConfig(root=str(tmp_path / "files"))),
@@ -350,7 +359,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "quality 101": (["{tmp}/files", "{tmp}/new", "--quality", "101"], "--quality is 101"),
     "shard size": (["{tmp}/files", "{tmp}/new", "--shard-mb", "0"], "--shard-mb is 0"),
     "workers": (["{tmp}/files", "{tmp}/new", "--workers", "0"], "--workers is 0"),
-    "nothing left": (["{tmp}/broken", "{tmp}/new", "--skip-bad"], "none of the 1 images can be read"),
+    "nothing left": (
+        ["{tmp}/broken", "{tmp}/new"],
+        "none of the 1 images can be read, the first one 'a.png'",
+    ),
 }
 
 
@@ -366,7 +378,10 @@ def test_a_mistake_is_one_sentence(name: str, tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit) as stop:
         main(["prepare", *(argument.format(tmp=tmp_path) for argument in arguments)])
     assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    *found, line = capsys.readouterr().err.splitlines()
+    assert [said.partition(" in ")[0] for said in found] == (
+        ["etpp: 1 image"] if name == "nothing left" else []
+    )
     assert line.startswith("etpp: error: ")
     assert words in line
     assert not (tmp_path / "new").exists()
@@ -379,6 +394,53 @@ def test_a_small_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for recode in (None, RecodeConfig()):
         with pytest.raises(UserError, match="GB free"):
             convert(tmp_path / "files", tmp_path / "shards", recode=recode)
+
+
+def write_pointers(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+
+
+def test_headers_are_checked_and_what_is_no_image_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """3,000 pointers of Git LFS were "0 bad"."""
+    write_images(tmp_path / "files/oak", ["a.png", "b.png"])
+    names = [f"{number:02d}.jpg" for number in range(60)]
+    write_pointers(tmp_path / "files/pine", *names)
+    # The header of a file that ends early is whole.
+    (tmp_path / "files/oak/b.png").write_bytes((tmp_path / "files/oak/b.png").read_bytes()[:60])
+    (tmp_path / "files/oak/c.HEIC").touch()
+    command = ["prepare", str(tmp_path / "files"), str(tmp_path / "shards")]
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 0
+    printed = capsys.readouterr()
+    assert "62 images in 1 shard, 0.1 MB, 60 bad" in printed.out
+    reason = "it is a pointer of Git LFS: `git lfs pull` fetches the image"
+    assert printed.err.splitlines() == [
+        f"etpp: 62 images in '{tmp_path}/files' (60 .jpg, 2 .png; 2 classes); left out: 1 .heic",
+        *(f"etpp: kept as it is: 'pine/{name}': {reason}" for name in names[:50]),
+        f"etpp: kept as it is: 10 more: {reason}",
+    ]
+    source = open_one(ShardsConfig(root=str(tmp_path / "shards")))
+    assert f"60 were unreadable when they were written, as 'pine/00.jpg': {reason}" in source.describe()
+
+
+def test_only_pointers_are_an_error(tmp_path: Path) -> None:
+    write_pointers(tmp_path / "files", "1.jpg", "2.jpg")
+    for recode in (None, RecodeConfig()):
+        with pytest.raises(UserError, match=r"none of the 2 images can be read, .* pointer of Git LFS"):
+            convert(tmp_path / "files", tmp_path / "shards", recode=recode)
+        assert not (tmp_path / "shards").exists()
+
+
+def test_an_evaluation_folder_of_one_class_keeps_its_label(tmp_path: Path) -> None:
+    write_images(tmp_path / "files", ["train/ash/1.png", "train/elm/2.png", "val/elm/3.png"])
+    convert(tmp_path / "files", tmp_path / "shards")
+    source = open_one(ShardsConfig(root=str(tmp_path / "shards")), "eval")
+    assert (source.classes, source.all_labels()) == (["elm"], [0])
 
 
 def test_options_ask_for_recoding() -> None:
@@ -395,8 +457,8 @@ def test_the_command_prints_what_it_made(tmp_path: Path, capsys: pytest.CaptureF
         main(["prepare", str(tmp_path / "files"), str(tmp_path / "shards"), "--size", "4", "--workers", "1"])
     assert stop.value.code == 0
     printed = capsys.readouterr()
-    assert "train: 5 images in 1 shards" in printed.out
-    assert "val: 2 images in 1 shards" in printed.out
+    assert "train: 5 images in 1 shard" in printed.out
+    assert "val: 2 images in 1 shard" in printed.out
     assert "kept as it is: 'oak/001.png': " in printed.err
     index = json.loads((tmp_path / "shards/val/index.json").read_text())
     assert [name for name, _ in index["bad"]] == ["oak/001.png"]
