@@ -136,7 +136,6 @@ def _open_task(
     recipe: Recipe | FinetuneRecipe,
     source: TrainingImages,
     accelerator: Accelerator,
-    say: Callable[[str], None],
 ) -> tuple[Task, list[str] | None]:
     """A recipe's task with its evaluation, and the class names of a classifier."""
     num_classes = None
