@@ -133,10 +133,7 @@ def bare_task(
 
 
 def _open_task(
-    recipe: Recipe | FinetuneRecipe,
-    source: TrainingImages,
-    accelerator: Accelerator,
-    say: Callable[[str], None],
+    recipe: Recipe | FinetuneRecipe, source: TrainingImages, accelerator: Accelerator
 ) -> tuple[Task, list[str] | None]:
     """A recipe's task with its evaluation, and the class names of a classifier."""
     num_classes = None

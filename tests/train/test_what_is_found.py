@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from etpp_ssl.commands.evaluate import evaluate_run
 from etpp_ssl.config import UserError
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.train.launch import finetune, pretrain
@@ -66,10 +67,9 @@ def test_a_classifier_is_evaluated_on_images_that_lack_a_class(
     assert f"evaluation: {line}\n" in planned(recipe)
     run = finetune(recipe)
     assert line in capsys.readouterr().err
-    task = run.task
-    images = task.images  # type: ignore[attr-defined]
-    assert images.source.all_labels() == [1, 2, 2]
-    recall = images.run(run.trained_model()).recall
+    assert run.task.evaluation is not None
+    assert run.task.evaluation.images.all_labels() == [1, 2, 2]
+    recall = evaluate_run(recipe, run.folder, print).result.recall
     assert recall[0] is None
     assert None not in recall[1:]
 
