@@ -70,7 +70,7 @@ class ProbeContext:
     function that it yields returns the one that any process received, or 0. That is a collective, which
     every process must call at the same steps."""
     say: Callable[[str], None] = _silent
-    """Told about evaluation images that lack a class, and about the progress of a probe with a `folder`."""
+    """Told about evaluation images that lack a class, and about the progress of a long probe."""
 
 
 class Probe(Protocol):

@@ -247,8 +247,6 @@ class _Report:
                 f"the linear probe's loss is {value} after epoch {epoch}: lower probe.base_lr, or use "
                 f"precision=fp32 if the encoder's features overflow"
             )
-        if self.context.folder is None:
-            return
         per_step = (time.monotonic() - self.start) / (step - self.first_step)
         left = (self.plan.num_steps - step) * per_step / 60
         self.context.say(

@@ -158,7 +158,7 @@ def build_probe(
     Args:
         recipe: names it.
         accelerator, normalise, objective: the run's.
-        long: whom to tell, and what a probe of hours may use; see `ProbeContext.folder` and what follows it.
+        long: what a probe of hours may use; see `ProbeContext.folder` and what follows it.
 
     Raises:
         UserError: if the data does not serve it.

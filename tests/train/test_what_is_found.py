@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from etpp_ssl.commands.evaluate import evaluate_run
 from etpp_ssl.config import UserError
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.train.launch import finetune, pretrain
