@@ -96,7 +96,7 @@ class StreamedImages:
 
     def describe(self) -> str:
         """See `IndexedImages.describe`."""
-        return f"{self.num_images:,} images an epoch, by data.num_images, of {self.stream.describe()}"
+        return f"{len(self):,} images an epoch, by data.num_images, of {self.stream.describe()}"
 
     def name(self, index: int) -> str:
         """The number of the sample; only the data worker that reads an image knows its name."""

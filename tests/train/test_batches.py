@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -45,31 +44,17 @@ class Notebook:
         self.lines.append(text)
 
 
-@dataclass(frozen=True)
-class SlowBuilder(Dataset[Batch]):
-    """Takes time for each batch."""
-
-    builder: BatchBuilder
-    seconds: float
-
-    def __getitem__(self, request: BatchRequest) -> Batch:
-        time.sleep(self.seconds)
-        return self.builder[request]
-
-
 def processes(count: int = 1, device: str = "cpu") -> Any:
     """The part of an Accelerator that is needed here."""
     return SimpleNamespace(device=torch.device(device), num_processes=count)
 
 
-def open_batches(
-    steps: range, *, num_workers: int = 0, device: str = "cpu", seconds: float = 0.0, **part: int
-) -> TrainingBatches:
+def open_batches(steps: range, *, num_workers: int = 0, device: str = "cpu", **part: int) -> TrainingBatches:
     source = SyntheticConfig(num_images=12).open("train", in_chans=3, image_size=SIZE, seed=0)
     order = KeyedOrder(len(source), seed=0)
     view = TrainView(image_size=SIZE, crop_scale=(0.5, 1.0), flip=True, lanczos=False, seed=0)
     return TrainingBatches(
-        SlowBuilder(BatchBuilder(source, view, order), seconds),
+        BatchBuilder(source, view, order),
         RequestSampler(order, Plan, steps, micro_batch_size=4, **part),
         processes(device=device),
         num_workers=num_workers,
@@ -191,6 +176,7 @@ def test_processes_bring_together_what_they_have_met() -> None:
     images.note(batch_with(bad(4)))
     images.share(3, lambda mine: mine + others)
     assert state.bad_images == {i: f"photos/{i}.jpg" for i in (4, 1, 2)}
+    others.append({50: "photos/50.jpg"})
     with pytest.raises(UserError, match=r"data\.max_bad_share"):
         images.share(4, lambda mine: mine + others)
 
