@@ -8,6 +8,7 @@ went wrong, at their notes of the images in work (`loader_faults.py`).
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import sys
 import threading
@@ -103,6 +104,11 @@ class MonitoredLoader(Iterator[T], Generic[T]):
         # thread runs.
         if not self._failed and not sys.is_finalizing():
             self._thread.join(END_SECONDS)
+        if self._failed and not self._num_workers:
+            # A decoder that still runs when Python ends may abort the process, and its exit code is lost.
+            thread, error = ctypes.c_ulong(self._thread.ident or 0), ctypes.py_object(SystemExit)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)
+            self._thread.join(TICK_SECONDS)
         alive = [process for process in self._processes if process.is_alive()]
         for process in alive:
             process.kill()

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 from loader_scenes import Trapped, run_aside
 from torch.utils.data import Dataset
 
@@ -369,6 +370,20 @@ def test_a_read_that_nothing_interrupts_ends_with_the_sentence(where: str) -> No
     sentence = told(body)
     assert sentence.startswith("data: no batch within data.stall_seconds 0.5 for step 3, ")
     assert "is reading image 'photos/14.jpg' (sample 14)" in sentence
+
+
+def test_a_decoder_in_an_endless_loop_is_ended_with_the_loader() -> None:
+    def endless() -> None:
+        while True:
+            torch.ones(200, 200).exp()
+
+    def body() -> None:
+        try:
+            list(opened(endless, 0, stall_seconds=0.5))
+        finally:
+            assert threading.active_count() == 1
+
+    assert "the process is reading image 'photos/14.jpg' (sample 14)" in told(body)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
