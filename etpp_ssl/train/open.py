@@ -54,7 +54,7 @@ def open_run(recipe: Recipe | FinetuneRecipe, fork: Path | None = None) -> Run:
     curriculum = recipe.build_curriculum(len(source))
     progress = Progress(curriculum, visible=accelerator.is_main_process)
     recipe.check_curriculum(curriculum)
-    task, classes = _open_task(recipe, source, accelerator, progress.say)
+    task, classes = _open_task(recipe, source, accelerator)
     if task.evaluation is not None:
         progress.evaluation = task.evaluation.name
     folder = RunFolder(recipe.output)

@@ -96,7 +96,7 @@ def test_batches_arrive_on_the_accelerators_device() -> None:
         assert {t.device.type for t in (batch.images, batch.labels, batch.sample_ids)} == {"meta"}
 
 
-class ClockedBuilder(Dataset[Batch]):
+class SlowBuilder(Dataset[Batch]):
     """Takes a second for each batch, which ends its step."""
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class ClockedBuilder(Dataset[Batch]):
 
 
 def test_the_wait_is_that_of_the_current_step_and_of_data_only() -> None:
-    builder = ClockedBuilder()
+    builder = SlowBuilder()
     requests = RequestSampler(KeyedOrder(12, seed=0), Plan, range(2), micro_batch_size=4)
     reader = TrainingBatches(
         builder, requests, processes(), num_workers=0, prefetch=2, clock=lambda: builder.now

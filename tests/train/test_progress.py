@@ -118,8 +118,8 @@ def test_a_run_says_what_it_trains_on_and_what_came_of_it(
     start = said[: said.index("ETA")]
     for line in (
         r"  training    vit, image 16x24, patch 4, .* M parameters in the encoder",
-        rf"  images      40, 2 classes, {images}/train",
-        rf"  evaluation  12, 2 classes, {images}/validation; probe knn every 9 steps and after the last step",
+        rf"  images      40 images in '{images}/train' \(40 \.png; 2 classes\)",
+        rf"  evaluation  12 images in '{images}/validation' \(12 \.png; 2 classes\); probe knn every 9 steps and after the last step",
         r"  steps       \d+; batches of 10 images, \S+ equivalent epochs",
         r"  on          cpu in fp32, 1 process with 0 data workers",
         rf"  output      {output}",
@@ -157,7 +157,8 @@ def test_a_classifier_is_evaluated_next_and_unlabelled_images_are_reconstructed(
         tiny_recipe(f"data={{name: folder, root: {tmp_path / 'plain'}}}", f"output={tmp_path / 'other'}")
     )
     said = capfd.readouterr().err
-    assert "  images      10, no classes, " in said
+    assert "  images      10 images in '" in said
+    assert "(10 .png; no labels)" in said
     assert f"etpp reconstruct {tmp_path / 'other'}" in said
     assert RunFolder(tmp_path / "other").newest(print) is not None
 
