@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError
@@ -39,7 +38,7 @@ from etpp_ssl.data.loader import Batch, BatchBuilder, evaluation_requests, load_
 from etpp_ssl.data.sampler import KeyedOrder, process_part
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.views import EvalView, Normalise
-from etpp_ssl.files import replaced_file
+from etpp_ssl.files import replaced_file, save_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -284,7 +283,7 @@ def write_embeddings(file: Path, embeddings: Embeddings) -> None:
     }
     metadata = {"format": "pt", **embeddings.notes, "classes": json.dumps(embeddings.classes)}
     with replaced_file(file) as aside:
-        save_file(tensors, aside, metadata=metadata)
+        save_tensors(tensors, aside, metadata)
 
 
 def read_embeddings(file: str | Path) -> Embeddings:

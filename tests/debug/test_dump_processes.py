@@ -53,7 +53,7 @@ def full(*arguments):
 
 NonFiniteCheck._finite, nonfinite._whole = noted_finite, lambda norm: whole(note("norm", norm))
 if policy == "skip" and rank == 1:
-    dump.save_file = full
+    dump.save_tensors = full
 """
 
 

@@ -80,8 +80,10 @@ def test_an_error_at_any_place(
     step = 2 if place == "rename with one there" else 3
     with monkeypatch.context() as patch:
         if place.endswith(".safetensors"):
-            fail = failing(checkpoint_module.save_file, number, lambda _, file: file.name == place, b"part")
-            patch.setattr(checkpoint_module, "save_file", fail)
+            fail = failing(
+                checkpoint_module.save_tensors, number, lambda _, file: file.name == place, b"part"
+            )
+            patch.setattr(checkpoint_module, "save_tensors", fail)
         elif place == "state.json":
             patch.setattr(Path, "write_text", failing(Path.write_text, number, lambda *_: True))
         elif place == "mkdir":

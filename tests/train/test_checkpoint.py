@@ -110,7 +110,7 @@ def test_every_optimizer_goes_on_to_the_bit(name: str, regrouped: bool, tmp_path
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("failing", ["save_file", "flush_folder", "take_place"])
+@pytest.mark.parametrize("failing", ["save_tensors", "flush_folder", "take_place"])
 def test_a_write_that_fails_leaves_the_old_checkpoint(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
