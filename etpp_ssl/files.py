@@ -74,19 +74,40 @@ def replaced_file(file: Path) -> Iterator[Path]:
                 aside.unlink(missing_ok=True)
 
 
-def check_place(path: Path) -> None:
+def check_place(path: Path, marker: str | None = None) -> Path:
     """Check that a file or a folder can be written, before the work whose result it takes.
 
-    The folder around it is made, and takes an empty file for a moment.
+    The folder around it, or the one that it will be made in, takes an empty file for a moment.
+
+    Args:
+        path: of the file or the folder.
+        marker: of a folder: the file by which an earlier result is recognised, which it may replace.
+
+    Returns:
+        The absolute path: `.` has no name that could be exchanged for another folder's.
 
     Raises:
-        UserError: if not.
+        UserError: if it cannot be written, or something else is there.
     """
-    aside = _beside(path, "writing")
+    path = Path(os.path.abspath(path))
+    if marker is None and os.path.isdir(path):
+        raise UserError(f"{str(path)!r} is a folder; give the name of a file in it")
+    if marker is not None and os.path.lexists(path):
+        if not path.is_dir():
+            raise UserError(f"{str(path)!r} is not a folder; choose another name")
+        # Another process may be about to replace it.
+        with suppress(FileNotFoundError):
+            names = os.listdir(path)
+            if names and marker not in names:
+                raise UserError(
+                    f"{str(path)!r} holds something that is not an earlier result; choose another"
+                )
+    around = next(folder for folder in path.parents if folder.exists())
+    aside = _beside(around / path.name, "writing")
     with _disk_faults(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         aside.touch()
         aside.unlink()
+    return path
 
 
 def _beside(path: Path, what: str) -> Path:

@@ -152,6 +152,7 @@ OTHER_NAMES = {
     "engine.run.Run": "train.run.Run",
     "engine.run.build_probe": "tasks.mae.build_probe",
     "engine.stored_weights.read_stored": "weights.loading.read_init",
+    "evaluation.embeddings.make_room": "files.check_place",
     "export.mae.LOAD": "export.official.LOAD_MAE",
     "export.mae.export": "export.official.export_mae",
     "export.transformers.LOAD": "export.official.LOAD_TRANSFORMERS",

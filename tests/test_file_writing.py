@@ -115,8 +115,8 @@ def test_tensors_have_the_mode_of_the_umask(mask: int, tmp_path: Path) -> None:
 
 
 def test_a_place_is_checked_before_the_work(tmp_path: Path) -> None:
-    check_place(tmp_path / "a" / "file")
-    assert [path.name for path in tmp_path.rglob("*")] == ["a"]
+    assert check_place(tmp_path / "a" / "b" / "file") == tmp_path / "a" / "b" / "file"
+    assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file/b/c' cannot be written: "):
         check_place(tmp_path / "file" / "b" / "c")

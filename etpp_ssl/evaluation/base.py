@@ -11,18 +11,17 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol, cast
 
 import torch
 from pydantic import AfterValidator, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from etpp_ssl.config import Config, UserError, may_change
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import Subset, check_same_classes, keyed_indices
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.evaluation.features import Features, Pool, Precision, extract_features
-from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.masking import Masker
 from etpp_ssl.randomness import keyed_words
 from etpp_ssl.targets.base import Objective
@@ -57,8 +56,9 @@ class ProbeContext:
     """From "train" or "eval" to its images."""
     view: EvalView
     normalise: Normalise
-    objective: Objective
-    masker: Masker
+    objective: Objective | None
+    """What a masked autoencoder predicts; None of a classifier."""
+    masker: Masker | None
     seed: int
     num_workers: int
     stall_seconds: float | None = None
@@ -76,8 +76,15 @@ class ProbeContext:
 class Probe(Protocol):
     """Built once; each run yields named numbers about the model as it stands."""
 
-    def run(self, model: MaskedAutoencoder) -> dict[str, float]:
+    @property
+    def evaluation(self) -> ImageSource:
+        """The images that the numbers are of."""
+
+    def run(self, model: nn.Module) -> dict[str, float]:
         """Evaluate; the model's mode and weights are as before afterwards.
+
+        Args:
+            model: a masked autoencoder or a classifier; its `encoder` is a timm network.
 
         Raises:
             ProbeStopped: by a long probe, if `ProbeContext.stop_signal` gave a signal.
@@ -169,7 +176,7 @@ class LabelledImages:
         )
 
     def features(
-        self, model: MaskedAutoencoder, config: FeatureConfig, context: ProbeContext, batch_size: int
+        self, model: nn.Module, config: FeatureConfig, context: ProbeContext, batch_size: int
     ) -> tuple[Features, Features]:
         """Features of the training and of the evaluation images that a probe's settings draw.
 
@@ -183,7 +190,7 @@ class LabelledImages:
         ):
             indices = drawn_indices(source, split, count, context.seed)
             features = extract_features(
-                model.encoder,
+                cast("nn.Module", model.encoder),
                 source,
                 indices,
                 view=context.view,

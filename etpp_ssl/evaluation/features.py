@@ -21,12 +21,11 @@ Legend: B batch, D width, n images.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,10 +38,10 @@ from etpp_ssl.data.sampler import KeyedOrder, process_part
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.files import replaced_file, save_tensors
+from etpp_ssl.messages import shown
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from timm.models.vision_transformer import VisionTransformer
 
 Pool = Literal["token", "avg"]
 Precision = Literal["fp32", "bf16"]
@@ -68,32 +67,75 @@ class Features(NamedTuple):
         return Features(self.features[rows], self.labels[rows], self.indices[rows])
 
 
-def pooled_features(encoder: VisionTransformer, images: Tensor, pool: Pool | None = None) -> Tensor:
-    """One vector per image.
+def num_features(net: Any) -> int:
+    """D, the width of what a timm network's head reads."""
+    # That of networks with a hidden layer in front of their head; others do not always have it.
+    return int(getattr(net, "head_hidden_size", None) or net.num_features)
+
+
+def pool_of(net: Any) -> str:
+    """The name of a timm network's own pooling."""
+    pool = getattr(net, "global_pool", "avg")
+    return pool if isinstance(pool, str) else str(getattr(pool, "pool_type", "avg"))
+
+
+def check_pool(net: Any, pool: Pool | None) -> None:
+    """Check that a network has a pooling.
+
+    Raises:
+        UserError: if it does not.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    if pool is None:
+        return
+    if pool not in ("token", "avg"):
+        raise UserError(f"pool is {shown(pool)}; valid are 'token', 'avg' and None")
+    if not isinstance(net, VisionTransformer):
+        raise UserError(f"pool is {pool}, but a {type(net).__name__} has its own pooling; use None")
+    if pool == "token" and not net.has_class_token:
+        raise UserError("pool is token, but the encoder has no cls token; use avg")
+
+
+def pooled(net: Any, tokens: Tensor, pool: Pool | None) -> Tensor:
+    """One vector per image: what a head would read, or another pooling.
 
     Args:
-        encoder: in eval mode.
+        net: a timm network in eval mode.
+        tokens: what its `forward_features` gives.
+        pool: None is the network's own; see `check_pool`.
+
+    Returns:
+        (B, D).
+    """
+    if pool is None or pool == net.global_pool:
+        features: Tensor = net.forward_head(tokens, pre_logits=True)
+        return features
+    other: Tensor = net.pool(tokens, pool_type=pool)
+    return other
+
+
+def pooled_features(net: Any, images: Tensor, pool: Pool | None = None) -> Tensor:
+    """One vector per image, by the network's own, unmodified forward.
+
+    Args:
+        net: a timm network in eval mode.
         images: normalised float32 (B, C, H, W) at full resolution, unmasked.
-        pool: cls token, mean of the patch tokens, or None for the encoder's own.
+        pool: cls token, mean of the patch tokens, or None for the network's own.
 
     Returns:
         float32 (B, D).
 
     Raises:
-        UserError: for "token" where the encoder has no cls token.
+        UserError: for a pooling that the network does not have.
     """
-    if pool is None or pool == encoder.global_pool:
-        features: Tensor = encoder(images)
-        return features
-    if pool == "token" and not encoder.has_class_token:
-        raise UserError("pool is token, but the encoder has no cls token; use avg")
-    pooled: Tensor = encoder.pool(encoder.forward_features(images), pool_type=pool)
-    return pooled
+    check_pool(net, pool)
+    return pooled(net, net.forward_features(images), pool)
 
 
 @torch.inference_mode()
 def extract_features(
-    encoder: VisionTransformer,
+    encoder: nn.Module,
     source: ImageSource,
     indices: list[int],
     *,
@@ -111,7 +153,7 @@ def extract_features(
     Unreadable images are left out.
 
     Args:
-        encoder: in any mode, which it keeps.
+        encoder: a timm network in any mode, which it keeps.
         source: the images.
         indices: which of them.
         view: how they are cropped and resized.
@@ -128,7 +170,7 @@ def extract_features(
     """
     device = accelerator.device
     most = images_per_pass(batch_size, device)
-    features = [torch.empty(0, encoder.num_features, device=device)]
+    features = [torch.empty(0, num_features(encoder), device=device)]
     labels = [torch.empty(0, dtype=torch.int64, device=device)]
     positions = [torch.empty(0, dtype=torch.int64, device=device)]
     with forward_pass(encoder, device, precision or run_precision(accelerator)):
@@ -254,22 +296,8 @@ class Embeddings:
     """How the features were made."""
 
 
-def make_room(file: Path) -> None:
-    """Create the folder of a file that is about to be written.
-
-    Raises:
-        UserError: if that fails, or the file is a folder.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{str(file)!r} cannot be written: {error.strerror or error}") from error
-    if os.path.isdir(file):
-        raise UserError(f"{str(file)!r} is a folder; give the name of a file in it")
-
-
 def write_embeddings(file: Path, embeddings: Embeddings) -> None:
-    """Write a file, whole or not at all; its folder is there, see `make_room`.
+    """Write a file, whole or not at all.
 
     Raises:
         UserError: if it cannot be written.

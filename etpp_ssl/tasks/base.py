@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,8 @@ class Task(ABC):
     """Of a classifier."""
     evaluation: str | None = None
     """What `evaluate` does, in one word that names its seconds in `metrics.jsonl`; None: nothing."""
+    measured_on: dict[str, Any] | None = None
+    """The images of `evaluate`; see `etpp_ssl.evaluation.measured_on`."""
     evaluate_every: int | None = None
     """Optimizer steps between two evaluations, beside the one after the last step."""
 

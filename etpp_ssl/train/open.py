@@ -19,6 +19,7 @@ from etpp_ssl.data.training import TrainingImages
 from etpp_ssl.dist.accelerator import open_accelerator
 from etpp_ssl.dist.peers import with_peers
 from etpp_ssl.dist.sharding import check_sharded, prepare, sharding_in_use
+from etpp_ssl.evaluation.measured_on import measured_on
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
@@ -164,10 +165,15 @@ def _open_task(
         assert isinstance(task, MaskedAutoencoding)
         probe = build_probe(recipe, accelerator, task.normalise, task.objective)
         task.attach_probe(probe, getattr(recipe.probe, "every_steps", None))
+        if probe is not None:
+            task.measured_on = measured_on(recipe, "eval", probe.evaluation, [(recipe, None)])
         return task, None
     assert isinstance(task, Classification)
     images = open_evaluation(recipe, accelerator, task.normalise, source.classes, task.num_classes)
     task.attach_evaluation(images, recipe.evaluate.every_steps)
+    if images is not None:
+        split = recipe.evaluate.split or "eval"
+        task.measured_on = measured_on(recipe, split, images.source, [(recipe, None)])
     # A stream may not tell class names; its evaluation images may.
     named = source.classes or (images.source.classes if images is not None else None)
     return task, named or [str(number) for number in range(task.num_classes)]

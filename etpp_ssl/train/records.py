@@ -14,6 +14,7 @@ from torch import Tensor
 
 from etpp_ssl.config import RunFault, UserError
 from etpp_ssl.curriculum.base import Stage
+from etpp_ssl.evaluation.measured_on import training_mark
 from etpp_ssl.files import write_text
 from etpp_ssl.train.batches import gather_streams
 from etpp_ssl.train.checkpoint import checkpoint_files, what_is_left, write_checkpoint
@@ -69,13 +70,16 @@ def evaluate_and_record(run: Run) -> float:
     start = time.perf_counter()
     numbers = run.task.evaluate(run.trained_model())
     seconds = time.perf_counter() - start
-    run.metrics.write({"step": run.state.step, **numbers, f"{run.task.evaluation}_seconds": seconds})
+    row = {"step": run.state.step, **numbers, f"{run.task.evaluation}_seconds": seconds}
+    run.metrics.write({**row, "data": run.task.measured_on})
     shown = ", ".join(
         f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}"
         for name, value in numbers.items()
         if value is not None
     )
-    run.progress.say(f"step {run.state.step}: {shown} ({seconds:.0f} s)")
+    mark = training_mark(run.task.measured_on)
+    on = f" on {mark}" if mark else ""
+    run.progress.say(f"step {run.state.step}: {shown}{on} ({seconds:.0f} s)")
     return seconds
 
 
