@@ -18,16 +18,10 @@ from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.tasks.classify import open_evaluation
 
-WITHOUT_EFFECT = {
-    "output",
-    "evaluate.split",
-    "evaluate.every_steps",
-    "evaluate.batch_size",
-    "data.num_images",
-    "data.num_workers",
-    "data.prefetch",
-    "data.stall_seconds",
-    "data.description",
+BESIDE_THE_RESULT: dict[str, Any] = {
+    "output": True,
+    "evaluate": {"split", "every_steps", "batch_size"},
+    "data": {"num_images", "num_workers", "prefetch", "stall_seconds", "description"},
 }
 """Keys that may be overridden without making another evaluation of it."""
 
@@ -57,22 +51,11 @@ def place_of(recipe: FinetuneRecipe, folder: RunFolder) -> Path:
     """
     if recipe.evaluate.split is None:
         raise UserError("evaluate.split is null; choose a split, for instance evaluate.split=eval")
-    own, here = _flat(folder.any_recipe().model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
-    others = {
-        key: value for key, value in here.items() if value != own.get(key, here) and key not in WITHOUT_EFFECT
-    }
     name = "train" if recipe.evaluate.split == "train" else "eval"
-    if others:
-        text = json.dumps(others, sort_keys=True)
-        name += f"-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+    own, here = (r.model_dump(mode="json", exclude=BESIDE_THE_RESULT) for r in (folder.any_recipe(), recipe))
+    if own != here:
+        name += f"-{hashlib.blake2b(json.dumps(here).encode(), digest_size=4).hexdigest()}"
     return folder.evaluation_folder / name
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 @with_peers()

@@ -50,7 +50,7 @@ def probe_run(recipe: Recipe | ProbedClassifier, source: str, say: Callable[[str
     folder = RunFolder(source if os.path.isdir(source) else recipe.output)
     from_init = _takes_init(recipe, source, folder)
     accelerator = open_accelerator(recipe)
-    talk = say if accelerator.is_main_process else _silent
+    talk = say if accelerator.is_main_process else lambda _: None
     report = folder.path / "report"
     file = folder.probes_file
     fault = Agreement(accelerator).main_says(_fault_of(file) if accelerator.is_main_process else "")
@@ -124,7 +124,3 @@ def _recorded_signal(accelerator: Accelerator) -> Iterator[Callable[[], int]]:
     agreement = Agreement(accelerator)
     with StopRequest() as request:
         yield lambda: agreement.reach(request.signum, False)[0]
-
-
-def _silent(text: str) -> None:
-    """Drop a message, on all processes but the main one."""

@@ -37,7 +37,7 @@ parent.postMessage(JSON.stringify({
   width: whole.clientWidth, content: whole.scrollWidth, height: whole.scrollHeight,
   beyond: edge.map(e => e.tagName + "." + e.className), shown: shown.length,
   empty: shown.map(e => e.getBoundingClientRect()).filter(box => Math.min(box.width, box.height) < 8).length,
-  tallest: Math.max(...[...document.querySelectorAll("#results tr")].map(e => e.getBoundingClientRect().height)),
+  tallest: Math.max(...[...document.querySelectorAll("#results tr")].map(e => e.offsetHeight)),
   broken: shown.filter(e => e.tagName == "IMG" && !e.naturalWidth).length,
   smallest: Math.min(...[...document.querySelectorAll(".page-1 svg text")].map(e =>
     parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a)),
