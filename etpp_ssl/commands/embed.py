@@ -13,6 +13,7 @@ from etpp_ssl.dist.accelerator import open_accelerator
 from etpp_ssl.dist.peers import leave, with_peers
 from etpp_ssl.evaluation.features import (
     Embeddings,
+    EvaluationLoader,
     Features,
     Pool,
     extract_features,
@@ -66,18 +67,15 @@ def embed(
     source = recipe.open_split(split)
     trained = trained_model(recipe, folder, say)
     encoder: Any = trained.model.to(accelerator.device).encoder
-    features = extract_features(
-        encoder,
-        source,
-        list(range(len(source))),
+    loader = EvaluationLoader(
+        accelerator=accelerator,
         view=EvalView(recipe.size, recipe.data.crop_pct),
         normalise=recipe.normaliser(accelerator.device),
-        accelerator=accelerator,
-        pool=pool,
-        batch_size=batch_size,
         num_workers=recipe.data.num_workers,
         stall_seconds=recipe.data.stall_seconds,
     )
+    images = range(len(source))
+    features = extract_features(loader, encoder, source, images, pool=pool, batch_size=batch_size)
     unreadable = len(source) - len(features.indices)
     if unreadable == len(source):
         raise UserError(f"none of the {unreadable} images of the {split} split can be read")

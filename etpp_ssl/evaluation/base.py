@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from etpp_ssl.config import Config, UserError, may_change
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import Subset, check_same_classes, keyed_indices
-from etpp_ssl.data.views import EvalView, Normalise
-from etpp_ssl.evaluation.features import Features, Pool, Precision, extract_features
+from etpp_ssl.evaluation.features import EvaluationLoader, Features, Pool, Precision, extract_features
 from etpp_ssl.model.masking import Masker
 from etpp_ssl.randomness import keyed_words
 from etpp_ssl.targets.base import Objective
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    pass
 
 
 class ProbeStopped(Exception):
@@ -47,22 +46,16 @@ def _silent(text: str) -> None:
     """Drop a message."""
 
 
-@dataclass(frozen=True)
-class ProbeContext:
+@dataclass(frozen=True, kw_only=True)
+class ProbeContext(EvaluationLoader):
     """A run, as a probe sees it."""
 
-    accelerator: Accelerator
     open_split: Callable[[str], ImageSource]
     """From "train" or "eval" to its images."""
-    view: EvalView
-    normalise: Normalise
     objective: Objective | None
     """What a masked autoencoder predicts; None of a classifier."""
     masker: Masker | None
     seed: int
-    num_workers: int
-    stall_seconds: float | None = None
-    """How long to wait for a batch; see `etpp_ssl.data.loader.load_batches`."""
     folder: Path | None = None
     """Where a long probe keeps its state, so that an interrupted one can be resumed; None keeps none."""
     stop_signal: Callable[[], AbstractContextManager[Callable[[], int]]] = _never
@@ -190,16 +183,12 @@ class LabelledImages:
         ):
             indices = drawn_indices(source, split, count, context.seed)
             features = extract_features(
+                context,
                 cast("nn.Module", model.encoder),
                 source,
                 indices,
-                view=context.view,
-                normalise=context.normalise,
-                accelerator=context.accelerator,
                 pool=config.pool,
                 batch_size=batch_size,
-                num_workers=context.num_workers,
-                stall_seconds=context.stall_seconds,
                 precision=config.precision,
             )
             if not len(features.labels):

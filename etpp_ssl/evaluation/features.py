@@ -21,7 +21,7 @@ Legend: B batch, D width, n images.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,19 +133,49 @@ def pooled_features(net: Any, images: Tensor, pool: Pool | None = None) -> Tenso
     return pooled(net, net.forward_features(images), pool)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluationLoader:
+    """Loads images in the evaluation view, on the device of each process."""
+
+    accelerator: Accelerator
+    """The device and the processes."""
+    view: EvalView
+    """How they are cropped and resized."""
+    normalise: Normalise
+    """From uint8 to the network's input."""
+    num_workers: int
+    """Data worker processes."""
+    stall_seconds: float | None = None
+    """How long to wait for a batch; see `etpp_ssl.data.loader.load_batches`."""
+
+    def batches(self, source: ImageSource, indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
+        """This process's part of `indices`, in order."""
+        accelerator = self.accelerator
+        part = process_part(range(len(indices)), accelerator.process_index, accelerator.num_processes)
+        wanted = [indices[i] for i in part]
+        requests = evaluation_requests(wanted, size=self.view.image_size, batch_size=batch_size)
+        loader = load_batches(
+            BatchBuilder(source, self.view, KeyedOrder(len(source), 0)),
+            requests,
+            # Small evaluations are done before worker processes have started.
+            num_workers=self.num_workers if len(part) > 4 * batch_size else 0,
+            prefetch=2,
+            pin_memory=accelerator.device.type == "cuda",
+            stall_seconds=self.stall_seconds,
+        )
+        for batch in loader:
+            yield batch.to(accelerator.device)
+
+
 @torch.inference_mode()
 def extract_features(
+    loader: EvaluationLoader,
     encoder: nn.Module,
     source: ImageSource,
-    indices: list[int],
+    indices: Sequence[int],
     *,
-    view: EvalView,
-    normalise: Normalise,
-    accelerator: Accelerator,
     pool: Pool | None,
     batch_size: int,
-    num_workers: int,
-    stall_seconds: float | None = None,
     precision: Precision | None = None,
 ) -> Features:
     """Features and labels of some images, each exactly once for any number of processes.
@@ -153,39 +183,28 @@ def extract_features(
     Unreadable images are left out.
 
     Args:
+        loader: reads them.
         encoder: a timm network in any mode, which it keeps.
         source: the images.
         indices: which of them.
-        view: how they are cropped and resized.
-        normalise: from uint8 to the encoder's input.
-        accelerator: the device and the processes.
         pool: see `pooled_features`.
         batch_size: images that are loaded together.
-        num_workers: data worker processes.
-        stall_seconds: how long to wait for a batch; see `load_batches`.
         precision: of the forward pass; None is `run_precision`.
 
     Returns:
         On the accelerator's device, in the order of `indices`.
     """
+    accelerator = loader.accelerator
     device = accelerator.device
     most = images_per_pass(batch_size, device)
     features = [torch.empty(0, num_features(encoder), device=device)]
     labels = [torch.empty(0, dtype=torch.int64, device=device)]
     positions = [torch.empty(0, dtype=torch.int64, device=device)]
     with forward_pass(encoder, device, precision or run_precision(accelerator)):
-        for batch in evaluation_batches(
-            source,
-            indices,
-            view,
-            accelerator,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            stall_seconds=stall_seconds,
-        ):
+        for batch in loader.batches(source, indices, batch_size):
             readable = readable_rows(batch)
             for rows in readable.split(most):
-                images = normalise(batch.images[rows])
+                images = loader.normalise(batch.images[rows])
                 features.append(pooled_features(encoder, images, pool).float())
             labels.append(batch.labels[readable])
             positions.append(batch.sample_ids[readable])
@@ -220,33 +239,6 @@ def run_precision(accelerator: Accelerator) -> Precision:
     for training under a loss scale, not for every trained encoder's activations.
     """
     return "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
-
-
-def evaluation_batches(
-    source: ImageSource,
-    indices: list[int],
-    view: EvalView,
-    accelerator: Accelerator,
-    *,
-    batch_size: int,
-    num_workers: int,
-    stall_seconds: float | None = None,
-) -> Iterator[Batch]:
-    """This process's part of `indices`, in order, on the accelerator's device."""
-    part = process_part(range(len(indices)), accelerator.process_index, accelerator.num_processes)
-    requests = evaluation_requests([indices[i] for i in part], size=view.image_size, batch_size=batch_size)
-    # Small evaluations are done before worker processes have started.
-    workers = num_workers if len(part) > 4 * batch_size else 0
-    loader = load_batches(
-        BatchBuilder(source, view, KeyedOrder(len(source), 0)),
-        requests,
-        num_workers=workers,
-        prefetch=2,
-        pin_memory=accelerator.device.type == "cuda",
-        stall_seconds=stall_seconds,
-    )
-    for batch in loader:
-        yield batch.to(accelerator.device)
 
 
 def readable_rows(batch: Batch) -> Tensor:

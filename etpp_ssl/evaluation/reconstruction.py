@@ -16,7 +16,7 @@ from torch import nn
 from etpp_ssl.config import UserError
 from etpp_ssl.data.sources.splits import Subset, keyed_indices
 from etpp_ssl.evaluation.base import ProbeConfig, ProbeContext
-from etpp_ssl.evaluation.features import evaluating, evaluation_batches, readable_rows
+from etpp_ssl.evaluation.features import evaluating, readable_rows
 from etpp_ssl.model.mae import MaskedAutoencoder
 
 
@@ -65,15 +65,7 @@ class ReconstructionProbe:
         sums: dict[str, float] = {}
         count = 0
         with evaluating(model):
-            for batch in evaluation_batches(
-                self.source,
-                self.indices,
-                context.view,
-                context.accelerator,
-                batch_size=self.config.batch_size,
-                num_workers=context.num_workers,
-                stall_seconds=context.stall_seconds,
-            ):
+            for batch in context.batches(self.source, self.indices, self.config.batch_size):
                 rows = readable_rows(batch)
                 if not len(rows):
                     continue

@@ -20,7 +20,7 @@ from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.views import View
 from etpp_ssl.evaluation.base import LabelledConfig, ProbeContext
-from etpp_ssl.evaluation.features import evaluation_batches, readable_rows
+from etpp_ssl.evaluation.features import readable_rows
 from etpp_ssl.files import replaced_file, save_tensors
 from etpp_ssl.optim.optimizers import Schedule
 
@@ -166,15 +166,7 @@ def evaluated(
 
     Each image comes once, in the evaluation view; unreadable ones are left out.
     """
-    for batch in evaluation_batches(
-        source,
-        list(range(len(source))),
-        context.view,
-        context.accelerator,
-        batch_size=batch_size,
-        num_workers=context.num_workers,
-        stall_seconds=context.stall_seconds,
-    ):
+    for batch in context.batches(source, range(len(source)), batch_size):
         rows = readable_rows(batch)
         if len(rows):
             yield frozen(context, forward, batch.images[rows]), batch.labels[rows]
