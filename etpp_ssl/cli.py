@@ -156,9 +156,16 @@ def probe(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 @app.command()
 def embed(
     recipe: RecipeArgument,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FOLDER] [KEY=VALUE]...",
+            help="Images, instead of the run's own data, and overrides, as section.key=value.",
+        ),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="File to write; by default RUN/embeddings/<split>.safetensors.")
+        Path | None,
+        typer.Option(help="File to write; by default RUN/embeddings/<split or folder>.safetensors."),
     ] = None,
     split: Annotated[Literal["train", "eval"], typer.Option(help="Part of the data set.")] = "train",
     pool: Annotated[
@@ -168,13 +175,16 @@ def embed(
 ) -> None:
     """Write features, labels and file names of a data set, from a run or from a recipe with init=WEIGHTS."""
     from etpp_ssl.commands.embed import embed as write_features
+    from etpp_ssl.commands.embed import of_folder
     from etpp_ssl.recipe import load_any
     from etpp_ssl.run_folder import RunFolder
 
+    run = RunFolder(recipe) if os.path.isdir(recipe) else None
+    wanted, own_file = of_folder(overrides or (), run)
     file = write_features(
-        load_any(recipe, overrides or ()),
-        RunFolder(recipe) if os.path.isdir(recipe) else None,
-        out,
+        load_any(recipe, wanted),
+        run,
+        out or own_file,
         split=split,
         pool=pool,
         batch_size=batch_size,

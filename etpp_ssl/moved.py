@@ -176,6 +176,7 @@ OTHER_NAMES = {
     "recipe_file.parse_any_recipe": "recipe.parse_any",
     "recipe_file.parse_finetune_recipe": "recipe.FinetuneRecipe.parse",
     "recipe_file.parse_recipe": "recipe.Recipe.parse",
+    "report.sections.probes": "report.results.result_tables",
     "report.pictures.Picture": "report.viewer.InputImage",
 }
 """Names that have changed, or that stand elsewhere than most of their module."""

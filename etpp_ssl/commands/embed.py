@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from etpp_ssl.commands.trained import trained_model
 from etpp_ssl.config import UserError, show_size
+from etpp_ssl.data.sources.base import existing_folder
 from etpp_ssl.data.views import EvalView
 from etpp_ssl.dist.accelerator import open_accelerator
 from etpp_ssl.dist.peers import leave, with_peers
@@ -25,6 +27,29 @@ from etpp_ssl.evaluation.measured_on import measured_on
 from etpp_ssl.files import check_place
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
+
+
+def of_folder(overrides: Sequence[str], run: RunFolder | None) -> tuple[list[str], Path | None]:
+    """Overrides that take all images below a folder, where the first of them is a folder.
+
+    Args:
+        overrides: as on the command line.
+        run: where their features go.
+
+    Returns:
+        The overrides, and the file of the folder's features; None without a folder or a run.
+
+    Raises:
+        UserError: if the first is neither a folder nor an override.
+    """
+    if not overrides or "=" in overrides[0]:
+        return list(overrides), None
+    folder = existing_folder("the folder to embed", Path(overrides[0])).resolve()
+    data = ["data=folder", f"data.root={folder}", "data.split=.", "data.num_images=null"]
+    every = ["data.holdout=0", "data.label_share=null", "data.labels_per_class=null"]
+    key = hashlib.blake2b(str(folder).encode(errors="surrogateescape"), digest_size=4).hexdigest()
+    file = None if run is None else run.path / "embeddings" / f"{folder.name}-{key}.safetensors"
+    return [*data, *every, *overrides[1:]], file
 
 
 @with_peers()

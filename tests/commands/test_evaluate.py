@@ -118,3 +118,15 @@ def test_probes_embeddings_and_reports_take_a_classifier(
     page = (run / "report" / "index.html").read_text()
     for words in ("A classifier predicts classes, not pixels.", "by etpp probe", "best knn_top1"):
         assert words in page
+
+
+@pytest.mark.parametrize("command", ["export", "report", "reconstruct"])
+def test_only_one_of_several_processes_writes_what_one_can(
+    command: str, write_run: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run()
+    before = sorted(run.rglob("*"))
+    monkeypatch.setenv("RANK", "1")
+    assert etpp(command, run) == 0
+    assert sorted(run.rglob("*")) == before
+    assert capsys.readouterr() == ("", "")
