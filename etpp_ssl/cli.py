@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from etpp_ssl.cli_end import (
     is_main_process,
     is_one_of_several,
     no_garbage,
+    only_main_process,
     say,
     short_process,
     stops,
@@ -76,6 +78,7 @@ def finetune(recipe: RecipeArgument, overrides: Overrides = None, fork: Fork = N
 @app.command()
 def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Print stages, learning rate, memory and cost, without training."""
+    only_main_process()
     with short_process():
         from etpp_ssl.commands.plan import show_plan
 
@@ -87,6 +90,7 @@ def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A recipe to print.")] = None,
 ) -> None:
     """List the recipes that come with etpp, or print one: etpp recipes NAME > mine.yaml."""
+    only_main_process()
     from etpp_ssl.commands.keys import print_recipes
 
     print_recipes(name)
@@ -99,6 +103,7 @@ def keys(
     ] = None,
 ) -> None:
     """Print the keys of a recipe: type, default, meaning, and whether a resumed run may change them."""
+    only_main_process()
     with short_process():
         from etpp_ssl.commands.keys import print_keys
 
@@ -106,44 +111,61 @@ def keys(
 
 
 @app.command()
-def evaluate(run: RunArgument, overrides: Overrides = None) -> None:
+def evaluate(
+    run: RunArgument,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to write, or a FILE.json; by default RUN/report/evaluation/ and the split's name."
+        ),
+    ] = None,
+) -> None:
     """Evaluate a run's classifier: accuracy, calibration, recall of each class, confusion matrix."""
-    from etpp_ssl.commands.evaluate import evaluate_run
+    from etpp_ssl.commands.evaluate import evaluate_run, place_of
+    from etpp_ssl.evaluation.measured_on import in_words, training_mark
     from etpp_ssl.recipe import FinetuneRecipe
-    from etpp_ssl.report.confusion import write_evaluation
+    from etpp_ssl.report.confusion import check_evaluation_place, write_evaluation
     from etpp_ssl.run_folder import RunFolder
 
-    folder = RunFolder(run)
-    evaluated = evaluate_run(FinetuneRecipe.load(run, overrides or ()), folder, say)
+    folder, recipe = RunFolder(run), FinetuneRecipe.load(run, overrides or ())
+    place = check_evaluation_place(place_of(recipe, folder) if out is None else out)
+    evaluated = evaluate_run(recipe, folder, say)
     if is_main_process():
-        written = write_evaluation(folder.path, evaluated.result, evaluated.classes, evaluated.protocol)
+        # Before they are written: what has been computed is not lost with a disk.
+        print(f"images: {in_words(evaluated.data)}")
+        mark = f" ({training_mark(evaluated.data)})" if training_mark(evaluated.data) else ""
         for name, value in evaluated.result.numbers().items():
             if value is not None:
-                print(f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4f}")
-        print(f"evaluation: {written}")
+                print(f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4f}{mark}")
+        sys.stdout.flush()
+        write_evaluation(place, evaluated.result, evaluated.classes, evaluated.protocol, evaluated.data)
+        print(f"evaluation: {place}")
 
 
 @app.command()
 def probe(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Evaluate an encoder as it stands: a run's, or with a recipe the weights of init=FILE-or-RUN."""
     from etpp_ssl.commands.probe import probe_run
-    from etpp_ssl.recipe import Recipe
+    from etpp_ssl.recipe import load_probed
 
-    chosen = Recipe.load(recipe, overrides or ())
     with stops("probe"):
-        numbers = probe_run(chosen, recipe, say)
-    if is_main_process():
-        protocol = " ".join(f"{k}={v}" for k, v in chosen.probe.model_dump().items() if v is not None)
-        for name, value in numbers.items():
-            print(f"{name} {value:.6g} ({protocol})")
+        probe_run(load_probed(recipe, overrides or ()), recipe, say)
 
 
 @app.command()
 def embed(
     recipe: RecipeArgument,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FOLDER] [KEY=VALUE]...",
+            help="Images, instead of the run's own data, and overrides, as section.key=value.",
+        ),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="File to write; by default RUN/embeddings/<split>.safetensors.")
+        Path | None,
+        typer.Option(help="File to write; by default RUN/embeddings/<split or folder>.safetensors."),
     ] = None,
     split: Annotated[Literal["train", "eval"], typer.Option(help="Part of the data set.")] = "train",
     pool: Annotated[
@@ -153,13 +175,16 @@ def embed(
 ) -> None:
     """Write features, labels and file names of a data set, from a run or from a recipe with init=WEIGHTS."""
     from etpp_ssl.commands.embed import embed as write_features
-    from etpp_ssl.recipe import Recipe
+    from etpp_ssl.commands.embed import of_folder
+    from etpp_ssl.recipe import load_any
     from etpp_ssl.run_folder import RunFolder
 
+    run = RunFolder(recipe) if os.path.isdir(recipe) else None
+    wanted, own_file = of_folder(overrides or (), run)
     file = write_features(
-        Recipe.load(recipe, overrides or ()),
-        RunFolder(recipe) if os.path.isdir(recipe) else None,
-        out,
+        load_any(recipe, wanted),
+        run,
+        out or own_file,
         split=split,
         pool=pool,
         batch_size=batch_size,
@@ -182,6 +207,7 @@ def export(
     ] = "other",
 ) -> None:
     """Write a run's weights as a folder that timm, the original MAE code or transformers loads."""
+    only_main_process()
     from etpp_ssl.export import official, timm
 
     if pool is not None and to != "timm":
@@ -221,6 +247,7 @@ def prepare(
 
     Bytes are copied as they are, unless --size or --quality is given.
     """
+    only_main_process()
     from etpp_ssl.commands.prepare import prepare_shards
 
     try:
@@ -260,6 +287,7 @@ def reconstruct(
     count: Annotated[int, typer.Option(min=1, help="Images of each folder, or of the run's data.")] = 8,
 ) -> None:
     """Show what a run makes of masked images: one PNG per image."""
+    only_main_process()
     from etpp_ssl.report.grid import write_grids
     from etpp_ssl.report.reconstruction import parse_bandwidth
 
@@ -285,6 +313,7 @@ def report(
     ] = None,
 ) -> None:
     """Write one HTML page about a run, or about several side by side."""
+    only_main_process()
     from etpp_ssl.report.page import write_report
 
     print(write_report(runs, out, say=say))
@@ -300,6 +329,7 @@ def replay_nan(
 
     Overrides (precision=fp32, model.attention=unfused, ...) try what might help.
     """
+    only_main_process()
     from etpp_ssl.debug.report import print_report, write_report
     from etpp_ssl.debug.reproduce import reproduce
 

@@ -58,6 +58,12 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def only_main_process() -> None:
+    """End the other ones of several processes: the command is done by one."""
+    if not is_main_process():
+        raise typer.Exit
+
+
 def is_one_of_several() -> bool:
     """Whether other processes train the same run."""
     return os.environ.get("WORLD_SIZE", "1") != "1"

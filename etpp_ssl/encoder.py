@@ -18,8 +18,17 @@ from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.data.formats.base import MAX_PIXELS
 from etpp_ssl.data.given import AnyImage, each, viewed
 from etpp_ssl.data.views import EvalView, Normalise, to_channels, to_tensor
-from etpp_ssl.evaluation.feature_maps import check_pool, check_whole, map_of, map_stride, pooled, tokens_of
-from etpp_ssl.evaluation.features import Pool, Precision, evaluating, forward_pass, images_per_pass
+from etpp_ssl.evaluation.feature_maps import check_whole, map_of, map_stride, tokens_of
+from etpp_ssl.evaluation.features import (
+    Pool,
+    Precision,
+    check_pool,
+    evaluating,
+    forward_pass,
+    images_per_pass,
+    num_features,
+    pooled,
+)
 from etpp_ssl.messages import shown
 from etpp_ssl.report.reconstruction import Decoding, Reconstructed, check_bandwidth
 
@@ -98,8 +107,7 @@ class Encoder:
     @property
     def num_features(self) -> int:
         """D."""
-        # That of networks with a hidden layer in front of their head; others do not always have it.
-        return int(getattr(self.model, "head_hidden_size", None) or self.model.num_features)
+        return num_features(self.model)
 
     @property
     def patch_size(self) -> tuple[int, int]:

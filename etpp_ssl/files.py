@@ -10,42 +10,46 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from etpp_ssl.config import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OTHERS_IN_BETWEEN = 100
+"""How often other writers may put their folder in our way before a writer gives up."""
 
 
 @contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
     """An empty folder to write to, which takes the place of `folder` at the end.
 
-    A writer that fails or is killed leaves `folder` as it was, or, for the moment between two renames, beside
-    it as `.old-NAME`.
+    Several processes may write one folder at once: each has a folder of its own aside, and the last one to
+    finish stays. A writer that fails or is killed leaves `folder` as it was, or, for the moment between two
+    renames, beside it as `.old-NAME-*`; one that is killed leaves its `.writing-NAME-*`, too.
 
     Raises:
         UserError: if it cannot be written.
     """
-    aside, old = (folder.with_name(f".{prefix}-{folder.name}") for prefix in ("writing", "old"))
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        flush_folder(aside)
-        take_place(aside, folder, old)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        reason = disk_fault(error)
-        if reason is None:
-            raise
-        raise UserError(f"{str(folder)!r} cannot be written: {reason}") from error
+    aside, old = _beside(folder, "writing"), _beside(folder, "old")
+    with _disk_faults(folder):
+        try:
+            aside.mkdir(parents=True)
+            yield aside
+            flush_folder(aside)
+            take_place(aside, folder, old)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -53,22 +57,73 @@ def replaced(folder: Path) -> Iterator[Path]:
 def replaced_file(file: Path) -> Iterator[Path]:
     """The name of a file to write, which takes the place of `file` at the end, flushed.
 
+    Several processes may write one file at once, as with `replaced`.
+
     Raises:
         UserError: if it cannot be written.
     """
-    aside = file.with_name(f".writing-{file.name}")
+    aside = _beside(file, "writing")
+    with _disk_faults(file):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            yield aside
+            flush(aside)
+            os.replace(aside, file)
+        finally:
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
+
+
+def check_place(path: Path, marker: str | None = None) -> Path:
+    """Check that a file or a folder can be written, before the work whose result it takes.
+
+    The folder around it, or the one that it will be made in, takes an empty file for a moment.
+
+    Args:
+        path: of the file or the folder.
+        marker: of a folder: the file by which an earlier result is recognised, which it may replace.
+
+    Returns:
+        The absolute path: `.` has no name that could be exchanged for another folder's.
+
+    Raises:
+        UserError: if it cannot be written, or something else is there.
+    """
+    path = Path(os.path.abspath(path))
+    if marker is None and os.path.isdir(path):
+        raise UserError(f"{str(path)!r} is a folder; give the name of a file in it")
+    if marker is not None and os.path.lexists(path):
+        if not path.is_dir():
+            raise UserError(f"{str(path)!r} is not a folder; choose another name")
+        # Another process may be about to replace it.
+        with suppress(FileNotFoundError):
+            names = os.listdir(path)
+            if names and marker not in names:
+                raise UserError(
+                    f"{str(path)!r} holds something that is not an earlier result; choose another"
+                )
+    around = next(folder for folder in path.parents if folder.exists())
+    aside = _beside(around / path.name, "writing")
+    with _disk_faults(path):
+        aside.touch()
+        aside.unlink()
+    return path
+
+
+def _beside(path: Path, what: str) -> Path:
+    """A hidden name beside a file or folder that nobody else has."""
+    return path.with_name(f".{what}-{path.name}-{secrets.token_hex(4)}")
+
+
+@contextmanager
+def _disk_faults(path: Path) -> Iterator[None]:
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        flush(aside)
-        os.replace(aside, file)
-    except BaseException as error:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
+        yield
+    except Exception as error:
         reason = disk_fault(error)
         if reason is None:
             raise
-        raise UserError(f"{str(file)!r} cannot be written: {reason}") from error
+        raise UserError(f"{str(path)!r} cannot be written: {reason}") from error
 
 
 def write_text(file: Path, text: str) -> None:
@@ -106,21 +161,49 @@ def write_json(file: Path, values: dict[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that others may read as the umask lets them.
+
+    safetensors (0.8) itself makes files that only their owner can read.
+
+    Args:
+        tensors: contiguous, without shared memory.
+        file: to write.
+        metadata: of the file.
+
+    Raises:
+        OSError, SafetensorError: if it cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    save_file(dict(tensors), file, metadata=metadata)
+    if stat.S_IMODE(file.stat().st_mode) != mode:
+        file.chmod(mode)
+
+
 def take_place(new: Path, folder: Path, old: Path) -> None:
     """Rename folder `new` to `folder`, and what was there, if anything, to `old`.
 
     Raises:
         OSError: if that fails; `folder` is unchanged then.
     """
-    if folder.exists():
+    for _ in range(OTHERS_IN_BETWEEN):
         shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    try:
-        os.replace(new, folder)
-    except OSError:
-        with suppress(OSError):
-            os.replace(old, folder)
-        raise
+        # Another process may have renamed it meanwhile.
+        with suppress(FileNotFoundError):
+            os.replace(folder, old)
+        try:
+            os.replace(new, folder)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and new.exists():
+                continue  # Another process has put its own there.
+            with suppress(OSError):
+                os.replace(old, folder)
+            raise
+        return
+    raise OSError(errno.EBUSY, "other processes write it again and again")
 
 
 def flush_folder(folder: Path) -> None:

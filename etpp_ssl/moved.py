@@ -152,6 +152,7 @@ OTHER_NAMES = {
     "engine.run.Run": "train.run.Run",
     "engine.run.build_probe": "tasks.mae.build_probe",
     "engine.stored_weights.read_stored": "weights.loading.read_init",
+    "evaluation.embeddings.make_room": "files.check_place",
     "export.mae.LOAD": "export.official.LOAD_MAE",
     "export.mae.export": "export.official.export_mae",
     "export.transformers.LOAD": "export.official.LOAD_TRANSFORMERS",
@@ -175,6 +176,7 @@ OTHER_NAMES = {
     "recipe_file.parse_any_recipe": "recipe.parse_any",
     "recipe_file.parse_finetune_recipe": "recipe.FinetuneRecipe.parse",
     "recipe_file.parse_recipe": "recipe.Recipe.parse",
+    "report.sections.probes": "report.results.result_tables",
     "report.pictures.Picture": "report.viewer.InputImage",
 }
 """Names that have changed, or that stand elsewhere than most of their module."""

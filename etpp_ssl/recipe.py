@@ -174,6 +174,20 @@ class FinetuneRecipe(RunRecipe):
         )
 
 
+class ProbedClassifier(FinetuneRecipe):
+    """A classifier's run as `etpp probe` takes it, with a probe."""
+
+    probe: Annotated[AnyProbe, Field(discriminator="name")] = NoProbeConfig()
+    """How the network in front of its head is evaluated."""
+
+
+def load_probed(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | ProbedClassifier:
+    """Read a recipe of whatever task whose overrides may name a probe; see `RunRecipe.load`."""
+    text = RecipeText.read(source, overrides)
+    kind: type[Recipe] | type[ProbedClassifier] = ProbedClassifier if task_of(text) == "finetune" else Recipe
+    return text.validated(kind, kind.with_defaults)
+
+
 def load_any(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | FinetuneRecipe:
     """Read a recipe of whatever task; see `RunRecipe.load`."""
     return _any_of(RecipeText.read(source, overrides))

@@ -9,6 +9,8 @@
     status.json                  whether the run is active, and its last message
     dumps/                       the steps that were not finite, ready to be reproduced
     .lock                        held by the process that trains
+    report/probes.jsonl          what `etpp probe` found, one object per line
+    report/evaluation/*/         what `etpp evaluate` found, for each split and data set
     export/, report/, embeddings/  written later, by other commands
 
 `state.json` is written last and lists the sizes of the other files, so a checkpoint that was cut short is
@@ -155,6 +157,7 @@ class RunFolder:
         self.dump_folder = self.path / "dumps"
         self.checkpoint_folder = self.path / "checkpoints"
         self.evaluation_folder = self.path / "report" / "evaluation"
+        self.probes_file = self.path / "report" / "probes.jsonl"
 
     def plan(self) -> TimePlan | None:
         """The newest plan of a run with a budget in hours, or None where it has none.
@@ -259,11 +262,41 @@ class RunFolder:
                 rows.append(parse_row(line))
         return [row for row in rows if row is not None]
 
+    def evaluations(self) -> list[dict[str, Any]]:
+        """What `etpp evaluate` has written, each with `protocol`, `numbers` and, since version 0.6, `data`.
+
+        That of the run's own evaluation images comes first; files that cannot be read are left out.
+        """
+        found = []
+        files = sorted(self.evaluation_folder.glob(f"*/{EVALUATION_FILE}"))
+        # Up to version 0.5 there was one, whatever it was of.
+        for file in files or [self.evaluation_folder / EVALUATION_FILE]:
+            try:
+                content = read_object(file, MAX_STATE_BYTES)
+            except (OSError, ValueError):
+                continue
+            if isinstance(content.get("protocol"), dict) and isinstance(content.get("numbers"), dict):
+                found.append(content)
+        return found
+
+    def later_probes(self) -> list[dict[str, Any]]:
+        """Rows of `etpp probe`, of a step's weights or of other ones (`init`); broken lines are left out."""
+        if not self.probes_file.is_file():
+            return []
+        rows = [_object(line) for line in self.probes_file.read_bytes().splitlines()]
+        return [row for row in rows if type(row.get("step")) is int or isinstance(row.get("init"), str)]
+
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
     """A line of `metrics.jsonl`, or None if it is not a whole row."""
+    row = _object(line)
+    return row if type(row.get("step")) is int else None
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    """The object in a line of JSON; empty where there is none."""
     try:
-        row = json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -145,13 +145,15 @@ def test_the_way_from_recipe_to_export(
     assert "finished" in capsys.readouterr().err
     assert run(["probe", folder, "probe=knn", "probe.k=3"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("knn_top1 ")
-    assert "name=knn " in printed
-    assert " k=3 " in printed
+    protocol, images, result = printed.splitlines()
+    assert protocol.startswith("probe: name=knn ")
+    assert " k=3 " in protocol
+    assert images.startswith("images: 24 images of ")
+    assert result.startswith("knn_top1 ")
     assert (tmp_path / "run" / "report" / "probes.jsonl").read_text().count("\n") == 1
     assert run(["probe", folder, "probe=linear_cached", "probe.epochs=2"]) == 0
     printed = capsys.readouterr().out
-    names = [line.split()[0].removeprefix("linear_cached_") for line in printed.splitlines()]
+    names = [line.split()[0].removeprefix("linear_cached_") for line in printed.splitlines()[2:]]
     assert names == ["top1", "top5", "base_lr", "weight_decay", "holdout_top1"]
     row = json.loads((tmp_path / "run" / "report" / "probes.jsonl").read_text().splitlines()[-1])
     assert row["protocol"]["name"] == "linear_cached"

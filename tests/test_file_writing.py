@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from etpp_ssl.config import UserError
-from etpp_ssl.files import append_line, replaced, replaced_file, write_text
+from etpp_ssl.files import append_line, check_place, replaced, replaced_file, save_tensors, write_text
 
 
 def stop_while_writing(file: Path) -> None:
@@ -68,3 +72,51 @@ def test_a_line_is_appended_after_the_last_whole_one(tmp_path: Path) -> None:
         append_line(file, f"after {len(torn)}")
         expected += b"after %d\n" % len(torn)
         assert file.read_bytes() == expected
+
+
+def write_folders(place: Path, name: str) -> None:
+    for _ in range(60):
+        with replaced(place) as aside:
+            for file in ("one", "two"):
+                (aside / file).write_text(name)
+
+
+def write_files(place: Path, name: str) -> None:
+    for _ in range(200):
+        write_text(place, name * 1000)
+
+
+@pytest.mark.parametrize("write", [write_folders, write_files])
+def test_several_processes_write_one_place(write: Callable[[Path, str], None], tmp_path: Path) -> None:
+    place, context = tmp_path / "place", multiprocessing.get_context("fork")
+    writers = [context.Process(target=write, args=(place, name)) for name in "abc"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]
+    texts = [file.read_text() for file in (place.iterdir() if place.is_dir() else [place])]
+    assert len(set("".join(texts))) == 1
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_tensors_have_the_mode_of_the_umask(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        with replaced(tmp_path / "folder") as aside:
+            save_tensors({"a": torch.ones(2)}, aside / "a.safetensors", {"key": "value"})
+        with replaced_file(tmp_path / "b.safetensors") as file:
+            save_tensors({"a": torch.ones(2)}, file)
+    finally:
+        os.umask(before)
+    for name in ("folder/a.safetensors", "b.safetensors"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~mask
+
+
+def test_a_place_is_checked_before_the_work(tmp_path: Path) -> None:
+    assert check_place(tmp_path / "a" / "b" / "file") == tmp_path / "a" / "b" / "file"
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/b/c' cannot be written: "):
+        check_place(tmp_path / "file" / "b" / "c")

@@ -35,7 +35,7 @@ PLACES = {
     "first step": "etpp_ssl.train.loop.log_row",
     "middle": "etpp_ssl.train.loop.log_row",
     "evaluation": "etpp_ssl.evaluation.knn.knn_sweep",
-    "checkpoint": "etpp_ssl.train.checkpoint.save_file",
+    "checkpoint": "etpp_ssl.train.checkpoint.save_tensors",
 }
 FAULTS = {
     "mistake": "raise UserError('mine is the fault')",

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from etpp_ssl.recipe import FinetuneRecipe
+
 _BOTH = """
 seed: 3
 output: unused
@@ -47,3 +53,17 @@ model:
 augment: {{ramp: true}}
 optim: {{base_lr: 5e-2, clip_grad: 1.0, ema: 0.9}}
 """
+
+
+def written(recipe: FinetuneRecipe) -> Path:
+    """The folder of a classifier's run with random weights, at step 5."""
+    import torch
+
+    from etpp_ssl.run_folder import RunFolder
+    from etpp_ssl.train.checkpoint import save_checkpoint
+
+    folder, model, source = RunFolder(recipe.output), recipe.build_model(10), recipe.open_split("train")
+    recipe.save(folder.recipe_file)
+    state = {"classes": source.classes, "data": source.fingerprint()}
+    save_checkpoint(folder, 5, model, torch.optim.SGD(model.parameters(), lr=0.1), state, keep=1)
+    return folder.path

@@ -26,7 +26,7 @@ from PIL import Image
 
 from etpp_ssl.data.formats.base import DecodedPicture, Picture
 from etpp_ssl.data.views import EvalView, Normalise
-from etpp_ssl.evaluation.features import extract_features, pooled_features
+from etpp_ssl.evaluation.features import EvaluationLoader, extract_features, pooled_features
 from etpp_ssl.evaluation.knn import knn_sweep, knn_vote
 from etpp_ssl.evaluation.linear_cached import LinearCachedConfig, train_heads
 from etpp_ssl.model.mae import ModelConfig
@@ -121,15 +121,12 @@ def compare_extraction(accelerator: Accelerator, precision: str, options: argpar
 
     def extraction() -> None:
         extract_features(
+            EvaluationLoader(accelerator=accelerator, view=view, normalise=normalise, num_workers=0),
             encoder,
             source,
             list(range(len(source))),
-            view=view,
-            normalise=normalise,
-            accelerator=accelerator,
             pool="avg",
             batch_size=options.batch,
-            num_workers=0,
             precision=precision,
         )
 

@@ -2,31 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from etpp_ssl.commands.trained import trained_model
 from etpp_ssl.config import UserError, show_size
+from etpp_ssl.data.sources.base import existing_folder
 from etpp_ssl.data.views import EvalView
 from etpp_ssl.dist.accelerator import open_accelerator
 from etpp_ssl.dist.peers import leave, with_peers
 from etpp_ssl.evaluation.features import (
     Embeddings,
+    EvaluationLoader,
     Features,
     Pool,
     extract_features,
-    make_room,
+    pool_of,
     run_precision,
     write_embeddings,
 )
-from etpp_ssl.randomness import freshly_initialised
-from etpp_ssl.recipe import Recipe
+from etpp_ssl.evaluation.measured_on import measured_on
+from etpp_ssl.files import check_place
+from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.weights.loading import load_init, load_trained
+
+
+def of_folder(overrides: Sequence[str], run: RunFolder | None) -> tuple[list[str], Path | None]:
+    """Overrides that take all images below a folder, where the first of them is a folder.
+
+    Args:
+        overrides: as on the command line.
+        run: where their features go.
+
+    Returns:
+        The overrides, and the file of the folder's features; None without a folder or a run.
+
+    Raises:
+        UserError: if the first is neither a folder nor an override.
+    """
+    if not overrides or "=" in overrides[0]:
+        return list(overrides), None
+    folder = existing_folder("the folder to embed", Path(overrides[0])).resolve()
+    data = ["data=folder", f"data.root={folder}", "data.split=.", "data.num_images=null"]
+    every = ["data.holdout=0", "data.label_share=null", "data.labels_per_class=null"]
+    key = hashlib.blake2b(str(folder).encode(errors="surrogateescape"), digest_size=4).hexdigest()
+    file = None if run is None else run.path / "embeddings" / f"{folder.name}-{key}.safetensors"
+    return [*data, *every, *overrides[1:]], file
 
 
 @with_peers()
 def embed(
-    recipe: Recipe,
+    recipe: Recipe | FinetuneRecipe,
     folder: RunFolder | None,
     out: Path | None,
     *,
@@ -40,7 +68,7 @@ def embed(
     The forward pass is in bf16 if that is the recipe's precision.
 
     Args:
-        recipe: the data and the model.
+        recipe: the data and the model, of any task; a classifier's features are what its head reads.
         folder: the run whose newest checkpoint is loaded; None loads the weights that `recipe.init` names.
         out: the file; None is `RUN/embeddings/<split>.safetensors`.
         split: "train" or "eval".
@@ -57,39 +85,27 @@ def embed(
     if out is None:
         if folder is None:
             raise UserError("a recipe has no folder for features: name the file, --out FILE.safetensors")
-        folder.recipe()
+        folder.any_recipe()
         out = folder.path / "embeddings" / f"{split}.safetensors"
-    # Before the work, not after it.
-    make_room(out)
+    check_place(out)
     accelerator = open_accelerator(recipe)
     source = recipe.open_split(split)
-    model = freshly_initialised(recipe.seed, recipe.build_model)
-    if folder is not None:
-        checkpoint = folder.trained(say)
-        load_trained(model, checkpoint)
-        weights = str(checkpoint.path)
-    elif recipe.init is not None:
-        load_init(model, recipe.init, say)
-        weights = recipe.init
-    else:
-        raise UserError("there are no weights to embed with: give a run, or init=WEIGHTS with the recipe")
-    model.to(accelerator.device)
-    features = extract_features(
-        model.encoder,
-        source,
-        list(range(len(source))),
+    trained = trained_model(recipe, folder, say)
+    encoder: Any = trained.model.to(accelerator.device).encoder
+    loader = EvaluationLoader(
+        accelerator=accelerator,
         view=EvalView(recipe.size, recipe.data.crop_pct),
         normalise=recipe.normaliser(accelerator.device),
-        accelerator=accelerator,
-        pool=pool,
-        batch_size=batch_size,
         num_workers=recipe.data.num_workers,
         stall_seconds=recipe.data.stall_seconds,
     )
+    images = range(len(source))
+    features = extract_features(loader, encoder, source, images, pool=pool, batch_size=batch_size)
     unreadable = len(source) - len(features.indices)
     if unreadable == len(source):
         raise UserError(f"none of the {unreadable} images of the {split} split can be read")
     if accelerator.is_main_process:
+        measured = measured_on(recipe, split, source, trained.trainings)
         if unreadable:
             say(f"left out: {unreadable} of {len(source)} images cannot be read")
         embeddings = Embeddings(
@@ -97,9 +113,9 @@ def embed(
             names=[source.name(index) for index in features.indices.tolist()],
             classes=source.classes,
             notes={
-                "split": split,
-                "weights": weights,
-                "pool": pool or model.encoder.global_pool,
+                **{key: str(value) for key, value in measured.items()},
+                "weights": trained.source,
+                "pool": pool or pool_of(encoder),
                 "precision": run_precision(accelerator),
                 "image_size": show_size(recipe.size),
                 "crop_pct": f"{recipe.data.crop_pct:g}",

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
-from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from etpp_ssl.commands.trained import trained_model
 from etpp_ssl.config import UserError
 from etpp_ssl.dist.accelerator import open_accelerator
 from etpp_ssl.dist.peers import leave, with_peers
 from etpp_ssl.evaluation.classification import ClassificationResult
-from etpp_ssl.randomness import freshly_initialised
+from etpp_ssl.evaluation.measured_on import measured_on
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.tasks.classify import open_evaluation
-from etpp_ssl.weights.loading import load_trained
+
+BESIDE_THE_RESULT: dict[str, Any] = {
+    "output": True,
+    "evaluate": {"split", "every_steps", "batch_size"},
+    "data": {"num_images", "num_workers", "prefetch", "stall_seconds", "description"},
+}
+"""Keys that may be overridden without making another evaluation of it."""
 
 
 class Evaluated(NamedTuple):
@@ -24,6 +33,29 @@ class Evaluated(NamedTuple):
     classes: list[str]
     protocol: dict[str, Any]
     """Checkpoint, weights, split and size that the numbers are of."""
+    data: dict[str, Any]
+    """The images; see `etpp_ssl.evaluation.measured_on`."""
+
+
+def place_of(recipe: FinetuneRecipe, folder: RunFolder) -> Path:
+    """Where a run keeps an evaluation, in a folder for each split and data set.
+
+    It is called by the split, and where the recipe says something else than the run's own, by that, too.
+
+    Args:
+        recipe: the run's own, with overrides.
+        folder: the run.
+
+    Raises:
+        UserError: if no split is chosen, or there is no run.
+    """
+    if recipe.evaluate.split is None:
+        raise UserError("evaluate.split is null; choose a split, for instance evaluate.split=eval")
+    name = "train" if recipe.evaluate.split == "train" else "eval"
+    own, here = (r.model_dump(mode="json", exclude=BESIDE_THE_RESULT) for r in (folder.any_recipe(), recipe))
+    if own != here:
+        name += f"-{hashlib.blake2b(json.dumps(here).encode(), digest_size=4).hexdigest()}"
+    return folder.evaluation_folder / name
 
 
 @with_peers()
@@ -41,26 +73,22 @@ def evaluate_run(recipe: FinetuneRecipe, folder: RunFolder, say: Callable[[str],
     """
     if recipe.evaluate.split is None:
         raise UserError("evaluate.split is null; choose a split, for instance evaluate.split=eval")
-    checkpoint = folder.trained(say)
-    classes = checkpoint.classes()
-    if not classes:
-        raise UserError(f"checkpoint {checkpoint.path} is not of a classifier: it has no classes")
     accelerator = open_accelerator(recipe)
-    num_classes = recipe.num_classes(classes)
-    model = freshly_initialised(recipe.seed, partial(recipe.build_model, num_classes))
-    load_trained(model, checkpoint)
-    model.to(accelerator.device)
+    trained = trained_model(recipe, folder, say)
+    classes = trained.classes
+    if not classes:
+        raise UserError(f"checkpoint {trained.source} is not of a classifier: it has no classes")
     normalise = recipe.normaliser(accelerator.device)
-    evaluation = open_evaluation(recipe, accelerator, normalise, classes, num_classes)
+    evaluation = open_evaluation(recipe, accelerator, normalise, classes, recipe.num_classes(classes))
     assert evaluation is not None
     protocol = {
-        "step": checkpoint.step,
-        "weights": "moving average" if checkpoint.has_average else "trained",
+        **trained.weights,
         "split": recipe.evaluate.split,
         "image_size": list(recipe.size),
         "crop_pct": recipe.data.crop_pct,
         "precision": recipe.precision,
     }
-    result = evaluation.run(model)
+    result = evaluation.run(trained.model.to(accelerator.device))
+    data = measured_on(recipe, recipe.evaluate.split, evaluation.source, trained.trainings)
     leave(accelerator)
-    return Evaluated(result, classes, protocol)
+    return Evaluated(result, classes, protocol, data)

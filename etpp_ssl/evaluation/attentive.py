@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -34,13 +34,9 @@ from etpp_ssl.evaluation.training import (
     frozen,
     training_batches,
 )
-from etpp_ssl.model.encoders import attention_heads
-from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.optim.groups import weight_decay_groups
 
 if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
-
     from etpp_ssl.evaluation.attentive_head import AttentiveHead
 
 
@@ -93,14 +89,16 @@ class AttentiveProbe:
         self.config = config
         self.context = context
         self.images = LabelledImages.open(context, config.name).drawn(config, context.seed)
+        self.evaluation = self.images.evaluation
 
-    def run(self, model: MaskedAutoencoder) -> dict[str, float]:
+    def run(self, model: nn.Module) -> dict[str, float]:
         """Train a head from scratch and evaluate it."""
         from etpp_ssl.evaluation.attentive_head import AttentiveHead
 
-        config, context, encoder = self.config, self.context, model.encoder
-        width = encoder.num_features
-        num_heads = config.num_heads or attention_heads(encoder)
+        config, context = self.config, self.context
+        encoder: Any = model.encoder
+        width = int(encoder.num_features)
+        num_heads = config.num_heads or heads_of(encoder)
         if width % num_heads:
             raise UserError(f"probe.num_heads is {num_heads}: use a divisor of the encoder's width {width}")
         # timm's layers draw from the global generator before the keyed weights replace theirs.
@@ -143,7 +141,7 @@ class AttentiveProbe:
         for gradient, summed in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(summed.view_as(gradient))
 
-    def _computed(self, encoder: VisionTransformer, plan: EpochSteps) -> Iterator[_Part]:
+    def _computed(self, encoder: nn.Module, plan: EpochSteps) -> Iterator[_Part]:
         """Augmented views, through the encoder anew in every epoch."""
         context, config = self.context, self.config
         view = ProbeView(context.view.image_size, config.crop_scale, config.flip, context.seed)
@@ -159,7 +157,7 @@ class AttentiveProbe:
             yield _Part(step, *cache.take([order.index(position) for position in plan(step).samples]))
 
     @torch.no_grad()
-    def _evaluate(self, encoder: VisionTransformer, head: AttentiveHead) -> dict[str, float]:
+    def _evaluate(self, encoder: nn.Module, head: AttentiveHead) -> dict[str, float]:
         context = self.context
         right = [torch.empty(0, dtype=torch.bool, device=context.accelerator.device)]
         for tokens, labels in evaluated(
@@ -175,10 +173,19 @@ class AttentiveProbe:
         return {"attentive_top1": 100.0 * answers.double().mean().item()}
 
 
-def patch_tokens(encoder: VisionTransformer, images: Tensor) -> Tensor:
-    """What `forward_features` gives, without the prefix tokens: (B, C, H, W) to (B, N, D)."""
+def patch_tokens(encoder: Any, images: Tensor) -> Tensor:
+    """What a timm network's `forward_features` gives, without prefix tokens: (B, C, H, W) to (B, N, D)."""
     tokens: Tensor = encoder.forward_features(images)
-    return tokens[:, encoder.num_prefix_tokens :]
+    if tokens.ndim == 4:
+        channels_last = getattr(encoder, "output_fmt", "NCHW") == "NHWC"
+        return tokens.flatten(1, 2) if channels_last else tokens.flatten(2).mT
+    return tokens[:, getattr(encoder, "num_prefix_tokens", 0) :]
+
+
+def heads_of(encoder: Any) -> int:
+    """Heads of an encoder's last attention layer; of one without any, one for each 64 features."""
+    found = [int(m.num_heads) for m in encoder.modules() if hasattr(m, "num_heads")]
+    return found[-1] if found else max(1, encoder.num_features // 64)
 
 
 class TokenCache:
@@ -195,7 +202,7 @@ class TokenCache:
     """
 
     def __init__(
-        self, context: ProbeContext, encoder: VisionTransformer, source: ImageSource, micro_batch_size: int
+        self, context: ProbeContext, encoder: Any, source: ImageSource, micro_batch_size: int
     ) -> None:
         accelerator = context.accelerator
         device = accelerator.device

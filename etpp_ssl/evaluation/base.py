@@ -11,24 +11,22 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol, cast
 
 import torch
 from pydantic import AfterValidator, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from etpp_ssl.config import Config, UserError, may_change
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import Subset, keyed_indices, with_classes
-from etpp_ssl.data.views import EvalView, Normalise
-from etpp_ssl.evaluation.features import Features, Pool, Precision, extract_features
-from etpp_ssl.model.mae import MaskedAutoencoder
+from etpp_ssl.evaluation.features import EvaluationLoader, Features, Pool, Precision, extract_features
 from etpp_ssl.model.masking import Masker
 from etpp_ssl.randomness import keyed_words
 from etpp_ssl.targets.base import Objective
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    pass
 
 
 class ProbeStopped(Exception):
@@ -48,21 +46,16 @@ def _silent(text: str) -> None:
     """Drop a message."""
 
 
-@dataclass(frozen=True)
-class ProbeContext:
+@dataclass(frozen=True, kw_only=True)
+class ProbeContext(EvaluationLoader):
     """A run, as a probe sees it."""
 
-    accelerator: Accelerator
     open_split: Callable[[str], ImageSource]
     """From "train" or "eval" to its images."""
-    view: EvalView
-    normalise: Normalise
-    objective: Objective
-    masker: Masker
+    objective: Objective | None
+    """What a masked autoencoder predicts; None of a classifier."""
+    masker: Masker | None
     seed: int
-    num_workers: int
-    stall_seconds: float | None = None
-    """How long to wait for a batch; see `etpp_ssl.data.loader.load_batches`."""
     folder: Path | None = None
     """Where a long probe keeps its state, so that an interrupted one can be resumed; None keeps none."""
     stop_signal: Callable[[], AbstractContextManager[Callable[[], int]]] = _never
@@ -76,8 +69,15 @@ class ProbeContext:
 class Probe(Protocol):
     """Built once; each run yields named numbers about the model as it stands."""
 
-    def run(self, model: MaskedAutoencoder) -> dict[str, float]:
+    @property
+    def evaluation(self) -> ImageSource:
+        """The images that the numbers are of."""
+
+    def run(self, model: nn.Module) -> dict[str, float]:
         """Evaluate; the model's mode and weights are as before afterwards.
+
+        Args:
+            model: a masked autoencoder or a classifier; its `encoder` is a timm network.
 
         Raises:
             ProbeStopped: by a long probe, if `ProbeContext.stop_signal` gave a signal.
@@ -172,7 +172,7 @@ class LabelledImages:
         )
 
     def features(
-        self, model: MaskedAutoencoder, config: FeatureConfig, context: ProbeContext, batch_size: int
+        self, model: nn.Module, config: FeatureConfig, context: ProbeContext, batch_size: int
     ) -> tuple[Features, Features]:
         """Features of the training and of the evaluation images that a probe's settings draw.
 
@@ -186,16 +186,12 @@ class LabelledImages:
         ):
             indices = drawn_indices(source, split, count, context.seed)
             features = extract_features(
-                model.encoder,
+                context,
+                cast("nn.Module", model.encoder),
                 source,
                 indices,
-                view=context.view,
-                normalise=context.normalise,
-                accelerator=context.accelerator,
                 pool=config.pool,
                 batch_size=batch_size,
-                num_workers=context.num_workers,
-                stall_seconds=context.stall_seconds,
                 precision=config.precision,
             )
             if not len(features.labels):

@@ -6,7 +6,6 @@ Legend: B batch, n images, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +14,7 @@ from torch.nn import functional as F
 from etpp_ssl.config import Config, UserError, may_change
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import check_label
-from etpp_ssl.data.views import EvalView, Normalise
-from etpp_ssl.evaluation.features import evaluating, evaluation_batches, gather_rows, readable_rows
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from etpp_ssl.evaluation.features import EvaluationLoader, evaluating, gather_rows, readable_rows
 
 TOP_K = 5
 
@@ -78,20 +73,14 @@ class ClassificationResult:
         }
 
 
-@dataclass(frozen=True)
-class ClassifierEvaluation:
+@dataclass(frozen=True, kw_only=True)
+class ClassifierEvaluation(EvaluationLoader):
     """Built once; each run evaluates the model as it stands."""
 
     source: ImageSource
-    view: EvalView
-    normalise: Normalise
-    accelerator: Accelerator
-    num_workers: int
     num_classes: int
     """K, of the model; the data may have fewer."""
     config: EvaluateConfig
-    stall_seconds: float | None = None
-    """How long to wait for a batch; see `etpp_ssl.data.loader.load_batches`."""
 
     @torch.inference_mode()
     def run(self, model: nn.Module) -> ClassificationResult:
@@ -110,15 +99,7 @@ class ClassifierEvaluation:
         # Accelerate replaces the forward of the instance that it prepared; this is any model's own.
         forward = type(model).forward
         with evaluating(model), self.accelerator.autocast():
-            for batch in evaluation_batches(
-                self.source,
-                list(range(len(self.source))),
-                self.view,
-                self.accelerator,
-                batch_size=self.config.batch_size,
-                num_workers=self.num_workers,
-                stall_seconds=self.stall_seconds,
-            ):
+            for batch in self.batches(self.source, range(len(self.source)), self.config.batch_size):
                 readable = readable_rows(batch)
                 unreadable += len(batch.images) - len(readable)
                 for row in readable.tolist():

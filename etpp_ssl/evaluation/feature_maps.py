@@ -17,8 +17,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from etpp_ssl.config import UserError, as_pair, show_size
-from etpp_ssl.evaluation.features import Pool
-from etpp_ssl.messages import shown
 from etpp_ssl.model.encoders import encode_visible, fixed_positions_at, num_prefix_positions
 from etpp_ssl.model.patches import grid_of
 from etpp_ssl.model.pos_embed import sincos_table
@@ -59,22 +57,6 @@ def check_whole(size: tuple[int, int], patch: tuple[int, int]) -> None:
         )
 
 
-def check_pool(net: Any, pool: Pool | None) -> None:
-    """Check that a network has a pooling.
-
-    Raises:
-        UserError: if it does not.
-    """
-    if pool is None:
-        return
-    if pool not in ("token", "avg"):
-        raise UserError(f"pool is {shown(pool)}; valid are 'token', 'avg' and None")
-    if not isinstance(net, VisionTransformer):
-        raise UserError(f"pool is {pool}, but a {type(net).__name__} has its own pooling; use None")
-    if pool == "token" and not net.has_class_token:
-        raise UserError("pool is token, but the encoder has no cls token; use avg")
-
-
 def tokens_of(net: Any, images: Tensor, own_size: tuple[int, int]) -> Tensor:
     """A network's features in front of its pooling.
 
@@ -110,24 +92,6 @@ def tokens_of(net: Any, images: Tensor, own_size: tuple[int, int]) -> Tensor:
         raise UserError(
             f"a {kind} for {show_size(own_size)} px does not run at {show_size(size)} px: {reason}"
         ) from error
-
-
-def pooled(net: Any, tokens: Tensor, pool: Pool | None) -> Tensor:
-    """One vector per image: what a head would read, or another pooling.
-
-    Args:
-        net: a timm network in eval mode.
-        tokens: from `tokens_of`.
-        pool: None is the network's own; see `check_pool`.
-
-    Returns:
-        (B, D).
-    """
-    if pool is None or pool == net.global_pool:
-        features: Tensor = net.forward_head(tokens, pre_logits=True)
-        return features
-    other: Tensor = net.pool(tokens, pool_type=pool)
-    return other
 
 
 def map_of(net: Any, tokens: Tensor, size: tuple[int, int]) -> Tensor:

@@ -21,17 +21,15 @@ Legend: B batch, D width, n images.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError
@@ -39,11 +37,11 @@ from etpp_ssl.data.loader import Batch, BatchBuilder, evaluation_requests, load_
 from etpp_ssl.data.sampler import KeyedOrder, process_part
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.views import EvalView, Normalise
-from etpp_ssl.files import replaced_file
+from etpp_ssl.files import replaced_file, save_tensors
+from etpp_ssl.messages import shown
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from timm.models.vision_transformer import VisionTransformer
 
 Pool = Literal["token", "avg"]
 Precision = Literal["fp32", "bf16"]
@@ -69,42 +67,115 @@ class Features(NamedTuple):
         return Features(self.features[rows], self.labels[rows], self.indices[rows])
 
 
-def pooled_features(encoder: VisionTransformer, images: Tensor, pool: Pool | None = None) -> Tensor:
-    """One vector per image.
+def num_features(net: Any) -> int:
+    """D, the width of what a timm network's head reads."""
+    # That of networks with a hidden layer in front of their head; others do not always have it.
+    return int(getattr(net, "head_hidden_size", None) or net.num_features)
+
+
+def pool_of(net: Any) -> str:
+    """The name of a timm network's own pooling."""
+    pool = getattr(net, "global_pool", "avg")
+    return pool if isinstance(pool, str) else str(getattr(pool, "pool_type", "avg"))
+
+
+def check_pool(net: Any, pool: Pool | None) -> None:
+    """Check that a network has a pooling.
+
+    Raises:
+        UserError: if it does not.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    if pool is None:
+        return
+    if pool not in ("token", "avg"):
+        raise UserError(f"pool is {shown(pool)}; valid are 'token', 'avg' and None")
+    if not isinstance(net, VisionTransformer):
+        raise UserError(f"pool is {pool}, but a {type(net).__name__} has its own pooling; use None")
+    if pool == "token" and not net.has_class_token:
+        raise UserError("pool is token, but the encoder has no cls token; use avg")
+
+
+def pooled(net: Any, tokens: Tensor, pool: Pool | None) -> Tensor:
+    """One vector per image: what a head would read, or another pooling.
 
     Args:
-        encoder: in eval mode.
+        net: a timm network in eval mode.
+        tokens: what its `forward_features` gives.
+        pool: None is the network's own; see `check_pool`.
+
+    Returns:
+        (B, D).
+    """
+    if pool is None or pool == net.global_pool:
+        features: Tensor = net.forward_head(tokens, pre_logits=True)
+        return features
+    other: Tensor = net.pool(tokens, pool_type=pool)
+    return other
+
+
+def pooled_features(net: Any, images: Tensor, pool: Pool | None = None) -> Tensor:
+    """One vector per image, by the network's own, unmodified forward.
+
+    Args:
+        net: a timm network in eval mode.
         images: normalised float32 (B, C, H, W) at full resolution, unmasked.
-        pool: cls token, mean of the patch tokens, or None for the encoder's own.
+        pool: cls token, mean of the patch tokens, or None for the network's own.
 
     Returns:
         float32 (B, D).
 
     Raises:
-        UserError: for "token" where the encoder has no cls token.
+        UserError: for a pooling that the network does not have.
     """
-    if pool is None or pool == encoder.global_pool:
-        features: Tensor = encoder(images)
-        return features
-    if pool == "token" and not encoder.has_class_token:
-        raise UserError("pool is token, but the encoder has no cls token; use avg")
-    pooled: Tensor = encoder.pool(encoder.forward_features(images), pool_type=pool)
-    return pooled
+    check_pool(net, pool)
+    return pooled(net, net.forward_features(images), pool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationLoader:
+    """Loads images in the evaluation view, on the device of each process."""
+
+    accelerator: Accelerator
+    """The device and the processes."""
+    view: EvalView
+    """How they are cropped and resized."""
+    normalise: Normalise
+    """From uint8 to the network's input."""
+    num_workers: int
+    """Data worker processes."""
+    stall_seconds: float | None = None
+    """How long to wait for a batch; see `etpp_ssl.data.loader.load_batches`."""
+
+    def batches(self, source: ImageSource, indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
+        """This process's part of `indices`, in order."""
+        accelerator = self.accelerator
+        part = process_part(range(len(indices)), accelerator.process_index, accelerator.num_processes)
+        wanted = [indices[i] for i in part]
+        requests = evaluation_requests(wanted, size=self.view.image_size, batch_size=batch_size)
+        loader = load_batches(
+            BatchBuilder(source, self.view, KeyedOrder(len(source), 0)),
+            requests,
+            # Small evaluations are done before worker processes have started.
+            num_workers=self.num_workers if len(part) > 4 * batch_size else 0,
+            prefetch=2,
+            pin_memory=accelerator.device.type == "cuda",
+            stall_seconds=self.stall_seconds,
+        )
+        for batch in loader:
+            yield batch.to(accelerator.device)
 
 
 @torch.inference_mode()
 def extract_features(
-    encoder: VisionTransformer,
+    loader: EvaluationLoader,
+    encoder: nn.Module,
     source: ImageSource,
-    indices: list[int],
+    indices: Sequence[int],
     *,
-    view: EvalView,
-    normalise: Normalise,
-    accelerator: Accelerator,
     pool: Pool | None,
     batch_size: int,
-    num_workers: int,
-    stall_seconds: float | None = None,
     precision: Precision | None = None,
 ) -> Features:
     """Features and labels of some images, each exactly once for any number of processes.
@@ -112,39 +183,28 @@ def extract_features(
     Unreadable images are left out.
 
     Args:
-        encoder: in any mode, which it keeps.
+        loader: reads them.
+        encoder: a timm network in any mode, which it keeps.
         source: the images.
         indices: which of them.
-        view: how they are cropped and resized.
-        normalise: from uint8 to the encoder's input.
-        accelerator: the device and the processes.
         pool: see `pooled_features`.
         batch_size: images that are loaded together.
-        num_workers: data worker processes.
-        stall_seconds: how long to wait for a batch; see `load_batches`.
         precision: of the forward pass; None is `run_precision`.
 
     Returns:
         On the accelerator's device, in the order of `indices`.
     """
+    accelerator = loader.accelerator
     device = accelerator.device
     most = images_per_pass(batch_size, device)
-    features = [torch.empty(0, encoder.num_features, device=device)]
+    features = [torch.empty(0, num_features(encoder), device=device)]
     labels = [torch.empty(0, dtype=torch.int64, device=device)]
     positions = [torch.empty(0, dtype=torch.int64, device=device)]
     with forward_pass(encoder, device, precision or run_precision(accelerator)):
-        for batch in evaluation_batches(
-            source,
-            indices,
-            view,
-            accelerator,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            stall_seconds=stall_seconds,
-        ):
+        for batch in loader.batches(source, indices, batch_size):
             readable = readable_rows(batch)
             for rows in readable.split(most):
-                images = normalise(batch.images[rows])
+                images = loader.normalise(batch.images[rows])
                 features.append(pooled_features(encoder, images, pool).float())
             labels.append(batch.labels[readable])
             positions.append(batch.sample_ids[readable])
@@ -179,33 +239,6 @@ def run_precision(accelerator: Accelerator) -> Precision:
     for training under a loss scale, not for every trained encoder's activations.
     """
     return "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
-
-
-def evaluation_batches(
-    source: ImageSource,
-    indices: list[int],
-    view: EvalView,
-    accelerator: Accelerator,
-    *,
-    batch_size: int,
-    num_workers: int,
-    stall_seconds: float | None = None,
-) -> Iterator[Batch]:
-    """This process's part of `indices`, in order, on the accelerator's device."""
-    part = process_part(range(len(indices)), accelerator.process_index, accelerator.num_processes)
-    requests = evaluation_requests([indices[i] for i in part], size=view.image_size, batch_size=batch_size)
-    # Small evaluations are done before worker processes have started.
-    workers = num_workers if len(part) > 4 * batch_size else 0
-    loader = load_batches(
-        BatchBuilder(source, view, KeyedOrder(len(source), 0)),
-        requests,
-        num_workers=workers,
-        prefetch=2,
-        pin_memory=accelerator.device.type == "cuda",
-        stall_seconds=stall_seconds,
-    )
-    for batch in loader:
-        yield batch.to(accelerator.device)
 
 
 def readable_rows(batch: Batch) -> Tensor:
@@ -255,22 +288,8 @@ class Embeddings:
     """How the features were made."""
 
 
-def make_room(file: Path) -> None:
-    """Create the folder of a file that is about to be written.
-
-    Raises:
-        UserError: if that fails, or the file is a folder.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{str(file)!r} cannot be written: {error.strerror or error}") from error
-    if os.path.isdir(file):
-        raise UserError(f"{str(file)!r} is a folder; give the name of a file in it")
-
-
 def write_embeddings(file: Path, embeddings: Embeddings) -> None:
-    """Write a file, whole or not at all; its folder is there, see `make_room`.
+    """Write a file, whole or not at all.
 
     Raises:
         UserError: if it cannot be written.
@@ -284,7 +303,7 @@ def write_embeddings(file: Path, embeddings: Embeddings) -> None:
     }
     metadata = {"format": "pt", **embeddings.notes, "classes": json.dumps(embeddings.classes)}
     with replaced_file(file) as aside:
-        save_file(tensors, aside, metadata=metadata)
+        save_tensors(tensors, aside, metadata)
 
 
 def read_embeddings(file: str | Path) -> Embeddings:

@@ -14,12 +14,11 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from etpp_ssl.evaluation.base import FeatureConfig, LabelledImages, ProbeContext, split_holdout
 from etpp_ssl.evaluation.features import Features
-from etpp_ssl.model.mae import MaskedAutoencoder
 
 TEMPERATURE = 0.07
 """DINO's."""
@@ -71,9 +70,10 @@ class KnnProbe:
         self.config = config
         self.context = context
         self.images = LabelledImages.open(context, config.name)
+        self.evaluation = self.images.drawn(config, context.seed).evaluation
 
     @torch.inference_mode()
-    def run(self, model: MaskedAutoencoder) -> dict[str, float]:
+    def run(self, model: nn.Module) -> dict[str, float]:
         """Accuracy of the vote on the evaluation images."""
         config = self.config
         train, evaluation = self.images.features(model, config, self.context, config.batch_size)

@@ -17,7 +17,7 @@ from collections.abc import Generator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -28,7 +28,7 @@ from etpp_ssl.config import UserError, may_change, may_change_on_resume
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.views import ProbeView
 from etpp_ssl.evaluation.base import LabelledImages, ProbeContext, ProbeStopped
-from etpp_ssl.evaluation.features import Pool, evaluating, gather_rows, pooled_features
+from etpp_ssl.evaluation.features import Pool, evaluating, gather_rows, num_features, pooled_features
 from etpp_ssl.evaluation.training import (
     EpochSteps,
     HeadConfig,
@@ -39,12 +39,8 @@ from etpp_ssl.evaluation.training import (
     state_key,
     training_batches,
 )
-from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.optim.optimizers import Lars
 from etpp_ssl.randomness import keyed_torch
-
-if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
 
 
 class LinearConfig(HeadConfig):
@@ -111,27 +107,29 @@ class LinearProbe:
         self.config = config
         self.context = context
         self.images = LabelledImages.open(context, config.name).drawn(config, context.seed)
+        self.evaluation = self.images.evaluation
         self.plan = epoch_steps(context, len(self.images.train), config.batch_size, config.epochs)
         self.schedule = config.schedule(self.plan.batch_size)
 
-    def run(self, model: MaskedAutoencoder) -> dict[str, float]:
+    def run(self, model: nn.Module) -> dict[str, float]:
         """Train a head from scratch, or resume an interrupted probe of the same encoder."""
         device = self.context.accelerator.device
+        encoder: Any = model.encoder
         with evaluating(model):
-            head = LinearHead(model.encoder.num_features, self.images.num_classes, self.context.seed)
+            head = LinearHead(num_features(encoder), self.images.num_classes, self.context.seed)
             head.to(device)
             optimizer = Lars(
                 head.parameters(), momentum=self.config.momentum, weight_decay=self.config.weight_decay
             )
-            state = ProbeState(self._state_file(model.encoder), head, optimizer)
-            self._train(model.encoder, head, state)
-            numbers = self._evaluate(model.encoder, head.eval())
+            state = ProbeState(self._state_file(encoder), head, optimizer)
+            self._train(encoder, head, state)
+            numbers = self._evaluate(encoder, head.eval())
         self.context.accelerator.wait_for_everyone()
         if self.context.accelerator.is_main_process:
             state.remove()
         return numbers
 
-    def _train(self, encoder: VisionTransformer, head: LinearHead, state: ProbeState) -> None:
+    def _train(self, encoder: nn.Module, head: LinearHead, state: ProbeState) -> None:
         optimizer, plan = state.optimizer, self.plan
         steps = range(state.load(), plan.num_steps)
         report = _Report(self.context, plan, steps.start)
@@ -153,14 +151,17 @@ class LinearProbe:
                 due = time.monotonic() - saved >= 60 * self.config.save_minutes
                 # All processes hold the same state.
                 if (signum or due) and self.context.accelerator.is_main_process:
-                    state.save(step + 1)
+                    try:
+                        state.save(step + 1)
+                    except UserError as error:
+                        if signum:
+                            raise
+                        self.context.say(f"warning: {error}; the probe continues")
                     saved = time.monotonic()
                 if signum and state.file is not None:
                     raise ProbeStopped(signum, step + 1)
 
-    def _features(
-        self, encoder: VisionTransformer, steps: range
-    ) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def _features(self, encoder: nn.Module, steps: range) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Features float32 (B, D) and labels (B,) of each step's global batch, on every process.
 
         They are small, so every process takes the whole step: gradients need no exchange, and one process
@@ -185,7 +186,7 @@ class LinearProbe:
                 features, labels = [], []
 
     @torch.no_grad()
-    def _evaluate(self, encoder: VisionTransformer, head: nn.Module) -> dict[str, float]:
+    def _evaluate(self, encoder: nn.Module, head: nn.Module) -> dict[str, float]:
         context = self.context
         forward = partial(pooled_features, encoder, pool=self.config.pool)
         # Losses, and ranks of the true class: 0 where it is the first.
@@ -207,7 +208,7 @@ class LinearProbe:
             numbers["linear_top5"] = 100.0 * (rank < 5).double().mean().item()
         return {**numbers, "linear_loss": loss.double().mean().item()}
 
-    def _state_file(self, encoder: VisionTransformer) -> Path | None:
+    def _state_file(self, encoder: nn.Module) -> Path | None:
         context, config = self.context, self.config
         if context.folder is None:
             return None

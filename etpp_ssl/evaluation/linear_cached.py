@@ -22,13 +22,12 @@ from typing import Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from etpp_ssl.config import may_change
 from etpp_ssl.evaluation.base import FeatureConfig, LabelledImages, ProbeContext, split_holdout
 from etpp_ssl.evaluation.features import Features
 from etpp_ssl.evaluation.knn import TEMPERATURE, knn_accuracies
-from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.randomness import keyed_torch
 
 CHUNK_VALUES = 1 << 24
@@ -89,9 +88,10 @@ class LinearCachedProbe:
         self.config = config
         self.context = context
         self.images = LabelledImages.open(context, config.name)
+        self.evaluation = self.images.drawn(config, context.seed).evaluation
 
     @torch.inference_mode()
-    def run(self, model: MaskedAutoencoder) -> dict[str, float]:
+    def run(self, model: nn.Module) -> dict[str, float]:
         """Train and evaluate; every process does the same on the features of all."""
         config = self.config
         train, evaluation = self.images.features(model, config, self.context, config.extract_batch_size)

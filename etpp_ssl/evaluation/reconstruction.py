@@ -11,10 +11,12 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 
-from etpp_ssl.data.sources.splits import keyed_indices
+from etpp_ssl.config import UserError
+from etpp_ssl.data.sources.splits import Subset, keyed_indices
 from etpp_ssl.evaluation.base import ProbeConfig, ProbeContext
-from etpp_ssl.evaluation.features import evaluating, evaluation_batches, readable_rows
+from etpp_ssl.evaluation.features import evaluating, readable_rows
 from etpp_ssl.model.mae import MaskedAutoencoder
 
 
@@ -45,36 +47,33 @@ class ReconstructionProbe:
     def __init__(self, config: ReconstructionConfig, context: ProbeContext) -> None:
         self.config = config
         self.context = context
-        self.evaluation = context.open_split("eval")
-        count = config.num_eval or len(self.evaluation)
-        self.indices = keyed_indices(len(self.evaluation), count, context.seed, "heldout")
+        if context.objective is None or context.masker is None:
+            raise UserError("probe=reconstruction needs a decoder, which a classifier has not; use probe=knn")
+        self.objective, self.masker = context.objective, context.masker
+        self.source = context.open_split("eval")
+        count = config.num_eval or len(self.source)
+        self.indices = keyed_indices(len(self.source), count, context.seed, "heldout")
+        self.evaluation = Subset(self.source, self.indices)
 
     @torch.no_grad()
-    def run(self, model: MaskedAutoencoder) -> dict[str, float]:
+    def run(self, model: nn.Module) -> dict[str, float]:
         """Mean losses over the evaluation images, in float32."""
         from accelerate.utils import gather_object
 
+        assert isinstance(model, MaskedAutoencoder)
         context = self.context
         sums: dict[str, float] = {}
         count = 0
         with evaluating(model):
-            for batch in evaluation_batches(
-                self.evaluation,
-                self.indices,
-                context.view,
-                context.accelerator,
-                batch_size=self.config.batch_size,
-                num_workers=context.num_workers,
-                stall_seconds=context.stall_seconds,
-            ):
+            for batch in context.batches(self.source, self.indices, self.config.batch_size):
                 rows = readable_rows(batch)
                 if not len(rows):
                     continue
                 images = context.normalise(batch.images[rows])
-                mask = context.masker.everything(batch.sample_ids[rows], context.view.image_size)
+                mask = self.masker.everything(batch.sample_ids[rows], context.view.image_size)
                 # The class's own forward: accelerate wraps the instance's in autocast.
                 values, ids_predicted = MaskedAutoencoder.forward(model, images, *mask)
-                for name, loss in context.objective.losses(values, ids_predicted, images).items():
+                for name, loss in self.objective.losses(values, ids_predicted, images).items():
                     sums[name] = sums.get(name, 0.0) + loss.item() * len(rows)
                 count += len(rows)
         shares = gather_object([(sums, count)])

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError, may_change
@@ -21,8 +20,8 @@ from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.views import View
 from etpp_ssl.evaluation.base import LabelledConfig, ProbeContext
-from etpp_ssl.evaluation.features import evaluation_batches, readable_rows
-from etpp_ssl.files import replaced_file
+from etpp_ssl.evaluation.features import readable_rows
+from etpp_ssl.files import replaced_file, save_tensors
 from etpp_ssl.optim.optimizers import Schedule
 
 
@@ -167,15 +166,7 @@ def evaluated(
 
     Each image comes once, in the evaluation view; unreadable ones are left out.
     """
-    for batch in evaluation_batches(
-        source,
-        list(range(len(source))),
-        context.view,
-        context.accelerator,
-        batch_size=batch_size,
-        num_workers=context.num_workers,
-        stall_seconds=context.stall_seconds,
-    ):
+    for batch in context.batches(source, range(len(source)), batch_size):
         rows = readable_rows(batch)
         if len(rows):
             yield frozen(context, forward, batch.images[rows]), batch.labels[rows]
@@ -242,7 +233,7 @@ class ProbeState:
         """
         if self.file is not None:
             with replaced_file(self.file) as aside:
-                save_file(self._tensors(), aside, metadata={"step": str(step)})
+                save_tensors(self._tensors(), aside, {"step": str(step)})
 
     def remove(self) -> None:
         """Remove the file, once the probe is done."""

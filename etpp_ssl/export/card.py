@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -11,8 +11,9 @@ from jinja2 import StrictUndefined, Template
 
 from etpp_ssl import __version__
 from etpp_ssl.config import show_size
+from etpp_ssl.evaluation.measured_on import in_words, training_mark
 from etpp_ssl.recipe import FinetuneRecipe
-from etpp_ssl.run_folder import EVALUATION_FILE, Checkpoint, RunFolder
+from etpp_ssl.run_folder import Checkpoint, RunFolder
 
 CARD = """---
 library_name: {{ library }}
@@ -164,26 +165,45 @@ def final_norm(reads_blocks: bool, init: str | None) -> str:
 
 
 def accuracy(run: RunFolder, step: int) -> str:
-    """What was measured at a step, as Markdown: by `etpp evaluate`, or else at the end of training."""
-    numbers, protocol = _evaluated(run, step)
-    if not numbers:
-        return "Nothing was measured with these weights; `etpp evaluate RUN` does it."
-    lines = [
-        f"| {label} | {numbers[key]:.6g} |" for key, label in LABELS.items() if numbers.get(key) is not None
-    ]
-    how = ", ".join(f"{key} {value}" for key, value in protocol.items())
-    table = "\n".join(["| | |", "|---|---|", *lines])
-    return f"{table}\n\nMeasured at {how}."
+    """What was measured at a step, as Markdown: by `etpp evaluate`, or else at the end of training.
+
+    Numbers on images that the weights were trained on are not results, and are left out.
+    """
+    parts = []
+    for numbers, how in _evaluated(run, step):
+        lines = [
+            f"| {label} | {numbers[key]:.6g} |"
+            for key, label in LABELS.items()
+            if numbers.get(key) is not None
+        ]
+        parts.append("\n".join(["| | |", "|---|---|", *lines, "", f"Measured at {how}."]))
+    if parts:
+        return "\n\n".join(parts)
+    return (
+        "Nothing was measured with these weights on images that they were not trained on; "
+        "`etpp evaluate RUN` does it."
+    )
 
 
-def _evaluated(run: RunFolder, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Numbers and protocol, both empty where there are none of this step."""
-    file = run.evaluation_folder / EVALUATION_FILE
-    if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found["protocol"].get("step") == step:
-            return found["numbers"], found["protocol"]
-    for row in reversed(run.metrics()):
-        if row.get("step") == step and "top1" in row:
-            return row, {"step": step}
-    return {}, {}
+def _evaluated(run: RunFolder, step: int) -> Iterator[tuple[dict[str, Any], str]]:
+    """Numbers, and how they were measured, in words."""
+    found = False
+    for evaluation in run.evaluations():
+        protocol, data = evaluation["protocol"], evaluation.get("data")
+        if protocol.get("step") != step or _of_training(protocol.get("split"), data):
+            continue
+        found = True
+        settings = {key: value for key, value in protocol.items() if key != "split" or data is None}
+        how = ", ".join(f"{key} {value}" for key, value in settings.items())
+        yield evaluation["numbers"], how + (f", on {in_words(data, whole_path=False)}" if data else "")
+    rows = [row for row in run.metrics() if row.get("step") == step and "top1" in row]
+    if rows and not found:
+        data, recipe = rows[-1].get("data"), run.any_recipe()
+        split = recipe.evaluate.split if isinstance(recipe, FinetuneRecipe) else None
+        if not _of_training(split, data):
+            yield rows[-1], f"step {step}" + (f", on {in_words(data, whole_path=False)}" if data else "")
+
+
+def _of_training(split: object, data: dict[str, Any] | None) -> bool:
+    """Whether a number is of training images, some of them included; up to 0.5 the split alone says so."""
+    return split == "train" if data is None else bool(training_mark(data))

@@ -6,7 +6,6 @@ The formats of MAE and transformers hold a plain ViT and MAE's decoder; timm's h
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError, listed, show_size
+from etpp_ssl.files import check_place
 from etpp_ssl.model.decoders import MAEDecoder
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.randomness import freshly_initialised
@@ -84,15 +84,9 @@ def export_folder(run: RunFolder, out: str | Path | None, target: str, marker: s
         marker: the file by which an earlier export is recognised.
 
     Raises:
-        UserError: if it is a file, or a folder that holds something else.
+        UserError: as `check_place`.
     """
-    # `.` has no name that could be exchanged for another folder's.
-    folder = Path(os.path.abspath(out)) if out is not None else run.path / "export" / target
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise UserError(f"{str(folder)!r} is not a folder; choose another name")
-    if folder.exists() and not (folder / marker).is_file() and any(folder.iterdir()):
-        raise UserError(f"{str(folder)!r} holds something that is not an export; choose another folder")
-    return folder
+    return check_place(Path(out) if out is not None else run.path / "export" / target, marker)
 
 
 def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

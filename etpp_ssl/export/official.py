@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.export.card import model_card
@@ -28,7 +27,7 @@ from etpp_ssl.export.folder import (
     reason_without_decoder,
     require_plain_encoder,
 )
-from etpp_ssl.files import replaced, write_json
+from etpp_ssl.files import replaced, save_tensors, write_json
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.run_folder import MODEL_FILE
 from etpp_ssl.weights.layouts import official_names, to_huggingface
@@ -195,7 +194,7 @@ def export_transformers(
     )
     with replaced(folder) as aside:
         tensors = to_huggingface(official_names(model, decoder=whole))
-        save_file(contiguous(tensors), aside / MODEL_FILE, metadata={"format": "pt"})
+        save_tensors(contiguous(tensors), aside / MODEL_FILE, {"format": "pt"})
         write_json(aside / MARKER, mae_config(model, target) if whole else encoder_config(model))
         processor = processor_config(image_size(model), trained.mean, trained.std)
         write_json(aside / "preprocessor_config.json", processor)

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
-from safetensors.torch import save_file
 from torch import nn
 
 from etpp_ssl.config import UserError
 from etpp_ssl.export.card import final_norm, model_card
 from etpp_ssl.export.folder import CARD_FILE, contiguous, export_folder, for_encoders_only
-from etpp_ssl.files import replaced, write_json
+from etpp_ssl.files import replaced, save_tensors, write_json
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.run_folder import MODEL_FILE, RunFolder
@@ -115,7 +114,7 @@ def export(
     )
     card = model_card(run, checkpoint, license_name, library="timm", contents=contents, load=load)
     with replaced(folder) as aside:
-        save_file(contiguous(net.state_dict()), aside / MODEL_FILE, metadata={"format": "pt"})
+        save_tensors(contiguous(net.state_dict()), aside / MODEL_FILE, {"format": "pt"})
         write_json(aside / MARKER, timm_config(net, architecture, args, preprocessing, classes))
         (aside / CARD_FILE).write_text(card, encoding="utf-8")
     return folder

@@ -238,6 +238,11 @@ class Classifier(nn.Module):
         self.grad_checkpointing = grad_checkpointing
 
     @property
+    def encoder(self) -> nn.Module:
+        """The network, for what takes an encoder: its head reads the features that a probe reads."""
+        return self.net
+
+    @property
     def transformer_blocks(self) -> list[nn.Module]:
         """A Vision Transformer's blocks, nearly all of its parameters; none of other networks."""
         from timm.models.vision_transformer import VisionTransformer

@@ -1,6 +1,6 @@
 """The files of a classifier's evaluation: its numbers, and the confusion matrix as a table and as a picture.
 
-    evaluation.json   protocol, numbers, and recall of each class
+    evaluation.json   protocol, images, numbers, and recall of each class
     confusion.csv     images by true class (row) and predicted class (column)
     confusion.png     the same as shares of each true class
 
@@ -24,9 +24,10 @@ from matplotlib.ticker import MaxNLocator
 
 from etpp_ssl.config import UserError
 from etpp_ssl.evaluation.classification import ClassificationResult
-from etpp_ssl.files import replaced, write_json
+from etpp_ssl.evaluation.measured_on import training_mark
+from etpp_ssl.files import check_place, replaced, replaced_file, write_json
 from etpp_ssl.report.figures import FAINT, FONT_SIZE, INK, dress
-from etpp_ssl.run_folder import EVALUATION_FILE, RunFolder
+from etpp_ssl.run_folder import EVALUATION_FILE
 
 CORNER = "true class \\ predicted class"
 DPI = 200
@@ -46,19 +47,33 @@ SHARES = (0, 1, 5, 10, 25, 50, 75, 100)
 """Per cent, marked on the colour bar."""
 
 
+def check_evaluation_place(place: Path) -> Path:
+    """Check that `write_evaluation` can write there, before the work.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        UserError: if it cannot, or something else is there.
+    """
+    return check_place(place, None if place.suffix == ".json" else EVALUATION_FILE)
+
+
 def write_evaluation(
-    folder: Path, result: ClassificationResult, classes: Sequence[str], protocol: Mapping[str, Any]
-) -> Path:
-    """Write an evaluation into a run's folder; an earlier one is replaced.
+    place: Path,
+    result: ClassificationResult,
+    classes: Sequence[str],
+    protocol: Mapping[str, Any],
+    data: Mapping[str, Any],
+) -> None:
+    """Write an evaluation, whole or not at all; an earlier one is replaced.
 
     Args:
-        folder: the run's.
+        place: a folder, or the name of a `.json` file, which holds the numbers alone.
         result: of the evaluation.
         classes: names in the order of the model's outputs; outputs beyond them are called `class <number>`.
         protocol: checkpoint, weights, split and whatever else the numbers depend on; for JSON.
-
-    Returns:
-        The folder, `RUN/report/evaluation`.
+        data: the images; see `etpp_ssl.evaluation.measured_on`.
 
     Raises:
         UserError: if it cannot be written, or there are more classes than outputs.
@@ -68,19 +83,24 @@ def write_evaluation(
     images = confusion.sum(axis=1).tolist()
     values = {
         "protocol": dict(protocol),
+        "data": dict(data),
         "numbers": result.numbers(),
         "classes": [
             {"name": name, "num_images": count, "recall": recall}
             for name, count, recall in zip(names, images, result.recall, strict=True)
         ],
     }
-    figure = confusion_figure(confusion, names, f"top-1 {result.top1:.2f} %, {result.num_images:,} images")
-    target = RunFolder(folder).evaluation_folder
-    with replaced(target) as aside:
+    if place.suffix == ".json":
+        with replaced_file(place) as file:
+            write_json(file, values)
+        return
+    images_of = training_mark(dict(data)) or "images"
+    title = f"top-1 {result.top1:.2f} %, {result.num_images:,} {images_of}"
+    figure = confusion_figure(confusion, names, title)
+    with replaced(place) as aside:
         write_json(aside / EVALUATION_FILE, values)
         write_csv(aside / "confusion.csv", confusion, names)
         figure.savefig(aside / "confusion.png", dpi=DPI, bbox_inches="tight", pad_inches=0.12)
-    return target
 
 
 def all_names(classes: Sequence[str], count: int) -> list[str]:

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.data.views import EvalView
-from etpp_ssl.files import replaced_file
+from etpp_ssl.files import check_place, replaced_file
+from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.report.figures import FONT_SIZE, INK
 from etpp_ssl.report.panels import Panel, missing_picture
 from etpp_ssl.report.reconstruction import check_bandwidth
@@ -59,7 +60,13 @@ def write_grids(
             bandwidth that cannot be used.
     """
     run = RunFolder(run_dir)
-    recipe = run.recipe()
+    recipe = run.any_recipe()
+    if isinstance(recipe, FinetuneRecipe):
+        raise UserError(
+            f"run {str(run.path)!r} is of a classifier, which predicts classes, not pixels; reconstruct "
+            "takes runs of etpp pretrain"
+        )
+    folder = Path(out) if out is not None else run.path / "report" / "reconstruction"
     checkpoint = choose_checkpoint(run, step, say)
     if bandwidth is not None:
         check_bandwidth(bandwidth, recipe.size, recipe.patch_size)
@@ -70,25 +77,21 @@ def write_grids(
     else:
         inputs, split = images_of_run(run, count)
         say(f"{len(inputs)} images of the {split} data")
+    check_place(folder / "picture.png")
     viewer = Viewer.of_run(run, seed)
     viewer.load(checkpoint)
     reason = missing_picture(viewer.target)
     if reason is not None:
         say(reason)
-    folder = Path(out) if out is not None else run.path / "report" / "reconstruction"
     title = f"{run.path.absolute().name}, step {checkpoint.step:,}"
     written = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for image in inputs:
-            shown = viewer.look(image, bandwidth)
-            rows = [shown.crops, [shown.masked, *shown.predictions]]
-            figure = grid_figure(rows, _heading(viewer, image, shown, title), enlargement(recipe.size))
-            written.append(folder / _file_name(image, checkpoint.step, bandwidth))
-            with replaced_file(written[-1]) as aside:
-                figure.savefig(aside, dpi=DPI, format="png")
-    except OSError as error:
-        raise UserError(f"{str(folder)!r} cannot be written to: {error.strerror or error}") from error
+    for image in inputs:
+        shown = viewer.look(image, bandwidth)
+        rows = [shown.crops, [shown.masked, *shown.predictions]]
+        figure = grid_figure(rows, _heading(viewer, image, shown, title), enlargement(recipe.size))
+        written.append(folder / _file_name(image, checkpoint.step, bandwidth))
+        with replaced_file(written[-1]) as aside:
+            figure.savefig(aside, dpi=DPI, format="png")
     return written
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +11,17 @@ from typing import Any
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.curriculum.cost import area_share
-from etpp_ssl.recipe import Recipe
+from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 
-NOT_PROBES = {"step", "probe_seconds", "protocol", "seconds"}
+NOT_PROBES = {
+    "step",
+    "probe_seconds",
+    "evaluation_seconds",
+    "seconds",
+    "num_images",
+    "num_unreadable",
+}
 """Keys of a probe's row that are not results."""
 
 
@@ -26,7 +32,7 @@ class History:
     name: str
     """Different from the names of the other runs in the report."""
     folder: RunFolder
-    recipe: Recipe
+    recipe: Recipe | FinetuneRecipe
     rows: list[dict[str, Any]]
     """Rows of `metrics.jsonl` with a loss."""
     probes: list[dict[str, Any]]
@@ -64,7 +70,7 @@ def read_histories(paths: Sequence[str | Path], say: Callable[[str], None]) -> l
     if not folders:
         raise UserError("a report needs at least one run folder")
     for path in paths:
-        RunFolder(path).recipe()
+        RunFolder(path).any_recipe()
     return [
         _read_history(RunFolder(folder), name, say)
         for folder, name in zip(folders, distinct_names(folders), strict=True)
@@ -86,7 +92,7 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _read_history(folder: RunFolder, name: str, say: Callable[[str], None]) -> History:
-    recipe = folder.recipe()
+    recipe = folder.any_recipe()
     notes: list[str] = []
     logged = [row for row in folder.metrics() if isinstance(row, dict) and isinstance(row.get("step"), int)]
     rows = [row for row in logged if number(row.get("loss")) is not None]
@@ -120,7 +126,7 @@ def _read_history(folder: RunFolder, name: str, say: Callable[[str], None]) -> H
         recipe=recipe,
         rows=rows,
         probes=[row for row in logged if number(row.get("loss")) is None and probe_keys([row])],
-        later_probes=_lines(folder.path / "report" / "probes.jsonl"),
+        later_probes=folder.later_probes(),
         checkpoints=checkpoints,
         environment=_environment(checkpoints),
         curriculum=curriculum,
@@ -160,17 +166,3 @@ def _environment(checkpoints: list[Checkpoint]) -> dict[str, str]:
         # A run in progress removes old checkpoints at any moment.
         return {}
     return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """Results in a file of JSON lines, of a step's weights or of those that `init` named; broken lines are
-    left out."""
-    found = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict) and (type(value.get("step")) is int or isinstance(value.get("init"), str)):
-            found.append(value)
-    return found

@@ -15,7 +15,8 @@ from typing import TypeVar
 from markupsafe import Markup
 
 from etpp_ssl.config import UserError
-from etpp_ssl.files import replaced_file
+from etpp_ssl.files import check_place, replaced_file
+from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.report import tables
 from etpp_ssl.report.curves import (
     PALETTE,
@@ -31,6 +32,7 @@ from etpp_ssl.report.figures import INK, stages_figure
 from etpp_ssl.report.history import History, read_histories
 from etpp_ssl.report.markup import Captioned, image, inline_svg, png, render
 from etpp_ssl.report.panels import Panel, missing_picture
+from etpp_ssl.report.results import result_tables
 from etpp_ssl.report.viewer import ImagePanels, InputImage, Viewer, images_of_run
 from etpp_ssl.run_folder import Checkpoint
 
@@ -53,6 +55,7 @@ def write_report(
     """
     histories = read_histories(run_dirs, say)
     file = Path(out) if out is not None else Path(run_dirs[0]) / "report" / "index.html"
+    check_place(file)
     text = page(histories, say)
     with replaced_file(file) as aside:
         aside.write_text(text, encoding="utf-8", errors="replace")
@@ -74,7 +77,7 @@ def page(histories: Sequence[History], say: Callable[[str], None]) -> str:
         plan=_plan(histories),
         stages=tables.stages(histories),
         reconstructions=reconstructions(histories, say),
-        probes=tables.probes(histories),
+        results=result_tables(histories),
         environment=tables.environment(histories),
         recipes=[(h.name, h.folder.recipe_file.read_text(encoding="utf-8")) for h in histories],
     )
@@ -159,6 +162,9 @@ def reconstructions(histories: Sequence[History], say: Callable[[str], None]) ->
 
 
 def _fill(gallery: RunGallery, history: History, say: Callable[[str], None]) -> None:
+    if isinstance(history.recipe, FinetuneRecipe):
+        gallery.reason = "A classifier predicts classes, not pixels."
+        return
     if not history.checkpoints:
         gallery.reason = "There is no checkpoint yet."
         return

@@ -1,4 +1,4 @@
-"""The tables of a run report: summary, stages, probes, differences between recipes, environment."""
+"""The tables of a run report: summary, stages, differences between recipes, environment."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from etpp_ssl.config import as_pair, may_change_on_resume, show_size
+from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.report.figures import images_gained
-from etpp_ssl.report.history import History, number, probe_keys
+from etpp_ssl.report.history import History, number
 from etpp_ssl.report.markup import Table
+from etpp_ssl.report.results import best_results
 
 ABSENT = "–"
 """Stands in a cell for a value that a run or its recipe does not have."""
@@ -23,7 +25,9 @@ STAGE_TITLES = (
 
 def summary(histories: Sequence[History]) -> Table:
     """What each run is and how far it came: a column per run."""
-    return _columns(histories, [_summary_of(history) for history in histories])
+    table = _columns(histories, [_summary_of(history) for history in histories])
+    best = _columns(histories, best_results(histories))
+    return Table(table.head, [*table.rows, *best.rows], "summary")
 
 
 def environment(histories: Sequence[History]) -> Table:
@@ -44,11 +48,9 @@ def _summary_of(history: History) -> dict[str, str]:
     values = {
         "state": state if history.steps_done else "not started",
         "steps": f"{history.steps_done:,}" + (f" of {total:,}" if total is not None else ""),
-        "image, patch": f"{show_size(recipe.size)}, {show_size(recipe.patch_size)} px",
+        **_task_of(recipe),
         "channels": str(recipe.in_chans),
-        "encoder": recipe.model.name,
         "curriculum": recipe.curriculum.name,
-        "target": recipe.target.name,
         "data": recipe.data.name,
     }
     if history.curriculum is not None and len(history.curriculum.stages) > 1:
@@ -65,12 +67,18 @@ def _summary_of(history: History) -> dict[str, str]:
             values["images per second"] = f"{images / seconds:,.0f}"
     if "loss" in last:
         values["last training loss"] = f"{last['loss']:.4f}"
-    for key in probe_keys(history.probes):
-        results = [row for row in history.probes if number(row.get(key)) is not None]
-        values[f"last {key}"] = f"{results[-1][key]:.4g} (step {results[-1]['step']:,})"
     if number(last.get("bad_images")):
         values["unreadable images"] = f"{last['bad_images']:,}"
     return values
+
+
+def _task_of(recipe: Recipe | FinetuneRecipe) -> dict[str, str]:
+    size = show_size(recipe.size)
+    if isinstance(recipe, FinetuneRecipe):
+        start = "" if recipe.init is None else f", from {recipe.init}"
+        return {"image, patch": f"{size} px", "encoder": recipe.model.name, "target": f"classes{start}"}
+    patch = show_size(recipe.patch_size)
+    return {"image, patch": f"{size}, {patch} px", "encoder": recipe.model.name, "target": recipe.target.name}
 
 
 def stages(histories: Sequence[History]) -> Table:
@@ -126,40 +134,6 @@ def _since(before: dict[str, Any], now: dict[str, Any], key: str) -> float | Non
 
 def _count(value: float | None) -> str:
     return ABSENT if value is None else f"{value:,.0f}"
-
-
-def probes(histories: Sequence[History]) -> list[tuple[str, Table]]:
-    """A heading and a table for the probes of each run during training, and for those that ran later."""
-    found = []
-    for history in histories:
-        for rows, when in ((history.probes, "during training"), (history.later_probes, "by etpp probe")):
-            keys = probe_keys(rows)
-            if not keys:
-                continue
-            cells = [[_weights(row), *(_result(row.get(key)) for key in keys)] for row in rows]
-            head = ["step" if all("step" in row for row in rows) else "weights", *keys]
-            if any(row.get("protocol") for row in rows):
-                head.append("protocol")
-                for row, line in zip(rows, cells, strict=True):
-                    line.append(_protocol(row.get("protocol")))
-            found.append((f"{history.name}, {when}", Table(head, cells)))
-    return found
-
-
-def _weights(row: dict[str, Any]) -> str:
-    """The step of the run's own weights, or what other weights were read from."""
-    return f"{row['step']:,}" if "step" in row else str(row.get("init", ABSENT))
-
-
-def _result(value: object) -> str:
-    known = number(value)
-    return ABSENT if known is None else f"{known:.5g}"
-
-
-def _protocol(values: object) -> str:
-    if not isinstance(values, dict):
-        return ABSENT
-    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
 
 
 def differences(histories: Sequence[History]) -> Table:

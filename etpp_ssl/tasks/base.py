@@ -49,8 +49,10 @@ class Evaluation:
     """What it does, for people."""
     run: Callable[[Any], Mapping[str, float | None]]
     """From a model, whole and bare, the moving average where a run keeps one, to named numbers."""
-    images: ImageSource | None
-    """What it measures on, where that is known."""
+    images: ImageSource
+    """What it measures on."""
+    data: dict[str, Any]
+    """The same as a record; see `etpp_ssl.evaluation.measured_on`."""
     every_steps: int | None
     """Optimizer steps between two evaluations, beside the one after the last step."""
 

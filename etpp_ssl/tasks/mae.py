@@ -27,7 +27,7 @@ from etpp_ssl.model.mae import AnyDecoder, MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.masking import MaskCounts, MaskRatioRamp
 from etpp_ssl.model.patches import grid_of
 from etpp_ssl.randomness import ShapesOnly
-from etpp_ssl.recipe import Recipe
+from etpp_ssl.recipe import ProbedClassifier, Recipe
 from etpp_ssl.targets.base import Objective
 from etpp_ssl.tasks.base import Inputs, Shown, Task, blank_images
 from etpp_ssl.weights.loading import load_init
@@ -151,13 +151,17 @@ class MaskedAutoencoding(Task):
 
 
 def build_probe(
-    recipe: Recipe, accelerator: Accelerator, normalise: Normalise, objective: Objective, **long: Any
+    recipe: Recipe | ProbedClassifier,
+    accelerator: Accelerator,
+    normalise: Normalise,
+    objective: Objective | None,
+    **long: Any,
 ) -> Probe | None:
     """The recipe's probe, or None.
 
     Args:
         recipe: names it.
-        accelerator, normalise, objective: the run's.
+        accelerator, normalise, objective: the run's; a classifier has no objective.
         long: what a probe of hours may use; see `ProbeContext.folder` and what follows it.
 
     Raises:
@@ -172,7 +176,7 @@ def build_probe(
             view=EvalView(recipe.size, recipe.data.crop_pct),
             normalise=normalise,
             objective=objective,
-            masker=recipe.build_masker(),
+            masker=recipe.build_masker() if isinstance(recipe, Recipe) else None,
             seed=recipe.seed,
             num_workers=recipe.data.num_workers,
             stall_seconds=recipe.data.stall_seconds,

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from etpp_ssl.config import RunFault, shown_bytes
 from etpp_ssl.dist.sharding import parted_like, whole_tensors
-from etpp_ssl.files import disk_fault, flush, flush_folder, take_place
+from etpp_ssl.files import disk_fault, flush, flush_folder, save_tensors, take_place
 from etpp_ssl.recipe_base import CheckpointConfig
 from etpp_ssl.run_folder import (
     EMA_FILE,
@@ -177,7 +176,7 @@ def write_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         for name, tensors in files.items():
-            save_file(_contiguous(tensors), aside / name)
+            save_tensors(_contiguous(tensors), aside / name)
         sizes = {file.name: file.stat().st_size for file in aside.iterdir()}
         text = json.dumps({**state, "files": sizes}, indent=1)
         (aside / STATE_FILE).write_text(text, encoding="utf-8")

@@ -20,12 +20,12 @@ from typing import Literal
 
 from accelerate.utils import gather_object
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor
 
 from etpp_ssl.config import Config
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.dist.sharding import whole_tensors
+from etpp_ssl.files import save_tensors
 from etpp_ssl.run_folder import MODEL_FILE
 from etpp_ssl.train.run import Run
 
@@ -169,12 +169,12 @@ def _write_part(
     for number, batch in enumerate(batches):
         own = (batch.images, batch.labels, batch.sample_ids)
         loaded |= {name: own.contiguous() for name, own in zip(tensor_names(number), own, strict=True)}
-    save_file(loaded, part.with_suffix(".safetensors"))
+    save_tensors(loaded, part.with_suffix(".safetensors"))
     record = ProcessRecord(micro_batches=tuple(_record(run, batch) for batch in batches))
     part.with_suffix(".json").write_text(record.model_dump_json(indent=1), encoding="utf-8")
     if run.accelerator.is_main_process:
         run.recipe.save(aside / RECIPE_FILE)
-        save_file(dict(tensors), aside / MODEL_FILE)
+        save_tensors(tensors, aside / MODEL_FILE)
         text = _step_record(run, step).model_dump_json(indent=1)
         (aside / RECORD_FILE).write_text(text, encoding="utf-8")
 

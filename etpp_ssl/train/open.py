@@ -19,6 +19,7 @@ from etpp_ssl.data.training import TrainingImages
 from etpp_ssl.dist.accelerator import open_accelerator
 from etpp_ssl.dist.peers import with_peers
 from etpp_ssl.dist.sharding import check_sharded, prepare, sharding_in_use
+from etpp_ssl.evaluation.measured_on import measured_on
 from etpp_ssl.files import flush
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
@@ -158,10 +159,9 @@ def _open_task(
         assert isinstance(task, MaskedAutoencoding)
         probe = build_probe(recipe, accelerator, task.normalise, task.objective)
         if probe is not None:
-            # Probes with labels keep training and evaluation images together.
-            measured = getattr(getattr(probe, "images", probe), "evaluation", None)
             how, every = f"probe {recipe.probe.name}", getattr(recipe.probe, "every_steps", None)
-            task.evaluation = Evaluation("probe", how, probe.run, measured, every)
+            data = measured_on(recipe, "eval", probe.evaluation, [(recipe, None)])
+            task.evaluation = Evaluation("probe", how, probe.run, probe.evaluation, data, every)
         return task, None
     assert isinstance(task, Classification)
     images = open_evaluation(recipe, accelerator, task.normalise, source.classes, task.num_classes)
@@ -172,6 +172,7 @@ def _open_task(
             "accuracy",
             lambda model: numbers(model).numbers(),
             images.source,
+            measured_on(recipe, recipe.evaluate.split or "eval", images.source, [(recipe, None)]),
             recipe.evaluate.every_steps,
         )
     # A stream may not tell class names; its evaluation images may.

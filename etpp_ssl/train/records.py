@@ -14,6 +14,7 @@ from torch import Tensor
 
 from etpp_ssl.config import RunFault, UserError
 from etpp_ssl.curriculum.base import Stage
+from etpp_ssl.evaluation.measured_on import training_mark
 from etpp_ssl.files import write_text
 from etpp_ssl.train.batches import gather_streams
 from etpp_ssl.train.checkpoint import checkpoint_files, what_is_left, write_checkpoint
@@ -82,8 +83,11 @@ def evaluate_and_record(run: Run) -> float:
         numbers = evaluation.run(run.trained_model())
     seconds = time.perf_counter() - start
     run.newest |= numbers
-    run.metrics.write({"step": run.state.step, **numbers, f"{evaluation.name}_seconds": seconds})
-    run.progress.say(f"step {run.state.step}: {shown_numbers(numbers)} ({seconds:.0f} s)")
+    row = {"step": run.state.step, **numbers, f"{evaluation.name}_seconds": seconds}
+    run.metrics.write({**row, "data": evaluation.data})
+    mark = training_mark(evaluation.data)
+    on = f" on {mark}" if mark else ""
+    run.progress.say(f"step {run.state.step}: {shown_numbers(numbers)}{on} ({seconds:.0f} s)")
     return seconds
 
 

@@ -66,10 +66,8 @@ def _evaluation(run: Run) -> str:
     evaluation = run.task.evaluation
     if evaluation is None:
         return "none"
-    images = evaluation.images
-    on = "" if images is None else f"{images.describe()}; "
     every = f"every {counted(evaluation.every_steps, 'step')} and " if evaluation.every_steps else ""
-    return f"{on}{evaluation.how} {every}after the last step"
+    return f"{evaluation.images.describe()}; {evaluation.how} {every}after the last step"
 
 
 def tell_end(run: Run) -> None:

@@ -120,6 +120,23 @@ def test_other_splits_pools_and_places(
         assert error[-1].startswith("etpp: error: ")
 
 
+def test_a_folder_of_images_is_embedded_as_the_run_sees_its_own(
+    tiny_recipe: Callable[..., Recipe], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(tiny_recipe("budget_epochs=0.3"))
+    folder = tmp_path / "run"
+    place = images.rename(images.with_name("set 1"))
+    assert run(["embed", str(folder), str(place / "train")]) == 0
+    (file,) = (folder / "embeddings").iterdir()
+    assert file.name.startswith("train-")
+    found = read_embeddings(file)
+    assert len(found.names) == 6
+    assert found.notes["root"] == str(place / "train")
+    assert found.notes["trained_on"] == "0"
+    assert run(["embed", str(folder), str(tmp_path / "nowhere")]) == 2
+    assert "nowhere' does not exist" in capsys.readouterr().err
+
+
 def test_what_holds_no_embeddings_is_refused(tmp_path: Path) -> None:
     save_file({"features": torch.zeros(1, 2)}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="it lacks indices, labels, names"):

@@ -33,7 +33,7 @@ def test_the_newest_dumps_stay(tiny_recipe: Callable[..., Recipe], tmp_path: Pat
     assert kept == ["step-00000005", "step-00000006", "step-00000008"]
 
 
-@pytest.mark.parametrize("place", ["save_file", "rename"])
+@pytest.mark.parametrize("place", ["save_tensors", "rename"])
 def test_a_full_disk_costs_the_dump_alone(
     place: str,
     tiny_recipe: Callable[..., Recipe],
@@ -44,7 +44,9 @@ def test_a_full_disk_costs_the_dump_alone(
     def fail(*args: Any, **others: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*((dump_module, "save_file") if place == "save_file" else (Path, "rename")), fail)
+    monkeypatch.setattr(
+        *((dump_module, "save_tensors") if place == "save_tensors" else (Path, "rename")), fail
+    )
     with poisoned(4):
         run = pretrain(tiny_recipe("nonfinite.policy=skip"))
     assert run.state.num_skipped == 1

@@ -45,7 +45,7 @@ def full(*arguments):
 
 on_gradients.append(note)
 if policy == "skip" and rank == 1:
-    dump.save_file = full
+    dump.save_tensors = full
 """
 
 

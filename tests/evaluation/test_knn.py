@@ -16,7 +16,7 @@ from torch import Tensor
 from etpp_ssl.config import UserError
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.evaluation.base import stratified_holdout
-from etpp_ssl.evaluation.features import extract_features, gather_rows, pooled_features
+from etpp_ssl.evaluation.features import EvaluationLoader, extract_features, gather_rows, pooled_features
 from etpp_ssl.evaluation.knn import KnnProbe, knn_sweep, knn_vote
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.tasks.mae import build_probe
@@ -71,15 +71,12 @@ def test_features_are_timms_own_forward_in_the_order_asked(
     indices = [5, 0, 17, 3, 3, 22, 1]
     model.train()
     features, labels, read = extract_features(
+        EvaluationLoader(accelerator=accelerator, view=view, normalise=normalise, num_workers=0),
         model.encoder,
         source,
         indices,
-        view=view,
-        normalise=normalise,
-        accelerator=accelerator,
         pool=pool,
         batch_size=3,
-        num_workers=0,
     )
     assert model.encoder.training
     assert labels.tolist() == [source.label(i) for i in indices]
@@ -116,15 +113,14 @@ def test_unreadable_evaluation_images_are_left_out_not_replaced(
     accelerator, normalise = setup(recipe)
     source = recipe.data.open("train", in_chans=3, image_size=recipe.size, seed=0)
     features, labels, read = extract_features(
+        EvaluationLoader(
+            accelerator=accelerator, view=EvalView(recipe.size, 1.0), normalise=normalise, num_workers=0
+        ),
         recipe.build_model().encoder,
         source,
         [0, 1, 2],
-        view=EvalView(recipe.size, 1.0),
-        normalise=normalise,
-        accelerator=accelerator,
         pool=None,
         batch_size=2,
-        num_workers=0,
     )
     assert len(features) == 2
     assert labels.tolist() == [0, 1]
@@ -230,15 +226,17 @@ def test_features_of_a_bf16_run_are_of_bf16_unless_told_otherwise(
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = Accelerator(cpu=True, mixed_precision=mixed)
         found[mixed, precision] = extract_features(
+            EvaluationLoader(
+                accelerator=accelerator,
+                view=EvalView(recipe.size, 1.0),
+                normalise=Normalise(*recipe.data.statistics(3), accelerator.device),
+                num_workers=0,
+            ),
             model.encoder,
             source,
             list(range(5)),
-            view=EvalView(recipe.size, 1.0),
-            normalise=Normalise(*recipe.data.statistics(3), accelerator.device),
-            accelerator=accelerator,
             pool=None,
             batch_size=2,
-            num_workers=0,
             precision=precision,
         ).features
     assert all(features.dtype == torch.float32 for features in found.values())
@@ -260,15 +258,17 @@ def test_large_batches_are_cut_for_a_cpu_without_a_change_in_order(
         monkeypatch.setattr("etpp_ssl.evaluation.features.CPU_IMAGES", most)
         found.append(
             extract_features(
+                EvaluationLoader(
+                    accelerator=accelerator,
+                    view=EvalView(recipe.size, 1.0),
+                    normalise=normalise,
+                    num_workers=0,
+                ),
                 model.encoder,
                 source,
                 [4, 2, 9, 7, 0],
-                view=EvalView(recipe.size, 1.0),
-                normalise=normalise,
-                accelerator=accelerator,
                 pool=None,
                 batch_size=5,
-                num_workers=0,
             )
         )
     torch.testing.assert_close(found[0].features, found[1].features)

@@ -129,7 +129,7 @@ def test_exporting_again_replaces_and_other_folders_are_left_alone(
     assert load_file(folder / "model.safetensors")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years")
-    with pytest.raises(UserError, match="is not an export"):
+    with pytest.raises(UserError, match="is not an earlier result"):
         export(run.folder.path, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years"
 

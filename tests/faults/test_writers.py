@@ -23,7 +23,7 @@ import etpp_ssl.report.page as page_module
 from etpp_ssl.commands.prepare import PrepareConfig, prepare
 from etpp_ssl.commands.probe import probe_run
 from etpp_ssl.config import UserError
-from etpp_ssl.evaluation.features import Embeddings, Features, make_room, write_embeddings
+from etpp_ssl.evaluation.features import Embeddings, Features, write_embeddings
 from etpp_ssl.evaluation.training import ProbeState
 from etpp_ssl.export import official, timm
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
@@ -61,7 +61,6 @@ def _quiet(text: str) -> None:
 
 def _embeddings(runs: Runs, out: Path) -> None:
     rows = Features(torch.randn(300, 20), torch.zeros(300, dtype=torch.long), torch.arange(300))
-    make_room(out / "train.safetensors")
     names = [f"{number}.png" for number in range(300)]
     write_embeddings(out / "train.safetensors", Embeddings(rows, names, ["oak"], {}))
 
@@ -72,7 +71,7 @@ def _probe_state(runs: Runs, out: Path) -> None:
 
 
 def _evaluation(runs: Runs, out: Path) -> None:
-    write_evaluation(out, Result(torch.tensor([[3, 1], [0, 2]])), ["oak", "yew"], {})
+    write_evaluation(out / "eval", Result(torch.tensor([[3, 1], [0, 2]])), ["oak", "yew"], {}, {})
 
 
 def _recipe(runs: Runs, out: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from etpp_ssl.config import UserError
-from etpp_ssl.report.confusion import confusion_figure, write_evaluation
+from etpp_ssl.report.confusion import check_evaluation_place, confusion_figure, write_evaluation
 
 pytestmark = [
     pytest.mark.filterwarnings("error::UserWarning"),
@@ -24,6 +24,7 @@ pytestmark = [
 
 CONFUSION = torch.tensor([[3, 1, 0], [0, 0, 0], [2, 0, 2]])
 NAMES = ["a, b", 'the "quoted"', "日本 $x$"]
+IMAGES = {"data": "folder", "root": "/images/val", "split": "eval", "num_images": 8, "trained_on": 0}
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Result:
 
 
 def test_the_files_hold_what_was_found(tmp_path: Path) -> None:
-    folder = write_evaluation(tmp_path, Result(CONFUSION), NAMES, {"step": 7, "split": "eval"})
-    assert folder == tmp_path / "report" / "evaluation"
+    folder = tmp_path / "report" / "evaluation" / "eval"
+    write_evaluation(folder, Result(CONFUSION), NAMES, {"step": 7, "split": "eval"}, IMAGES)
     assert sorted(file.name for file in folder.iterdir()) == [
         "confusion.csv",
         "confusion.png",
@@ -47,6 +48,7 @@ def test_the_files_hold_what_was_found(tmp_path: Path) -> None:
     ]
     values = json.loads((folder / "evaluation.json").read_text())
     assert values["protocol"] == {"step": 7, "split": "eval"}
+    assert values["data"] == IMAGES
     assert values["numbers"] == {"top1": 62.5, "top5": None, "num_images": 8}
     assert values["classes"] == [
         {"name": NAMES[0], "num_images": 4, "recall": 75.0},
@@ -62,26 +64,39 @@ def test_the_files_hold_what_was_found(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_replaces_the_one_before(tmp_path: Path) -> None:
-    folder = write_evaluation(tmp_path, Result(CONFUSION), NAMES, {"step": 7})
+    folder = tmp_path / "report" / "evaluation"
+    write_evaluation(folder, Result(CONFUSION), NAMES, {"step": 7}, IMAGES)
     (folder / "old").touch()
-    write_evaluation(tmp_path, Result(CONFUSION), NAMES, {"step": 8})
+    write_evaluation(folder, Result(CONFUSION), NAMES, {"step": 8}, IMAGES)
     assert json.loads((folder / "evaluation.json").read_text())["protocol"] == {"step": 8}
     assert [path.name for path in folder.parent.iterdir()] == ["evaluation"]
     assert not (folder / "old").exists()
 
 
 def test_outputs_without_a_class_get_a_number_and_too_many_names_are_refused(tmp_path: Path) -> None:
-    folder = write_evaluation(tmp_path, Result(CONFUSION), NAMES[:2], {})
+    folder = tmp_path / "evaluation"
+    write_evaluation(folder, Result(CONFUSION), NAMES[:2], {}, IMAGES)
     header = (folder / "confusion.csv").read_text().splitlines()[0]
     assert header.endswith(",class 2")
     with pytest.raises(UserError, match="4 class names for 3 outputs"):
-        write_evaluation(tmp_path, Result(CONFUSION), [*NAMES, "more"], {})
+        write_evaluation(folder, Result(CONFUSION), [*NAMES, "more"], {}, IMAGES)
 
 
 def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "report").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        write_evaluation(tmp_path, Result(CONFUSION), NAMES, {})
+        write_evaluation(tmp_path / "report" / "evaluation", Result(CONFUSION), NAMES, {}, IMAGES)
+
+
+def test_a_json_file_holds_the_numbers_and_something_else_is_not_replaced(tmp_path: Path) -> None:
+    file = check_evaluation_place(tmp_path / "numbers.json")
+    write_evaluation(file, Result(CONFUSION), NAMES, {"step": 7}, IMAGES)
+    assert json.loads(file.read_text())["numbers"]["top1"] == 62.5
+    assert [path.name for path in tmp_path.iterdir()] == ["numbers.json"]
+    with pytest.raises(UserError, match="not an earlier result"):
+        check_evaluation_place(tmp_path)
+    write_evaluation(tmp_path / "folder", Result(CONFUSION), NAMES, {"step": 7}, IMAGES)
+    assert check_evaluation_place(tmp_path / "folder") == tmp_path / "folder"
 
 
 def test_colours_are_shares_of_the_true_class_and_rows_without_images_are_grey() -> None:
@@ -124,7 +139,8 @@ def test_a_name_that_the_font_lacks_is_a_number_and_others_are_not_formulas() ->
 def test_a_thousand_classes_are_drawn(tmp_path: Path) -> None:
     confusion = torch.eye(1000, dtype=torch.int64) * 50
     result = Result(confusion, 50_000, 100.0, (100.0,) * 1000)
-    folder = write_evaluation(tmp_path, result, [f"n{index:08d}" for index in range(1000)], {})
+    folder = tmp_path / "evaluation"
+    write_evaluation(folder, result, [f"n{index:08d}" for index in range(1000)], {}, IMAGES)
     with Image.open(folder / "confusion.png") as picture:
         assert max(picture.size) < 2500
         # The diagonal has dark dots: nearest neighbours leave out no class.

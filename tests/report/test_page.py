@@ -19,9 +19,10 @@ from etpp_ssl.cli import main
 from etpp_ssl.report import markup
 from etpp_ssl.report.history import read_histories
 from etpp_ssl.report.page import page, spread, write_report
+from etpp_ssl.report.results import best_results, result_tables
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
-SECTIONS = ["summary", "curves", "curriculum", "reconstructions", "probes", "environment", "recipe"]
+SECTIONS = ["summary", "curves", "curriculum", "reconstructions", "results", "environment", "recipe"]
 
 
 class Outline(HTMLParser):
@@ -193,7 +194,37 @@ def test_probes_of_other_weights_are_told_by_what_was_loaded(run: Path) -> None:
         '{"step": 6, "knn_top1": 51.25}\n{"init": "theirs.pth", "knn_top1": 49.75}\n'
     )
     text = outline(write_report([run], say=lambda _: None)).text
-    assert re.search(r"by etpp probe\s+weightsknn_top1\s+651\.25\s+theirs\.pth49\.75\s", text)
+    cells = r"by etpp probe\s+weightsprotocolknn_top1\s+6probe51\.25\s+theirs\.pthprobe49\.75\s"
+    assert re.search(cells, text)
+
+
+def test_the_summary_shows_the_best_of_each_protocol_and_long_settings_are_folded(run: Path) -> None:
+    remove_log(run)
+    (run / "report").mkdir(exist_ok=True)
+    images = {"data": "folder", "root": "/photos/val", "split": "eval", "holdout": 0, "num_images": 9}
+    other = {**images, "root": "/photos/test", "trained_on": 0}
+    seen = {**images, "root": "/photos/train", "trained_on": 9}
+    long = {"base_lrs": list(range(100))}
+    rows = [(2, 20, images, 40.0), (4, 20, images, 61.5), (6, 20, images, 60.0), (6, 5, images, 33.0),
+            (6, 20, other, 30.0), (6, 20, seen, 99.0)]  # fmt: skip
+    lines = [
+        {"step": step, "protocol": {"name": "knn", "k": k, **long}, "data": data, "knn_top1": top1}
+        for step, k, data, top1 in rows
+    ]
+    (run / "report" / "probes.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (history,) = read_histories([run], lambda _: None)
+    (best,) = best_results([history])
+    assert best == {
+        "best knn_top1 (k 20, root val)": "61.5 (step 4); last 60 (step 6)",
+        "best knn_top1 (k 5, root val)": "33 (step 6)",
+        "best knn_top1 (k 20, root test)": "30 (step 6)",
+        "best knn_top1 (k 20, root train), training images": "99 (step 6)",
+    }
+    (found,) = result_tables([history])
+    assert max(len(cell) for row in found.table.rows for cell in row) < 60
+    assert all("97, 98, 99]" in settings for settings in found.settings.values())
+    page = write_report([run], say=lambda _: None).read_text()
+    assert re.search(r"<details><summary>settings and images</summary>.*97, 98, 99]", page, re.DOTALL)
 
 
 def test_what_a_log_says_is_text_and_not_markup(run: Path) -> None:
@@ -217,7 +248,7 @@ def test_what_a_log_says_is_text_and_not_markup(run: Path) -> None:
         (["{run}", "{tmp}"], "is not a run folder: it has no recipe.yaml"),
         (["{run}/recipe.yaml"], "is not a run folder: it is a file"),
         (["{run}", "--out", "{run}/recipe.yaml/page.html"], "page.html' cannot be written"),
-        (["{run}", "--out", "{run}"], "run' cannot be written"),
+        (["{run}", "--out", "{run}"], "run' is a folder; give the name of a file in it"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(

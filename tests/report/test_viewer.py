@@ -133,7 +133,7 @@ def test_training_images_are_shown_where_there_are_no_others(run: Path, tmp_path
         (["{run}", "--bandwidth", "10"], "bandwidth 10 does not serve"),
         (["{run}", "--bandwidth", "wide"], "bandwidth 'wide' is neither"),
         (["{run}", "--checkpoint", "3"], "has no checkpoint of step 3; there are 2, 4, 6"),
-        (["{run}", "--out", "{tmp}/text.png"], "text.png' cannot be written to"),
+        (["{run}", "--out", "{tmp}/text.png"], "text.png/picture.png' cannot be written: Not a directory"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(

@@ -119,7 +119,8 @@ def test_a_run_says_what_it_trains_on_and_what_came_of_it(
     for line in (
         r"  training    vit, image 16x24, patch 4, .* M parameters in the encoder",
         rf"  images      40 images in '{images}/train' \(40 \.png; 2 classes\)",
-        rf"  evaluation  12 images in '{images}/validation' \(12 \.png; 2 classes\); probe knn every 9 steps and after the last step",
+        rf"  evaluation  12 images in '{images}/validation' \(12 \.png; 2 classes\); "
+        r"probe knn every 9 steps and after the last step",
         r"  steps       \d+; batches of 10 images, \S+ equivalent epochs",
         r"  on          cpu in fp32, 1 process with 0 data workers",
         rf"  output      {output}",

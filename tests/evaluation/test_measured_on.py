@@ -1,0 +1,85 @@
+"""A result's record says which images it is of, and how many of them were trained on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from probe_data import write_coloured
+
+from etpp_ssl.evaluation.measured_on import in_words, measured_on, training_mark
+from etpp_ssl.recipe import Recipe
+
+Build = Callable[..., Recipe]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """36 training images and 18 of validation, whose names are among those of training."""
+    write_coloured(tmp_path / "photos")
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize(
+    ("trained", "measured", "split", "num_images", "trained_on"),
+    [
+        ([], [], "eval", 18, 0),
+        ([], [], "train", 36, 36),
+        ([], ["data.eval_split=train"], "eval", 36, 36),
+        (["data.holdout=10"], [], "eval", 10, 0),
+        (["data.holdout=10"], ["data.holdout=0"], "eval", 18, 0),
+        (["data.holdout=10"], ["data.holdout=0"], "train", 36, 26),
+        ([], ["data.holdout=10"], "eval", 10, 10),
+        (["data.labels_per_class=2"], ["data.labels_per_class=null"], "train", 36, 6),
+        (["data.labels_per_class=2"], ["data.holdout=35", "data.labels_per_class=null"], "eval", 35, None),
+    ],
+)
+def test_images_that_were_trained_on_are_counted(
+    trained: list[str], measured: list[str], split: str, num_images: int, trained_on: int | None,
+    photos: Path, tiny_recipe: Build,
+) -> None:  # fmt: skip
+    data = ["data=folder", f"data.root={photos}", "data.num_images=null"]
+    run, recipe = tiny_recipe(*data, *trained), tiny_recipe(*data, *trained, *measured)
+    source = recipe.open_split(split)
+    fingerprint = run.open_split("train").fingerprint()
+    record = measured_on(recipe, split, source, [(run, fingerprint)])
+    assert record["num_images"] == num_images
+    assert record["split"] == split
+    assert record["holdout"] == recipe.data.holdout
+    assert record["fingerprint"] == source.fingerprint()
+    assert record["root"].startswith(str(photos))
+    if trained_on is None:
+        # Six of 36 were trained on, and the holdout leaves out one.
+        assert record["trained_on"] in (5, 6)
+    else:
+        assert record["trained_on"] == trained_on
+    assert ("training images" in in_words(record)) == bool(record["trained_on"])
+
+
+def test_data_that_has_moved_or_changed(photos: Path, tiny_recipe: Build, tmp_path: Path) -> None:
+    run = tiny_recipe("data=folder", f"data.root={photos}", "data.holdout=10", "data.num_images=null")
+    fingerprint = run.open_split("train").fingerprint()
+    shutil.copytree(photos, tmp_path / "moved")
+    shutil.rmtree(photos)
+    moved = tiny_recipe("data=folder", f"data.root={tmp_path / 'moved'}", "data.num_images=null")
+    for split, expected in (("train", 36), ("eval", None)):
+        record = measured_on(moved, split, moved.open_split(split), [(run, fingerprint)])
+        assert record["trained_on"] == expected
+    (tmp_path / "moved").rename(photos)
+    (photos / "train" / "blue" / "0.png").unlink()
+    # Another draw than the one that was trained on; nobody knows which images those were.
+    for split, expected in (("train", 25), ("eval", None)):
+        record = measured_on(run, split, run.open_split(split), [(run, fingerprint)])
+        assert record["trained_on"] == expected
+
+
+def test_a_mark_and_a_phrase() -> None:
+    record = {"data": "folder", "root": "/photos/val", "split": "eval", "holdout": 0, "num_images": 2000,
+              "fingerprint": "abc", "trained_on": 0}  # fmt: skip
+    assert in_words(record) == "2,000 images of /photos/val, split eval, fingerprint abc"
+    assert in_words(record, whole_path=False) == "2,000 images of val, split eval, fingerprint abc"
+    assert training_mark(record) == training_mark(None) == training_mark({**record, "trained_on": None}) == ""
+    assert training_mark({**record, "trained_on": 2000}) == "training images"
+    assert training_mark({**record, "trained_on": 1500}) == "1,500 of 2,000 are training images"
