@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import torch
-import yaml
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from etpp_ssl.config import Config, UserError, as_pair, legal_size, may_change
@@ -26,6 +25,7 @@ from etpp_ssl.data.views import Normalise, TrainView
 from etpp_ssl.files import write_text
 from etpp_ssl.messages import shown
 from etpp_ssl.recipe_file import RecipeText
+from etpp_ssl.recipe_yaml import dump_yaml
 
 # One line here makes a new data source or curriculum known to recipes.
 AnyStream = WebDatasetConfig | HuggingFaceConfig | MixConfig
@@ -240,7 +240,7 @@ class RunRecipe(Config, ABC):
         Raises:
             UserError: if it cannot be written.
         """
-        write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        write_text(path, dump_yaml(self.model_dump(mode="json")))
 
 
 def task_of(text: RecipeText) -> str:
