@@ -7,7 +7,7 @@ from pathlib import Path
 
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.data.views import EvalView
-from etpp_ssl.dist.accelerator import open_accelerator
+from etpp_ssl.dist.accelerator import open_accelerator, process_as_found
 from etpp_ssl.dist.peers import leave, with_peers
 from etpp_ssl.evaluation.features import (
     Embeddings,
@@ -24,6 +24,7 @@ from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.weights.loading import load_init, load_trained
 
 
+@process_as_found()
 @with_peers()
 def embed(
     recipe: Recipe,

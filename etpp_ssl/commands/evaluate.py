@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from etpp_ssl.config import UserError
-from etpp_ssl.dist.accelerator import open_accelerator
+from etpp_ssl.dist.accelerator import open_accelerator, process_as_found
 from etpp_ssl.dist.peers import leave, with_peers
 from etpp_ssl.evaluation.classification import ClassificationResult
 from etpp_ssl.randomness import freshly_initialised
@@ -26,6 +26,7 @@ class Evaluated(NamedTuple):
     """Checkpoint, weights, split and size that the numbers are of."""
 
 
+@process_as_found()
 @with_peers()
 def evaluate_run(recipe: FinetuneRecipe, folder: RunFolder, say: Callable[[str], None]) -> Evaluated:
     """Evaluate a run's newest checkpoint: its moving average, where the run keeps one.
