@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -118,6 +119,20 @@ def _paths_to(word: str, root: type[BaseModel]) -> Iterator[list[str]]:
             if word in model.model_fields:
                 yield [*section, word]
             sections += [[*section, key] for key in model.model_fields if members_at(model, [key])]
+
+
+def close_names(name: str, known: Sequence[str], fits: Callable[[str], bool], otherwise: str = "") -> str:
+    """What to add to the refusal of a name: up to three close ones that are not refused in turn.
+
+    Args:
+        name: the refused one.
+        known: the names that there are.
+        fits: whether one of them would do; asked for few.
+        otherwise: names to offer where no close one does.
+    """
+    close = difflib.get_close_matches(name, known, n=12)
+    names = ", ".join(islice(filter(fits, close), 3)) or otherwise
+    return f"; close names: {names}" if names else ""
 
 
 def shown(value: Any, length: int = 80) -> str:

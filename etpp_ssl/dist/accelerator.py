@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from etpp_ssl.config import UserError
-from etpp_ssl.dist.sharding import fsdp_plugin, refuse_deepspeed
+from etpp_ssl.dist.sharding import fsdp_plugin, refuse_plugins
 from etpp_ssl.recipe_base import RunRecipe
 
 _STATES: tuple[Any, ...] = (PartialState, AcceleratorState, GradientState)
@@ -58,32 +58,36 @@ def open_accelerator(recipe: RunRecipe) -> Accelerator:
     """accelerate, set up as the recipe says, whatever another run of this process has made of it.
 
     Raises:
-        UserError: for a precision that the device lacks, a tracker that is not installed, DeepSpeed or a
-            setting of FSDP that does not serve.
+        UserError: for a precision that the device lacks, a tracker that is not installed, or an accelerate
+            configuration that asks for something else than DDP or FSDP2.
     """
     tracker = recipe.tracker.name
     if tracker != "none" and tracker not in [str(t) for t in get_available_trackers()]:
         raise UserError(f"tracker {tracker!r} is not installed: pip install {tracker}")
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precision = "no" if recipe.precision == "fp32" else recipe.precision
-    refuse_deepspeed()
+    refuse_plugins()
     plugin = fsdp_plugin(recipe.precision)
     # accelerate allows one precision in a process, because all of its objects share these.
     for state in _STATES:
         state._shared_state = {}
     timeout = timedelta(minutes=recipe.peer_timeout_minutes)
     _meet_again(timeout)
-    accelerator = Accelerator(
-        # Said explicitly, torchrun's CPU processes find each other (gloo) instead of running alone.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision="no" if precision == "fp16" and not torch.cuda.is_available() else precision,
-        log_with=None if tracker == "none" else tracker,
-        project_dir=recipe.output,
-        fsdp_plugin=plugin,
-        # Else accelerate divides losses by what the environment says; ours are shares of the batch.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
-    )
+    try:
+        accelerator = Accelerator(
+            # Said explicitly, torchrun's CPU processes find each other (gloo) instead of running alone.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="no" if precision == "fp16" and not torch.cuda.is_available() else precision,
+            log_with=None if tracker == "none" else tracker,
+            project_dir=recipe.output,
+            fsdp_plugin=plugin,
+            # Else accelerate divides losses by what the environment says; ours are shares of the batch.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+        )
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+        # Of a configuration of accelerate, or of environment variables, that it cannot follow itself.
+        raise UserError(f"accelerate cannot start as it is configured: {' '.join(str(error).split())}") from error
     if plugin is not None and not accelerator.is_fsdp2:
         _warn(accelerator, "FSDP2 needs GPUs; here every process holds the whole model (DDP)")
     warning = alone_by_mistake(accelerator.num_processes)
