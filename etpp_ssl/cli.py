@@ -355,4 +355,4 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command; a user's mistake is one line on stderr and exit code 2, a fault of a run code 1."""
     with endings(process_ends=arguments is None):
         # Typer's own way to tell a mistake is a box of several lines.
-        sys.exit(app(args=arguments, prog_name="etpp", standalone_mode=False))
+        sys.exit(app(args=arguments, prog_name="etpp", standalone_mode=False) or 0)

@@ -24,7 +24,7 @@ from etpp_ssl.data.training import TrainingImages, open_training
 from etpp_ssl.data.views import Normalise, TrainView
 from etpp_ssl.files import write_text
 from etpp_ssl.messages import shown
-from etpp_ssl.recipe_file import RecipeText
+from etpp_ssl.recipe_file import STARTED_IN, RecipeText
 from etpp_ssl.recipe_yaml import dump_yaml
 
 # One line here makes a new data source or curriculum known to recipes.
@@ -237,10 +237,12 @@ class RunRecipe(Config, ABC):
     def save(self, path: Path) -> None:
         """Write the resolved recipe, every default spelled out, as YAML, whole or not at all.
 
+        The working folder is written with it: relative paths of data are looked for there again.
+
         Raises:
             UserError: if it cannot be written.
         """
-        write_text(path, dump_yaml(self.model_dump(mode="json")))
+        write_text(path, dump_yaml({**self.model_dump(mode="json"), STARTED_IN: os.getcwd()}))
 
 
 def task_of(text: RecipeText) -> str:

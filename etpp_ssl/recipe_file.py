@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -30,6 +31,9 @@ from etpp_ssl.recipe_yaml import MAX_BYTES, MAX_DEPTH, checked, load_word, load_
 
 EXTENDS = "extends"
 """Key of a recipe file that names the recipe whose values it takes over."""
+STARTED_IN = "started_in"
+"""Key of a run's recipe: the working folder of its last start, where its relative paths of data began."""
+DATA_PATHS = ("root", "file", "eval_file", "urls", "data_files")
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
@@ -120,7 +124,7 @@ class RecipeText:
             seen.append(base.resolve())
             newest = str(base)
             layers.insert(0, _values(_file_text(base, named), newest))
-        return cls(tuple(layers), tuple(overrides), title)
+        return cls(tuple(_found_again(layer) for layer in layers), tuple(overrides), title)
 
     def task(self, default: str) -> Any:
         """The last value that is given for `task`."""
@@ -200,6 +204,35 @@ def _values(text: str, title: str) -> dict[str, Any]:
     return values
 
 
+def _found_again(values: dict[str, Any]) -> dict[str, Any]:
+    """A run's values with the relative paths of its data as they were meant where the run was started.
+
+    A path that is not there any more is left as it was given, and looked for in the working folder.
+    """
+    started_in = values.pop(STARTED_IN, None)
+    if not isinstance(started_in, str) or started_in == os.getcwd() or "data" not in values:
+        return values
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, list):
+            return [absolute(item) for item in value]
+        # Neither from the root or home, nor a variable, nor a URL, a pipe or a drive.
+        if not isinstance(value, str) or os.path.isabs(value) or re.match(r"[~$]|\w+:", value):
+            return value
+        plain = re.split(r"[*?\[{]", value, maxsplit=1)[0]
+        place = os.path.join(started_in, plain if plain == value else os.path.dirname(plain))
+        return os.path.join(started_in, value) if os.path.exists(place) else value
+
+    def searched(section: Any) -> Any:
+        if isinstance(section, list):
+            return [searched(part) for part in section]
+        if not isinstance(section, dict):
+            return section
+        return {k: absolute(v) if k in DATA_PATHS else searched(v) for k, v in section.items()}
+
+    return {**values, "data": searched(values["data"])}
+
+
 def _in_yaml(title: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
@@ -269,7 +302,10 @@ def _value(text: str, admitted: set[Any], *, has_name: bool) -> Any:
         return None
     lists_of_words = any(get_origin(part) is tuple and str in get_args(part) for part in admitted)
     if lists_of_words and text.startswith("[") and text.endswith("]"):
-        return load_yaml(text, only_words=True)
+        if "'" in text or '"' in text:
+            return load_yaml(text, only_words=True)
+        # Commas in braces are a shell's, as in {a,b}.tar.
+        return [word.strip() for word in re.split(r",(?![^{]*\})", checked(text[1:-1])) if word.strip()]
     if str in admitted:
         return checked(text)
     if has_name and not text.startswith(("{", "[")):

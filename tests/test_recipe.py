@@ -18,6 +18,7 @@ from etpp_ssl.model.mask_patterns import BlockMaskingConfig
 from etpp_ssl.model.masking import MaskRatioRamp
 from etpp_ssl.recipe import FinetuneRecipe, Recipe, load_any
 from etpp_ssl.recipe_file import changed_keys, shipped_recipes
+from etpp_ssl.run_folder import RunFolder
 
 MINIMAL = "output: runs/x\nbudget_epochs: 2\nbatch_size: 4\ndata: {name: synthetic}\n"
 
@@ -92,8 +93,9 @@ def test_the_type_of_a_key_decides_how_an_override_is_read(override: str, key: s
     ("override", "value"),
     [
         ("data.urls=shards #1/{000..003}.tar", "shards #1/{000..003}.tar"),
-        ("data.urls=[20241130, 'a #1', null]", ("20241130", "a #1", "null")),
+        ("data.urls=['a, #1', 20241130, null]", ("a, #1", "20241130", "null")),
         ("data.urls=[ab]*.tar", "[ab]*.tar"),
+        ("data.urls=[set #1/{a,b}.tar, http://x: 1/c.tar]", ("set #1/{a,b}.tar", "http://x: 1/c.tar")),
     ],
 )
 def test_a_key_that_takes_text_or_a_list_of_it_reads_no_numbers(override: str, value: object) -> None:
@@ -443,3 +445,29 @@ def test_only_keys_that_change_the_result_count_as_changes() -> None:
         base, Recipe.parse(MINIMAL, ["optim.base_lr=1e-3", "seed=1", "curriculum=constant"])
     )
     assert [text.split(" ")[0] for text in changed] == ["seed", "curriculum.name", "optim.base_lr"]
+
+
+def test_a_run_finds_its_data_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    for folder in (home / "photos", home / "shards #1", elsewhere):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(home)
+    relative = Recipe.parse(MINIMAL, ["data=folder", "data.root=photos"])
+    relative.save(home / "run" / "recipe.yaml")
+    stream = ["data=webdataset", "data.num_images=4", "data.eval={name: folder, root: photos}"]
+    stream += ["data.urls=[shards #1/{0..3}.tar, http://x/a.tar, b/*.tar]"]
+    Recipe.parse(MINIMAL, stream).save(home / "streamed" / "recipe.yaml")
+    # As it was given, as long as that is enough.
+    assert Recipe.load("run").data == relative.data
+    assert "root: photos" in (home / "run" / "recipe.yaml").read_text()
+    monkeypatch.chdir(elsewhere)
+    assert Recipe.load(home / "run").data.model_dump()["root"] == str(home / "photos")
+    assert RunFolder(home / "run").recipe().data.model_dump()["root"] == str(home / "photos")
+    assert Recipe.load(home / "run", ["data.root=photos"]).data.model_dump()["root"] == "photos"
+    assert changed_keys(relative, Recipe.load(home / "run")) == []
+    found = Recipe.load(home / "streamed").data.model_dump()
+    assert found["urls"] == (str(home / "shards #1/{0..3}.tar"), "http://x/a.tar", "b/*.tar")
+    assert found["eval"]["root"] == str(home / "photos")
+    # A run that was moved, data and all, to where its first folder is not.
+    (home / "photos").rename(elsewhere / "photos")
+    assert Recipe.load(home / "run").data.model_dump()["root"] == "photos"
