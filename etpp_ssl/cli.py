@@ -115,9 +115,13 @@ def finetune(recipe: RecipeArgument, overrides: Overrides = None, fork: Fork = N
 def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Print stages, learning rate, memory and cost, without training."""
     with short_process():
-        from etpp_ssl.commands.plan import show_plan
+        from etpp_ssl.recipe import load_any
+        from etpp_ssl.run_folder import RunFolder
+        from etpp_ssl.train.plan import plan_run, print_plan
 
-        show_plan(recipe, overrides or (), table_console())
+        chosen = load_any(recipe, overrides or ())
+        folder = RunFolder(recipe) if os.path.isdir(recipe) else None
+        print_plan(plan_run(chosen, folder), table_console())
 
 
 @app.command()
