@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from etpp_ssl import __version__
 from etpp_ssl.cli_end import (
     endings,
     is_main_process,
-    is_one_of_several,
     no_garbage,
     only_main_process,
     say,
@@ -26,26 +26,63 @@ from etpp_ssl.config import UserError
 # them), spinning threads can slow a step twentyfold. libgomp reads this when torch is loaded, which is
 # why the commands import torch, and everything that needs it, only when they run.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-if is_one_of_several():
-    # A process that waits at the store of another one when that ends gets twenty lines of torch's stack
-    # beside our sentence, as a warning; torch's errors stay. Read when torch is loaded, too.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# Warnings of torch's C++ part do not go through Python's logging: of a missing instruction set, or twenty
+# lines of stack where the store of another process ends. Its errors stay. Read when torch is loaded, too.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 app = typer.Typer(
     name="etpp",
     help="Masked-autoencoder pre-training and supervised training under the EfficientTrain++ curriculum.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _complete_recipe(begun: str) -> list[str]:
+    from etpp_ssl.recipe_file import shipped_recipes
+
+    return [name for name in shipped_recipes() if name.startswith(begun)]
+
+
+def _complete_override(begun: str) -> list[str]:
+    from etpp_ssl.commands.keys import sections
+
+    keys = {f"{key.path}=" for section in sections() for key in section.keys}
+    return sorted(key for key in keys if key.startswith(begun))
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"etpp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file, a recipe's name, or the folder of a run.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A YAML file, a recipe's name, or the folder of a run.",
+        autocompletion=_complete_recipe,
+    ),
 ]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as section.key=value."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Overrides, as section.key=value; `etpp keys` prints all keys.",
+        autocompletion=_complete_override,
+    ),
 ]
 
 Fork = Annotated[Path | None, typer.Option(help="Start from this run's newest checkpoint, in a new folder.")]
@@ -80,14 +117,21 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Print stages, learning rate, memory and cost, without training."""
     only_main_process()
     with short_process():
-        from etpp_ssl.commands.plan import show_plan
+        from etpp_ssl.recipe import load_any
+        from etpp_ssl.run_folder import RunFolder
+        from etpp_ssl.train.plan import plan_run, print_plan
 
-        show_plan(recipe, overrides or (), table_console())
+        chosen = load_any(recipe, overrides or ())
+        folder = RunFolder(recipe) if os.path.isdir(recipe) else None
+        print_plan(plan_run(chosen, folder), table_console())
 
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A recipe to print.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="A recipe to print.", autocompletion=_complete_recipe),
+    ] = None,
 ) -> None:
     """List the recipes that come with etpp, or print one: etpp recipes NAME > mine.yaml."""
     only_main_process()
@@ -99,7 +143,7 @@ def recipes(
 @app.command()
 def keys(
     section: Annotated[
-        str | None, typer.Argument(metavar="[SECTION]", help="Such as model or curriculum.stages.")
+        str | None, typer.Argument(metavar="[SECTION]", help="Such as model, data=folder or optim.base_lr.")
     ] = None,
 ) -> None:
     """Print the keys of a recipe: type, default, meaning, and whether a resumed run may change them."""
@@ -340,7 +384,8 @@ def replay_nan(
     raise typer.Exit(0 if found.reproduced else 1)
 
 
-def main(arguments: list[str] | None = None) -> Any:
+def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command; a user's mistake is one line on stderr and exit code 2, a fault of a run code 1."""
     with endings(process_ends=arguments is None):
-        return app(args=arguments)
+        # Typer's own way to tell a mistake is a box of several lines.
+        sys.exit(app(args=arguments, prog_name="etpp", standalone_mode=False) or 0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -94,11 +96,16 @@ def endings(*, process_ends: bool) -> Iterator[None]:
         process_ends: whether it does so without an error, too.
     """
     try:
-        yield
+        with _without_log_lines():
+            yield
     except UserError as error:
         _tell(error)
         _end(error.exit_code)
-    except Exception:
+    except Exception as error:
+        mistake = _usage_sentence(error)
+        if mistake is not None:
+            _tell(UserError(mistake))
+            _end(UserError.exit_code)
         if not is_one_of_several():
             raise
         traceback.print_exc()
@@ -109,6 +116,33 @@ def endings(*, process_ends: bool) -> Iterator[None]:
             gc.freeze()
             if _process.has_nothing_open:
                 _end_at_once(0)
+
+
+@contextmanager
+def _without_log_lines() -> Iterator[None]:
+    """Log lines and warnings of libraries are not for the screen, unless someone asks for them."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        if "TORCH_LOGS" not in os.environ:
+            logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+def _usage_sentence(error: Exception) -> str | None:
+    """What is wrong with a command's words, or None for an error of another kind."""
+    if not hasattr(error, "format_message"):  # Of click, or of the copy that Typer has of it since 0.26.
+        return None
+    if type(error).__name__ == "NoArgsIsHelpError":
+        _end(UserError.exit_code)
+    text = str(error.format_message()).replace("Value error, ", "").replace("Input should", "it should")
+    text = text.replace(". Did you mean", "; did you mean").rstrip(".?")
+    context = getattr(error, "ctx", None)
+    return f"{text[0].lower()}{text[1:]}; see {context.command_path if context else 'etpp'} -h"
 
 
 def _tell(error: UserError) -> None:

@@ -5,7 +5,6 @@ Legend: C channels, H, W pixels.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 from etpp_ssl.config import UserError
 from etpp_ssl.data.sources.base import default_statistics
 from etpp_ssl.encoder import Encoder
-from etpp_ssl.messages import shown, shown_text
+from etpp_ssl.messages import close_names, shown, shown_text
 from etpp_ssl.model.timm_net import is_vit, size_switch
 from etpp_ssl.model.zoo.swin import make_resizable
 from etpp_ssl.weights.layouts import in_timm_names
@@ -54,7 +53,8 @@ def encoder_of_file(file: Path, name: str) -> Encoder:
         UserError: if timm does not know the name, or the file is refused or of another model.
     """
     if not timm.is_model(name.split(".")[0]):
-        raise UserError(f"model is {shown(name)}, and timm has no model of that name{_close_to(name)}")
+        hint = close_names(name, timm.list_models(), timm.is_model)
+        raise UserError(f"model is {shown(name)}, and timm has no model of that name{hint}")
     notes: list[str] = []
     net = _new_net(name, num_classes=0, in_chans=_channels_in(file, name))
     try:
@@ -79,8 +79,10 @@ def encoder_of_name(name: str, *, pretrained: bool) -> Encoder:
         UserError: if timm does not know the name, or its weights cannot be loaded.
     """
     if not timm.is_model(name.split(".")[0]):
+        fits = timm.is_model_pretrained if pretrained else timm.is_model
         raise UserError(
-            f"{shown(name, 300)} does not exist, and timm has no model of that name{_close_to(name)}"
+            f"{shown(name, 300)} does not exist, and timm has no model of that name"
+            f"{close_names(name, timm.list_models(), fits)}"
         )
     try:
         net = _new_net(name, pretrained=pretrained, num_classes=0)
@@ -94,11 +96,6 @@ def encoder_of_name(name: str, *, pretrained: bool) -> Encoder:
             f"builds it with random ones"
         ) from error
     return _described_by_timm(net, f"timm's {name}" if pretrained else f"timm's {name} with random weights")
-
-
-def _close_to(name: str) -> str:
-    close = difflib.get_close_matches(name, timm.list_models(), n=3)
-    return f"; close names: {', '.join(close)}" if close else ""
 
 
 def _new_net(name: str, **args: Any) -> Any:

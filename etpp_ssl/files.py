@@ -137,12 +137,14 @@ def write_text(file: Path, text: str) -> None:
 
 
 def append_line(file: Path, line: str) -> None:
-    """Append a line, whole or not at all; a partial line of a killed writer is cut off first.
+    """Append a line, whole or not at all, also while other processes append theirs.
+
+    A partial line of a killed writer is cut off first.
 
     Raises:
         OSError: if it cannot be written.
     """
-    with file.open("a+b", buffering=0) as opened:
+    with _locked(file), file.open("a+b", buffering=0) as opened:
         end = _end_of_lines(opened)
         opened.truncate(end)
         left = line.encode() + b"\n"
@@ -154,6 +156,23 @@ def append_line(file: Path, line: str) -> None:
             with suppress(OSError):
                 opened.truncate(end)
             raise
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """One process at a time; a file system without locks gives none, and no error."""
+    try:
+        from fcntl import LOCK_EX, flock
+    except ImportError:  # Windows, where a lock on the file itself would keep readers out.
+        from filelock import FileLock
+
+        with FileLock(file.with_name(f".{file.name}.lock")):
+            yield
+        return
+    with file.open("ab") as opened:
+        with suppress(OSError):
+            flock(opened, LOCK_EX)
+        yield
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:
@@ -218,16 +237,26 @@ def flush_folder(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flush a file's content, or a folder's names, to the disk.
+    """Flush a file's content, or a folder's names where the system can do that, to the disk.
 
     Raises:
         OSError: if the disk does not take it.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    is_folder = path.is_dir()
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        # Windows flushes what may be written to, and opens no folders.
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" and not is_folder else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        # Some network file systems refuse it, too.
+        if not (is_folder and error.errno in _NO_FLUSH):
+            raise
+
+
+_NO_FLUSH = (errno.EACCES, errno.EPERM, errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 def disk_fault(error: BaseException) -> str | None:
@@ -256,7 +285,9 @@ def _end_of_lines(file: FileIO, block: int = 65536) -> int:
     return 0
 
 
-_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOCTTY", "O_NONBLOCK"))
+_FLAGS = os.O_RDONLY | sum(
+    getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOCTTY", "O_NONBLOCK", "O_BINARY", "O_NOINHERIT")
+)
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",

@@ -4,9 +4,55 @@ from __future__ import annotations
 
 import difflib
 import types
-from typing import Annotated, Any, Union, get_args, get_origin
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+
+SYNONYMS = {
+    "amp": "precision",
+    "arch": "model.name",
+    "architecture": "model.name",
+    "batch": "batch_size",
+    "blr": "optim.base_lr",
+    "bs": "batch_size",
+    "channels": "in_chans",
+    "checkpoint_path": "init",
+    "classes": "model.num_classes",
+    "data_dir": "data.root",
+    "data_path": "data.root",
+    "dataset": "data",
+    "dtype": "precision",
+    "epochs": "budget_epochs",
+    "grad_accum": "micro_batch_size",
+    "hours": "budget_hours",
+    "image_dir": "data.root",
+    "img_size": "image_size",
+    "input_size": "image_size",
+    "j": "data.num_workers",
+    "learning_rate": "optim.base_lr",
+    "log_every": "log_every_steps",
+    "logger": "tracker.name",
+    "lr": "optim.base_lr",
+    "max_epochs": "budget_epochs",
+    "mixed_precision": "precision",
+    "num_channels": "in_chans",
+    "num_epochs": "budget_epochs",
+    "out": "output",
+    "output_dir": "output",
+    "patch": "model.patch_size",
+    "path": "data.root",
+    "pretrained": "init",
+    "resolution": "image_size",
+    "run_dir": "output",
+    "save_every": "checkpoint.every_steps",
+    "size": "image_size",
+    "wd": "optim.weight_decay",
+    "weights": "init",
+    "workers": "data.num_workers",
+}
+"""What other projects call a key, and its name here."""
 
 
 def validation_sentence(error: ValidationError, root: type[BaseModel]) -> str:
@@ -19,6 +65,11 @@ def validation_sentence(error: ValidationError, root: type[BaseModel]) -> str:
     return shown_text(" ".join(_first_mistake(error, root).split()), 1000)
 
 
+def mistaken_key(error: ValidationError, root: type[BaseModel]) -> list[str]:
+    """The path of the key or section with that mistake; empty where several keys do not fit together."""
+    return _walk(error.errors(include_url=False)[0]["loc"], root)[0]
+
+
 def _first_mistake(error: ValidationError, root: type[BaseModel]) -> str:
     first = error.errors(include_url=False)[0]
     path, models, here = _walk(first["loc"], root)
@@ -26,7 +77,7 @@ def _first_mistake(error: ValidationError, root: type[BaseModel]) -> str:
     value, kind = first["input"], first["type"]
     if kind == "extra_forbidden":
         known = sorted({name for model in models for name in model.model_fields})
-        close = difflib.get_close_matches(path[-1], known, n=1)
+        close = _meant(path[-1], root) or difflib.get_close_matches(path[-1], known, n=1)
         where = ".".join(path[:-1])
         hint = f"did you mean {close[0]!r}? " if close else ""
         of = f" of {where}" if where else ""
@@ -42,8 +93,46 @@ def _first_mistake(error: ValidationError, root: type[BaseModel]) -> str:
         return f"{key} is missing"
     if kind == "value_error":
         return f"{key}: {first['msg'].removeprefix('Value error, ')}"
+    quotes = "; put it in quotes" if kind == "string_type" and isinstance(value, int | float) else ""
     message = first["msg"].removeprefix("Input ")
-    return f"{key} is {shown(value)}: it {message}"
+    return f"{key} is {shown(value)}: it {message}{quotes}"
+
+
+def _meant(word: str, root: type[BaseModel]) -> list[str]:
+    """The full key of a word that is a key of another section, or another project's name of one."""
+    found = [
+        ".".join(path) for path in (SYNONYMS.get(word, "").split("."), *_paths_to(word, root)) if path[0]
+    ]
+    known = [key for key in found if types_at(root, key.split("."))]
+    return known[:1]
+
+
+def _paths_to(word: str, root: type[BaseModel]) -> Iterator[list[str]]:
+    """Where keys of this name stand, the highest ones first."""
+    sections: list[list[str]] = [[]]
+    seen: set[type[BaseModel]] = set()
+    for section in sections:
+        for model in members_at(root, section):
+            if model in seen:
+                continue
+            seen.add(model)
+            if word in model.model_fields:
+                yield [*section, word]
+            sections += [[*section, key] for key in model.model_fields if members_at(model, [key])]
+
+
+def close_names(name: str, known: Sequence[str], fits: Callable[[str], bool], otherwise: str = "") -> str:
+    """What to add to the refusal of a name: up to three close ones that are not refused in turn.
+
+    Args:
+        name: the refused one.
+        known: the names that there are.
+        fits: whether one of them would do; asked for few.
+        otherwise: names to offer where no close one does.
+    """
+    close = difflib.get_close_matches(name, known, n=12)
+    names = ", ".join(islice(filter(fits, close), 3)) or otherwise
+    return f"; close names: {names}" if names else ""
 
 
 def shown(value: Any, length: int = 80) -> str:
@@ -98,13 +187,39 @@ def members_at(root: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
     return found
 
 
+def types_at(root: type[BaseModel], path: list[str], name: Any = None) -> set[Any]:
+    """The types that the key at `path` can hold, with unions taken apart; empty for an unknown key.
+
+    Args:
+        root: the Config of the whole recipe.
+        path: of the key.
+        name: of the component around it, where that is known.
+    """
+    around = members_at(root, path[:-1])
+    named = [member for member in around if name_of(member) == name]
+    fields = [member.model_fields.get(path[-1]) for member in named or around]
+    return {kind for field in fields if field is not None for kind in _parts(field.annotation)}
+
+
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The Configs that a type annotation admits."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (Union, types.UnionType, Annotated, tuple):
-        return [model for part in get_args(annotation) for model in models_in(part)]
-    return []
+    """The Configs that a type annotation admits, alone or in a list."""
+    found: list[type[BaseModel]] = []
+    for part in _parts(annotation):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            found.append(part)
+        elif get_origin(part) is tuple:
+            found += [model for item in get_args(part) for model in models_in(item)]
+    return found
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """A type as its members without their metadata; of a Literal, the types of its values."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _parts(arguments[0])
+    if origin in (Union, types.UnionType):
+        return [part for argument in arguments for part in _parts(argument)]
+    return [type(value) for value in arguments] if origin is Literal else [annotation]
 
 
 def name_of(member: type[BaseModel]) -> Any:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import torch
-import yaml
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from etpp_ssl.config import Config, UserError, as_pair, legal_size, may_change
@@ -25,7 +24,8 @@ from etpp_ssl.data.training import TrainingImages, open_training
 from etpp_ssl.data.views import Normalise, TrainView
 from etpp_ssl.files import write_text
 from etpp_ssl.messages import shown
-from etpp_ssl.recipe_file import RecipeText
+from etpp_ssl.recipe_file import STARTED_IN, RecipeText
+from etpp_ssl.recipe_yaml import dump_yaml
 
 # One line here makes a new data source or curriculum known to recipes.
 AnyStream = WebDatasetConfig | HuggingFaceConfig | MixConfig
@@ -237,10 +237,12 @@ class RunRecipe(Config, ABC):
     def save(self, path: Path) -> None:
         """Write the resolved recipe, every default spelled out, as YAML, whole or not at all.
 
+        The working folder is written with it: relative paths of data are looked for there again.
+
         Raises:
             UserError: if it cannot be written.
         """
-        write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        write_text(path, dump_yaml({**self.model_dump(mode="json"), STARTED_IN: os.getcwd()}))
 
 
 def task_of(text: RecipeText) -> str:

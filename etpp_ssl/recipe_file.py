@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -16,11 +18,22 @@ from pydantic import BaseModel, ValidationError
 from etpp_ssl import moved
 from etpp_ssl.config import UserError, may_change_on_resume
 from etpp_ssl.files import read_text
-from etpp_ssl.messages import members_at, name_of, shown, shown_text, validation_sentence
-from etpp_ssl.recipe_yaml import MAX_BYTES, MAX_DEPTH, load_yaml, quoted
+from etpp_ssl.messages import (
+    members_at,
+    mistaken_key,
+    name_of,
+    shown,
+    shown_text,
+    types_at,
+    validation_sentence,
+)
+from etpp_ssl.recipe_yaml import MAX_BYTES, MAX_DEPTH, checked, load_word, load_yaml
 
 EXTENDS = "extends"
 """Key of a recipe file that names the recipe whose values it takes over."""
+STARTED_IN = "started_in"
+"""Key of a run's recipe: the working folder of its last start, where its relative paths of data began."""
+DATA_PATHS = ("root", "file", "eval_file", "urls", "data_files")
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
@@ -79,11 +92,12 @@ class RecipeText:
         Raises:
             UserError: if one of its files is missing, cannot be read or is not YAML, or extends itself.
         """
-        file = find_recipe(source)
-        if os.path.isdir(file):
-            overrides = [f"output={quoted(str(file))}", *overrides]
-            file = file / "recipe.yaml"
-        return cls.of(_file_text(file, str(source)), overrides, str(file), file)
+        folder = find_recipe(source)
+        if not os.path.isdir(folder):
+            return cls.of(_file_text(folder, str(source)), overrides, str(folder), folder)
+        file = folder / "recipe.yaml"
+        read = cls.of(_file_text(file, str(source)), overrides, str(file), file)
+        return replace(read, layers=(*read.layers, {"output": str(folder)}))
 
     @classmethod
     def of(
@@ -110,7 +124,7 @@ class RecipeText:
             seen.append(base.resolve())
             newest = str(base)
             layers.insert(0, _values(_file_text(base, named), newest))
-        return cls(tuple(layers), tuple(overrides), title)
+        return cls(tuple(_found_again(layer) for layer in layers), tuple(overrides), title)
 
     def task(self, default: str) -> Any:
         """The last value that is given for `task`."""
@@ -139,10 +153,31 @@ class RecipeText:
             _apply(values, override, kind)
         try:
             # JSON mode is strict on scalars (no "3" for 3) and takes lists for tuples.
-            text = json.dumps(with_defaults(values), default=str)
-            return kind.model_validate_json(text, strict=True)
+            return kind.model_validate_json(json.dumps(with_defaults(values)), strict=True)
         except ValidationError as error:
-            raise UserError(f"{self.title}: {validation_sentence(error, kind)}") from None
+            mistake = validation_sentence(error, kind)
+            overrides = self._behind(mistaken_key(error, kind), mistake, kind, with_defaults)
+            raise UserError(f"{overrides or self.title}: {mistake}") from None
+
+    def _behind(
+        self,
+        key: list[str],
+        mistake: str,
+        kind: type[Kind],
+        with_defaults: Callable[[dict[str, Any]], dict[str, Any]],
+    ) -> str:
+        """The overrides that a mistake comes from, as a message calls them; "" for one of the files."""
+        close = [text for text in self.overrides if _touches(text.partition("=")[0].split("."), key)]
+        if not close:
+            return ""
+        try:
+            replace(self, overrides=()).validated(kind, with_defaults)
+        except UserError as error:
+            if str(error).endswith(mistake):
+                return ""
+        # Of several for one key the last one counts.
+        last = {text.partition("=")[0]: text for text in close}.values()
+        return f"override{'s' * (len(last) > 1)} {', '.join(shown(text) for text in last)}"
 
 
 def changed_keys(old: BaseModel, new: BaseModel) -> list[str]:
@@ -161,7 +196,7 @@ def _file_text(file: Path, name: str) -> str:
 
 
 def _values(text: str, title: str) -> dict[str, Any]:
-    values = _read_yaml(text, title)
+    values = _in_yaml(title, lambda: load_yaml(text))
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -169,10 +204,39 @@ def _values(text: str, title: str) -> dict[str, Any]:
     return values
 
 
-def _read_yaml(text: str, title: str) -> Any:
+def _found_again(values: dict[str, Any]) -> dict[str, Any]:
+    """A run's values with the relative paths of its data as they were meant where the run was started.
+
+    A path that is not there any more is left as it was given, and looked for in the working folder.
+    """
+    started_in = values.pop(STARTED_IN, None)
+    if not isinstance(started_in, str) or started_in == os.getcwd() or "data" not in values:
+        return values
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, list):
+            return [absolute(item) for item in value]
+        # Neither from the root or home, nor a variable, nor a URL, a pipe or a drive.
+        if not isinstance(value, str) or os.path.isabs(value) or re.match(r"[~$]|\w+:", value):
+            return value
+        plain = re.split(r"[*?\[{]", value, maxsplit=1)[0]
+        place = os.path.join(started_in, plain if plain == value else os.path.dirname(plain))
+        return os.path.join(started_in, value) if os.path.exists(place) else value
+
+    def searched(section: Any) -> Any:
+        if isinstance(section, list):
+            return [searched(part) for part in section]
+        if not isinstance(section, dict):
+            return section
+        return {k: absolute(v) if k in DATA_PATHS else searched(v) for k, v in section.items()}
+
+    return {**values, "data": searched(values["data"])}
+
+
+def _in_yaml(title: str, read: Callable[[], Any]) -> Any:
     try:
-        return load_yaml(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return read()
+    except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{title} is not valid YAML: {shown_text(reason)}") from None
 
@@ -186,10 +250,15 @@ def _merged(
         _drop_stale(merged, above["name"], kind, path)
     for key, value in above.items():
         below = merged.get(key)
-        if isinstance(below, dict) and isinstance(value, dict):
-            value = _merged(below, value, kind, [*path, key])
+        if isinstance(value, dict):
+            value = _merged(below if isinstance(below, dict) else {}, value, kind, [*path, key])
         merged[key] = value
     return merged
+
+
+def _touches(path: list[str], key: list[str]) -> bool:
+    """Whether one of the two is, or lies in, the other."""
+    return all(ours == theirs for ours, theirs in zip(path, key, strict=False))
 
 
 def _apply(values: dict[str, Any], override: str, kind: type[BaseModel]) -> None:
@@ -197,12 +266,9 @@ def _apply(values: dict[str, Any], override: str, kind: type[BaseModel]) -> None
     title = f"override {shown(override)}"
     if not equals or not key:
         raise UserError(f"{title} is not of the form key=value")
-    value = _read_yaml(text, title)
-    *sections, leaf = key.split(".")
+    *sections, leaf = path = key.split(".")
     if len(sections) > MAX_DEPTH:
         raise UserError(f"{title}: its key has {len(sections) + 1:,} parts, more than any recipe has")
-    if _stands_for_a_name([*sections, leaf], value, kind):
-        sections, leaf = [*sections, leaf], "name"
     node = values
     for depth, section in enumerate(sections):
         if section not in node:
@@ -211,9 +277,47 @@ def _apply(values: dict[str, Any], override: str, kind: type[BaseModel]) -> None
         if not isinstance(child, dict):
             raise UserError(f"{title}: {'.'.join(sections[: depth + 1])} has no keys")
         node = child
+    admitted = types_at(kind, path, node.get("name"))
+    models = [part for part in admitted if isinstance(part, type) and issubclass(part, BaseModel)]
+    has_name = bool(models) and (not sections or any(map(name_of, models)))
+    if str in admitted and not text and type(None) not in admitted:
+        raise UserError(f"{title}: no text stands behind the =")
+    value = _in_yaml(title, lambda: _value(text, admitted, has_name=has_name))
+    if has_name and not isinstance(value, dict | None):
+        # section=name is short for section.name=name.
+        sections, leaf = path, "name"
+        node = node.setdefault(path[-1], _default_section(path, kind))
     if leaf == "name":
         _drop_stale(node, value, kind, sections)
     node[leaf] = value
+
+
+def _value(text: str, admitted: set[Any], *, has_name: bool) -> Any:
+    """What the text of an override means to a key of these types.
+
+    A key that takes text takes it to its last character: a folder may be called `set #1`, `Photos: 2024` or
+    `20241130`. So does a section with a name, `section=name`, unless the text is a mapping.
+    """
+    if type(None) in admitted and text.strip() in _NOTHING:
+        return None
+    lists_of_words = any(get_origin(part) is tuple and str in get_args(part) for part in admitted)
+    if lists_of_words and text.startswith("[") and text.endswith("]"):
+        if "'" in text or '"' in text:
+            return load_yaml(text, only_words=True)
+        # Commas in braces are a shell's, as in {a,b}.tar.
+        return [word.strip() for word in re.split(r",(?![^{]*\})", checked(text[1:-1])) if word.strip()]
+    if str in admitted:
+        return checked(text)
+    if has_name and not text.startswith(("{", "[")):
+        with suppress(yaml.YAMLError):
+            value = load_yaml(text)
+            if isinstance(value, dict):
+                return value
+        return checked(text)
+    return load_yaml(text) if admitted and Any not in admitted else load_word(text)
+
+
+_NOTHING = ("", "null", "Null", "NULL", "None", "~")
 
 
 def _drop_stale(node: dict[str, Any], name: Any, kind: type[BaseModel], path: list[str]) -> None:
@@ -224,14 +328,6 @@ def _drop_stale(node: dict[str, Any], name: Any, kind: type[BaseModel], path: li
     if old is not new and old is not None and new is not None:
         for stale in [key for key in node if not _same_field(old, new, key)]:
             del node[stale]
-
-
-def _stands_for_a_name(path: list[str], value: Any, kind: type[BaseModel]) -> bool:
-    """Whether `path=value` is short for `path.name=value`: a section of named components, and a word."""
-    sections = members_at(kind, path)
-    if len(path) == 1:
-        return bool(sections) and not isinstance(value, dict)
-    return isinstance(value, str) and any(name_of(member) is not None for member in sections)
 
 
 def _default_section(path: list[str], kind: type[BaseModel]) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """YAML as recipes use it: plain values, and an error before a hostile text takes memory or time.
 
-Left out are aliases, tags and merges, keys that are not words or stand twice, null bytes, whole numbers of
-more digits than any setting has, and deep nesting.
+Numbers are those of YAML 1.2: `5e-4` is one, `1:30` and `2024-11-30` are text, and `010` is ten. Left out are
+aliases, tags and merges, keys that are not words or stand twice, null bytes, whole numbers of more digits
+than any setting has, and deep nesting.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Hashable
 from typing import Any
@@ -22,26 +22,59 @@ MAX_DIGITS = 40
 """Of a whole number; Python takes the square of the time for more of them."""
 
 
-def load_yaml(text: str) -> Any:
-    """The value of a YAML text: dicts with text as keys, lists, text, numbers, dates, None.
+def load_yaml(text: str, *, only_words: bool = False) -> Any:
+    """The value of a YAML text: dicts with text as keys, lists, text, numbers, None.
+
+    Args:
+        text: of a recipe, or of one of its values.
+        only_words: every scalar is text, as in a list of names.
 
     Raises:
         yaml.YAMLError: if it is not YAML, or more than recipes may hold.
-        ValueError: for a malformed number or date.
         RecursionError: not for a text within `MAX_BYTES`, but PyYAML is recursive.
+    """
+    return yaml.load(checked(text), Loader=_WordLoader if only_words else _Loader)
+
+
+def load_word(text: str) -> Any:
+    """A value of unknown type: a list, mapping or quoted text as YAML, else one scalar to its last character.
+
+    Raises:
+        yaml.YAMLError: as `load_yaml`.
+    """
+    if text.startswith(("[", "{", "'", '"')):
+        return load_yaml(text)
+    loader = _Loader("")
+    tag = loader.resolve(yaml.ScalarNode, checked(text), (True, False))
+    return loader.construct_object(yaml.ScalarNode(tag, text))
+
+
+def checked(text: str) -> str:
+    """A text as it stands.
+
+    Raises:
+        yaml.YAMLError: if it is longer than a recipe may be, or holds what no recipe can.
     """
     if len(text) > MAX_BYTES:
         raise yaml.YAMLError(f"it has {len(text):,} characters, more than {MAX_BYTES:,}")
-    return yaml.load(text, Loader=_Loader)
+    odd = _ODD.search(text)
+    if odd:
+        what = "a null byte" if odd[0] == "\0" else "bytes that are not UTF-8"
+        raise yaml.YAMLError(f"{text[:40]!r} holds {what}")
+    return text
 
 
-def quoted(text: str) -> str:
-    """Any text as YAML on one line."""
-    return yaml.dump(text, default_style='"', width=math.inf).strip()
+def dump_yaml(values: dict[str, Any]) -> str:
+    """YAML that both `load_yaml` and other readers take for the same values."""
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what one of the YAML versions takes for a number."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats (plain PyYAML reads `5e-4` as a string), and none of what the module leaves out.
+    """YAML with the numbers of version 1.2, and none of what the module leaves out.
 
     A few nested aliases would expand to more than any memory holds.
     """
@@ -77,23 +110,30 @@ class _Loader(yaml.SafeLoader):
 
     def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)
-        odd = _ODD.search(value) if isinstance(value, str) else None
-        if odd:
-            what = "a null byte" if odd[0] == "\0" else "bytes that are not UTF-8"
-            raise yaml.YAMLError(f"{value[:40]!r} holds {what}")
-        return value
+        return checked(value) if isinstance(value, str) else value
 
     def construct_whole(self, node: Any) -> int:
-        """An integer; base 60, which is part of YAML 1.1, makes one of any length, too."""
+        """An integer, with digits in groups (1_000) or in another base (0x1f)."""
         if len(node.value) > MAX_DIGITS:
             raise yaml.YAMLError(f"{node.value[:10]}... is a whole number of {len(node.value):,} digits")
-        return int(self.construct_yaml_int(node))
+        digits = node.value.replace("_", "")
+        return int(digits, 0 if re.match("[-+]?0[bx]", digits) else 10)
+
+
+class _WordLoader(_Loader):
+    """Every scalar is text."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012
 
 
 _ODD = re.compile("[\0\ud800-\udfff]")
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
-_Loader.add_implicit_resolver(
+_OLD_SCALARS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp")}
+_WHOLE = (
+    "tag:yaml.org,2002:int",
+    re.compile(r"[-+]?(?:0x[0-9a-fA-F_]+|0b[01_]+|0[0-7_]*|[1-9][0-9_]*)$"),
+    list("-+0123456789"),
+)
+_FLOAT = (
     "tag:yaml.org,2002:float",
     re.compile(
         r"""^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -103,3 +143,11 @@ _Loader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _OLD_SCALARS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(*_WHOLE)
+_Loader.add_implicit_resolver(*_FLOAT)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
+_Dumper.add_implicit_resolver(*_FLOAT)

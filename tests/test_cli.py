@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
+import etpp_ssl
 from etpp_ssl.cli import main
-from etpp_ssl.recipe import Recipe
+from etpp_ssl.config import UserError
+from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.train.loop import on_step_end
+from etpp_ssl.train.plan import plan_run
+from etpp_ssl.train.run import Run
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "missing folder": (["data=folder", "data.root={tmp}/nowhere"], "data.root"),
@@ -164,6 +171,106 @@ def test_the_way_from_recipe_to_export(
     assert "another model" in capsys.readouterr().err
     assert run(["export", folder, "--to", "timm"]) == 0
     assert "export/timm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("export", "missing argument 'RUN'; see etpp export -h"),
+        ("export x --to onnx",
+         "invalid value for '--to': 'onnx' is not one of 'timm', 'mae', 'transformers'; see etpp export -h"),
+        ("embed x --split test", "invalid value for '--split': 'test' is not one of 'train', 'eval'; "
+         "see etpp embed -h"),
+        ("export x --to", "option '--to' requires an argument; see etpp"),
+        ("reconstruct x --count 0", "invalid value for '--count': it should be greater than or equal to 1"),
+        ("plan --foo", "no such option: --foo; see etpp plan -h"),
+        ("pretain x", "no such command 'pretain'; did you mean 'pretrain'; see etpp -h"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_commands_words_is_one_sentence(
+    words: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(words.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"etpp: error: {sentence}")
+
+
+def test_version_and_help_have_short_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"etpp {etpp_ssl.__version__}\n"
+    for words in (["-h"], ["plan", "-h"], ["plan", "--help"]):
+        assert run(words) == 0
+        assert " Usage: etpp " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("begun", "completed"),
+    [
+        ("pl", ["plan"]),
+        ("plan cifar10_vit_m", ["cifar10_vit_micro"]),
+        ("plan quickstart data.num_w", ["data.num_workers="]),
+    ],
+)
+def test_a_shell_can_complete_commands_recipes_and_keys(
+    begun: str,
+    completed: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("_ETPP_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"etpp {begun}")
+    monkeypatch.setenv("COMP_CWORD", str(len(begun.split())))
+    run([])
+    assert capsys.readouterr().out.split() == completed
+
+
+def test_log_lines_and_warnings_of_libraries_do_not_reach_the_screen(
+    recipe_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def library(_: Run) -> None:
+        logging.getLogger("torch.utils.cpp_extension").warning("No CUDA runtime is found")
+        logging.getLogger("timm").error("something else")
+        warnings.warn("this DataLoader will create many workers", UserWarning, stacklevel=1)
+
+    handler = logging.StreamHandler()
+    logging.getLogger().addHandler(handler)
+    on_step_end.append(library)
+    try:
+        assert run(["pretrain", str(recipe_file), "budget_epochs=0.3"]) == 0
+    finally:
+        on_step_end.remove(library)
+        logging.getLogger().removeHandler(handler)
+    printed = capfd.readouterr().err
+    assert "stage 3/3" in printed
+    for words in ("CUDA runtime", "something else", "many workers"):
+        assert words not in printed
+    assert logging.getLogger("timm").isEnabledFor(logging.WARNING)
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [("pretrain", "vit_base_r50"), ("pretrain", "vit_relpos_small_patch16_224"), ("pretrain", "resnet18"),
+     ("finetune", "swin_tiny"), ("finetune", "maxvit")],
+)  # fmt: skip
+def test_a_close_name_of_timms_is_not_refused_in_turn(
+    task: str, name: str, tiny_recipe: Callable[..., Recipe], tiny_classifier: Callable[..., FinetuneRecipe]
+) -> None:
+    sizes = ["image_size=224", "curriculum=efficienttrain", "curriculum.stages=null"]
+
+    def take(name: str) -> None:
+        if task == "pretrain":
+            plain = [f"model={{name: {name}}}", "curriculum=efficienttrain"]
+            plan_run(tiny_recipe("image_size=224", "curriculum.stages=null", *plain))
+        else:
+            recipe = tiny_classifier(*sizes, f"model={{name: {name}}}")
+            recipe.check_curriculum(recipe.build_curriculum(64))
+
+    with pytest.raises(UserError) as refused:
+        take(name)
+    assert f"model.name '{name}' is " in str(refused.value)
+    _, _, offered = str(refused.value).partition("; close names: ")
+    for other in offered.split(", ") if offered else ():
+        take(other)
 
 
 def newest_step(folder: Path) -> int:

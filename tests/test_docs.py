@@ -80,17 +80,7 @@ def run_command(line: str, extra: dict[str, list[str]], ranks: Server | None) ->
         main([*words[1:], *extra.get(" ".join(words[:2]), [])])
     except SystemExit as ended:
         code = int(ended.code or 0)
-    forget_accelerate()
     assert code == 0, line
-
-
-def forget_accelerate() -> None:
-    """accelerate keeps precision and device for the whole process; each command chooses its own."""
-    if "accelerate" in sys.modules:
-        from accelerate.state import AcceleratorState, GradientState
-
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
 
 
 def run_page(page: Path, ranks: Server | None = None) -> None:
@@ -102,7 +92,6 @@ def run_page(page: Path, ranks: Server | None = None) -> None:
                 run_command(line, extra, ranks)
         elif block.language == "python" and not block.title:
             exec(compile(block.text, str(page), "exec"), names)
-            forget_accelerate()
 
 
 def test_own_data_then_finetune_and_probe_run_as_written(
@@ -145,23 +134,16 @@ def test_own_model_and_target_runs_as_written_in_a_copy_of_the_clone(tmp_path: P
     driver = f"""
 import sys
 import pytest
-from tests_driver import forget_accelerate, main
+from etpp_ssl.cli import main
 for line in {in_process!r}:
     try:
         main(line)
     except SystemExit as ended:
         assert ended.code in (0, None), line
-    forget_accelerate()
 exec({"".join(python)!r})
 for line in {others!r}:
     assert pytest.main(line) == 0, line
 """
-    driver_module = tmp_path / "tests_driver.py"
-    driver_module.write_text(
-        "import sys\nfrom etpp_ssl.cli import main\n\n\ndef forget_accelerate():\n"
-        "    from accelerate.state import AcceleratorState, GradientState\n\n"
-        "    AcceleratorState._reset_state(reset_partial_state=True)\n    GradientState._reset_state()\n"
-    )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     ran = subprocess.run(
         [sys.executable, "-c", driver], cwd=tmp_path, env=environment, capture_output=True, text=True

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from tiny_runs import TINY
 
 from etpp_ssl.config import UserError
-from etpp_ssl.files import append_line, check_place, replaced, replaced_file, save_tensors, write_text
+from etpp_ssl.files import (
+    append_line,
+    check_place,
+    flush,
+    flush_folder,
+    replaced,
+    replaced_file,
+    save_tensors,
+    write_text,
+)
 
 
 def stop_while_writing(file: Path) -> None:
@@ -120,3 +134,85 @@ def test_a_place_is_checked_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file/b/c' cannot be written: "):
         check_place(tmp_path / "file" / "b" / "c")
+
+
+def test_lines_that_processes_append_at_once_are_all_there(tmp_path: Path) -> None:
+    file = tmp_path / "lines"
+    file.write_bytes(b"whole\ntorn")
+    write = "import sys; from pathlib import Path; from etpp_ssl.files import append_line\n"
+    write += "for i in range(200): append_line(Path(sys.argv[1]), sys.argv[2] * 300 + f' {i}')"
+    writers = [subprocess.Popen([sys.executable, "-c", write, str(file), name]) for name in "abc"]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    first, *lines = file.read_text().splitlines()
+    assert first == "whole"
+    for name in "abc":
+        assert [line for line in lines if line[0] == name] == [f"{name * 300} {i}" for i in range(200)]
+    assert len(lines) == 600
+    assert os.listdir(tmp_path) == ["lines"]
+
+
+def test_a_folder_that_cannot_be_flushed_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    real = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    flush_folder(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        flush(tmp_path / "nothing")
+
+
+WITHOUT_POSIX = """
+import os, signal, sys
+import accelerate, filelock, multiprocessing.pool, psutil, timm, torch, torchvision
+
+sys.modules["fcntl"] = None
+for module, names in ((os, "pread sysconf O_NOCTTY getuid geteuid fork killpg"),
+                      (signal, "SIGCHLD SIGURG SIGKILL pthread_kill pthread_sigmask sigwaitinfo")):
+    for name in names.split():
+        delattr(module, name)
+os.O_BINARY, real_open, binary = 0x8000, os.open, []
+
+def windows_open(path, flags, *rest, **more):
+    if os.path.isdir(path):
+        raise PermissionError(13, "Permission denied")
+    if str(path).endswith((".png", ".tar")) and ".writing-" not in str(path):
+        binary.append((path, flags & os.O_BINARY))
+    return real_open(path, flags, *rest, **more)
+
+os.open = windows_open
+from etpp_ssl.cli import main
+
+def etpp(*words):
+    try:
+        main(list(words))
+    except SystemExit as ended:
+        assert ended.code in (0, None), words
+
+folder = sys.argv[1]
+etpp("prepare", f"{folder}/images", f"{folder}/shards", "--workers", "1")
+for name, data in (("run", "folder"), ("sharded", "shards")):
+    root = "images" if data == "folder" else "shards"
+    etpp("pretrain", f"{folder}/recipe.yaml", f"data={data}", f"data.root={folder}/{root}",
+         "data.num_workers=0", "batch_size=4",
+         f"output={folder}/{name}", "probe=reconstruction", "data.holdout=4")
+etpp("probe", f"{folder}/run", "probe=reconstruction")
+etpp("export", f"{folder}/run")
+etpp("report", f"{folder}/run")
+assert binary and all(flags for _, flags in binary), binary
+"""
+
+
+def test_one_process_needs_nothing_that_only_posix_has(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(12):
+        Image.new("RGB", (24, 16), (number * 20, 2, 3)).save(tmp_path / "images" / f"{number}.png")
+    (tmp_path / "recipe.yaml").write_text(TINY, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_POSIX, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

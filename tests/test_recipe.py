@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
-from etpp_ssl import recipe_file
+from etpp_ssl import messages, recipe_file
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.constant import ConstantConfig
 from etpp_ssl.curriculum.efficienttrain import EfficientTrainConfig
@@ -15,8 +16,9 @@ from etpp_ssl.data.sources.folder import FolderConfig
 from etpp_ssl.model.decoders import CrossDecoderConfig, MAEDecoderConfig
 from etpp_ssl.model.mask_patterns import BlockMaskingConfig
 from etpp_ssl.model.masking import MaskRatioRamp
-from etpp_ssl.recipe import Recipe, load_any
+from etpp_ssl.recipe import FinetuneRecipe, Recipe, load_any
 from etpp_ssl.recipe_file import changed_keys, shipped_recipes
+from etpp_ssl.run_folder import RunFolder
 
 MINIMAL = "output: runs/x\nbudget_epochs: 2\nbatch_size: 4\ndata: {name: synthetic}\n"
 
@@ -56,6 +58,111 @@ def test_overrides_reach_nested_keys_and_lists() -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        # Text is taken as it stands, whatever it would be in YAML; tests/hostile has more of it.
+        ("data.root=set #1", "data.root", "set #1"),
+        ("output=20241130", "output", "20241130"),
+        ("data.description=Batch #3: 'new'", "data.description", "Batch #3: 'new'"),
+        # Where nothing may be said, each of these says nothing.
+        *((f"init={text}", "init", None) for text in ("", "null", "None", "~")),
+        *((f"budget_hours={text}", "budget_hours", None) for text in ("", "null", "None", "~")),
+        ("data.mean=None", "data.mean", None),
+        ("curriculum.replay=None", "curriculum.replay", None),
+        # A word of a few is a word, though YAML takes it for something else.
+        ("curriculum.large_batch=off", "curriculum.large_batch", "off"),
+        ("tracker=none", "tracker.name", "none"),
+        # Numbers, switches, lists and mappings are read as YAML.
+        ("seed=010", "seed", 10),
+        ("seed=1_000", "seed", 1000),
+        ("deterministic=yes", "deterministic", True),
+        ("image_size=[32, 48]", "image_size", (32, 48)),
+        ("checkpoint={keep: 3}", "checkpoint.keep", 3),
+        ("checkpoint=keep: 3", "checkpoint.keep", 3),
+        ("model.mask_ratio=0.5", "model.mask_ratio", 0.5),
+    ],
+)
+def test_the_type_of_a_key_decides_how_an_override_is_read(override: str, key: str, value: object) -> None:
+    found: object = Recipe.parse(MINIMAL.replace("name: synthetic", "name: folder, root: x"), [override])
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("data.urls=shards #1/{000..003}.tar", "shards #1/{000..003}.tar"),
+        ("data.urls=['a, #1', 20241130, null]", ("a, #1", "20241130", "null")),
+        ("data.urls=[ab]*.tar", "[ab]*.tar"),
+        ("data.urls=[set #1/{a,b}.tar, http://x: 1/c.tar]", ("set #1/{a,b}.tar", "http://x: 1/c.tar")),
+    ],
+)
+def test_a_key_that_takes_text_or_a_list_of_it_reads_no_numbers(override: str, value: object) -> None:
+    recipe = Recipe.parse(MINIMAL, ["data=webdataset", "data.num_images=4", override])
+    assert recipe.data.model_dump()["urls"] == value
+
+
+def test_arguments_of_unknown_type_are_one_scalar_or_a_list_or_a_mapping() -> None:
+    text = MINIMAL + "task: finetune\nmodel: {name: swin_tiny_patch4_window7_224}\n"
+    given = ["a=set #1", "b=1e-2", "c=true", "d=[1, {e: x}]", "f='5'", "g=x: y", "h=null"]
+    recipe = FinetuneRecipe.parse(text, [f"model.args.{item}" for item in given])
+    assert recipe.model.args == {
+        "a": "set #1", "b": 0.01, "c": True, "d": [1, {"e": "x"}], "f": "5", "g": "x: y", "h": None
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "title"),
+    [
+        (["batch_size=many"], "override 'batch_size=many': batch_size is 'many'"),
+        (["seed=1", "model.depth=0", "model.decoder.depth=1"], "override 'model.depth=0': model.depth is 0"),
+        (["data=folder", "seed=1"], "override 'data=folder': data.root is missing"),
+        (["seed=1", "seed=x"], "override 'seed=x': seed is 'x'"),
+        (["budget_hours=1"], "override 'budget_hours=1': the recipe: budget_epochs is 2"),
+        (["data.labels_per_class=2", "seed=3", "data.label_share=0.5"],
+         "overrides 'data.labels_per_class=2', 'data.label_share=0.5': data: label_share is 0.5"),
+    ],
+)  # fmt: skip
+def test_a_bad_override_is_named_and_not_the_file(overrides: list[str], title: str, tmp_path: Path) -> None:
+    write(tmp_path, mine=MINIMAL)
+    with pytest.raises(UserError, match=f"^{re.escape(title)}"):
+        Recipe.load(tmp_path / "mine.yaml", overrides)
+    write(tmp_path, bad=MINIMAL + "precision: fp8\n")
+    with pytest.raises(UserError, match=r"bad\.yaml: precision is 'fp8'"):
+        Recipe.load(tmp_path / "bad.yaml", ["seed=1"])
+    write(tmp_path, bad=MINIMAL + "budget_hours: 3\n")
+    with pytest.raises(UserError, match=r"bad\.yaml: the recipe: budget_epochs is 2"):
+        Recipe.load(tmp_path / "bad.yaml", ["seed=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("lr=1", "optim.base_lr"),
+        ("epochs=2", "budget_epochs"),
+        ("workers=2", "data.num_workers"),
+        ("data.workers=2", "data.num_workers"),
+        ("num_workers=2", "data.num_workers"),
+        ("mask_ratio=0.5", "model.mask_ratio"),
+        ("optim.epochs=2", "budget_epochs"),
+        ("bs=2", "batch_size"),
+    ],
+)
+def test_another_projects_word_for_a_key_is_answered_with_ours(override: str, meant: str) -> None:
+    with pytest.raises(UserError, match=f"unknown key .* did you mean '{meant}'"):
+        Recipe.parse(MINIMAL, [override])
+
+
+def test_every_synonym_leads_to_a_key() -> None:
+    for word, key in messages.SYNONYMS.items():
+        kinds = [kind for kind in (Recipe, FinetuneRecipe) if messages.types_at(kind, key.split("."))]
+        assert kinds, key
+        for kind in kinds:
+            assert not messages.types_at(kind, [word]), word
+
+
+@pytest.mark.parametrize(
     "override", ["model.decoder=cross", "model.decoder.name=cross", "model={decoder: {name: cross}}"]
 )
 def test_a_nested_section_is_taken_over_by_name_with_its_own_defaults(override: str) -> None:
@@ -75,6 +182,15 @@ def test_a_new_decoder_keeps_what_means_the_same_to_it_and_drops_the_rest() -> N
     block = Recipe.parse(MINIMAL, ["model.masking=block", "model.masking.max_side=0.4"]).model.masking
     assert block == BlockMaskingConfig(max_side=0.4)
     assert Recipe.parse(MINIMAL, ["model.masking=block", "model.masking=grid"]).model.masking.name == "grid"
+
+
+def test_text_in_a_file_that_yaml_takes_for_something_else() -> None:
+    recipe = Recipe.parse(MINIMAL + "curriculum: {name: efficienttrain, large_batch: off}\n")
+    assert recipe.curriculum == EfficientTrainConfig(large_batch="off")
+    assert Recipe.parse(MINIMAL.replace("runs/x", "2024-11-30 10:00:00Z")).output == "2024-11-30 10:00:00Z"
+    for text in ("20241130", "1e5", "true"):
+        with pytest.raises(UserError, match=r"output is .*: it should be a valid string; put it in quotes"):
+            Recipe.parse(MINIMAL.replace("runs/x", text))
 
 
 def test_a_mask_ratio_is_a_number_or_a_ramp() -> None:
@@ -114,7 +230,7 @@ def test_a_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
         (["budget_epochs=null"], ["budget_epochs is None and budget_hours is None", "exactly one"]),
         (["budget_epochs=null", "budget_hours=0"], ["budget_hours is 0", "greater than 0"]),
         (["budget_epochs=null", "budget_hours=-2"], ["budget_hours is -2", "greater than 0"]),
-        (["curriculum.large_batch=yes"], ["curriculum.large_batch is", "'tokens'"]),
+        (["curriculum.large_batch=yes"], ["curriculum.large_batch is 'yes'", "'tokens'"]),
         (["curriculum.stages=[{bandwidth: 32, share: 1, batch_factor: 0}]"], ["batch_factor is 0"]),
         (["curriculum=cosine"], ["curriculum.name is 'cosine'", "efficienttrain, constant"]),
         (["data={root: x}"], ["data.name is missing", "folder, list, timm, synthetic"]),
@@ -329,3 +445,29 @@ def test_only_keys_that_change_the_result_count_as_changes() -> None:
         base, Recipe.parse(MINIMAL, ["optim.base_lr=1e-3", "seed=1", "curriculum=constant"])
     )
     assert [text.split(" ")[0] for text in changed] == ["seed", "curriculum.name", "optim.base_lr"]
+
+
+def test_a_run_finds_its_data_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    for folder in (home / "photos", home / "shards #1", elsewhere):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(home)
+    relative = Recipe.parse(MINIMAL, ["data=folder", "data.root=photos"])
+    relative.save(home / "run" / "recipe.yaml")
+    stream = ["data=webdataset", "data.num_images=4", "data.eval={name: folder, root: photos}"]
+    stream += ["data.urls=[shards #1/{0..3}.tar, http://x/a.tar, b/*.tar]"]
+    Recipe.parse(MINIMAL, stream).save(home / "streamed" / "recipe.yaml")
+    # As it was given, as long as that is enough.
+    assert Recipe.load("run").data == relative.data
+    assert "root: photos" in (home / "run" / "recipe.yaml").read_text()
+    monkeypatch.chdir(elsewhere)
+    assert Recipe.load(home / "run").data.model_dump()["root"] == str(home / "photos")
+    assert RunFolder(home / "run").recipe().data.model_dump()["root"] == str(home / "photos")
+    assert Recipe.load(home / "run", ["data.root=photos"]).data.model_dump()["root"] == "photos"
+    assert changed_keys(relative, Recipe.load(home / "run")) == []
+    found = Recipe.load(home / "streamed").data.model_dump()
+    assert found["urls"] == (str(home / "shards #1/{0..3}.tar"), "http://x/a.tar", "b/*.tar")
+    assert found["eval"]["root"] == str(home / "photos")
+    # A run that was moved, data and all, to where its first folder is not.
+    (home / "photos").rename(elsewhere / "photos")
+    assert Recipe.load(home / "run").data.model_dump()["root"] == "photos"

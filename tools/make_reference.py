@@ -29,6 +29,10 @@ KEYS = f"""{NOTE}
 A recipe is a YAML file with these keys; on the command line each is `section.key=value`, and
 `section=name` stands for `section.name=name`. `etpp keys SECTION` prints them in a terminal.
 
+The type of a key decides how an override is read: text is taken as it stands (`"data.root=set #1"`,
+`output=20241130`), anything else as YAML (`image_size=[192, 256]`), and `null` or `None` empties a key
+that may be empty. In a file text that looks like a number, or holds ` #` or `: `, needs quotes.
+
 *Resume* says whether a run may be resumed with another value: **yes** for keys that do not change the
 trained weights. Any other change is refused on resume, naming the key; `--fork` continues in a new folder.
 

@@ -89,7 +89,7 @@ class Soak:
         """Start a run, or go on with it."""
         options, folder = self.options, self.folder / run
         command = ["pretrain", options.recipe, *DEFAULTS, *options.overrides, *overrides]
-        command.append(f"output={json.dumps(str(folder))}")
+        command.append(f"output={folder}")
         return Job(name, command, folder, self.folder / "logs", options.processes)
 
     def sample(self, job: Job) -> None:

@@ -11,7 +11,7 @@ from etpp_ssl.commands.trained import trained_model
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.data.sources.base import existing_folder
 from etpp_ssl.data.views import EvalView
-from etpp_ssl.dist.accelerator import open_accelerator
+from etpp_ssl.dist.accelerator import open_accelerator, process_as_found
 from etpp_ssl.dist.peers import leave, with_peers
 from etpp_ssl.evaluation.features import (
     Embeddings,
@@ -52,6 +52,7 @@ def of_folder(overrides: Sequence[str], run: RunFolder | None) -> tuple[list[str
     return [*data, *every, *overrides[1:]], file
 
 
+@process_as_found()
 @with_peers()
 def embed(
     recipe: Recipe | FinetuneRecipe,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from etpp_ssl.commands.trained import trained_model
 from etpp_ssl.config import UserError
-from etpp_ssl.dist.accelerator import open_accelerator
+from etpp_ssl.dist.accelerator import open_accelerator, process_as_found
 from etpp_ssl.dist.peers import leave, with_peers
 from etpp_ssl.evaluation.classification import ClassificationResult
 from etpp_ssl.evaluation.measured_on import measured_on
@@ -58,6 +58,7 @@ def place_of(recipe: FinetuneRecipe, folder: RunFolder) -> Path:
     return folder.evaluation_folder / name
 
 
+@process_as_found()
 @with_peers()
 def evaluate_run(recipe: FinetuneRecipe, folder: RunFolder, say: Callable[[str], None]) -> Evaluated:
     """Evaluate a run's newest checkpoint: its moving average, where the run keeps one.

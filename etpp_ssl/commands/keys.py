@@ -26,7 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from etpp_ssl.config import UserError, may_change_on_resume
-from etpp_ssl.messages import models_in, name_of
+from etpp_ssl.messages import SYNONYMS, models_in, name_of
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.recipe_file import find_shipped, shipped_recipes
 
@@ -75,7 +75,8 @@ def sections(section: str | None = None) -> list[Section]:
     """The sections of recipes in the order of their keys.
 
     Args:
-        section: only those at or below this path, such as `model` or `model.decoder`; None is all of them.
+        section: only those at or below this path, such as `model` or `model.decoder`, those of one component
+            (`data=folder`), or one key (`data.root`); None is all of them.
 
     Raises:
         UserError: for a path that no recipe has, with those that are close.
@@ -93,11 +94,23 @@ def sections(section: str | None = None) -> list[Section]:
             found += _walk(members, key, tasks, changeable, told)
     if section is None:
         return found
-    chosen = [part for part in found if part.path == section or part.path.startswith(f"{section}.")]
+    path, _, name = section.partition("=")
+    if name:
+        named = [part for part in found if part.path == path]
+        names = [part.name for part in named if part.name is not None]
+        if names and name not in names:
+            raise UserError(f"{path} is one of {', '.join(names)}, not {name!r}")
+        chosen = [part for part in named if part.name in (None, name)]
+    else:
+        chosen = [part for part in found if part.path == path or part.path.startswith(f"{path}.")]
+    if not chosen:
+        rows = {part: tuple(key for key in part.keys if key.path == path) for part in found}
+        chosen = [part._replace(keys=keys) for part, keys in rows.items() if keys]
     if not chosen:
         known = list(dict.fromkeys(part.path for part in found if part.path))
-        close = difflib.get_close_matches(section, known, n=3) or known
-        raise UserError(f"section {section!r} is not known; did you mean {', '.join(close)}?")
+        keys = [key.path for part in found for key in part.keys]
+        close = [SYNONYMS[path]] if path in SYNONYMS else difflib.get_close_matches(path, [*known, *keys])
+        raise UserError(f"section {path!r} is not known; did you mean {', '.join(close or known)}?")
     return chosen
 
 

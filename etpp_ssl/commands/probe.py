@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from etpp_ssl.commands.trained import trained_model
 from etpp_ssl.config import UserError
-from etpp_ssl.dist.accelerator import open_accelerator
+from etpp_ssl.dist.accelerator import open_accelerator, process_as_found
 from etpp_ssl.dist.peers import Agreement, leave, with_peers
 from etpp_ssl.dist.signals import Interrupted, StopRequest
 from etpp_ssl.evaluation.base import ProbeStopped
@@ -24,6 +24,7 @@ from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.tasks.mae import build_probe
 
 
+@process_as_found()
 @with_peers()
 def probe_run(recipe: Recipe | ProbedClassifier, source: str, say: Callable[[str], None]) -> dict[str, float]:
     """Run the recipe's probe on a run's newest checkpoint, or on the weights that `init` names.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from etpp_ssl.config import Config, UserError, as_pair, show_size
 from etpp_ssl.curriculum.base import (
@@ -59,6 +59,12 @@ class EfficientTrainConfig(Config):
     """`tokens`: a stage at a smaller bandwidth gets a larger global batch, by the ratio of full area to
     its own, so that the tokens per device stay about constant: for many processes, whose parts of a
     batch would be too small to keep a device busy early on. The learning rate follows the batch."""
+
+    @field_validator("large_batch", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        # YAML reads `off` as false.
+        return "off" if value is False else value
 
     @model_validator(mode="after")
     def _whole(self) -> EfficientTrainConfig:

@@ -22,7 +22,7 @@ from torch.nn.utils import get_total_norm
 from etpp_ssl.config import UserError
 from etpp_ssl.debug.dumped_step import DumpedBatch, DumpedStep, read_dump
 from etpp_ssl.debug.tracing import Origin, bad_gradients, plain_blocks, trace
-from etpp_ssl.dist.accelerator import open_accelerator
+from etpp_ssl.dist.accelerator import open_accelerator, process_as_found
 from etpp_ssl.recipe_base import TrackerConfig
 from etpp_ssl.run_state import environment, environment_changes
 from etpp_ssl.tasks.base import Inputs, Task, forward_backward
@@ -110,6 +110,7 @@ class _Pass:
     finite: bool
 
 
+@process_as_found()
 def reproduce(path: Path, overrides: Sequence[str] = ()) -> Reproduction:
     """Reproduce the step of a dump, in this process alone.
 

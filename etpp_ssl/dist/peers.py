@@ -7,27 +7,23 @@ each other, so that the others can say why, and so that what all of them say is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-import torch
-import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from etpp_ssl.config import UserError
 import os
 import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.distributed import distributed_c10d
+
 from etpp_ssl.config import RunFault, UserError
 from etpp_ssl.dist.signals import Interrupted
-
 
 OF_A_MACHINE = {"output", "data.root", "data.num_workers", "data.prefetch"}
 """Settings that machines may differ in: paths, and what suits their processors."""
@@ -207,8 +203,7 @@ def leave(accelerator: Accelerator) -> None:
     Raises:
         PeerLost: on the other processes, if one of them, perhaps the main one, ended too early.
     """
-    for tracker in accelerator.trackers:
-        tracker.finish()
+    finish_trackers(accelerator)
     try:
         with with_peers():
             accelerator.wait_for_everyone()
@@ -217,6 +212,12 @@ def leave(accelerator: Accelerator) -> None:
         if not accelerator.is_main_process:
             raise
     accelerator.state.destroy_process_group()
+
+
+def finish_trackers(accelerator: Accelerator) -> None:
+    """Let the trackers of a run write what they have, so that the next run of this process gets its own."""
+    while accelerator.trackers:
+        accelerator.trackers.pop().finish()
 
 
 def told_already(error: UserError) -> bool:

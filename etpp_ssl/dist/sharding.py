@@ -133,10 +133,6 @@ _REFUSED = {
         "every process builds the model from the recipe's seed",
     ),
     "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", "checkpoints are gathered from the GPUs"),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": (
-        "use_parallelism_config",
-        "each process takes a part of the batch of its own",
-    ),
 }
 
 
@@ -173,20 +169,34 @@ def fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
     return FullyShardedDataParallelPlugin(mixed_precision_policy=halved if precision == "bf16" else None)
 
 
-def refuse_deepspeed() -> None:
-    """See that the accelerate configuration does not ask for DeepSpeed.
+_PLUGINS = {
+    # Its `backward` takes the optimizer step, before a run has judged the gradients, and the optimizer's state lies
+    # in buffers that no checkpoint of ours describes.
+    "ACCELERATE_USE_DEEPSPEED": (
+        "DeepSpeed, which takes its optimizer steps out of the run's hands; use FSDP2 for the same division of "
+        "memory (recipes/accelerate/fsdp2_8gpu.yaml)"
+    ),
+    "ACCELERATE_USE_MEGATRON_LM": (
+        "Megatron-LM, which brings models of its own; use FSDP2 to divide this one's memory "
+        "(recipes/accelerate/fsdp2_8gpu.yaml)"
+    ),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (
+        "use_parallelism_config, but each process takes a part of the batch of its own; leave it false"
+    ),
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker's own processes; use torchrun or accelerate's MULTI_GPU",
+    "ACCELERATE_DYNAMO_BACKEND": "dynamo_backend; leave it NO and set model.compiled=true in the recipe",
+}
 
-    Under it accelerate's `backward` takes the optimizer step, with every micro-batch and before a run has
-    judged the gradients, and the optimizer's state lies in buffers that no checkpoint of ours describes.
+
+def refuse_plugins() -> None:
+    """See that the accelerate configuration asks for nothing that a run of this package cannot do.
 
     Raises:
         UserError: if it does.
     """
-    if _set("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(
-            "accelerate was launched with DeepSpeed, which takes its optimizer steps out of the run's hands; "
-            "use FSDP2 for the same division of memory (recipes/accelerate/fsdp2_8gpu.yaml)"
-        )
+    for variable, sentence in _PLUGINS.items():
+        if os.environ.get(variable, "no").lower() not in ("no", "false", "0", "off", "n", "f", ""):
+            raise UserError(f"accelerate was launched with {sentence}")
 
 
 def prepare(

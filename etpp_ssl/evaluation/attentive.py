@@ -9,12 +9,12 @@ Legend: B batch, N tokens, D width, n images.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import psutil
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -244,7 +244,7 @@ def _check_memory(shape: tuple[int, ...], num_processes: int, device: torch.devi
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[1]
     else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_processes
+        memory = psutil.virtual_memory().total // num_processes
     needed = 2 * images * tokens * width
     if needed > memory / 2:
         raise UserError(

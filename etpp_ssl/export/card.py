@@ -6,13 +6,13 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
 from jinja2 import StrictUndefined, Template
 
 from etpp_ssl import __version__
 from etpp_ssl.config import show_size
 from etpp_ssl.evaluation.measured_on import in_words, training_mark
 from etpp_ssl.recipe import FinetuneRecipe
+from etpp_ssl.recipe_yaml import dump_yaml
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 
 CARD = """---
@@ -142,7 +142,7 @@ def model_card(
         std=list(std),
         # Indented in the card, so that no letter of a name is read as markup.
         classes=classes,
-        recipe_text=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        recipe_text=dump_yaml(recipe.model_dump(mode="json")),
     )
     return card
 

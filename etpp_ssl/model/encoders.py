@@ -8,7 +8,6 @@ Legend: B batch, C channels, H, W pixels, N patches or tokens, K visible patches
 
 from __future__ import annotations
 
-import difflib
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from etpp_ssl.config import Config, UserError, as_pair, legal_size, show_size
-from etpp_ssl.messages import shown
+from etpp_ssl.messages import close_names, shown
 from etpp_ssl.model.attention import PLAIN, BlockRunner
 from etpp_ssl.model.patches import gather_patches, grid_of
 from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_pos_embed
@@ -269,27 +268,34 @@ def attention_heads(encoder: VisionTransformer) -> int:
 def _named_model(name: str) -> VisionTransformer:
     """The named timm model on the meta device, if it is one that can be masked."""
     import timm
+
+    base = name.split(".")[0]
+    found = _plain_vit(name) if timm.is_model(base) else "is not a timm model"
+    if isinstance(found, str):
+        hint = close_names(
+            base,
+            timm.list_models("*vit*"),
+            lambda other: not isinstance(_plain_vit(other), str),
+            otherwise="vit_small_patch16_224, vit_base_patch16_224",
+        )
+        raise UserError(f"model.name {shown(name)} {found}{hint}")
+    return found
+
+
+def _plain_vit(name: str) -> VisionTransformer | str:
+    """timm's model on the meta device, or why it cannot be masked."""
+    import timm
     from timm.layers import PatchEmbed
     from timm.models.vision_transformer import VisionTransformer
 
-    known = timm.list_models()
-    base = name.split(".")[0]
-    if base not in known:
-        close = difflib.get_close_matches(base, timm.list_models("*vit*"), n=3)
-        hint = f"; close names: {', '.join(close)}" if close else ""
-        raise UserError(f"model.name {shown(name)} is not a timm model{hint}")
     try:
         with ShapesOnly():
             model = timm.create_model(name, pretrained=False)
     except (RuntimeError, NotImplementedError, TypeError) as error:
-        raise UserError(f"model.name {name!r} cannot be built: {error}") from error
+        return f"cannot be built: {error}"
+    if type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed:
+        return model
     kind = type(model).__name__
-    if type(model) is VisionTransformer and type(model.patch_embed) is not PatchEmbed:
+    if type(model) is VisionTransformer:
         kind += f" on a {type(model.patch_embed).__name__}"
-    if kind != VisionTransformer.__name__:
-        close = difflib.get_close_matches(base, timm.list_models("vit_*"), n=3)
-        raise UserError(
-            f"model.name {name!r} is a {kind}, not a plain Vision Transformer; "
-            f"close names: {', '.join(close) or 'vit_small_patch16_224, vit_base_patch16_224'}"
-        )
-    return model
+    return f"is a {kind}, not a plain Vision Transformer"

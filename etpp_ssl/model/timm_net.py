@@ -6,7 +6,6 @@ tenth of a second, whatever the network's size.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterable
 from functools import lru_cache
@@ -22,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import etpp_ssl.model.zoo.cswin
 import etpp_ssl.model.zoo.pvt  # noqa: F401  These two register what timm lacks.
 from etpp_ssl.config import UserError, as_pair, show_size
-from etpp_ssl.messages import shown
+from etpp_ssl.messages import close_names, shown
 from etpp_ssl.model.timm_layers import key_drop_path
 from etpp_ssl.model.zoo.swin import make_resizable
 from etpp_ssl.randomness import ShapesOnly
@@ -161,11 +160,29 @@ def _named(architecture: str) -> nn.Module:
     """The network with timm's own arguments, on the meta device."""
     base = architecture.split(".")[0]
     if not timm.is_model(base):
-        close = difflib.get_close_matches(base, timm.list_models(), n=3)
-        hint = f"; close names: {', '.join(close)}" if close else ""
+        hint = close_names(base, timm.list_models(), _would_do)
         raise UserError(f"model.name {shown(architecture)} is not a timm model{hint}")
     with ShapesOnly():
         return _create(architecture)
+
+
+def _would_do(architecture: str) -> bool:
+    """Whether a network trains at the size that it was made for, and at the smallest published bandwidth."""
+    try:
+        config: Any = _named(architecture).pretrained_cfg
+        in_chans, height, width = config["input_size"]
+        step = stride(architecture, {})[0]
+        early = max(step, 3 * min(height, width) // 7 // step * step)
+        check_sizes(
+            architecture,
+            {},
+            image_size=(height, width),
+            in_chans=in_chans,
+            bandwidths=[(early, early)],
+        )
+    except UserError:
+        return False
+    return True
 
 
 def _create(architecture: str, **args: Any) -> nn.Module:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from etpp_ssl.config import UserError
-from etpp_ssl.dist.peers import leave, leave_words, lost_peer, with_peers, words_of
+from etpp_ssl.dist.accelerator import process_as_found
+from etpp_ssl.dist.peers import finish_trackers, leave, leave_words, lost_peer, with_peers, words_of
 from etpp_ssl.dist.signals import Interrupted, StopRequest
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.train.loop import train
@@ -18,6 +19,7 @@ from etpp_ssl.train.summary import tell_end
 from etpp_ssl.train.time_budget import decide_steps
 
 
+@process_as_found()
 def pretrain(recipe: Recipe, fork: Path | None = None) -> Run:
     """Pre-train to the end of the budget, from the run folder's newest checkpoint if there is one.
 
@@ -39,6 +41,7 @@ def pretrain(recipe: Recipe, fork: Path | None = None) -> Run:
     return run
 
 
+@process_as_found()
 def finetune(recipe: FinetuneRecipe, fork: Path | None = None) -> Run:
     """Train a classifier to the end of the budget; see `pretrain`."""
     run = open_run(recipe, fork)
@@ -90,6 +93,7 @@ def launch(run: Run) -> None:
         finally:
             run.progress.stop()
             run.lock.release()
+            finish_trackers(run.accelerator)
         leave(run.accelerator)
     if interrupted is not None:
         raise interrupted

@@ -57,7 +57,9 @@ class FolderLock:
         try:
             self._lock.acquire()
         except Timeout as error:
-            holder = self.path.read_text(encoding="utf-8", errors="replace")[:200].strip()
+            holder = ""
+            with suppress(OSError):  # Windows lets nobody read what is locked.
+                holder = self.path.read_text(encoding="utf-8", errors="replace")[:200].strip()
             raise UserError(
                 f"run {str(self.path.parent)!r} is being trained by {holder or 'another process'}; stop that "
                 f"first, or choose another output"

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from etpp_ssl.cli import main
 from etpp_ssl.commands.keys import docstrings, markdown_reference, sections
-from etpp_ssl.config import Config
+from etpp_ssl.config import Config, UserError
 from etpp_ssl.recipe import load_any
 
 HOMES = tuple(
@@ -91,3 +91,29 @@ def main_exits(arguments: list[str], code: int) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert (stop.value.code or 0) == code
+
+
+@pytest.mark.parametrize(
+    ("asked", "titles"),
+    [
+        ("target=hog", ["target", "target=hog"]),
+        ("model.decoder=cross", ["model.decoder", "model.decoder=cross"]),
+        ("data.root", ["data=folder", "data=list", "data=timm", "data=shards"]),
+        ("optim.base_lr", ["optim", "optim"]),
+    ],
+)
+def test_one_component_or_one_key_can_be_asked_for(asked: str, titles: list[str]) -> None:
+    assert [part.title for part in sections(asked)] == titles
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("target=gradients", "target is one of pixels, hog, combined, not 'gradients'"),
+        ("lr", "did you mean optim.base_lr"),
+        ("curriclum", "did you mean curriculum"),
+    ],
+)
+def test_an_unknown_section_is_one_sentence(asked: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        sections(asked)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from faulty_runs import Act, Seen, paint_images, watched
 from spoilt_steps import poisoned
 
@@ -289,7 +288,6 @@ def test_the_command_reads_a_dump_that_was_moved_and_tries_remedies(
     assert found["diagnosis"] in out
     assert found["origin"]["module"] == "encoder.blocks.0.attn.qkv"
     assert reproduce(dump, ["model.attention=fused"]).reproduced
-    AcceleratorState._reset_state(reset_partial_state=True)
     code, out, _ = replayed_by_command(str(dump), "precision=fp32", capsys=capsys)
     assert code == 1
     assert "not reproduced: loss and gradients of step 4 are finite with precision=fp32" in out

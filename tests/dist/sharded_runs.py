@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -100,8 +99,6 @@ def main(tasks: list[dict[str, Any]]) -> None:
         os.environ["ACCELERATE_USE_FSDP"] = launched_for if task["sharded"] else "false"
         # True in the file; false is the other way to divide memory.
         os.environ["FSDP_RESHARD_AFTER_FORWARD"] = str(task["reshard"]).lower()
-        AcceleratorState._reset_state()
-        GradientState._reset_state()
         if task["begins_as"] is not None and os.environ["RANK"] == "0":
             cut(Path(task["begins_as"]), Path(task["output"]))
         if torch.distributed.is_initialized():

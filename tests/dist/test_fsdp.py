@@ -249,7 +249,6 @@ def test_other_networks_and_names_are_refused(tiny_classifier: Callable[..., Fin
         ),
         ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "fsdp_cpu_ram_efficient_loading is true .* must be false"),
         ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params is true .* must be false"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "use_parallelism_config is true .* must be false"),
     ],
 )
 def test_settings_that_do_not_serve_are_one_sentence(
@@ -292,11 +291,22 @@ def test_fp16_compiled_blocks_and_uneven_micro_batches_are_refused(
         check("model.compiled=true")
 
 
-def test_deepspeed_is_refused_in_one_sentence(
-    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", r"with DeepSpeed.*; use FSDP2 .*\(.*fsdp2_8gpu.yaml\)$"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", r"with Megatron-LM.*; use FSDP2 .*\(.*fsdp2_8gpu.yaml\)$"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "True", "with use_parallelism_config.*; leave it false$"),
+        ("ACCELERATE_USE_SAGEMAKER", "true", "with SageMaker's own processes; use torchrun"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "with dynamo_backend; .* model.compiled=true in the recipe$"),
+        ("ACCELERATE_USE_CPU", "perhaps", "cannot start as it is configured: invalid truth value perhaps$"),
+    ],
+)
+def test_what_accelerate_is_told_and_a_run_cannot_do_is_one_sentence(
+    variable: str, value: str, said: str, tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UserError, match=r"launched with DeepSpeed.*; use FSDP2 .*\(.*fsdp2_8gpu.yaml\)$"):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=said):
         pretrain(tiny_recipe())
     assert not RunFolder(tiny_recipe().output).path.exists()
 

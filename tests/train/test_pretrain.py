@@ -233,9 +233,6 @@ def test_mixed_precision_stays_near_float32(
 ) -> None:
     pretrain(tiny_recipe(f"precision={precision}"))
     mixed = rows(tmp_path / "run")
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
     pretrain(tiny_recipe(f"output={tmp_path / 'fp32'}"))
     for a, b in zip(mixed, rows(tmp_path / "fp32"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.03)
