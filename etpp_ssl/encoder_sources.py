@@ -28,9 +28,9 @@ from etpp_ssl.report.reconstruction import Decoding
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.targets.pixels import PixelsConfig
 from etpp_ssl.weights.layouts import recognise
-from etpp_ssl.weights.loading import FILES_OF_A_FOLDER, MAX_CONFIG_BYTES, load_trained
+from etpp_ssl.weights.loading import MAX_CONFIG_BYTES, load_trained
 from etpp_ssl.weights.official import load_official_mae
-from etpp_ssl.weights.reading import read_state_dict
+from etpp_ssl.weights.reading import FILES_OF_A_FOLDER, read_state_dict, weights_in
 
 
 def load(
@@ -165,16 +165,16 @@ def _classifier(recipe: FinetuneRecipe, checkpoint: Checkpoint) -> tuple[nn.Modu
 
 def _of_folder(folder: Path, model: str | None) -> Encoder:
     """An export: timm's, which its `config.json` tells, or weights that tell their architecture."""
-    files = [folder / name for name in FILES_OF_A_FOLDER if os.path.isfile(folder / name)]
-    if not files:
+    file = weights_in(folder)
+    if file is None:
         raise UserError(
             f"{str(folder)!r} is neither a run nor an export: it has no recipe.yaml, and no "
             f"{' or '.join(FILES_OF_A_FOLDER)}"
         )
     config = _json(folder / "config.json")
     if model is None and "architecture" in config:
-        return encoder_of_export(files[0], config)
-    return _of_file(files[0], model, {**config, **_json(folder / "preprocessor_config.json")})
+        return encoder_of_export(file, config)
+    return _of_file(file, model, {**config, **_json(folder / "preprocessor_config.json")})
 
 
 def _of_file(file: Path, model: str | None, config: dict[str, Any]) -> Encoder:
@@ -182,7 +182,7 @@ def _of_file(file: Path, model: str | None, config: dict[str, Any]) -> Encoder:
     if model is not None:
         return encoder_of_file(file, model)
     notes: list[str] = []
-    tensors, source, size = read_state_dict(file), repr(str(file)), config.get("image_size")
+    tensors, source, size = read_state_dict(file, notes), repr(str(file)), config.get("image_size")
     try:
         with torch.random.fork_rng(devices=[]):
             trained = load_official_mae(

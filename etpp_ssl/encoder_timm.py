@@ -21,8 +21,8 @@ from etpp_ssl.encoder import Encoder
 from etpp_ssl.messages import shown, shown_text
 from etpp_ssl.model.timm_net import is_vit, size_switch
 from etpp_ssl.model.zoo.swin import make_resizable
+from etpp_ssl.weights.adapt_classifier import adapt_classifier
 from etpp_ssl.weights.layouts import in_timm_names
-from etpp_ssl.weights.loading import load_classifier_init
 from etpp_ssl.weights.reading import load_weights, read_state_dict
 
 
@@ -56,20 +56,19 @@ def encoder_of_file(file: Path, name: str) -> Encoder:
     if not timm.is_model(name.split(".")[0]):
         raise UserError(f"model is {shown(name)}, and timm has no model of that name{_close_to(name)}")
     notes: list[str] = []
-    net = _new_net(name, num_classes=0, in_chans=_channels_in(file, name))
+    source = repr(str(file))
+    net = _new_net(name, num_classes=0)
+    weights = in_timm_names(read_state_dict(file, notes), source, net.state_dict().keys())
+    first = weights.tensors.get(f"{net.default_cfg['first_conv']}.weight")
+    if first is not None and first.ndim == 4:
+        net = _new_net(name, num_classes=0, in_chans=first.shape[1])
     try:
-        load_classifier_init(net, str(file), notes.append, keep_head=False)
+        tensors, changes = adapt_classifier(weights, net, source, keep_head=False)
     except UserError as error:
-        raise UserError(f"{str(error).removeprefix('init ')}; model is {name!r}") from error
-    return _described_by_timm(net, f"weights {str(file)!r}", notes=notes)
-
-
-def _channels_in(file: Path, name: str) -> int:
-    """Channels that the first convolution of a model reads in a file; 3 where it is not found."""
-    first = _new_net(name, num_classes=0).default_cfg["first_conv"]
-    tensors = in_timm_names(read_state_dict(file)).tensors
-    weight = tensors.get(f"{first}.weight")
-    return 3 if weight is None or weight.ndim != 4 else weight.shape[1]
+        raise UserError(f"{error}; model is {name!r}") from error
+    net.load_state_dict(tensors)
+    lines = (f"{source} is {weights.layout}", *notes, *changes)
+    return _described_by_timm(net, f"weights {source}", notes=lines)
 
 
 def encoder_of_name(name: str, *, pretrained: bool) -> Encoder:

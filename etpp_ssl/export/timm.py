@@ -146,7 +146,8 @@ def timm_config(
         "num_features": net.num_features,
         "global_pool": args.get("global_pool", own_pool),
         **({"label_names": list(classes)} if classes else {}),
-        "model_args": args,
+        # transformers passes the number of classes beside these, and takes no argument twice.
+        "model_args": {key: value for key, value in args.items() if key != "num_classes"},
         "pretrained_cfg": {
             "tag": "etpp_ssl",
             "custom_load": False,

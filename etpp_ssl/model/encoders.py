@@ -67,6 +67,16 @@ class EncoderConfig(Config):
         return given | ({"patch_size": as_pair(given["patch_size"])} if "patch_size" in given else {})
 
 
+def unused_weights(name: str, init: str | None) -> list[str]:
+    """A warning where a model's name asks for pre-trained weights (timm's tag) and a run loads none."""
+    if init is not None or "." not in name:
+        return []
+    return [
+        f"warning: model.name {name} names pre-trained weights, but without init none are loaded: the model "
+        f"starts from random values; download them and give init=FILE, or leave the part after the dot out"
+    ]
+
+
 def encoder_args(
     *,
     name: str,

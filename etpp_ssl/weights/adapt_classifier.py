@@ -23,6 +23,7 @@ from etpp_ssl.model.pos_embed import sincos_table
 from etpp_ssl.weights.layouts import Weights
 from etpp_ssl.weights.reading import load_weights
 from etpp_ssl.weights.tensors import (
+    UNSET_POSITIONS,
     adapt_input,
     adapt_patch,
     adapt_positions,
@@ -113,7 +114,7 @@ def _vit_positions(weights: Weights, net: Any, source: str) -> Iterator[tuple[st
         projection = weights.tensors.get("patch_embed.proj.weight")
         known = projection is not None and is_resizable(projection, net.patch_embed.proj.weight)
         old = weights.grid_of(projection) if projection is not None and known else None
-        yield "pos_embed", _position_conversion(weights, (grid[0], grid[1]), prefix, source, old)
+        yield "pos_embed", _position_conversion(weights, positions, (grid[0], grid[1]), prefix, source, old)
 
 
 def _stage_positions(weights: Weights, net: Any, source: str) -> Iterator[tuple[str, _Conversion]]:
@@ -125,11 +126,13 @@ def _stage_positions(weights: Weights, net: Any, source: str) -> Iterator[tuple[
             old = size[0] * h // net.img_size[0], size[1] * w // net.img_size[1]
         prefix = int(net.num_prefix_tokens) if stage == len(grids) else 0
         what = f"positions of stage {stage}"
-        yield f"pos_embed{stage}", _position_conversion(weights, (h, w), prefix, source, old, what)
+        own = getattr(net, f"pos_embed{stage}")
+        yield f"pos_embed{stage}", _position_conversion(weights, own, (h, w), prefix, source, old, what)
 
 
 def _position_conversion(
     weights: Weights,
+    own: Tensor,
     grid: tuple[int, int],
     prefix: int,
     source: str,
@@ -137,6 +140,9 @@ def _position_conversion(
     what: str = "positions",
 ) -> _Conversion:
     def convert(positions: Tensor, notes: list[str]) -> Tensor:
+        if positions.shape[1] > prefix and not positions.any():
+            notes.append(f"its {what} {UNSET_POSITIONS}")
+            return own.detach()
         table = sincos_table(positions, prefix, old)
         return adapt_positions(
             positions,
