@@ -14,11 +14,11 @@ from etpp_ssl.config import show_size
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.run_folder import EVALUATION_FILE, Checkpoint, RunFolder
 
+CLASSIFIER_TASK, ENCODER_TASK = "image-classification", "image-feature-extraction"
+"""The hub's names of what a model is for, which are those of transformers' pipelines."""
 CARD = """---
 library_name: {{ library }}
-{% if classifies %}
-pipeline_tag: image-classification
-{% endif %}
+pipeline_tag: {{ task }}
 license: {{ license }}
 tags:
 {% for tag in tags %}
@@ -112,7 +112,6 @@ def model_card(
     recipe = run.any_recipe()
     classifies = isinstance(recipe, FinetuneRecipe)
     classes = checkpoint.classes()
-    tags = ["image-feature-extraction", "self-supervised", "masked-autoencoder"]
     mean, std = recipe.data.statistics(recipe.in_chans)
     hours = f"{recipe.budget_hours:g} hours" if recipe.budget_hours is not None else ""
     norm = (
@@ -125,7 +124,10 @@ def model_card(
         classifies=classifies,
         library=library,
         license=license_name,
-        tags=["image-classification", "timm"] if classifies else tags,
+        task=CLASSIFIER_TASK if classifies else ENCODER_TASK,
+        tags=[CLASSIFIER_TASK, "timm"]
+        if classifies
+        else [ENCODER_TASK, "self-supervised", "masked-autoencoder"],
         kind=f"{len(classes)} classes" if classifies else "MAE",
         size=show_size(recipe.size),
         version=__version__,
