@@ -163,7 +163,8 @@ def timm_config(
             "num_classes": args["num_classes"],
             # That of another input size would be wrong.
             "pool_size": family.get("pool_size") if same_size else None,
-            "first_conv": family.get("first_conv"),
+            # timm before 1.0.31 would start it anew, without an error, for channels it cannot convert to.
+            "first_conv": family.get("first_conv") if preprocessing["input_size"][0] in (1, 3) else None,
             "classifier": family.get("classifier"),
         },
     }

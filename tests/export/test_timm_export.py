@@ -34,7 +34,7 @@ for folder in sys.argv[1:]:
         features = model(images)
     config = timm.data.resolve_data_config({}, model=model)
     print(tuple(config["mean"]), tuple(config["std"]), end=" ")
-    print(config["input_size"], config["crop_pct"], config["interpolation"])
+    print(tuple(config["input_size"]), config["crop_pct"], config["interpolation"])
     save_file({"features": features.contiguous()}, folder + "/../features.safetensors")
 assert "etpp_ssl" not in sys.modules
 """
@@ -94,6 +94,19 @@ def test_timm_gives_our_features_to_the_last_bit(case: str, exported: dict[str, 
     mean, std = recipe.data.statistics(recipe.in_chans)
     expected = (mean, std, (recipe.in_chans, 16, 24), 0.875, "bicubic")
     assert printed.strip() == " ".join(str(value) for value in expected)
+
+
+def test_timms_rule_for_channels_is_kept_off_weights_that_it_is_not_for(
+    exported: dict[str, Exported],
+) -> None:
+    """timm 1.0.21 to 1.0.30 give a first convolution of five channels random values, and log a warning."""
+    for name, wanted in (
+        ("rgb", "patch_embed.proj"),
+        ("one channel", "patch_embed.proj"),
+        ("five channels", None),
+    ):
+        config = json.loads((exported[name].folder / "config.json").read_text())
+        assert config["pretrained_cfg"]["first_conv"] == wanted, name
 
 
 def test_transformers_opens_it_and_gives_the_same_bits(exported: dict[str, Exported]) -> None:
