@@ -5,6 +5,7 @@ Legend: B batch, C channels, H, W pixels, N patches, K visible, M predicted, D w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -12,8 +13,8 @@ import torch
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from etpp_ssl.config import as_pair, legal_size, may_change
-from etpp_ssl.model.attention import AttentionName, BlockRunner
+from etpp_ssl.config import UserError, as_pair, legal_size, may_change
+from etpp_ssl.model.attention import MAX_COMPILED_SHAPES, AttentionName, BlockRunner
 from etpp_ssl.model.decoders import CrossDecoder, CrossDecoderConfig, MAEDecoder, MAEDecoderConfig
 from etpp_ssl.model.encoders import (
     EncoderConfig,
@@ -71,7 +72,8 @@ class ModelConfig(EncoderConfig):
     """Kernel of the self-attention in pre-training: `fused` (torch's), `unfused` (plain products), or
     `auto`, what measured faster on the device; they differ by rounding."""
     compiled: bool = may_change(False)
-    """Run the blocks through `torch.compile`: a compilation for each stage."""
+    """Run the blocks through `torch.compile`: a compilation for each stage, and for each number of visible
+    patches where the mask ratio changes; at most 32 in a run."""
     decoder: Annotated[AnyDecoder, Field(discriminator="name")] = MAEDecoderConfig()
     """What predicts the removed patches: `mae` or `cross`."""
 
@@ -96,6 +98,32 @@ class ModelConfig(EncoderConfig):
     def masker(self, *, patch_size: tuple[int, int], seed: int) -> Masker:
         """The masks of a run."""
         return Masker(self.masking, self.mask_ratio, self.decoder.predict_ratio, patch_size, seed)
+
+    def check_compiled(
+        self, masker: Masker, stages: Iterable[tuple[tuple[int, int], tuple[float, float]]]
+    ) -> None:
+        """See that `compiled` blocks need a bounded number of compilations.
+
+        Args:
+            masker: the masks of the run.
+            stages: bandwidth (H, W) in pixels, and progress at its start and end, of each stage.
+
+        Raises:
+            UserError: for too many of them.
+        """
+        if not self.compiled:
+            return
+        shapes: set[tuple[int, int]] = set()
+        for bandwidth, span in stages:
+            counts = [masker.counts(bandwidth, progress) for progress in span]
+            first, last = sorted(count.num_keep for count in counts)
+            shapes.update((counts[0].num_patches, keep) for keep in range(first, last + 1))
+        if len(shapes) > MAX_COMPILED_SHAPES:
+            raise UserError(
+                f"model.compiled is true, and the blocks would be compiled anew for {len(shapes)} numbers of "
+                f"visible patches, more than {MAX_COMPILED_SHAPES}; use model.compiled=false, or one "
+                f"model.mask_ratio in place of a start and an end"
+            )
 
     def encoder_args(self, image_size: tuple[int, int], in_chans: int) -> tuple[str, dict[str, Any]]:
         """timm's name and arguments of the encoder; see `etpp_ssl.model.encoders.encoder_args`."""

@@ -110,6 +110,8 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
         recorded = None
     if recorded is not None:
         curriculum = curriculum.laid_out(recorded.segments)
+    if isinstance(recipe, Recipe):
+        recipe.check_curriculum(curriculum)
     task = bare_task(recipe, torch.device("cpu"), num_classes, _on_meta)
     known: dict[tuple[torch.Size, ...], Cost] = {}
 
