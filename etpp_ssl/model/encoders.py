@@ -22,7 +22,7 @@ from etpp_ssl.config import Config, UserError, as_pair, legal_size, show_size
 from etpp_ssl.messages import shown
 from etpp_ssl.model.attention import PLAIN, BlockRunner
 from etpp_ssl.model.patches import gather_patches, grid_of
-from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_pos_embed
+from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_on, sincos_pos_embed
 from etpp_ssl.randomness import ShapesOnly
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def fixed_positions_at(
     It counts in patches of `position_grid`; None is the encoder's own grid.
     """
     base = position_grid or tuple(encoder.patch_embed.grid_size)
-    table = sincos_pos_embed(grid, base, encoder.embed_dim).to(encoder.pos_embed)
+    table = sincos_on(encoder.pos_embed.device, grid, base, encoder.embed_dim).to(encoder.pos_embed.dtype)
     prefix = num_prefix_positions(encoder)
     return torch.cat([encoder.pos_embed.detach()[:, :prefix], table[None]], dim=1)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from etpp_ssl.config import UserError, as_pair, legal_size, may_change
 from etpp_ssl.model.attention import MAX_COMPILED_SHAPES, AttentionName, BlockRunner
-from etpp_ssl.model.decoders import CrossDecoder, CrossDecoderConfig, MAEDecoder, MAEDecoderConfig
+from etpp_ssl.model.decoders import CrossDecoderConfig, Decoder, MAEDecoderConfig
 from etpp_ssl.model.encoders import (
     EncoderConfig,
     build_encoder,
@@ -192,7 +192,7 @@ class MaskedAutoencoder(nn.Module):
     def __init__(
         self,
         encoder: VisionTransformer,
-        decoder: MAEDecoder | CrossDecoder,
+        decoder: Decoder,
         mask_ratio: float = 0.75,
         *,
         fixed_positions: bool = True,
@@ -204,7 +204,6 @@ class MaskedAutoencoder(nn.Module):
         self.mask_ratio = mask_ratio
         self.fixed_positions = fixed_positions
         self.position_grid: tuple[int, int] = position_grid or tuple(encoder.patch_embed.grid_size)
-        self._tables: dict[tuple[tuple[int, int], torch.device, torch.dtype], Tensor] = {}
         self.run = BlockRunner()
         if decoder.reads_blocks:
             encoder.norm.requires_grad_(False)
@@ -248,22 +247,17 @@ class MaskedAutoencoder(nn.Module):
             ids_keep = noise_BN.argsort(dim=1)[:, :num_keep].sort(dim=1).values
         if ids_predict is None:
             ids_predict = removed_ids(ids_keep, num_patches)
+        positions = None
+        if self.fixed_positions and grid != tuple(self.encoder.patch_embed.grid_size):
+            positions = fixed_positions_at(self.encoder, grid, self.position_grid)
         block_outputs: list[Tensor] = []
         tokens = encode_visible(
             self.encoder,
             images,
             ids_keep,
-            positions=self._fixed_table(grid) if self.fixed_positions else None,
+            positions=positions,
             run=self.run,
             block_outputs=block_outputs if self.decoder.reads_blocks else None,
         )
         values = self.decoder(block_outputs or tokens, ids_keep, ids_predict, grid)
         return Prediction(values, ids_predict)
-
-    def _fixed_table(self, grid: tuple[int, int]) -> Tensor | None:
-        if grid == tuple(self.encoder.patch_embed.grid_size):
-            return None
-        key = (grid, self.encoder.pos_embed.device, self.encoder.pos_embed.dtype)
-        if key not in self._tables:
-            self._tables[key] = fixed_positions_at(self.encoder, grid, self.position_grid)
-        return self._tables[key]
