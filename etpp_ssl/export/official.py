@@ -18,13 +18,13 @@ from etpp_ssl.export.folder import (
     CARD_FILE,
     LAYER_NORM_EPS,
     Target,
-    TrainedModel,
     contiguous,
     decoder_sizes,
     export_folder,
     image_size,
     in_chans,
     is_square,
+    read_autoencoder,
     reason_without_decoder,
     require_plain_encoder,
 )
@@ -73,27 +73,26 @@ def export_mae(
         UserError: if there is no run or no checkpoint, `out` holds something else, or the encoder is not
             MAE's: a plain ViT with a cls token on square images and patches.
     """
-    trained = TrainedModel.read(run_dir, "mae", say)
-    folder = export_folder(trained.run, out, "mae", CHECKPOINT_FILE)
-    model = trained.model
+    run, recipe, trained, model = read_autoencoder(run_dir, "mae", say)
+    folder = export_folder(run, out, "mae", CHECKPOINT_FILE)
     require_plain_encoder(model, "mae")
     if not is_square(model):
         raise UserError(
             f"the format mae is for square images and patches, not for image_size "
             f"{show_size(image_size(model))} with patches of {show_size(model.patch_size)} px; use --to timm"
         )
-    reason = reason_without_decoder(model, trained.target)
+    reason = reason_without_decoder(model, recipe.target)
     if reason is None and _mlp_width(model) != 4 * model.encoder.embed_dim:
         reason = "the original has one model.mlp_ratio for encoder and decoder, and its decoder's is 4"
     if reason is not None:
         say(f"the decoder is left out: {reason}")
     card = model_card(
-        trained.run,
-        trained.checkpoint,
+        run,
+        trained,
         license_name,
         library="pytorch",
         contents="It holds encoder and decoder." if reason is None else "It holds the encoder alone.",
-        load=LOAD_MAE.format(original=_original(model, trained.target), strict=reason is None),
+        load=LOAD_MAE.format(original=_original(model, recipe.target), strict=reason is None),
     )
     with replaced(folder) as aside:
         tensors = contiguous(official_names(model, decoder=reason is None))
@@ -182,9 +181,9 @@ def export_transformers(
         UserError: if there is no run or no checkpoint, `out` holds something else, or the encoder is not a
             plain ViT with a cls token.
     """
-    trained = TrainedModel.read(run_dir, "transformers", say)
-    folder = export_folder(trained.run, out, "transformers", MARKER)
-    model, target = trained.model, trained.target
+    run, recipe, trained, model = read_autoencoder(run_dir, "transformers", say)
+    folder = export_folder(run, out, "transformers", MARKER)
+    target = recipe.target
     require_plain_encoder(model, "transformers")
     reason = reason_without_decoder(model, target)
     if reason is not None:
@@ -194,8 +193,8 @@ def export_transformers(
     if whole:
         models += 'autoencoder = ViTMAEForPreTraining.from_pretrained("/path/to/this/folder")\n'
     card = model_card(
-        trained.run,
-        trained.checkpoint,
+        run,
+        trained,
         license_name,
         library="transformers",
         contents="It holds encoder and decoder." if whole else "It holds the encoder alone.",
@@ -216,7 +215,7 @@ def export_transformers(
         save_file(contiguous(tensors), aside / MODEL_FILE, metadata={"format": "pt"})
         decoder = decoder_config(model, target) if whole else {}
         write_json(aside / MARKER, {**encoder_config(model), **decoder})
-        processor = processor_config(image_size(model), trained.mean, trained.std)
+        processor = processor_config(image_size(model), *recipe.data.statistics(recipe.in_chans))
         write_json(aside / "preprocessor_config.json", processor)
         (aside / CARD_FILE).write_text(card, encoding="utf-8")
     return folder

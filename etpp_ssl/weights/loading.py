@@ -27,7 +27,7 @@ from etpp_ssl.model.patches import grid_of
 from etpp_ssl.model.pos_embed import sincos_table
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.run_folder import Checkpoint, RunFolder
-from etpp_ssl.weights.adapt_classifier import adapt_classifier
+from etpp_ssl.weights.adapt_classifier import adapt_classifier, position_conversion
 from etpp_ssl.weights.layouts import Weights, in_timm_names, recognise
 from etpp_ssl.weights.reading import (
     FILES_OF_A_FOLDER,
@@ -40,7 +40,6 @@ from etpp_ssl.weights.tensors import (
     UNSET_POSITIONS,
     adapt_input,
     adapt_patch,
-    adapt_positions,
     check_heads,
     is_resizable,
     show_grid,
@@ -107,19 +106,16 @@ def _norm_of_tokens(tensors: dict[str, Tensor], notes: list[str]) -> None:
 
 def _positions(weights: Weights, model: MaskedAutoencoder, source: str, notes: list[str]) -> Tensor:
     encoder = model.encoder
-    positions = weights.tensors[POSITIONS]
-    own: Tensor = encoder.pos_embed.detach()
-    prefix = num_prefix_positions(encoder)
+    positions, own = weights.tensors[POSITIONS], encoder.pos_embed.detach()
+    prefix, old = num_prefix_positions(encoder), weights.grid_of(weights.tensors[PROJECTION])
+    if not model.fixed_positions:
+        grid: tuple[int, int] = tuple(encoder.patch_embed.grid_size)
+        return position_conversion(weights, own, grid, prefix, source, old)(positions, notes)
     if positions.shape[1] > prefix and not positions.any():
         notes.append(f"its positions {UNSET_POSITIONS}")
         return own
-    old = weights.grid_of(weights.tensors[PROJECTION])
     table = sincos_table(positions, prefix, old)
     counted = weights.position_grid or (table.position_grid if table else None)
-    if not model.fixed_positions:
-        grid: tuple[int, int] = tuple(encoder.patch_embed.grid_size)
-        old = old or (table.grid if table else None)
-        return adapt_positions(positions, grid, prefix, source, notes, old_grid=old, position_grid=counted)
     if counted is None:
         raise UserError(
             f"{source} has learned positions, which model.pos_embed=sincos would throw away; "
