@@ -106,7 +106,8 @@ def _norm_of_tokens(tensors: dict[str, Tensor], notes: list[str]) -> None:
 
 def _positions(weights: Weights, model: MaskedAutoencoder, source: str, notes: list[str]) -> Tensor:
     encoder = model.encoder
-    positions, own = weights.tensors[POSITIONS], encoder.pos_embed.detach()
+    positions = weights.tensors[POSITIONS]
+    own: Tensor = encoder.pos_embed.detach()
     prefix, old = num_prefix_positions(encoder), weights.grid_of(weights.tensors[PROJECTION])
     if not model.fixed_positions:
         grid: tuple[int, int] = tuple(encoder.patch_embed.grid_size)
