@@ -1,36 +1,43 @@
-"""What `etpp_ssl.load` opens: runs, exports, weights files and the names of timm's models."""
+"""What `etpp_ssl.load` opens: runs, exports, weights files and the names of timm's models.
+
+Legend: C channels, H, W pixels.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from timm.data import resolve_model_data_config
 from torch import nn
 
 from etpp_ssl.config import UserError, as_pair
+from etpp_ssl.data.sources.base import default_statistics
 from etpp_ssl.encoder import Encoder
-from etpp_ssl.encoder_timm import encoder_of_export, encoder_of_file, encoder_of_name, known_statistics
 from etpp_ssl.evaluation.features import Precision
 from etpp_ssl.files import read_text
-from etpp_ssl.messages import shown, shown_text
+from etpp_ssl.messages import close_names, shown, shown_text
 from etpp_ssl.model.mask_patterns import UniformMaskingConfig
 from etpp_ssl.model.masking import Masker
-from etpp_ssl.model.timm_net import build_net
+from etpp_ssl.model.timm_net import build_net, is_vit, size_switch
+from etpp_ssl.model.zoo.swin import make_resizable
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.report.reconstruction import Decoding
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.targets.pixels import PixelsConfig
-from etpp_ssl.weights.layouts import recognise
-from etpp_ssl.weights.loading import FILES_OF_A_FOLDER, MAX_CONFIG_BYTES, load_trained
+from etpp_ssl.weights.adapt_classifier import adapt_classifier
+from etpp_ssl.weights.layouts import in_timm_names, recognise
+from etpp_ssl.weights.loading import MAX_CONFIG_BYTES, load_trained
 from etpp_ssl.weights.official import load_official_mae
-from etpp_ssl.weights.reading import read_state_dict
+from etpp_ssl.weights.reading import FILES_OF_A_FOLDER, load_weights, read_state_dict, weights_in
 
 
 def load(
@@ -100,7 +107,7 @@ def _opened(path: Path, model: str | None, pretrained: bool) -> Encoder:
         return _of_file(path, model, {})
     if model is not None:
         raise UserError(f"{shown(str(path), 300)} does not exist")
-    return encoder_of_name(str(path), pretrained=pretrained)
+    return _of_timms_name(str(path), pretrained=pretrained)
 
 
 def _tells_more(folder: Path) -> bool:
@@ -165,24 +172,24 @@ def _classifier(recipe: FinetuneRecipe, checkpoint: Checkpoint) -> tuple[nn.Modu
 
 def _of_folder(folder: Path, model: str | None) -> Encoder:
     """An export: timm's, which its `config.json` tells, or weights that tell their architecture."""
-    files = [folder / name for name in FILES_OF_A_FOLDER if os.path.isfile(folder / name)]
-    if not files:
+    file = weights_in(folder)
+    if file is None:
         raise UserError(
             f"{str(folder)!r} is neither a run nor an export: it has no recipe.yaml, and no "
             f"{' or '.join(FILES_OF_A_FOLDER)}"
         )
     config = _json(folder / "config.json")
     if model is None and "architecture" in config:
-        return encoder_of_export(files[0], config)
-    return _of_file(files[0], model, {**config, **_json(folder / "preprocessor_config.json")})
+        return _of_timms_export(file, config)
+    return _of_file(file, model, {**config, **_json(folder / "preprocessor_config.json")})
 
 
 def _of_file(file: Path, model: str | None, config: dict[str, Any]) -> Encoder:
     """Weights that tell their architecture, with what a config of transformers says beside them."""
     if model is not None:
-        return encoder_of_file(file, model)
+        return _of_timms_file(file, model)
     notes: list[str] = []
-    tensors, source, size = read_state_dict(file), repr(str(file)), config.get("image_size")
+    tensors, source, size = read_state_dict(file, notes), repr(str(file)), config.get("image_size")
     try:
         with torch.random.fork_rng(devices=[]):
             trained = load_official_mae(
@@ -196,7 +203,7 @@ def _of_file(file: Path, model: str | None, config: dict[str, Any]) -> Encoder:
     except UserError as error:
         reason = str(error).replace("the state dict", source, 1).split("; ")[0]
         raise UserError(f"{reason}; of a timm model, give its name: load(..., model=NAME)") from error
-    mean, std, assumed = known_statistics(trained.encoder.patch_embed.proj.in_channels, config)
+    mean, std, assumed = _statistics(trained.encoder.patch_embed.proj.in_channels, config)
     decoding = None
     if recognise(tensors, source).has_decoder:
         pixels = PixelsConfig(norm_pix=config.get("norm_pix_loss", True))
@@ -226,3 +233,105 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{str(file)!r} does not hold an object")
     return content
+
+
+def _of_timms_export(file: Path, config: dict[str, Any]) -> Encoder:
+    """The model of an export, `etpp export --to timm` or timm's own."""
+    # Older exports of timm have one level.
+    described: dict[str, Any] = dict(config.get("pretrained_cfg") or config)
+    args = {"num_classes": config.get("num_classes", 1000), **config.get("model_args", {})}
+    if "input_size" in described:
+        args.setdefault("in_chans", described["input_size"][0])
+    tensors, name = read_state_dict(file), str(config["architecture"])
+    net = _new_net(name, pretrained_cfg=described, **args)
+    net.load_state_dict(load_weights(net.state_dict(), tensors, repr(str(file))))
+    return _described_by_timm(net, f"export {str(file.parent)!r}", classes=config.get("label_names"))
+
+
+def _of_timms_file(file: Path, name: str) -> Encoder:
+    """A file as the weights of a named model of timm, at that model's size and without a head."""
+    if not timm.is_model(name.split(".")[0]):
+        hint = close_names(name, timm.list_models(), timm.is_model)
+        raise UserError(f"model is {shown(name)}, and timm has no model of that name{hint}")
+    notes: list[str] = []
+    source = repr(str(file))
+    net = _new_net(name, num_classes=0)
+    weights = in_timm_names(read_state_dict(file, notes), source, net.state_dict().keys())
+    first = weights.tensors.get(f"{net.default_cfg['first_conv']}.weight")
+    if first is not None and first.ndim == 4:
+        net = _new_net(name, num_classes=0, in_chans=first.shape[1])
+    try:
+        tensors, changes = adapt_classifier(weights, net, source, keep_head=False)
+    except UserError as error:
+        raise UserError(f"{error}; model is {name!r}") from error
+    net.load_state_dict(tensors)
+    lines = (f"{source} is {weights.layout}", *notes, *changes)
+    return _described_by_timm(net, f"weights {source}", notes=lines)
+
+
+def _of_timms_name(name: str, *, pretrained: bool) -> Encoder:
+    """A model of timm without its head, with its weights or with random ones."""
+    if not timm.is_model(name.split(".")[0]):
+        fits = timm.is_model_pretrained if pretrained else timm.is_model
+        raise UserError(
+            f"{shown(name, 300)} does not exist, and timm has no model of that name"
+            f"{close_names(name, timm.list_models(), fits)}"
+        )
+    try:
+        net = _new_net(name, pretrained=pretrained, num_classes=0)
+    except Exception as error:
+        # A download can end in anything.
+        if not pretrained:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"the weights of timm's {name} cannot be loaded: {shown_text(reason, 200)}; pretrained=False "
+            f"builds it with random ones"
+        ) from error
+    return _described_by_timm(net, f"timm's {name}" if pretrained else f"timm's {name} with random weights")
+
+
+def _new_net(name: str, **args: Any) -> Any:
+    """timm's model of a name; one that resamples its positions runs at any size that it can take.
+
+    A plain ViT does so in `etpp_ssl.evaluation.feature_maps`, as in pre-training.
+    """
+    switch = {} if is_vit(name) else size_switch(name)
+    with torch.random.fork_rng(devices=[]):
+        net = timm.create_model(name, **{**args, **switch})
+    make_resizable(net)
+    return net
+
+
+def _described_by_timm(
+    net: Any, origin: str, *, classes: list[str] | None = None, notes: Iterable[str] = ()
+) -> Encoder:
+    """With the size, normalisation and crop that timm's `pretrained_cfg` states."""
+    config = resolve_model_data_config(net)
+    size = getattr(getattr(net, "patch_embed", None), "img_size", None) or config["input_size"][1:]
+    layer = dict(net.named_modules()).get(str(net.pretrained_cfg.get("first_conv")))
+    in_chans = layer.in_channels if isinstance(layer, nn.Conv2d) else config["input_size"][0]
+    mean, std, assumed = _statistics(in_chans, {"image_mean": config["mean"], "image_std": config["std"]})
+    own_way = config["interpolation"] != "bicubic" or config["crop_mode"] != "center"
+    resized = f"timm resizes by {config['interpolation']} and crops by {config['crop_mode']}"
+    return Encoder(
+        net,
+        image_size=(size[0], size[1]),
+        mean=mean,
+        std=std,
+        crop_pct=config["crop_pct"],
+        classes=classes,
+        origin=origin,
+        notes=(*notes, *assumed, *((f"{resized}; here it is bicubic, center",) if own_way else ())),
+    )
+
+
+def _statistics(
+    in_chans: int, config: dict[str, Any]
+) -> tuple[tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
+    """Mean and standard deviation per channel, and a note if they had to be assumed."""
+    mean, std = config.get("image_mean"), config.get("image_std")
+    if mean and std and len(mean) == len(std) == in_chans:
+        return tuple(mean), tuple(std), ()
+    mean, std = default_statistics(in_chans)
+    return mean, std, (f"nothing tells the normalisation: mean {list(mean)} and std {list(std)} are assumed",)

@@ -80,14 +80,17 @@ class Recipe(RunRecipe):
         return self.patch_size
 
     def check_curriculum(self, curriculum: Curriculum) -> None:
-        """See that every stage has patches to show and patches to predict.
+        """See that every stage has patches to show and to predict, and that compiled blocks are few enough.
 
         Raises:
-            UserError: if one has not.
+            UserError: if not.
         """
         masker = self.build_masker()
-        for stage, span in zip(curriculum.stages, curriculum.spans, strict=True):
-            masker.check(stage.bandwidth, span)
+        bandwidths = [stage.bandwidth for stage in curriculum.stages]
+        stages = list(zip(bandwidths, curriculum.spans, strict=True))
+        for bandwidth, span in stages:
+            masker.check(bandwidth, span)
+        self.model.check_compiled(masker, stages)
 
     def build_objective(self) -> Objective:
         """The reconstruction target and its loss."""

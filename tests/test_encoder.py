@@ -21,7 +21,7 @@ import etpp_ssl
 from etpp_ssl.cli import main
 from etpp_ssl.data.views import EvalView
 from etpp_ssl.evaluation.features import read_embeddings
-from etpp_ssl.model.encoders import encode_visible
+from etpp_ssl.model.encoders import encode_visible, fixed_positions_at
 from etpp_ssl.report.viewer import Viewer, images_of_files
 from etpp_ssl.run_folder import RunFolder
 
@@ -136,7 +136,7 @@ def test_maps_at_any_size_are_what_the_model_computes_there(run: Path, images: P
         shown = encoder.transform(file, size)
         grid = (size[0] // 4, size[1] // 4)
         everything = torch.arange(grid[0] * grid[1])[None]
-        table = model._fixed_table(grid)
+        table = fixed_positions_at(model.encoder, grid)
         expected = encode_visible(model.encoder, shown[None], everything, positions=table)
         for found in (encoder.patches(file, size), encoder.patches(shown[None])):
             torch.testing.assert_close(found, expected[0, 1:].unflatten(0, grid))

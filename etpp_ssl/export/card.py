@@ -15,11 +15,11 @@ from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.recipe_yaml import dump_yaml
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 
+CLASSIFIER_TASK, ENCODER_TASK = "image-classification", "image-feature-extraction"
+"""The hub's names of what a model is for, which are those of transformers' pipelines."""
 CARD = """---
 library_name: {{ library }}
-{% if classifies %}
-pipeline_tag: image-classification
-{% endif %}
+pipeline_tag: {{ task }}
 license: {{ license }}
 tags:
 {% for tag in tags %}
@@ -113,7 +113,6 @@ def model_card(
     recipe = run.any_recipe()
     classifies = isinstance(recipe, FinetuneRecipe)
     classes = checkpoint.classes()
-    tags = ["image-feature-extraction", "self-supervised", "masked-autoencoder"]
     mean, std = recipe.data.statistics(recipe.in_chans)
     hours = f"{recipe.budget_hours:g} hours" if recipe.budget_hours is not None else ""
     norm = (
@@ -126,7 +125,10 @@ def model_card(
         classifies=classifies,
         library=library,
         license=license_name,
-        tags=["image-classification", "timm"] if classifies else tags,
+        task=CLASSIFIER_TASK if classifies else ENCODER_TASK,
+        tags=[CLASSIFIER_TASK, "timm"]
+        if classifies
+        else [ENCODER_TASK, "self-supervised", "masked-autoencoder"],
         kind=f"{len(classes)} classes" if classifies else "MAE",
         size=show_size(recipe.size),
         version=__version__,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from etpp_ssl.files import check_place
 from etpp_ssl.model.decoders import MAEDecoder
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.randomness import freshly_initialised
-from etpp_ssl.recipe import FinetuneRecipe
+from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.targets.combined import CombinedConfig
 from etpp_ssl.targets.hog import HogConfig
@@ -33,40 +32,27 @@ _OF_A_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 Target = PixelsConfig | HogConfig | CombinedConfig
 
 
-@dataclass(frozen=True)
-class TrainedModel:
-    """A pre-trained model with the weights of its run's newest whole checkpoint, on the CPU."""
+def read_autoencoder(
+    run_dir: str | Path, export_format: str, say: Callable[[str], None]
+) -> tuple[RunFolder, Recipe, Checkpoint, MaskedAutoencoder]:
+    """A run, its recipe, its newest whole checkpoint, and the model with the weights of that, on the CPU.
 
-    run: RunFolder
-    checkpoint: Checkpoint
-    model: MaskedAutoencoder
-    target: Target
-    """What its decoder predicts."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    """Of the images' channels, as the model expects them."""
+    Args:
+        run_dir: the run.
+        export_format: for the message to those who export a classifier.
+        say: told of damaged checkpoints that are passed over.
 
-    @classmethod
-    def read(cls, run_dir: str | Path, export_format: str, say: Callable[[str], None]) -> TrainedModel:
-        """Read it.
-
-        Args:
-            run_dir: the run.
-            export_format: for the message to those who export a classifier.
-            say: told of damaged checkpoints that are passed over.
-
-        Raises:
-            UserError: if there is no run or no checkpoint, or the run trains a classifier.
-        """
-        run = RunFolder(run_dir)
-        recipe = run.any_recipe()
-        if isinstance(recipe, FinetuneRecipe):
-            raise for_encoders_only(f"--to {export_format}")
-        checkpoint = run.trained(say)
-        model = freshly_initialised(recipe.seed, recipe.build_model)
-        load_trained(model, checkpoint)
-        mean, std = recipe.data.statistics(recipe.in_chans)
-        return cls(run, checkpoint, model, recipe.target, tuple(mean), tuple(std))
+    Raises:
+        UserError: if there is no run or no checkpoint, or the run trains a classifier.
+    """
+    run = RunFolder(run_dir)
+    recipe = run.any_recipe()
+    if isinstance(recipe, FinetuneRecipe):
+        raise for_encoders_only(f"--to {export_format}")
+    checkpoint = run.trained(say)
+    model = freshly_initialised(recipe.seed, recipe.build_model)
+    load_trained(model, checkpoint)
+    return run, recipe, checkpoint, model
 
 
 def for_encoders_only(wanted: str) -> UserError:

@@ -17,13 +17,13 @@ from etpp_ssl.export.folder import (
     CARD_FILE,
     LAYER_NORM_EPS,
     Target,
-    TrainedModel,
     contiguous,
     decoder_sizes,
     export_folder,
     image_size,
     in_chans,
     is_square,
+    read_autoencoder,
     reason_without_decoder,
     require_plain_encoder,
 )
@@ -72,27 +72,26 @@ def export_mae(
         UserError: if there is no run or no checkpoint, `out` holds something else, or the encoder is not
             MAE's: a plain ViT with a cls token on square images and patches.
     """
-    trained = TrainedModel.read(run_dir, "mae", say)
-    folder = export_folder(trained.run, out, "mae", CHECKPOINT_FILE)
-    model = trained.model
+    run, recipe, trained, model = read_autoencoder(run_dir, "mae", say)
+    folder = export_folder(run, out, "mae", CHECKPOINT_FILE)
     require_plain_encoder(model, "mae")
     if not is_square(model):
         raise UserError(
             f"the format mae is for square images and patches, not for image_size "
             f"{show_size(image_size(model))} with patches of {show_size(model.patch_size)} px; use --to timm"
         )
-    reason = reason_without_decoder(model, trained.target)
+    reason = reason_without_decoder(model, recipe.target)
     if reason is None and _mlp_width(model) != 4 * model.encoder.embed_dim:
         reason = "the original has one model.mlp_ratio for encoder and decoder, and its decoder's is 4"
     if reason is not None:
         say(f"the decoder is left out: {reason}")
     card = model_card(
-        trained.run,
-        trained.checkpoint,
+        run,
+        trained,
         license_name,
         library="pytorch",
         contents="It holds encoder and decoder." if reason is None else "It holds the encoder alone.",
-        load=LOAD_MAE.format(original=_original(model, trained.target), strict=reason is None),
+        load=LOAD_MAE.format(original=_original(model, recipe.target), strict=reason is None),
     )
     with replaced(folder) as aside:
         tensors = contiguous(official_names(model, decoder=reason is None))
@@ -134,13 +133,23 @@ MARKER = "config.json"
 BICUBIC = 3
 """PIL's number of the filter, for image processors."""
 LOAD_TRANSFORMERS = """```python
-from transformers import AutoImageProcessor, {classes}
+from transformers import {classes}
 
 processor = AutoImageProcessor.from_pretrained("/path/to/this/folder")
 {models}```
 
+`AutoModel` (or `ViTModel`) gives features: `last_hidden_state` is the class token and all patches behind the
+final norm, and `pooler_output` is the class token again (the pooler is the identity, `pooler_act` linear; a
+release of transformers that does not know this key puts a tanh on it).{whole}
+
 The processor resizes whole pictures to {size} px; the run's own evaluation resizes to cover and takes the
-centre crop. `ViTModel`'s pooler is not trained: leave it out, as above."""
+centre crop.{rectangle}"""
+OF_THE_WHOLE = """
+
+`ViTMAEForPreTraining` gives reconstructions. It hides {ratio:.0%} of the patches at random, in evaluation,
+too, so take no features from it. What either of them leaves in the file is listed as unexpected keys."""
+OF_A_RECTANGLE = """ Leave `interpolate_pos_encoding` off: transformers takes
+all positions for those of a square, and tells only where their number is not a square's."""
 
 
 def export_transformers(
@@ -152,8 +161,10 @@ def export_transformers(
 ) -> Path:
     """Write `model.safetensors`, `config.json`, `preprocessor_config.json` and a model card.
 
-    `ViTMAEForPreTraining.from_pretrained(folder)` opens it, and so does `ViTModel.from_pretrained`, with
-    the encoder alone. If ViTMAE cannot hold the decoder, the folder is one of `ViTModel`.
+    The folder is one of a ViT: `AutoModel`, `ViTModel` and `pipeline("image-feature-extraction")` give the
+    encoder's features, with the class token as `pooler_output`. `ViTMAEForPreTraining.from_pretrained` opens
+    the same folder with the decoder, unless ViTMAE cannot hold it. (A folder of type `vit_mae` would have
+    `AutoModel` hide patches at random in evaluation, too.)
 
     Args:
         run_dir: a run with at least one checkpoint; the newest whole one is taken.
@@ -169,41 +180,48 @@ def export_transformers(
         UserError: if there is no run or no checkpoint, `out` holds something else, or the encoder is not a
             plain ViT with a cls token.
     """
-    trained = TrainedModel.read(run_dir, "transformers", say)
-    folder = export_folder(trained.run, out, "transformers", MARKER)
-    model, target = trained.model, trained.target
+    run, recipe, trained, model = read_autoencoder(run_dir, "transformers", say)
+    folder = export_folder(run, out, "transformers", MARKER)
+    target = recipe.target
     require_plain_encoder(model, "transformers")
     reason = reason_without_decoder(model, target)
     if reason is not None:
-        say(f"the decoder is left out, and the folder is one of ViTModel: {reason}")
+        say(f"the decoder is left out, and the folder is one of ViTModel alone: {reason}")
     whole = reason is None
-    models = 'encoder = ViTModel.from_pretrained("/path/to/this/folder", add_pooling_layer=False)\n'
+    models = 'encoder = AutoModel.from_pretrained("/path/to/this/folder")\n'
     if whole:
         models += 'autoencoder = ViTMAEForPreTraining.from_pretrained("/path/to/this/folder")\n'
     card = model_card(
-        trained.run,
-        trained.checkpoint,
+        run,
+        trained,
         license_name,
         library="transformers",
         contents="It holds encoder and decoder." if whole else "It holds the encoder alone.",
         load=LOAD_TRANSFORMERS.format(
-            classes="ViTMAEForPreTraining, ViTModel" if whole else "ViTModel",
+            classes="AutoImageProcessor, AutoModel" + (", ViTMAEForPreTraining" if whole else ""),
             models=models,
             size=show_size(image_size(model)),
+            whole=OF_THE_WHOLE.format(ratio=model.mask_ratio) if whole else "",
+            rectangle="" if is_square(model) else OF_A_RECTANGLE,
         ),
     )
     with replaced(folder) as aside:
         tensors = to_huggingface(official_names(model, decoder=whole))
+        width = model.encoder.embed_dim
+        # Without one in the file, transformers would initialise a pooler at random.
+        pooler = {"weight": torch.eye(width), "bias": torch.zeros(width)}
+        tensors |= {f"{'vit.' if whole else ''}pooler.dense.{part}": value for part, value in pooler.items()}
         save_tensors(contiguous(tensors), aside / MODEL_FILE, {"format": "pt"})
-        write_json(aside / MARKER, mae_config(model, target) if whole else encoder_config(model))
-        processor = processor_config(image_size(model), trained.mean, trained.std)
+        decoder = decoder_config(model, target) if whole else {}
+        write_json(aside / MARKER, {**encoder_config(model), **decoder})
+        processor = processor_config(image_size(model), *recipe.data.statistics(recipe.in_chans))
         write_json(aside / "preprocessor_config.json", processor)
         (aside / CARD_FILE).write_text(card, encoding="utf-8")
     return folder
 
 
 def encoder_config(model: MaskedAutoencoder) -> dict[str, Any]:
-    """The `config.json` of a `ViTModel`."""
+    """The `config.json` of a `ViTModel` whose pooler is the identity."""
     block = model.encoder.blocks[0]
     return {
         "architectures": ["ViTModel"],
@@ -220,17 +238,15 @@ def encoder_config(model: MaskedAutoencoder) -> dict[str, Any]:
         "patch_size": _one_or_two(model.patch_size),
         "num_channels": in_chans(model),
         "qkv_bias": True,
+        "pooler_act": "linear",
         "torch_dtype": "float32",
     }
 
 
-def mae_config(model: MaskedAutoencoder, target: Target) -> dict[str, Any]:
-    """The `config.json` of a `ViTMAEForPreTraining`; the target is pixels."""
+def decoder_config(model: MaskedAutoencoder, target: Target) -> dict[str, Any]:
+    """What `ViTMAEForPreTraining` reads in the `config.json`, too; the target is pixels."""
     width, depth, num_heads, mlp_width, norm_pix = decoder_sizes(model, target)
     return {
-        **encoder_config(model),
-        "architectures": ["ViTMAEForPreTraining"],
-        "model_type": "vit_mae",
         "decoder_hidden_size": width,
         "decoder_num_hidden_layers": depth,
         "decoder_num_attention_heads": num_heads,

@@ -10,7 +10,7 @@ import timm
 from torch import nn
 
 from etpp_ssl.config import UserError
-from etpp_ssl.export.card import final_norm, model_card
+from etpp_ssl.export.card import CLASSIFIER_TASK, ENCODER_TASK, final_norm, model_card
 from etpp_ssl.export.folder import CARD_FILE, contiguous, export_folder, for_encoders_only
 from etpp_ssl.files import replaced, save_tensors, write_json
 from etpp_ssl.randomness import freshly_initialised
@@ -27,13 +27,16 @@ model = timm.create_model("local-dir:/path/to/this/folder", pretrained=True).eva
 config = timm.data.resolve_data_config({{}}, model=model)  # size, mean, std and interpolation
 with torch.inference_mode():
     {output} = model(torch.zeros(1, {shape}))  # (1, {width})
-{rest}"""
-OF_AN_ENCODER = """```
+{names}```
+
+transformers opens this folder, too, {after_import}with the same numbers:
+`{auto_model}.from_pretrained(...)` with `AutoImageProcessor`, or
+`pipeline("{task}", model=...)`; {where}.{advice}"""
+NAMES = 'names = model.pretrained_cfg["label_names"]\n'
+ADVICE = """
 
 Pass `num_classes=N` to put a new classifier on it. For other image sizes pass `img_size=...` or
 `dynamic_img_size=True`: timm resamples the position embedding."""
-OF_A_CLASSIFIER = """names = model.pretrained_cfg["label_names"]
-```"""
 
 
 def export(
@@ -79,7 +82,7 @@ def export(
         net: Any = classifier.net
         architecture, args = recipe.model.timm_args(recipe.size, recipe.in_chans, num_classes)
         which = "their moving average" if checkpoint.has_average else "those of the last step"
-        contents, output, rest = f"The weights are {which}.", "logits", OF_A_CLASSIFIER
+        contents = f"The weights are {which}."
     else:
         model = freshly_initialised(recipe.seed, recipe.build_model)
         load_trained(model, checkpoint)
@@ -91,7 +94,6 @@ def export(
         architecture, args = recipe.model.encoder_args(recipe.size, recipe.in_chans)
         args = {**args, "global_pool": pool or net.global_pool}
         contents = "It has no classifier. The decoder of pre-training is not part of it."
-        output, rest = "features", OF_AN_ENCODER
     module = module_to_import(architecture)
     if module is not None:
         say(f"timm has no {architecture}: `import {module}` before timm.create_model")
@@ -107,10 +109,15 @@ def export(
     }
     load = LOAD.format(
         imports=f"import {module}  # registers a model that timm lacks\n" if module else "",
-        output=output,
+        output="logits" if classifies else "features",
         shape=", ".join(map(str, input_size)),
         width=args["num_classes"] or net.num_features,
-        rest=rest,
+        names=NAMES if classifies else "",
+        after_import=f"after `import {module}`, " if module else "",
+        auto_model="AutoModelForImageClassification" if classifies else "AutoModel",
+        task=CLASSIFIER_TASK if classifies else ENCODER_TASK,
+        where="the classes are in its config" if classifies else "the features are its `pooler_output`",
+        advice="" if classifies else ADVICE,
     )
     card = model_card(run, checkpoint, license_name, library="timm", contents=contents, load=load)
     with replaced(folder) as aside:
@@ -145,7 +152,8 @@ def timm_config(
         "num_features": net.num_features,
         "global_pool": args.get("global_pool", own_pool),
         **({"label_names": list(classes)} if classes else {}),
-        "model_args": args,
+        # transformers passes the number of classes beside these, and takes no argument twice.
+        "model_args": {key: value for key, value in args.items() if key != "num_classes"},
         "pretrained_cfg": {
             "tag": "etpp_ssl",
             "custom_load": False,
@@ -154,7 +162,8 @@ def timm_config(
             "num_classes": args["num_classes"],
             # That of another input size would be wrong.
             "pool_size": family.get("pool_size") if same_size else None,
-            "first_conv": family.get("first_conv"),
+            # timm before 1.0.31 would start it anew, without an error, for channels it cannot convert to.
+            "first_conv": family.get("first_conv") if preprocessing["input_size"][0] in (1, 3) else None,
             "classifier": family.get("classifier"),
         },
     }

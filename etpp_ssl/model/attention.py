@@ -31,6 +31,12 @@ UNFUSED_TOKENS = 1024
 """Most tokens for which `auto` keeps attention matrices: larger ones need more memory than activations."""
 
 
+MAX_COMPILED_SHAPES = 32
+"""Most numbers of tokens that blocks are compiled for in a run; each takes seconds to minutes."""
+GRAPHS_PER_SHAPE = 6
+"""Graphs of one: of encoder and decoder, for whole micro-batches, the last one of a batch, and evaluation."""
+
+
 class Choice(NamedTuple):
     """A kernel and why it was taken."""
 
@@ -155,8 +161,9 @@ class BlockRunner:
 
     Args:
         grad_checkpointing: recompute each block in the backward pass.
-        compiled: run blocks through `torch.compile`. All blocks of one kind share a graph, so each stage
-            compiles one for the encoder and one for the decoder.
+        compiled: run blocks through `torch.compile`. All blocks of one kind share a graph, so each number of
+            tokens compiles one for the encoder and one for the decoder; `ModelConfig.check_compiled` bounds
+            how many there are in a run.
     """
 
     grad_checkpointing: bool = False
@@ -164,7 +171,7 @@ class BlockRunner:
 
     def __call__(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """`block(*inputs)`: tokens (B, N, D), and what else the block reads, to tokens (B, N, D)."""
-        run = _compiled() if self.compiled else call_block
+        run = compiled_call() if self.compiled else call_block
         if self.grad_checkpointing:
             output: Tensor = checkpoint(run, block, *inputs, use_reentrant=False)
             return output
@@ -178,7 +185,11 @@ def call_block(block: nn.Module, *inputs: Tensor) -> Tensor:
 
 
 @cache
-def _compiled() -> Callable[..., Tensor]:
+def compiled_call() -> Callable[..., Tensor]:
+    """`call_block` through `torch.compile`, one function for all blocks of the process."""
+    # All graphs belong to one function, and torch stops compiling it beyond a limit of 8 by default.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, GRAPHS_PER_SHAPE * MAX_COMPILED_SHAPES)
     # Shapes change only between stages; torch's default would make the second stage's graph dynamic.
     return torch.compile(call_block, dynamic=False)
 

@@ -16,7 +16,7 @@ visible patches), L encoder blocks, F decoder blocks, D encoder width, E decoder
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -25,96 +25,69 @@ from torch import Tensor, nn
 from etpp_ssl.config import Config, UserError
 from etpp_ssl.model.attention import BlockRunner, CrossAttention
 from etpp_ssl.model.encoders import init_linear
-from etpp_ssl.model.pos_embed import SincosTables
+from etpp_ssl.model.pos_embed import sincos_on
 
 MLP_RATIO = 4
 """Of CrossMAE's blocks."""
 
 
-class MAEDecoderConfig(Config):
-    """A small ViT over all tokens (MAE, section 3; the defaults are its ImageNet setting)."""
+class Decoder(nn.Module):
+    """What the decoders have in common: mask tokens with positions, the last norm and the projection.
 
-    name: Literal["mae"] = "mae"
-    embed_dim: int = Field(default=512, ge=4, le=1 << 14)
-    """Width of the decoder's tokens."""
-    depth: int = Field(default=8, ge=1, le=1000)
-    """Number of blocks."""
-    num_heads: int = Field(default=16, ge=1)
-    """Heads per block, a divisor of `embed_dim`."""
+    Args:
+        config: width, depth and heads.
+        encoder_dim: D.
+        encoder_depth: L.
+        num_prefix: P, prefix tokens in front of the encoder's output.
+        base_grid: patches per axis at full resolution.
+        num_values: V, numbers to predict per patch.
+    """
 
-    @property
-    def predict_ratio(self) -> float | None:
-        """Every masked patch is predicted: the mask tokens attend to each other."""
-        return None
+    blocks: nn.ModuleList
+    reads_blocks = False
+    """Whether `forward` takes the encoder's block outputs instead of its final output."""
 
-    @property
-    def reads_blocks(self) -> bool:
-        """It reads the encoder's output after the final norm."""
-        return False
-
-    def build(
+    def __init__(
         self,
-        *,
+        config: DecoderKeys,
         encoder_dim: int,
         encoder_depth: int,
         num_prefix: int,
         base_grid: tuple[int, int],
         num_values: int,
-    ) -> MAEDecoder:
-        """The decoder for an encoder of width D, P prefix tokens and V values per patch.
-
-        `encoder_depth` is for decoders that read every encoder block; this one does not.
-
-        Raises:
-            UserError: for a width that its heads or the sin-cos positions do not divide.
-        """
-        check_width(self.embed_dim, self.num_heads)
-        return MAEDecoder(self, encoder_dim, num_prefix, base_grid, num_values)
-
-
-class MAEDecoder(nn.Module):
-    """Predict the masked patches from the visible ones.
-
-    Args:
-        config: width, depth and heads.
-        encoder_dim: D.
-        num_prefix: P, prefix tokens in front of the encoder's output; they carry no position.
-        base_grid: patches per axis at full resolution.
-        num_values: V, numbers to predict per patch.
-    """
-
-    reads_blocks = False
-
-    def __init__(
-        self,
-        config: MAEDecoderConfig,
-        encoder_dim: int,
-        num_prefix: int,
-        base_grid: tuple[int, int],
-        num_values: int,
     ) -> None:
-        from timm.models.vision_transformer import Block
-
         super().__init__()
-        self.num_prefix = num_prefix
         self.run = BlockRunner()
-        width = config.embed_dim
-        self.embed = nn.Linear(encoder_dim, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.blocks = nn.ModuleList(
-            Block(
-                dim=width,
-                num_heads=config.num_heads,
-                qkv_bias=True,
-                norm_layer=layer_norm,
-            )
-            for _ in range(config.depth)
-        )
-        self.norm = layer_norm(width)
-        self.head = nn.Linear(width, num_values)
+        self.num_prefix, self.base_grid = num_prefix, base_grid
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
+        self.add_blocks(config, encoder_dim, encoder_depth)
+        self.norm = layer_norm(config.embed_dim)
+        self.head = nn.Linear(config.embed_dim, num_values)
         self.apply(init_linear)
         nn.init.normal_(self.mask_token, std=0.02)
-        self._positions = SincosTables(base_grid, width)
+
+    def add_blocks(self, config: Any, encoder_dim: int, encoder_depth: int) -> None:
+        """Give it `blocks` and what stands in front of them."""
+        raise NotImplementedError
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The sin-cos table of a grid of (h, w) patches, (N, E), of the parameters' type."""
+        width, device = self.mask_token.shape[-1], self.mask_token.device
+        return sincos_on(device, grid, self.base_grid, width).to(self.mask_token.dtype)
+
+
+class MAEDecoder(Decoder):
+    """Predict the masked patches from the visible ones. Prefix tokens carry no position."""
+
+    def add_blocks(self, config: MAEDecoderConfig, encoder_dim: int, encoder_depth: int) -> None:
+        """A small ViT's blocks behind a projection of the encoder's output."""
+        from timm.models.vision_transformer import Block
+
+        self.embed = nn.Linear(encoder_dim, config.embed_dim)
+        self.blocks = nn.ModuleList(
+            Block(config.embed_dim, config.num_heads, qkv_bias=True, norm_layer=layer_norm)
+            for _ in range(config.depth)
+        )
 
     def forward(self, tokens: Tensor, ids_keep: Tensor, ids_predict: Tensor, grid: tuple[int, int]) -> Tensor:
         """Predict.
@@ -132,7 +105,7 @@ class MAEDecoder(nn.Module):
             (B, M, V), in the order of `ids_predict`.
         """
         num_masked = ids_predict.shape[1]
-        position_NE = self._positions.at(grid, tokens.device).to(self.mask_token.dtype)
+        position_NE = self.positions(grid)
         tokens = self.embed(tokens)
         visible = tokens[:, self.num_prefix :] + position_NE[ids_keep]
         masked = self.mask_token + position_NE[ids_predict]
@@ -143,88 +116,19 @@ class MAEDecoder(nn.Module):
         return prediction
 
 
-class CrossDecoderConfig(Config):
-    """Cross-attention from mask tokens to the encoder (CrossMAE; the defaults are its ImageNet setting)."""
-
-    name: Literal["cross"] = "cross"
-    embed_dim: int = Field(default=512, ge=4, le=1 << 14)
-    """Width of the mask tokens."""
-    depth: int = Field(default=12, ge=1, le=1000)
-    """Number of blocks."""
-    num_heads: int = Field(default=16, ge=1)
-    """Heads per block, a divisor of `embed_dim`."""
-    reads: Literal["blocks", "output"] = "blocks"
-    """`blocks`: every decoder block reads its own learned weighted sum of the encoder's patch embedding
-    and block outputs, through its own LayerNorm; the encoder's final norm then has no part in training.
-    `output`: all read the encoder's output after its final norm, as MAE's decoder does."""
-    predict_ratio: float | None = Field(default=None, gt=0, lt=1)
-    """Share of ALL patches (not of the masked ones) that is predicted, a keyed random subset of the masked
-    ones; at most the mask ratio. None predicts every masked patch."""
-
-    @property
-    def reads_blocks(self) -> bool:
-        """Whether it reads the encoder's blocks instead of its output after the final norm."""
-        return self.reads == "blocks"
-
-    def build(
-        self,
-        *,
-        encoder_dim: int,
-        encoder_depth: int,
-        num_prefix: int,
-        base_grid: tuple[int, int],
-        num_values: int,
-    ) -> CrossDecoder:
-        """The decoder for an encoder of width D and L blocks, and V values per patch.
-
-        `num_prefix` is for decoders that treat prefix tokens differently; this one attends to all alike.
-
-        Raises:
-            UserError: for a width that its heads or the sin-cos positions do not divide.
-        """
-        check_width(self.embed_dim, self.num_heads)
-        return CrossDecoder(self, encoder_dim, encoder_depth, base_grid, num_values)
-
-
-class CrossDecoder(nn.Module):
+class CrossDecoder(Decoder):
     """Predict patches from the encoder's tokens, each patch on its own.
 
     Keys and values get no position here: the encoder's tokens carry theirs.
-
-    Args:
-        config: width, depth, heads and what is read.
-        encoder_dim: D.
-        encoder_depth: L.
-        base_grid: patches per axis at full resolution.
-        num_values: V, numbers to predict per patch.
     """
 
-    def __init__(
-        self,
-        config: CrossDecoderConfig,
-        encoder_dim: int,
-        encoder_depth: int,
-        base_grid: tuple[int, int],
-        num_values: int,
-    ) -> None:
-        super().__init__()
-        self.run = BlockRunner()
-        width = config.embed_dim
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.mixture = BlockMixture(encoder_dim, encoder_depth, config.depth) if config.reads_blocks else None
+    def add_blocks(self, config: CrossDecoderConfig, encoder_dim: int, encoder_depth: int) -> None:
+        """Blocks of cross-attention, and what each of them reads."""
+        self.reads_blocks = config.reads_blocks
+        self.mixture = BlockMixture(encoder_dim, encoder_depth, config.depth) if self.reads_blocks else None
         self.blocks = nn.ModuleList(
-            CrossBlock(width, encoder_dim, config.num_heads) for _ in range(config.depth)
+            CrossBlock(config.embed_dim, encoder_dim, config.num_heads) for _ in range(config.depth)
         )
-        self.norm = layer_norm(width)
-        self.head = nn.Linear(width, num_values)
-        self.apply(init_linear)
-        nn.init.normal_(self.mask_token, std=0.02)
-        self._positions = SincosTables(base_grid, width)
-
-    @property
-    def reads_blocks(self) -> bool:
-        """Whether `forward` takes the encoder's block outputs instead of its final output."""
-        return self.mixture is not None
 
     def forward(
         self,
@@ -245,15 +149,13 @@ class CrossDecoder(nn.Module):
         Returns:
             (B, M, V), in the order of `ids_predict`.
         """
-        device = ids_predict.device
-        position_NE = self._positions.at(grid, device).to(self.mask_token.dtype)
         if isinstance(tokens, Tensor):
             assert self.mixture is None, "this decoder reads the encoder's blocks"
             memories = [tokens] * len(self.blocks)
         else:
             assert self.mixture is not None, "this decoder reads the encoder's output"
             memories = self.mixture(tokens)
-        queries = self.mask_token + position_NE[ids_predict]
+        queries = self.mask_token + self.positions(grid)[ids_predict]
         for block, memory in zip(self.blocks, memories, strict=True):
             queries = self.run(block, queries, memory)
         prediction: Tensor = self.head(self.norm(queries))
@@ -300,16 +202,83 @@ class CrossBlock(nn.Module):
         return result
 
 
-def check_width(embed_dim: int, num_heads: int) -> None:
-    """Raise a UserError for a decoder width that its heads or the sin-cos positions do not divide."""
-    if embed_dim % num_heads:
-        raise UserError(
-            f"model.decoder.num_heads {num_heads} does not divide model.decoder.embed_dim {embed_dim}"
-        )
-    if embed_dim % 4:
-        raise UserError(f"model.decoder.embed_dim {embed_dim} is not a multiple of 4 (sin-cos positions)")
-
-
 def layer_norm(width: int, **kwargs: object) -> nn.LayerNorm:
     """MAE's LayerNorm, eps 1e-6."""
     return nn.LayerNorm(width, eps=1e-6, **kwargs)  # type: ignore[arg-type]
+
+
+class DecoderKeys(Config):
+    """The keys that all decoders have."""
+
+    kind: ClassVar[type[Decoder]]
+    """The module."""
+    name: str
+    embed_dim: int = Field(default=512, ge=4, le=1 << 14)
+    """Width of the decoder's tokens, a multiple of 4."""
+    depth: int = Field(default=8, ge=1, le=1000)
+    """Number of blocks."""
+    num_heads: int = Field(default=16, ge=1)
+    """Heads per block, a divisor of `embed_dim`."""
+
+    @property
+    def reads_blocks(self) -> bool:
+        """Whether it reads the encoder's blocks instead of its output after the final norm."""
+        return False
+
+    def build(
+        self,
+        *,
+        encoder_dim: int,
+        encoder_depth: int,
+        num_prefix: int,
+        base_grid: tuple[int, int],
+        num_values: int,
+    ) -> Decoder:
+        """The decoder, freshly initialised; see `Decoder` for the arguments.
+
+        Raises:
+            UserError: for a width that its heads or the sin-cos positions do not divide.
+        """
+        if self.embed_dim % self.num_heads:
+            raise UserError(
+                f"model.decoder.num_heads {self.num_heads} does not divide "
+                f"model.decoder.embed_dim {self.embed_dim}"
+            )
+        if self.embed_dim % 4:
+            raise UserError(
+                f"model.decoder.embed_dim {self.embed_dim} is not a multiple of 4 (sin-cos positions)"
+            )
+        return self.kind(self, encoder_dim, encoder_depth, num_prefix, base_grid, num_values)
+
+
+class MAEDecoderConfig(DecoderKeys):
+    """A small ViT over all tokens (MAE, section 3; the defaults are its ImageNet setting)."""
+
+    kind: ClassVar[type[Decoder]] = MAEDecoder
+    name: Literal["mae"] = "mae"
+
+    @property
+    def predict_ratio(self) -> float | None:
+        """Every masked patch is predicted: the mask tokens attend to each other."""
+        return None
+
+
+class CrossDecoderConfig(DecoderKeys):
+    """Cross-attention from mask tokens to the encoder (CrossMAE; the defaults are its ImageNet setting)."""
+
+    kind: ClassVar[type[Decoder]] = CrossDecoder
+    name: Literal["cross"] = "cross"
+    depth: int = Field(default=12, ge=1, le=1000)
+    """Number of blocks."""
+    reads: Literal["blocks", "output"] = "blocks"
+    """`blocks`: every decoder block reads its own learned weighted sum of the encoder's patch embedding
+    and block outputs, through its own LayerNorm; the encoder's final norm then has no part in training.
+    `output`: all read the encoder's output after its final norm, as MAE's decoder does."""
+    predict_ratio: float | None = Field(default=None, gt=0, lt=1)
+    """Share of ALL patches (not of the masked ones) that is predicted, a keyed random subset of the masked
+    ones; at most the mask ratio. None predicts every masked patch."""
+
+    @property
+    def reads_blocks(self) -> bool:
+        """Whether it reads the encoder's blocks instead of its output after the final norm."""
+        return self.reads == "blocks"

@@ -21,7 +21,7 @@ from etpp_ssl.config import Config, UserError, as_pair, legal_size, show_size
 from etpp_ssl.messages import close_names, shown
 from etpp_ssl.model.attention import PLAIN, BlockRunner
 from etpp_ssl.model.patches import gather_patches, grid_of
-from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_pos_embed
+from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_on, sincos_pos_embed
 from etpp_ssl.randomness import ShapesOnly
 
 if TYPE_CHECKING:
@@ -64,6 +64,16 @@ class EncoderConfig(Config):
         """The dimensions that are given, by key; `patch_size` as (p, q)."""
         given = {key: getattr(self, key) for key in VIT_DIMS if getattr(self, key) is not None}
         return given | ({"patch_size": as_pair(given["patch_size"])} if "patch_size" in given else {})
+
+
+def unused_weights(name: str, init: str | None) -> list[str]:
+    """A warning where a model's name asks for pre-trained weights (timm's tag) and a run loads none."""
+    if init is not None or "." not in name:
+        return []
+    return [
+        f"warning: model.name {name} names pre-trained weights, but without init none are loaded: the model "
+        f"starts from random values; download them and give init=FILE, or leave the part after the dot out"
+    ]
 
 
 def encoder_args(
@@ -199,7 +209,7 @@ def fixed_positions_at(
     It counts in patches of `position_grid`; None is the encoder's own grid.
     """
     base = position_grid or tuple(encoder.patch_embed.grid_size)
-    table = sincos_pos_embed(grid, base, encoder.embed_dim).to(encoder.pos_embed)
+    table = sincos_on(encoder.pos_embed.device, grid, base, encoder.embed_dim).to(encoder.pos_embed.dtype)
     prefix = num_prefix_positions(encoder)
     return torch.cat([encoder.pos_embed.detach()[:, :prefix], table[None]], dim=1)
 

@@ -5,6 +5,7 @@ Legend: B batch, C channels, H, W pixels, N patches, K visible, M predicted, D w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -12,9 +13,9 @@ import torch
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from etpp_ssl.config import as_pair, legal_size, may_change
-from etpp_ssl.model.attention import AttentionName, BlockRunner
-from etpp_ssl.model.decoders import CrossDecoder, CrossDecoderConfig, MAEDecoder, MAEDecoderConfig
+from etpp_ssl.config import UserError, as_pair, legal_size, may_change
+from etpp_ssl.model.attention import MAX_COMPILED_SHAPES, AttentionName, BlockRunner
+from etpp_ssl.model.decoders import CrossDecoderConfig, Decoder, MAEDecoderConfig
 from etpp_ssl.model.encoders import (
     EncoderConfig,
     build_encoder,
@@ -71,7 +72,8 @@ class ModelConfig(EncoderConfig):
     """Kernel of the self-attention in pre-training: `fused` (torch's), `unfused` (plain products), or
     `auto`, what measured faster on the device; they differ by rounding."""
     compiled: bool = may_change(False)
-    """Run the blocks through `torch.compile`: a compilation for each stage."""
+    """Run the blocks through `torch.compile`: a compilation for each stage, and for each number of visible
+    patches where the mask ratio changes; at most 32 in a run."""
     decoder: Annotated[AnyDecoder, Field(discriminator="name")] = MAEDecoderConfig()
     """What predicts the removed patches: `mae` or `cross`."""
 
@@ -96,6 +98,32 @@ class ModelConfig(EncoderConfig):
     def masker(self, *, patch_size: tuple[int, int], seed: int) -> Masker:
         """The masks of a run."""
         return Masker(self.masking, self.mask_ratio, self.decoder.predict_ratio, patch_size, seed)
+
+    def check_compiled(
+        self, masker: Masker, stages: Iterable[tuple[tuple[int, int], tuple[float, float]]]
+    ) -> None:
+        """See that `compiled` blocks need a bounded number of compilations.
+
+        Args:
+            masker: the masks of the run.
+            stages: bandwidth (H, W) in pixels, and progress at its start and end, of each stage.
+
+        Raises:
+            UserError: for too many of them.
+        """
+        if not self.compiled:
+            return
+        shapes: set[tuple[int, int]] = set()
+        for bandwidth, span in stages:
+            counts = [masker.counts(bandwidth, progress) for progress in span]
+            first, last = sorted(count.num_keep for count in counts)
+            shapes.update((counts[0].num_patches, keep) for keep in range(first, last + 1))
+        if len(shapes) > MAX_COMPILED_SHAPES:
+            raise UserError(
+                f"model.compiled is true, and the blocks would be compiled anew for {len(shapes)} numbers of "
+                f"visible patches, more than {MAX_COMPILED_SHAPES}; use model.compiled=false, or one "
+                f"model.mask_ratio in place of a start and an end"
+            )
 
     def encoder_args(self, image_size: tuple[int, int], in_chans: int) -> tuple[str, dict[str, Any]]:
         """timm's name and arguments of the encoder; see `etpp_ssl.model.encoders.encoder_args`."""
@@ -164,7 +192,7 @@ class MaskedAutoencoder(nn.Module):
     def __init__(
         self,
         encoder: VisionTransformer,
-        decoder: MAEDecoder | CrossDecoder,
+        decoder: Decoder,
         mask_ratio: float = 0.75,
         *,
         fixed_positions: bool = True,
@@ -176,7 +204,6 @@ class MaskedAutoencoder(nn.Module):
         self.mask_ratio = mask_ratio
         self.fixed_positions = fixed_positions
         self.position_grid: tuple[int, int] = position_grid or tuple(encoder.patch_embed.grid_size)
-        self._tables: dict[tuple[tuple[int, int], torch.device, torch.dtype], Tensor] = {}
         self.run = BlockRunner()
         if decoder.reads_blocks:
             encoder.norm.requires_grad_(False)
@@ -220,22 +247,17 @@ class MaskedAutoencoder(nn.Module):
             ids_keep = noise_BN.argsort(dim=1)[:, :num_keep].sort(dim=1).values
         if ids_predict is None:
             ids_predict = removed_ids(ids_keep, num_patches)
+        positions = None
+        if self.fixed_positions and grid != tuple(self.encoder.patch_embed.grid_size):
+            positions = fixed_positions_at(self.encoder, grid, self.position_grid)
         block_outputs: list[Tensor] = []
         tokens = encode_visible(
             self.encoder,
             images,
             ids_keep,
-            positions=self._fixed_table(grid) if self.fixed_positions else None,
+            positions=positions,
             run=self.run,
             block_outputs=block_outputs if self.decoder.reads_blocks else None,
         )
         values = self.decoder(block_outputs or tokens, ids_keep, ids_predict, grid)
         return Prediction(values, ids_predict)
-
-    def _fixed_table(self, grid: tuple[int, int]) -> Tensor | None:
-        if grid == tuple(self.encoder.patch_embed.grid_size):
-            return None
-        key = (grid, self.encoder.pos_embed.device, self.encoder.pos_embed.dtype)
-        if key not in self._tables:
-            self._tables[key] = fixed_positions_at(self.encoder, grid, self.position_grid)
-        return self._tables[key]

@@ -11,6 +11,7 @@ Legend: N patches, P prefix tokens, D width.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,14 @@ def sincos_pos_embed(grid: tuple[int, int], base_grid: tuple[int, int], dim: int
         dim=-1,
     )
     return both.flatten(0, 1).float()
+
+
+@lru_cache(maxsize=64)
+def sincos_on(device: torch.device, grid: tuple[int, int], base_grid: tuple[int, int], dim: int) -> Tensor:
+    """`sincos_pos_embed` on a device, computed once."""
+    # A tensor made in inference mode could not take part in training later.
+    with torch.inference_mode(False):
+        return sincos_pos_embed(grid, base_grid, dim).to(device)
 
 
 class SincosTable(NamedTuple):
@@ -104,27 +113,6 @@ def _units(table: Tensor, num_patches: int, axis: int) -> int:
     slowest = 10000.0 ** -(1 - 1 / len(sines))
     last = float(torch.atan2(sines[-1], cosines[-1])) / slowest
     return round((last + 0.5) / (1 - 0.5 / num_patches)) if math.isfinite(last) else 0
-
-
-class SincosTables:
-    """`sincos_pos_embed` of one module, computed once per grid and device.
-
-    Args:
-        base_grid: (H, W) patches at full resolution.
-        dim: D, a multiple of 4.
-    """
-
-    def __init__(self, base_grid: tuple[int, int], dim: int) -> None:
-        self.base_grid = base_grid
-        self.dim = dim
-        self._tables: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
-
-    def at(self, grid: tuple[int, int], device: torch.device) -> Tensor:
-        """The table of a grid of (h, w) patches, float32 (N, D)."""
-        key = (grid, device)
-        if key not in self._tables:
-            self._tables[key] = sincos_pos_embed(grid, self.base_grid, self.dim).to(device)
-        return self._tables[key]
 
 
 def _axis_embedding(coordinates: Tensor, dim: int) -> Tensor:

@@ -21,6 +21,7 @@ from etpp_ssl.dist.peers import with_peers
 from etpp_ssl.dist.sharding import check_sharded, prepare, sharding_in_use
 from etpp_ssl.evaluation.measured_on import measured_on
 from etpp_ssl.files import flush
+from etpp_ssl.model.encoders import unused_weights
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
@@ -203,6 +204,7 @@ def prepare_run(run: Run) -> None:
     tell_start(run)
     recipe, stages = run.recipe, run.curriculum.stages
     for note in (
+        *(unused_weights(recipe.model.name, recipe.init) if run.state.step == 0 else ()),
         *replay_notes(recipe.crop_view(), recipe.in_chans, stages),
         *run.task.start_notes(stages, recipe.precision),
     ):

@@ -18,6 +18,7 @@ from etpp_ssl.curriculum.cost import Cost, area_share, count_cost
 from etpp_ssl.curriculum.hours import TimePlan
 from etpp_ssl.data.sampler import micro_batch_of
 from etpp_ssl.data.sources.splits import with_classes
+from etpp_ssl.model.encoders import unused_weights
 from etpp_ssl.randomness import ShapesOnly
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
@@ -109,6 +110,8 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
         recorded = None
     if recorded is not None:
         curriculum = curriculum.laid_out(recorded.segments)
+    if isinstance(recipe, Recipe):
+        recipe.check_curriculum(curriculum)
     task = bare_task(recipe, torch.device("cpu"), num_classes, _on_meta)
     known: dict[tuple[torch.Size, ...], Cost] = {}
 
@@ -172,6 +175,7 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
         speedup_by_area=baseline_images / sum(area),
         speedup_by_flops=baseline_images * at_full.flops / sum(flops),
         notes=[
+            *unused_weights(recipe.model.name, recipe.init),
             *recipe.curriculum.roundings(recipe.size, recipe.bandwidth_multiple),
             *replay_notes(view, recipe.in_chans, curriculum.stages),
             *task.plan_notes(at_full),
@@ -221,7 +225,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     for table in _stage_tables(plan, console.width):
         console.print(table)
     for note in plan.notes:
-        console.print(f"note: {note}")
+        console.print(note if note.startswith("warning: ") else f"note: {note}")
     console.print(_learning_rate(plan))
     if plan.decided:
         console.print(_compute(plan))

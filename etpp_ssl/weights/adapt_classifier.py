@@ -23,6 +23,7 @@ from etpp_ssl.model.pos_embed import sincos_table
 from etpp_ssl.weights.layouts import Weights
 from etpp_ssl.weights.reading import load_weights
 from etpp_ssl.weights.tensors import (
+    UNSET_POSITIONS,
     adapt_input,
     adapt_patch,
     adapt_positions,
@@ -33,7 +34,7 @@ from etpp_ssl.weights.tensors import (
 _TABLE = "relative_position_bias_table"
 _NORM = ("norm.weight", "norm.bias")
 _FC_NORM = ("fc_norm.weight", "fc_norm.bias")
-_Conversion = Callable[[Tensor, list[str]], Tensor]
+Conversion = Callable[[Tensor, list[str]], Tensor]
 
 
 def adapt_classifier(
@@ -76,7 +77,7 @@ def adapt_classifier(
     return load_weights(expected, tensors, source), list(dict.fromkeys(notes))
 
 
-def _conversions(weights: Weights, net: nn.Module, source: str) -> Iterator[tuple[str, _Conversion]]:
+def _conversions(weights: Weights, net: nn.Module, source: str) -> Iterator[tuple[str, Conversion]]:
     """Names of the tensors whose shape depends on a size, and how to convert each."""
     yield from _input_convolution(net, source)
     yield from _vit_positions(weights, net, source)
@@ -86,7 +87,7 @@ def _conversions(weights: Weights, net: nn.Module, source: str) -> Iterator[tupl
             yield name, _table_conversion(net.get_submodule(name.removesuffix(f".{_TABLE}")), source)
 
 
-def _input_convolution(net: nn.Module, source: str) -> Iterator[tuple[str, _Conversion]]:
+def _input_convolution(net: nn.Module, source: str) -> Iterator[tuple[str, Conversion]]:
     config: Any = getattr(net, "default_cfg", None) or {}
     first = config.get("first_conv")
     layer = dict(net.named_modules()).get(first) if isinstance(first, str) else None
@@ -104,7 +105,7 @@ def _input_convolution(net: nn.Module, source: str) -> Iterator[tuple[str, _Conv
     yield f"{first}.weight", convert
 
 
-def _vit_positions(weights: Weights, net: Any, source: str) -> Iterator[tuple[str, _Conversion]]:
+def _vit_positions(weights: Weights, net: Any, source: str) -> Iterator[tuple[str, Conversion]]:
     grid: tuple[int, int] | None = getattr(getattr(net, "patch_embed", None), "grid_size", None)
     prefix = 0 if getattr(net, "no_embed_class", False) else int(getattr(net, "num_prefix_tokens", 0))
     positions: Tensor | None = getattr(net, "pos_embed", None)
@@ -113,10 +114,10 @@ def _vit_positions(weights: Weights, net: Any, source: str) -> Iterator[tuple[st
         projection = weights.tensors.get("patch_embed.proj.weight")
         known = projection is not None and is_resizable(projection, net.patch_embed.proj.weight)
         old = weights.grid_of(projection) if projection is not None and known else None
-        yield "pos_embed", _position_conversion(weights, (grid[0], grid[1]), prefix, source, old)
+        yield "pos_embed", position_conversion(weights, positions, (grid[0], grid[1]), prefix, source, old)
 
 
-def _stage_positions(weights: Weights, net: Any, source: str) -> Iterator[tuple[str, _Conversion]]:
+def _stage_positions(weights: Weights, net: Any, source: str) -> Iterator[tuple[str, Conversion]]:
     """Positions of a PVT's stages, whose patches keep their size."""
     grids: list[tuple[int, int]] = getattr(net, "grids", [])
     for stage, (h, w) in enumerate(grids, start=1):
@@ -125,18 +126,25 @@ def _stage_positions(weights: Weights, net: Any, source: str) -> Iterator[tuple[
             old = size[0] * h // net.img_size[0], size[1] * w // net.img_size[1]
         prefix = int(net.num_prefix_tokens) if stage == len(grids) else 0
         what = f"positions of stage {stage}"
-        yield f"pos_embed{stage}", _position_conversion(weights, (h, w), prefix, source, old, what)
+        own = getattr(net, f"pos_embed{stage}")
+        yield f"pos_embed{stage}", position_conversion(weights, own, (h, w), prefix, source, old, what)
 
 
-def _position_conversion(
+def position_conversion(
     weights: Weights,
+    own: Tensor,
     grid: tuple[int, int],
     prefix: int,
     source: str,
     old: tuple[int, int] | None,
     what: str = "positions",
-) -> _Conversion:
+) -> Conversion:
+    """How learned positions are converted for a grid of (h, w) patches; `own` are used in place of zeros."""
+
     def convert(positions: Tensor, notes: list[str]) -> Tensor:
+        if positions.shape[1] > prefix and not positions.any():
+            notes.append(f"its {what} {UNSET_POSITIONS}")
+            return own.detach()
         table = sincos_table(positions, prefix, old)
         return adapt_positions(
             positions,
@@ -152,7 +160,7 @@ def _position_conversion(
     return convert
 
 
-def _table_conversion(attention: Any, source: str) -> _Conversion:
+def _table_conversion(attention: Any, source: str) -> Conversion:
     """timm's rule for a table of relative positions, of windows of another size."""
     wanted: Tensor = attention.relative_position_bias_table
     window: tuple[int, int] = tuple(attention.window_size)

@@ -9,8 +9,8 @@ Legend: N patches, P prefix tokens, D encoder width, E decoder width, C channels
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,8 +19,11 @@ from torch import Tensor
 from etpp_ssl.config import UserError, listed
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.pos_embed import sincos_pos_embed, sincos_table
-from etpp_ssl.weights.reading import FINE_TUNED, read_state_dict, without_prefix
+from etpp_ssl.weights.reading import read_state_dict
+from etpp_ssl.weights.tensors import UNSET_POSITIONS
+from etpp_ssl.weights.wrappers import below, prefix_of
 
+PROJECTION = "patch_embed.proj.weight"
 _HEADS = ("head", "pooler", "classifier")
 _DECODER_NAMES = {
     "decoder_embed": "decoder.embed",
@@ -52,7 +55,20 @@ _NAMES = {
     "norm.bias": "layernorm.bias",
 }
 _THIRDS = ("query", "key", "value")
-_HUGGING_FACE_HEAD = "classifier."
+_ONLY_HUGGING_FACE = {"embeddings.register_tokens": "register_tokens", "embeddings.mask_token": "mask_token"}
+"""Of DINOv2, and of ViTs for masked image modelling."""
+
+_MMPRETRAIN_PROJECTION = "patch_embed.projection.weight"
+_MMPRETRAIN_NAMES = (
+    (r"^patch_embed\.projection\b", "patch_embed.proj"),
+    (r"^layers\b", "blocks"),
+    (r"^ln1\b", "norm"),
+    (r"^ln2\b", "fc_norm"),
+    (r"\.ln([12])\.", r".norm\1."),
+    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+)
+_DROPPED = "what pre-training adds to the encoder is dropped"
 
 
 @dataclass(frozen=True)
@@ -91,7 +107,8 @@ def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") 
     """Weights of a known layout under our names.
 
     Known are MAE's (encoder alone, with decoder, fine-tuned or linear classifier), timm's plain
-    VisionTransformers, DeiT's, which have the same names, Hugging Face's ViTMAE and ViT, and ours. Classifier
+    VisionTransformers, DeiT's and DINOv2's, which have the same names, Hugging Face's ViTMAE, ViT and DINOv2,
+    mmpretrain's, and ours; each also below a prefix such as "backbone." or "module.base_encoder.". Classifier
     heads and poolers are dropped. So is MAE's `decoder_pos_embed`, which our decoder computes; the grid in
     whose units it counts is kept.
 
@@ -100,17 +117,20 @@ def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") 
         source: names them in messages.
 
     Raises:
-        UserError: for another layout, and for a distilled DeiT, whose second token has no place here.
+        UserError: for another layout, several encoders, and a distilled DeiT, whose second token has no place
+            here.
     """
-    state_dict = without_prefix(state_dict, FINE_TUNED)
-    if {_EMBEDDING, f"vit.{_EMBEDDING}"} & state_dict.keys():
-        state_dict = from_huggingface(state_dict, source)
+    notes: list[str] = []
+    state_dict, _ = _others_names(state_dict, source, notes)
+    prefix = prefix_of(state_dict, {PROJECTION}, source, notes) or ""
+    around = re.sub(r"\bencoder\.$", "", prefix)
+    if f"{around}decoder.mask_token" in state_dict and around != prefix:
+        return Weights(below(state_dict, around), "a masked autoencoder of etpp_ssl", tuple(notes))
+    state_dict = _timms_tokens(_below(state_dict, prefix, notes), notes)
     names = set(state_dict)
-    if {"encoder.patch_embed.proj.weight", "encoder.norm.weight"} <= names:
-        return Weights(dict(state_dict), "a masked autoencoder of etpp_ssl")
-    if "patch_embed.proj.weight" not in names or "blocks.0.attn.qkv.weight" not in names:
+    if PROJECTION not in names or "blocks.0.attn.qkv.weight" not in names:
         raise UserError(
-            f"{source} is of another architecture: a plain Vision Transformer has patch_embed.proj.weight "
+            f"{source} is of another architecture: a plain Vision Transformer has {PROJECTION} "
             f"and blocks.0.attn.qkv.weight, this has {listed(sorted(names))}"
         )
     if "dist_token" in names:
@@ -119,7 +139,6 @@ def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") 
             f"take the DeiT without distillation"
         )
     tensors: dict[str, Tensor] = {}
-    notes = []
     heads = sorted(name for name in names if name.partition(".")[0] in _HEADS)
     if heads:
         notes.append(f"what follows the encoder is dropped ({listed(heads)})")
@@ -127,7 +146,9 @@ def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") 
     if "decoder_pos_embed" in names:
         registers = state_dict["reg_token"].shape[1] if "reg_token" in names else 0
         table = sincos_table(state_dict["decoder_pos_embed"], int("cls_token" in names) + registers)
-        if table is None:
+        if not state_dict["decoder_pos_embed"].any():
+            notes.append(f"its decoder's positions {UNSET_POSITIONS}")
+        elif table is None:
             notes.append("its decoder's positions are not a sin-cos table; they are replaced by one")
     for name, value in state_dict.items():
         if name in heads or name == "decoder_pos_embed":
@@ -142,47 +163,92 @@ def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") 
 
 def read_weights(path: str | Path) -> Weights:
     """`recognise` of a file; see `read_state_dict` for what is read and what is refused."""
-    return recognise(read_state_dict(path), repr(str(path)))
+    notes: list[str] = []
+    weights = recognise(read_state_dict(path, notes), repr(str(path)))
+    return replace(weights, notes=(*notes, *weights.notes))
 
 
-def in_timm_names(state_dict: Mapping[str, Tensor], source: str = "the state dict") -> Weights:
+def in_timm_names(
+    state_dict: Mapping[str, Tensor],
+    source: str = "the state dict",
+    wanted: Collection[str] = (PROJECTION,),
+) -> Weights:
     """Weights under timm's names, of any architecture, without what only pre-training needs.
 
     Known are our pre-training (`encoder.*`) and fine-tuning checkpoints, MAE's with and without decoder, and
-    Hugging Face's ViTMAE and ViT. Every other state dict is taken for timm's own layout. The head stays.
+    the other layouts of `recognise`. Every other state dict is taken for timm's own layout, also below a
+    prefix. The head stays.
 
     Args:
         state_dict: tensors by name.
         source: names them in messages.
+        wanted: the names in the model, by which a prefix is found.
 
     Raises:
-        UserError: for a Hugging Face checkpoint with tensors missing.
+        UserError: for a Hugging Face checkpoint with tensors missing, and for several models of which nothing
+            tells which one to take.
     """
-    names = set(state_dict)
-    if "encoder.patch_embed.proj.weight" in names:
-        encoder = {k.removeprefix("encoder."): v for k, v in state_dict.items() if k.startswith("encoder.")}
-        return _without(
-            encoder, names - {f"encoder.{k}" for k in encoder}, "a masked autoencoder of etpp_ssl"
-        )
-    if {_EMBEDDING, f"vit.{_EMBEDDING}"} & names:
-        tensors, layout = from_huggingface(state_dict, source), "a Hugging Face ViT"
-        head = {k: v for k, v in tensors.items() if k.startswith(_HUGGING_FACE_HEAD)}
-        tensors = {k: v for k, v in tensors.items() if k not in head}
-        tensors |= {f"head.{k.removeprefix(_HUGGING_FACE_HEAD)}": v for k, v in head.items()}
-        dropped = {k for k in tensors if k.startswith((*_MAE_DECODER, "pooler."))}
-    else:
-        tensors, layout = without_prefix(state_dict, FINE_TUNED), "a state dict in timm's names"
-        tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[2] not in _RECOMPUTED}
-        has_decoder = "decoder_embed.weight" in tensors
-        layout = "an MAE with decoder" if has_decoder else layout
-        dropped = {k for k in tensors if has_decoder and k.startswith(_MAE_DECODER)}
-    return _without(tensors, dropped, layout)
-
-
-def _without(tensors: dict[str, Tensor], dropped: set[str], layout: str) -> Weights:
-    note = f"what pre-training adds to the encoder is dropped ({listed(sorted(dropped))})"
+    notes: list[str] = []
+    tensors, layout = _others_names(state_dict, source, notes)
+    tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[2] not in _RECOMPUTED}
+    is_ours = f"encoder.{PROJECTION}" in tensors and "decoder.mask_token" in tensors
+    tensors = _below(tensors, prefix_of(tensors, wanted, source, notes) or "", notes)
+    has_decoder = "decoder_embed.weight" in tensors
+    dropped = {k for k in tensors if k.startswith("pooler.") or (has_decoder and k.startswith(_MAE_DECODER))}
+    if dropped:
+        notes.append(f"{_DROPPED} ({listed(sorted(dropped))})")
     kept = {name: value for name, value in tensors.items() if name not in dropped}
-    return Weights(kept, layout, (note,) if dropped else ())
+    if is_ours:
+        layout = "a masked autoencoder of etpp_ssl"
+    elif not layout:
+        layout = "an MAE with decoder" if has_decoder else "a state dict in timm's names"
+    return Weights(_timms_tokens(kept, notes), layout, tuple(notes))
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str, notes: list[str]) -> dict[str, Tensor]:
+    """What stands below a prefix; a note names the rest."""
+    dropped = sorted(name for name in tensors if not name.startswith(prefix))
+    if dropped:
+        notes.append(f"{_DROPPED} ({listed(dropped)})")
+    return below(tensors, prefix)
+
+
+def _others_names(
+    state_dict: Mapping[str, Tensor], source: str, notes: list[str]
+) -> tuple[dict[str, Tensor], str]:
+    """The state dict under MAE's names if it has those of transformers or mmpretrain; whose, or ""."""
+    prefix = prefix_of(state_dict, {_EMBEDDING}, source, notes)
+    if prefix is not None:
+        theirs = _below(state_dict, prefix.removesuffix("vit."), notes)
+        ours = from_huggingface(theirs, source)
+        return {re.sub(r"^classifier\.", "head.", k): v for k, v in ours.items()}, "a Hugging Face ViT"
+    prefix = prefix_of(state_dict, {_MMPRETRAIN_PROJECTION}, source, notes)
+    if prefix is None or f"{prefix}layers.0.attn.qkv.weight" not in state_dict:
+        return dict(state_dict), ""
+    around = prefix.removesuffix("backbone.")
+    renamed = below(state_dict, prefix)
+    if around != prefix:
+        renamed |= {
+            re.sub(r"^ln1\b", "decoder_norm", k): v for k, v in below(state_dict, f"{around}neck.").items()
+        }
+        head = below(state_dict, f"{around}head.")
+        renamed |= {re.sub(r"^(layers\.head|fc)\b", "head", k): v for k, v in head.items()}
+    for pattern, name in _MMPRETRAIN_NAMES:
+        renamed = {re.sub(pattern, name, k): v for k, v in renamed.items()}
+    return renamed, "a ViT of mmpretrain"
+
+
+def _timms_tokens(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """DINOv2's tokens as timm has them: registers, and positions without a row for any prefix token."""
+    tensors = dict(tensors)
+    if "decoder_embed.weight" not in tensors and tensors.pop("mask_token", None) is not None:
+        notes.append("the mask token of its pre-training is dropped")
+    if "register_tokens" in tensors and {"cls_token", "pos_embed"} <= tensors.keys():
+        positions = tensors["pos_embed"]
+        tensors["reg_token"] = tensors.pop("register_tokens")
+        tensors["cls_token"] = tensors["cls_token"] + positions[:, :1]
+        tensors["pos_embed"] = positions[:, 1:]
+    return tensors
 
 
 def official_names(model: MaskedAutoencoder, *, decoder: bool = True) -> dict[str, Tensor]:
@@ -245,7 +311,7 @@ def from_huggingface(state_dict: Mapping[str, Tensor], source: str) -> dict[str,
     Raises:
         UserError: if a block has a query, key or value without the other two.
     """
-    names = {theirs: ours for ours, theirs in _NAMES.items()}
+    names = {theirs: ours for ours, theirs in _NAMES.items()} | _ONLY_HUGGING_FACE
     layers = {theirs: ours for ours, theirs in _LAYER_NAMES.items()}
     renamed: dict[str, Tensor] = {}
     thirds: dict[str, dict[str, Tensor]] = {}
@@ -253,7 +319,8 @@ def from_huggingface(state_dict: Mapping[str, Tensor], source: str) -> dict[str,
         short = name.removeprefix("vit.")
         # transformers 5.23 saves the decoder's blocks as decoder_encoder.layer.
         block = re.fullmatch(
-            r"(encoder\.layer|decoder\.decoder_(?:layers|encoder\.layer))\.(\d+)\.(.+)\.(weight|bias)", short
+            r"(encoder\.layer|decoder\.decoder_(?:layers|encoder\.layer))\.(\d+)\.(.+)\.(weight|bias|lambda1)",
+            short,
         )
         if block is None:
             renamed[names.get(short, short.removeprefix("decoder."))] = value
@@ -261,7 +328,9 @@ def from_huggingface(state_dict: Mapping[str, Tensor], source: str) -> dict[str,
         kind, number, layer, part = block.groups()
         prefix = f"decoder_blocks.{number}" if kind.startswith("decoder") else f"blocks.{number}"
         attention, _, third = layer.rpartition(".")
-        if attention == "attention.attention" and third in _THIRDS:
+        if part == "lambda1":
+            renamed[f"{prefix}.{layer.replace('layer_scale', 'ls')}.gamma"] = value
+        elif attention == "attention.attention" and third in _THIRDS:
             thirds.setdefault(f"{prefix}.attn.qkv.{part}", {})[third] = value
         else:
             renamed[f"{prefix}.{layers.get(layer, layer)}.{part}"] = value

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,20 @@ from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.patches import grid_of
 from etpp_ssl.model.pos_embed import sincos_table
 from etpp_ssl.recipe import FinetuneRecipe
-from etpp_ssl.run_folder import MODEL_FILE, Checkpoint, RunFolder
-from etpp_ssl.weights.adapt_classifier import adapt_classifier
+from etpp_ssl.run_folder import Checkpoint, RunFolder
+from etpp_ssl.weights.adapt_classifier import adapt_classifier, position_conversion
 from etpp_ssl.weights.layouts import Weights, in_timm_names, recognise
-from etpp_ssl.weights.reading import load_weights, read_state_dict, require_finite
+from etpp_ssl.weights.reading import (
+    FILES_OF_A_FOLDER,
+    load_weights,
+    read_state_dict,
+    require_finite,
+    weights_in,
+)
 from etpp_ssl.weights.tensors import (
+    UNSET_POSITIONS,
     adapt_input,
     adapt_patch,
-    adapt_positions,
     check_heads,
     is_resizable,
     show_grid,
@@ -100,14 +107,16 @@ def _norm_of_tokens(tensors: dict[str, Tensor], notes: list[str]) -> None:
 def _positions(weights: Weights, model: MaskedAutoencoder, source: str, notes: list[str]) -> Tensor:
     encoder = model.encoder
     positions = weights.tensors[POSITIONS]
-    prefix = num_prefix_positions(encoder)
-    old = weights.grid_of(weights.tensors[PROJECTION])
-    table = sincos_table(positions, prefix, old)
-    counted = weights.position_grid or (table.position_grid if table else None)
+    own: Tensor = encoder.pos_embed.detach()
+    prefix, old = num_prefix_positions(encoder), weights.grid_of(weights.tensors[PROJECTION])
     if not model.fixed_positions:
         grid: tuple[int, int] = tuple(encoder.patch_embed.grid_size)
-        old = old or (table.grid if table else None)
-        return adapt_positions(positions, grid, prefix, source, notes, old_grid=old, position_grid=counted)
+        return position_conversion(weights, own, grid, prefix, source, old)(positions, notes)
+    if positions.shape[1] > prefix and not positions.any():
+        notes.append(f"its positions {UNSET_POSITIONS}")
+        return own
+    table = sincos_table(positions, prefix, old)
+    counted = weights.position_grid or (table.position_grid if table else None)
     if counted is None:
         raise UserError(
             f"{source} has learned positions, which model.pos_embed=sincos would throw away; "
@@ -115,7 +124,6 @@ def _positions(weights: Weights, model: MaskedAutoencoder, source: str, notes: l
         )
     if counted != model.position_grid:
         notes.append(_counts("sin-cos", model, counted))
-    own: Tensor = encoder.pos_embed.detach()
     return own
 
 
@@ -149,8 +157,6 @@ def _shape(tensors: dict[str, Tensor], name: str) -> torch.Size | None:
 
 
 MAX_CONFIG_BYTES = 1 << 20
-FILES_OF_A_FOLDER = (MODEL_FILE, "model.pth")
-"""What exports write."""
 
 
 def load_trained(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -204,7 +210,7 @@ def load_classifier_init(
     def adapt(weights: Weights, source: str) -> tuple[dict[str, Tensor], list[str]]:
         return adapt_classifier(weights, net, source, keep_head=keep_head)
 
-    _load_adapted(net, init, in_timm_names, adapt, say)
+    _load_adapted(net, init, partial(in_timm_names, wanted=net.state_dict().keys()), adapt, say)
 
 
 def _load_adapted(
@@ -222,7 +228,7 @@ def _load_adapted(
         found,
         tensors=named.tensors,
         layout=found.layout or named.layout,
-        notes=named.notes,
+        notes=(*found.notes, *named.notes),
         decoder_position_grid=found.decoder_position_grid or named.decoder_position_grid,
     )
     tensors, notes = adapt(weights, source)
@@ -245,15 +251,17 @@ def read_init(init: str, say: Callable[[str], None]) -> Weights:
         UserError: if there is nothing to read or it is refused.
     """
     path = Path(init).expanduser()
+    notes: list[str] = []
     try:
         if os.path.isfile(path / "recipe.yaml"):
             return _of_run(RunFolder(path), say)
         if not os.path.isdir(path):
-            return Weights(read_state_dict(path))
-        files = [path / name for name in FILES_OF_A_FOLDER if os.path.isfile(path / name)]
-        if not files:
+            return Weights(read_state_dict(path, notes), notes=tuple(notes))
+        file = weights_in(path)
+        if file is None:
             raise UserError(f"a folder without recipe.yaml and without {' or '.join(FILES_OF_A_FOLDER)}")
-        return _with_config(Weights(read_state_dict(files[0])), path / "config.json")
+        tensors = read_state_dict(file, notes)
+        return _with_config(Weights(tensors, notes=tuple(notes)), path / "config.json")
     except UserError as error:
         raise UserError(f"init {init!r}: {error}") from error
 

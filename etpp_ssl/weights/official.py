@@ -24,7 +24,7 @@ from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.pos_embed import sincos_table
 from etpp_ssl.weights.layouts import Weights, read_weights, recognise
 from etpp_ssl.weights.reading import load_weights, require_finite, state_dict_in
-from etpp_ssl.weights.tensors import HEADS_OF_WIDTH
+from etpp_ssl.weights.tensors import HEADS_OF_WIDTH, UNSET_POSITIONS
 
 MAE_DECODER_HEADS = 16
 _PLAIN_ENCODER = re.compile(
@@ -97,6 +97,9 @@ def load_official_mae(
     )
     model = config.around(encoder, num_values)
     expected = model.state_dict()
+    if not tensors["encoder.pos_embed"].any():
+        lines.append(f"its positions {UNSET_POSITIONS}")
+        tensors = {**tensors, "encoder.pos_embed": expected["encoder.pos_embed"]}
     if not weights.has_decoder:
         tensors = {**{k: v for k, v in expected.items() if k.startswith("decoder.")}, **tensors}
     model.load_state_dict(load_weights(expected, tensors, where))
@@ -171,7 +174,9 @@ def shape_of(
         "class_token": class_token,
         "reg_tokens": registers,
     }
-    return Shape(dims, (p, q), in_chans, grid, table.position_grid if table else None)
+    # MAE's own table takes the place of one that nobody has filled in.
+    units = table.position_grid if table else None if pos_embed.any() else grid
+    return Shape(dims, (p, q), in_chans, grid, units)
 
 
 def num_heads_of(width: int, source: str) -> int:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
+import os
 import pickle
 import pickletools
 import re
@@ -20,35 +22,66 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError, listed
-from etpp_ssl.files import open_regular
+from etpp_ssl.files import open_regular, read_text
+from etpp_ssl.run_folder import MODEL_FILE
+from etpp_ssl.weights.wrappers import AVERAGES, WRAPPERS, tensors_of
 
-FINE_TUNED = "net."
-"""Precedes timm's names in the checkpoints of a fine-tuning run."""
-WRAPPERS = ("model", "state_dict")
-"""Keys under which training scripts keep the state dict, beside optimizer and arguments."""
+INDEX = ".index.json"
+FILES_OF_A_FOLDER = (
+    MODEL_FILE,
+    "model.pth",
+    f"{MODEL_FILE}{INDEX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{INDEX}",
+)
+"""What our exports, timm and transformers write; the last two are their old names."""
+_ONE_OF_SEVERAL = re.compile(r"-\d{5}-of-(\d{5})\.\w+$")
+_MAX_INDEX_BYTES = 1 << 26
 _OLD_PICKLES = 5
 """In an old file of torch.save: magic number, protocol, system, content, and the keys of its tensors."""
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a `.safetensors` or a `torch.save` file, on the CPU.
+def read_state_dict(path: str | Path, notes: list[str] | None = None) -> dict[str, Tensor]:
+    """The state dict in a `.safetensors` or a `torch.save` file, or in several under one index, on the CPU.
 
-    Its first bytes tell which of the two it is; its name does not matter. A pickle is read with
+    The first bytes of a file tell which of the two it is; its name does not matter. A pickle is read with
     `weights_only=True`. The one class allowed beside torch's own is `argparse.Namespace`, which MAE's
     training script pickles with the weights; it holds attributes and runs no code.
 
     Args:
-        path: the file.
+        path: the file, or the index (`*.index.json`) of several.
+        notes: gets a line if a moving average is taken.
 
     Returns:
-        Tensors by name, from the key `model` or `state_dict` where there is one; the prefix `module.` that
-        DistributedDataParallel leaves on every name is removed.
+        Tensors by name, from the key `model`, `state_dict` or that of a moving average where there is one.
+        What DistributedDataParallel, `torch.compile` and other wrappers add to names is removed.
 
     Raises:
         UserError: if the file is missing or damaged, claims to hold more than its size, has no tensors, has
             tensors other than plain arrays of finite numbers, or if its pickle asks for anything else.
     """
     path = Path(path)
+    source = repr(str(path))
+    if (part := _ONE_OF_SEVERAL.search(path.name)) and int(part[1]) > 1:
+        raise UserError(f"{source} is one of {int(part[1])} files of a model; give their folder, or *{INDEX}")
+    content = _read_parts(path) if path.name.endswith(INDEX) else _read_file(path)
+    tensors = state_dict_in(content, source, notes)
+    strange = [name for name, value in tensors.items() if not _is_plain(value)]
+    if strange:
+        raise UserError(
+            f"{source} holds tensors that are not plain arrays in memory (sparse, quantised, complex, "
+            f"without values or repeating them): {listed(strange)}"
+        )
+    require_finite(tensors, source)
+    return tensors
+
+
+def weights_in(folder: Path) -> Path | None:
+    """The file of weights in a folder that another program wrote, or the index of several; None without."""
+    return next((folder / name for name in FILES_OF_A_FOLDER if os.path.isfile(folder / name)), None)
+
+
+def _read_file(path: Path) -> Any:
     try:
         with open(open_regular(path), "rb") as file:
             start = file.read(2)
@@ -57,40 +90,43 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{str(path)!r} cannot be read: {reason}") from error
     # A zip archive, or a bare pickle of protocol 2 and up, as torch wrote before 1.6.
     if start == b"PK" or start[:1] == b"\x80":
-        content = _load_pickle(path, archive=start == b"PK")
-    else:
-        content = _load_safetensors(path)
-    tensors = state_dict_in(content, repr(str(path)))
-    strange = [name for name, value in tensors.items() if not _is_plain(value)]
-    if strange:
-        raise UserError(
-            f"{str(path)!r} holds tensors that are not plain arrays in memory (sparse, quantised, complex, "
-            f"without values or repeating them): {listed(strange)}"
-        )
-    require_finite(tensors, repr(str(path)))
+        return _load_pickle(path, archive=start == b"PK")
+    return _load_safetensors(path)
+
+
+def _read_parts(index: Path) -> dict[str, Any]:
+    """The tensors of the files that an index names, all from its own folder."""
+    try:
+        parts = set(json.loads(read_text(index, _MAX_INDEX_BYTES))["weight_map"].values())
+        if not parts or not all(isinstance(part, str) and Path(part).name == part for part in parts):
+            raise ValueError("its weight_map does not name files beside it")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{str(index)!r} cannot be read as the index of a model's files: {reason}") from error
+    tensors: dict[str, Any] = {}
+    for part in sorted(parts):
+        tensors |= tensors_of(_read_file(index.parent / part), [])
     return tensors
 
 
-def state_dict_in(content: Any, source: str) -> dict[str, Tensor]:
+def state_dict_in(content: Any, source: str, notes: list[str] | None = None) -> dict[str, Tensor]:
     """The tensors of a loaded checkpoint, unwrapped; see `read_state_dict`.
 
     Args:
-        content: a state dict, or a dict with one under `model` or `state_dict`.
+        content: a state dict, or a mapping that holds one; see `etpp_ssl.weights.wrappers`.
         source: names it in the message.
+        notes: gets a line if a moving average is taken.
 
     Raises:
         UserError: if there is no tensor in it.
     """
-    for key in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    found = content.items() if isinstance(content, Mapping) else ()
-    tensors = {str(name): value for name, value in found if isinstance(value, Tensor)}
+    tensors = tensors_of(content, [] if notes is None else notes)
     if not tensors:
         raise UserError(
-            f"{source} does not hold a state dict: no tensor at the top or under {' or '.join(WRAPPERS)}"
+            f"{source} does not hold a state dict: no tensor at the top or under "
+            f"{', '.join((*WRAPPERS, *AVERAGES))}"
         )
-    return without_prefix(tensors, "module.")
+    return tensors
 
 
 def load_weights(
@@ -140,13 +176,6 @@ def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
             wrong.append(f"{name} ({count:,} of {value.numel():,} values)")
     if wrong:
         raise UserError(f"{source} holds NaN or infinity, and no run can start from it: {listed(wrong)}")
-
-
-def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors with `prefix` removed from their names if all of them have it."""
-    if all(name.startswith(prefix) for name in tensors):
-        return {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return dict(tensors)
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -16,6 +16,10 @@ from torch import Tensor
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_pos_embed
 
+UNSET_POSITIONS = (
+    "are all zero, as transformers leaves those of a ViTMAE that it builds itself; the model's own are used"
+)
+"""What is said of a table of positions that nobody has filled in, and that was frozen so."""
 HEADS_OF_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 """Of the published ViTs; the heads of ViT-H are 80 wide."""
 

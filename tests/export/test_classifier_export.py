@@ -117,6 +117,34 @@ def test_stock_timm_gives_our_logits_to_the_last_bit(tiny_classifier: Build, tmp
         assert json.loads(line) == [[recipe.in_chans, *recipe.size], [*mean], [*std], CLASSES], name
 
 
+def test_transformers_gives_our_logits_and_classes_to_the_last_bit(
+    tiny_classifier: Build, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    importlib.import_module("etpp_ssl.model.zoo.pvt")
+    cases = {k: v for k, v in CASES.items() if "1 channels" not in k} | {
+        "a model that timm lacks": ["model={name: pvt_tiny}", "image_size=[64, 96]", "curriculum=constant"]
+    }
+    for index, (name, overrides) in enumerate(cases.items()):
+        recipe = tiny_classifier(*overrides, f"output={tmp_path / str(index)}")
+        run, ours = write_run(recipe)
+        folder = str(export(run.path))
+        theirs, info = transformers.AutoModelForImageClassification.from_pretrained(
+            folder, output_loading_info=True
+        )
+        assert not any(info.values()), name
+        images = torch.randn(3, recipe.in_chans, *recipe.size)
+        with torch.inference_mode():
+            assert torch.equal(theirs.eval()(images).logits, ours(images)), name
+        assert list(theirs.config.id2label.values()) == CLASSES, name
+        # Features of the backbone are those that timm's head reads.
+        features = transformers.AutoModel.from_pretrained(folder).eval()
+        net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        with torch.inference_mode():
+            expected = net.forward_head(net.forward_features(images), pre_logits=True)
+            assert torch.equal(features(images).pooler_output, expected), name
+
+
 @pytest.mark.parametrize("name", ["pvt_tiny", "cswin_tiny"])
 def test_a_model_that_timm_lacks_says_what_to_import(name: str, tiny_classifier: Build) -> None:
     module = f"etpp_ssl.model.zoo.{name.removesuffix('_tiny')}"

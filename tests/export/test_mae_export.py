@@ -11,7 +11,7 @@ from published_layouts import plain_mae, published_mae, sincos_with_cls
 
 from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
-from etpp_ssl.export.official import export_mae, mae_config
+from etpp_ssl.export.official import decoder_config, export_mae
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.train.launch import pretrain
 from etpp_ssl.weights.official import load_official_mae
@@ -108,7 +108,7 @@ def test_a_sum_of_pixels_alone_is_pixels(norm_pix: bool, tiny_recipe: Callable[.
     run = pretrain(tiny_recipe(*SQUARE, part))
     card = (export_mae(run.folder.path) / "README.md").read_text()
     assert f"norm_pix_loss={norm_pix}" in card
-    assert mae_config(run.bare_model, run.recipe.target)["norm_pix_loss"] is norm_pix
+    assert decoder_config(run.bare_model, run.recipe.target)["norm_pix_loss"] is norm_pix
 
 
 @pytest.mark.parametrize(

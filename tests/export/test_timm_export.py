@@ -34,7 +34,7 @@ for folder in sys.argv[1:]:
         features = model(images)
     config = timm.data.resolve_data_config({}, model=model)
     print(tuple(config["mean"]), tuple(config["std"]), end=" ")
-    print(config["input_size"], config["crop_pct"], config["interpolation"])
+    print(tuple(config["input_size"]), config["crop_pct"], config["interpolation"])
     save_file({"features": features.contiguous()}, folder + "/../features.safetensors")
 assert "etpp_ssl" not in sys.modules
 """
@@ -54,6 +54,7 @@ CASES = {
 class Exported(NamedTuple):
     """A run, what its export gives in stock timm, and what it gives here."""
 
+    folder: Path
     recipe: Recipe
     theirs: torch.Tensor
     printed: str
@@ -82,17 +83,53 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     theirs = [load_file(folder.parent / "features.safetensors")["features"] for folder in folders]
-    found = zip(recipes, theirs, done.stdout.splitlines(), ours, strict=True)
+    found = zip(folders, recipes, theirs, done.stdout.splitlines(), ours, strict=True)
     return {name: Exported(*values) for name, values in zip(CASES, found, strict=True)}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_timm_gives_our_features_to_the_last_bit(case: str, exported: dict[str, Exported]) -> None:
-    recipe, theirs, printed, ours = exported[case]
+    _, recipe, theirs, printed, ours = exported[case]
     assert torch.equal(theirs, ours)
     mean, std = recipe.data.statistics(recipe.in_chans)
     expected = (mean, std, (recipe.in_chans, 16, 24), 0.875, "bicubic")
     assert printed.strip() == " ".join(str(value) for value in expected)
+
+
+def test_timms_rule_for_channels_is_kept_off_weights_that_it_is_not_for(
+    exported: dict[str, Exported],
+) -> None:
+    """timm 1.0.21 to 1.0.30 give a first convolution of five channels random values, and log a warning."""
+    for name, wanted in (
+        ("rgb", "patch_embed.proj"),
+        ("one channel", "patch_embed.proj"),
+        ("five channels", None),
+    ):
+        config = json.loads((exported[name].folder / "config.json").read_text())
+        assert config["pretrained_cfg"]["first_conv"] == wanted, name
+
+
+def test_transformers_opens_it_and_gives_the_same_bits(exported: dict[str, Exported]) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from PIL import Image
+
+    for name, export_ in exported.items():
+        folder, images = (
+            str(export_.folder),
+            load_file(export_.folder.parent / "images.safetensors")["images"],
+        )
+        model, info = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values()), name
+        with torch.inference_mode():
+            assert torch.equal(model.eval()(images).pooler_output, export_.theirs), name
+        if export_.recipe.in_chans == 3:
+            processor = transformers.AutoImageProcessor.from_pretrained(folder)
+            picture = Image.effect_noise((50, 40), 90).convert("RGB")
+            pixels = processor(picture, return_tensors="pt")["pixel_values"]
+            features = transformers.pipeline("image-feature-extraction", model=folder)(picture)
+            with torch.inference_mode():
+                expected = model(pixels).last_hidden_state
+            torch.testing.assert_close(torch.tensor(features), expected, rtol=0, atol=1e-5)
 
 
 def test_a_named_model_exports_under_its_name_with_trained_weights(
@@ -115,7 +152,8 @@ def test_the_card_says_what_it_is_and_how_to_load_it(tiny_recipe: Callable[..., 
     card = (folder / "README.md").read_text()
     front, body = card.split("---\n", 2)[1:]
     assert yaml.safe_load(front)["license"] == "apache-2.0"
-    for words in ("Shapes we drew.", "pretrained=True", "budget_epochs: 0.3", "(1, 16)"):
+    assert yaml.safe_load(front)["pipeline_tag"] == "image-feature-extraction"
+    for words in ("Shapes we drew.", "pretrained=True", "budget_epochs: 0.3", "(1, 16)", "`AutoModel.from_"):
         assert words in body
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from etpp_ssl.config import UserError
@@ -50,7 +51,8 @@ def test_the_names_are_those_of_the_hubs_checkpoints(tiny_recipe: Callable[..., 
     ):
         assert torch.equal(tensors[theirs], trained[ours][rows]), theirs
     config = json.loads((folder / "config.json").read_text())
-    assert config["model_type"] == "vit_mae"
+    # Not vit_mae: its AutoModel hides patches at random, in evaluation, too.
+    assert config["model_type"] == "vit"
     assert (config["mask_ratio"], config["norm_pix_loss"], config["layer_norm_eps"]) == (0.7, False, 1e-6)
 
 
@@ -60,10 +62,11 @@ def test_features_predictions_and_loss_agree(
     run = pretrain(tiny_recipe(*SQUARE))
     folder = export_transformers(run.folder.path)
     theirs, info = opened(transformers.ViTMAEForPreTraining, folder)
-    assert not any(info.values())
+    assert not info["missing_keys"]
+    assert all("pooler." in key for key in info["unexpected_keys"])
     encoder, info = opened(transformers.ViTModel, folder, add_pooling_layer=False)
     assert not info["missing_keys"]
-    assert all(key.startswith("decoder.") for key in info["unexpected_keys"])
+    assert all(key.startswith("decoder.") or "pooler." in key for key in info["unexpected_keys"])
     ours = run.bare_model.eval()
     images, noise = torch.randn(3, 3, 24, 24), torch.rand(3, 36)
     with torch.inference_mode():
@@ -85,16 +88,52 @@ def test_features_predictions_and_loss_agree(
     assert all(torch.equal(value, ours.state_dict()[name]) for name, value in again.state_dict().items())
 
 
+def test_the_obvious_call_gives_our_features(transformers: Any, tiny_recipe: Callable[..., Recipe]) -> None:
+    """`AutoModel` and `pipeline`, twice, without any argument: all patches, in order, nothing at random."""
+    run = pretrain(tiny_recipe(*SQUARE))
+    folder = export_transformers(run.folder.path)
+    card = (folder / "README.md").read_text()
+    lines = (
+        card[card.index("```python\n") + 10 :].split("```")[0].replace("/path/to/this/folder", str(folder))
+    )
+    copied: dict[str, Any] = {}
+    exec(lines, copied)
+    images = torch.randn(3, 3, 24, 24)
+    with torch.inference_mode():
+        ours = run.bare_model.eval().encoder.forward_features(images)
+        for _ in range(2):
+            found = copied["encoder"](images)
+            torch.testing.assert_close(found.last_hidden_state, ours, rtol=0, atol=1e-5)
+            assert torch.equal(found.pooler_output, found.last_hidden_state[:, 0])
+    _, info = opened(transformers.AutoModel, folder)
+    assert not info["missing_keys"]
+    assert type(copied["autoencoder"]) is transformers.ViTMAEForPreTraining
+    picture = Image.effect_noise((50, 40), 90).convert("RGB")
+    pixels = copied["processor"](picture, return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        expected = run.bare_model.encoder.forward_features(pixels)
+    for pool, wanted in ((False, expected), (True, expected[:, 0])):
+        extract = transformers.pipeline("image-feature-extraction", model=str(folder), pool=pool)
+        torch.testing.assert_close(torch.tensor(extract(picture)), wanted, rtol=0, atol=1e-5)
+    assert "hides 70% of the patches at random" in card
+    classifier = transformers.AutoModelForImageClassification.from_pretrained(folder, num_labels=3)
+    assert torch.equal(classifier.vit.embeddings.cls_token, copied["encoder"].embeddings.cls_token)
+
+
 def test_a_rectangle_opens_as_an_encoder(transformers: Any, tiny_recipe: Callable[..., Recipe]) -> None:
     run = pretrain(tiny_recipe(*RECTANGLE, "in_chans=1"))
     said: list[str] = []
     folder = export_transformers(run.folder.path, say=said.append)
     assert said == [
-        "the decoder is left out, and the folder is one of ViTModel: "
+        "the decoder is left out, and the folder is one of ViTModel alone: "
         "it is for squares only, not for 4x4 patches of 4x6 px"
     ]
-    encoder, info = opened(transformers.ViTModel, folder, add_pooling_layer=False)
+    encoder, info = opened(transformers.AutoModel, folder)
+    assert type(encoder) is transformers.ViTModel
     assert not any(info.values())
+    card = (folder / "README.md").read_text()
+    assert "Leave `interpolate_pos_encoding` off" in card
+    assert "ViTMAEForPreTraining" not in card
     images = torch.randn(3, 1, 16, 24)
     with torch.inference_mode():
         features = run.bare_model.eval().encoder.forward_features(images)
@@ -104,8 +143,6 @@ def test_a_rectangle_opens_as_an_encoder(transformers: Any, tiny_recipe: Callabl
 def test_the_processor_gives_the_runs_size_and_statistics(
     transformers: Any, tiny_recipe: Callable[..., Recipe]
 ) -> None:
-    from PIL import Image
-
     run = pretrain(tiny_recipe(*RECTANGLE))
     processor = transformers.AutoImageProcessor.from_pretrained(export_transformers(run.folder.path))
     pixels = processor(Image.new("RGB", (50, 40), (255, 0, 51)), return_tensors="pt")["pixel_values"]

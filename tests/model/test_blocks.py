@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from etpp_ssl.model.attention import BlockRunner, call_block
+from etpp_ssl.config import UserError
+from etpp_ssl.model.attention import BlockRunner, compiled_call
 from etpp_ssl.model.timm_layers import use_attention
+from etpp_ssl.recipe import Recipe
+from etpp_ssl.train.open import open_run
+from etpp_ssl.train.plan import plan_run
 
 
 def outcome(block: nn.Module, tokens: Tensor, run: BlockRunner | None) -> tuple[Tensor, list[Tensor]]:
@@ -36,17 +43,43 @@ def test_blocks_of_a_kind_share_one_graph_per_shape(monkeypatch: pytest.MonkeyPa
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(call_block, dynamic=False, backend=backend)
-    monkeypatch.setattr("etpp_ssl.model.attention._compiled", lambda: compiled)
+    # torch's default, which `import timm.optim` raises to a million.
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    compiled_call.cache_clear()
     run = BlockRunner(compiled=True)
     torch.manual_seed(0)
-    blocks = [Block(12, 3, qkv_bias=True) for _ in range(3)]
-    for block in blocks:
-        use_attention(block, "unfused")
-    for length, expected in [(5, 1), (9, 2), (5, 2)]:
-        for block in blocks:
-            tokens = torch.randn(2, length, 12)
-            (out, gradients), (plain, of_plain) = (outcome(block, tokens, r) for r in (run, None))
-            torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(gradients, of_plain, rtol=1e-4, atol=1e-5)
-        assert len(graphs) == expected
+    kinds = [[Block(width, 3, qkv_bias=True) for _ in range(blocks)] for width, blocks in ((12, 3), (24, 2))]
+    lengths = (5, 9, 5, *range(10, 18))
+    try:
+        for length in lengths:
+            for blocks in kinds:
+                for block in blocks:
+                    use_attention(block, "unfused")
+                    tokens = torch.randn(2, length, block.norm1.weight.numel())
+                    (out, gradients), (plain, of_plain) = (outcome(block, tokens, r) for r in (run, None))
+                    torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
+                    torch.testing.assert_close(gradients, of_plain, rtol=1e-4, atol=1e-5)
+    finally:
+        compiled_call.cache_clear()
+    assert len(graphs) == 2 * len(set(lengths))
+
+
+def test_a_mask_ratio_that_needs_too_many_graphs_is_refused(tiny_recipe: Callable[..., Recipe]) -> None:
+    large = ("image_size=64", "model.compiled=true", "curriculum=constant")
+    ramp = (*large, "model.mask_ratio={start: 0.5, end: 0.75}")
+    words = (
+        "model.compiled is true, and the blocks would be compiled anew for 65 numbers of visible patches, "
+        "more than 32; use model.compiled=false, or one model.mask_ratio in place of a start and an end"
+    )
+    for refusing in (open_run, plan_run):
+        with pytest.raises(UserError) as refused:
+            refusing(tiny_recipe(*ramp))
+        assert str(refused.value) == words
+    for taken in (
+        [*large],
+        [*ramp, "model.compiled=false"],
+        [*large, "model.mask_ratio={start: 0.7, end: 0.8}"],
+    ):
+        recipe = tiny_recipe(*taken)
+        recipe.check_curriculum(recipe.build_curriculum(64))

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from etpp_ssl.curriculum.cost import area_share, count_cost
-from etpp_ssl.recipe import Recipe, load_any
+from etpp_ssl.recipe import FinetuneRecipe, Recipe, load_any
 from etpp_ssl.train.plan import Plan, plan_run, print_plan
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -138,6 +138,22 @@ def test_the_plan_is_printed_with_its_learning_rate_and_speedup(
     text = out.getvalue()
     for words in ("8x12", "16x24", "rounded to 8x12", "half-cosine", "▁", "over 6 epochs", "GB"):
         assert words in text
+
+
+def test_weights_that_a_name_asks_for_and_nothing_loads_are_told(
+    tiny_recipe: Callable[..., Recipe], tiny_classifier: Callable[..., FinetuneRecipe]
+) -> None:
+    small = ["image_size=32", "curriculum=constant", "model.depth=1", "model.patch_size=16"]
+    for build in (tiny_recipe, tiny_classifier):
+        tagged = [*small, "model.name=vit_base_patch16_224.mae", "model.embed_dim=16"]
+        first = plan_run(build(*tagged)).notes[0]
+        assert first.startswith("warning: model.name vit_base_patch16_224.mae names pre-trained weights, but")
+        assert not any("names pre-trained weights" in note for note in plan_run(build(*small)).notes)
+        loaded = plan_run(build(*tagged, "init=some/weights.pth")).notes
+        assert not any("names pre-trained weights" in note for note in loaded)
+    out = io.StringIO()
+    print_plan(plan_run(tiny_recipe(*tagged)), Console(file=out, width=300))
+    assert "\nwarning: model.name vit_base_patch16_224.mae" in out.getvalue()
 
 
 def test_encoder_and_decoder_are_counted_apart_and_add_up(tiny_recipe: Callable[..., Recipe]) -> None:

@@ -17,7 +17,8 @@ from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.pos_embed import sincos_pos_embed
 from etpp_ssl.weights.layouts import Weights, official_names, recognise
 from etpp_ssl.weights.loading import adapt_weights
-from etpp_ssl.weights.tensors import adapt_channels
+from etpp_ssl.weights.official import load_official_mae
+from etpp_ssl.weights.tensors import UNSET_POSITIONS, adapt_channels
 
 
 def make_model(
@@ -185,6 +186,24 @@ def test_a_classifiers_norm_moves_in_front_of_the_decoder() -> None:
     assert torch.equal(model.encoder.norm.weight, state["fc_norm.weight"])
     assert "what follows the encoder is dropped (head.bias, head.weight)" in notes
     assert "the norm after its pooling (fc_norm) becomes the norm of every token" in notes
+
+
+@pytest.mark.parametrize("positions", ["sincos", "learned"])
+def test_a_table_of_zeros_is_named_and_the_models_own_is_used(positions: str) -> None:
+    state = published_mae()
+    state |= {name: torch.zeros_like(state[name]) for name in ("pos_embed", "decoder_pos_embed")}
+    model = make_model(pos_embed=positions)
+    own = model.encoder.pos_embed.detach().clone()
+    _, notes = start(model, state)
+    assert notes == [f"its decoder's positions {UNSET_POSITIONS}", f"its positions {UNSET_POSITIONS}"]
+    assert own.any()
+    assert torch.equal(model.encoder.pos_embed, own)
+    # In Python, where nothing says which positions are wanted, they are MAE's.
+    said: list[str] = []
+    official = load_official_mae(state, num_heads=4, say=said.append)
+    assert torch.equal(official.encoder.pos_embed, published_mae()["pos_embed"])
+    assert official.fixed_positions
+    assert f"its positions {UNSET_POSITIONS}" in said
 
 
 def test_half_precision_weights_are_widened() -> None:

@@ -20,7 +20,7 @@ from etpp_ssl.config import UserError
 from etpp_ssl.model.pos_embed import sincos_pos_embed
 from etpp_ssl.weights.adapt_classifier import adapt_classifier
 from etpp_ssl.weights.layouts import Weights, in_timm_names, to_huggingface
-from etpp_ssl.weights.tensors import adapt_channels
+from etpp_ssl.weights.tensors import UNSET_POSITIONS, adapt_channels
 
 KEPT_HEAD = "its head of 5 classes is kept: they are taken for the same ones"
 VIT: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4}
@@ -397,6 +397,14 @@ def test_positions_for_a_network_without_them_are_refused() -> None:
 def test_channels_without_a_rule_are_refused() -> None:
     with pytest.raises(UserError, match="in_chans is 4, but the weights are for 6 channels"):
         start(make_net("resnet18", in_chans=4), make_net("resnet18", in_chans=6).state_dict())
+
+
+def test_positions_of_zeros_are_named_and_the_nets_own_are_used() -> None:
+    state = {**published_encoder(), "pos_embed": torch.zeros(1, 17, 64)}
+    net = make_net()
+    _, notes, fresh = start(net, state)
+    assert notes == ["the head is initialised anew: it has none", f"its positions {UNSET_POSITIONS}"]
+    assert torch.equal(net.get_parameter("pos_embed"), fresh["pos_embed"])
 
 
 def test_another_number_of_heads_is_refused_where_it_is_known_and_told_where_it_is_likely() -> None:

@@ -120,6 +120,18 @@ def test_units_of_positions_that_are_given_up_are_named(
             assert line.startswith(f"the {whose} positions count 6x6 patches, not 14x3; ")
 
 
+def test_a_run_that_loads_nothing_of_what_its_models_name_promises_says_so(
+    tiny_recipe: Callable[..., Recipe], capfd: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("image_size=16", "curriculum=constant", "model.patch_size=4", "model.embed_dim=16")
+    pretrain(tiny_recipe(*sizes, "model.name=vit_base_patch16_224.mae", "budget_epochs=0.3"))
+    said = " ".join(capfd.readouterr().err.split())
+    assert (
+        "warning: model.name vit_base_patch16_224.mae names pre-trained weights, but without init none"
+        in said
+    )
+
+
 class Payload:
     """Runs a command where an unpickler does what it is told."""
 

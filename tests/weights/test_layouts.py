@@ -26,6 +26,7 @@ from published_layouts import (
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+import etpp_ssl
 from etpp_ssl.config import UserError
 from etpp_ssl.model.decoders import MAEDecoderConfig
 from etpp_ssl.model.mae import ModelConfig
@@ -34,6 +35,8 @@ from etpp_ssl.model.pos_embed import sincos_pos_embed
 from etpp_ssl.targets.pixels import PixelObjective
 from etpp_ssl.weights.layouts import from_huggingface, official_names, recognise, to_huggingface
 from etpp_ssl.weights.official import load_official_mae, shape_of
+from etpp_ssl.weights.reading import read_state_dict
+from etpp_ssl.weights.tensors import UNSET_POSITIONS
 
 silent = partial(load_official_mae, say=lambda line: None)
 
@@ -204,6 +207,21 @@ def test_decoder_positions_that_no_table_has_are_named() -> None:
     lines: list[str] = []
     load_official_mae(state, num_heads=2, decoder_num_heads=2, say=lines.append)
     assert "its decoder's positions are not a sin-cos table; they are replaced by one" in lines
+
+
+def test_a_vitmae_that_transformers_builds_itself_gets_positions(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+    decoder = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
+    config = transformers.ViTMAEConfig(
+        image_size=16, patch_size=4, **sizes, **{f"decoder_{key}": value for key, value in decoder.items()}
+    )
+    transformers.ViTMAEForPreTraining(config).save_pretrained(tmp_path)
+    encoder = etpp_ssl.load(tmp_path, device="cpu")
+    assert torch.equal(encoder.model.pos_embed, sincos_with_cls((4, 4), 64))
+    # 4.57 fills the encoder's table in; 5.24 fills in neither.
+    table = read_state_dict(tmp_path / "model.safetensors")["vit.embeddings.position_embeddings"]
+    assert (f"its positions {UNSET_POSITIONS}" in encoder.notes) != bool(table.any())
 
 
 def write_namespace(state: StateDict, file: Path) -> None:
