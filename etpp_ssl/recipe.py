@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field, ValidationError
 
 from etpp_ssl import moved
 from etpp_ssl.config import Config, UserError, may_change
@@ -19,6 +21,7 @@ from etpp_ssl.evaluation.linear import LinearConfig
 from etpp_ssl.evaluation.linear_cached import LinearCachedConfig
 from etpp_ssl.evaluation.reconstruction import ReconstructionConfig
 from etpp_ssl.model.classifier import Classifier, ClassifierConfig
+from etpp_ssl.model.encoders import EncoderConfig
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.masking import Masker
 from etpp_ssl.optim.optimizers import ClassifierOptimConfig, OptimConfig
@@ -134,6 +137,37 @@ class FinetuneRecipe(RunRecipe):
             return {**values, "data": {"crop_scale": [0.08, 1.0], **data}}
         return values
 
+    @classmethod
+    def adapted(cls, text: RecipeText) -> RecipeText:
+        """With the network of the run that `init` names, where its weights would not fit the recipe's own.
+
+        The image size, the channels and their statistics come along, since the weights know no others. A
+        network that differs in its patch size alone stays: weights are adapted to that. Overrides stand above
+        all; one that names the model leaves everything as it is.
+        """
+        named = any(override.startswith(("model=", "model.name=")) for override in text.overrides)
+        if text.stored or named:
+            return text
+        values = text.values(cls)
+        init = values.get("init")
+        file = Path(init).expanduser() / "recipe.yaml" if isinstance(init, str) else Path()
+        if not file.is_file():
+            return text
+        theirs = RecipeText.read(file.parent).values(BaseModel)
+        network, own = _network(theirs), _network(values)
+        if network is None or own is None or network == {**own, "patch_size": network["patch_size"]}:
+            return text
+        data = theirs.get("data")
+        layer: dict[str, Any] = {key: theirs[key] for key in ("image_size", "in_chans") if key in theirs}
+        layer["model"] = network
+        if isinstance(data, dict):
+            layer["data"] = {key: data.get(key) for key in ("mean", "std")}
+        note = (
+            f"model, image_size, in_chans, data.mean and data.std are those of init {init}; the recipe has "
+            f"another network"
+        )
+        return replace(text, layers=(*text.layers, layer), notes=(*text.notes, note))
+
     @property
     def bandwidth_multiple(self) -> tuple[int, int]:
         """The patches of a ViT, the total stride of other networks."""
@@ -177,6 +211,18 @@ class FinetuneRecipe(RunRecipe):
         )
 
 
+def _network(values: dict[str, Any]) -> dict[str, Any] | None:
+    """What a recipe's `model` says of the encoder, with defaults; None where it is not valid."""
+    model = values.get("model", {})
+    keys = (*EncoderConfig.model_fields, "args")
+    given = {key: model[key] for key in keys if key in model} if isinstance(model, dict) else {"name": None}
+    try:
+        config = ClassifierConfig.model_validate_json(json.dumps(given))
+    except ValidationError:
+        return None
+    return config.model_dump(mode="json", include=set(keys))
+
+
 class ProbedClassifier(FinetuneRecipe):
     """A classifier's run as `etpp probe` takes it, with a probe."""
 
@@ -188,7 +234,7 @@ def load_probed(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | P
     """Read a recipe of whatever task whose overrides may name a probe; see `RunRecipe.load`."""
     text = RecipeText.read(source, overrides)
     kind: type[Recipe] | type[ProbedClassifier] = ProbedClassifier if task_of(text) == "finetune" else Recipe
-    return text.validated(kind, kind.with_defaults)
+    return kind.of_text(text)
 
 
 def load_any(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | FinetuneRecipe:
@@ -203,7 +249,7 @@ def parse_any(text: str, overrides: Sequence[str] = (), title: str = "recipe") -
 
 def _any_of(text: RecipeText) -> Recipe | FinetuneRecipe:
     kind: type[Recipe] | type[FinetuneRecipe] = FinetuneRecipe if task_of(text) == "finetune" else Recipe
-    return text.validated(kind, kind.with_defaults)
+    return kind.of_text(text)
 
 
 if not TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import torch
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, field_validator, model_validator
 
 from etpp_ssl.config import Config, UserError, as_pair, legal_size, may_change
 from etpp_ssl.curriculum.base import Curriculum
@@ -87,7 +87,8 @@ class RunRecipe(Config, ABC):
     """Channels of the images."""
     init: str | None = None
     """Weights to start from: a run folder, an export's folder, or a .pth or safetensors file of MAE's,
-    timm's, DeiT's or Hugging Face's layout; a resumed run reads its own checkpoint instead."""
+    timm's, DeiT's or Hugging Face's layout; a resumed run reads its own checkpoint instead. A classifier's
+    recipe takes over the network of a run whose weights would not fit its own."""
     deterministic: bool = False
     """Bitwise repeatable on CUDA too, at some cost in speed; the CPU always is."""
     budget_epochs: float | None = Field(default=None, gt=0, le=1e6)
@@ -119,6 +120,8 @@ class RunRecipe(Config, ABC):
     """What happens at a step that is not finite."""
     tracker: TrackerConfig = may_change(TrackerConfig())
     """Where metrics go besides the run folder."""
+
+    _notes: tuple[str, ...] = PrivateAttr(default=())
 
     @field_validator("output")
     @classmethod
@@ -166,7 +169,25 @@ class RunRecipe(Config, ABC):
                 f"{text.title} is of task {task} (for etpp {task}), but this takes recipes and runs of task "
                 f"{own}"
             )
-        return text.validated(cls, cls.with_defaults)
+        return cls.of_text(text)
+
+    @classmethod
+    def of_text(cls, text: RecipeText) -> Self:
+        """The recipe that a text of this task states."""
+        text = cls.adapted(text)
+        recipe = text.validated(cls, cls.with_defaults)
+        recipe._notes = text.notes
+        return recipe
+
+    @classmethod
+    def adapted(cls, text: RecipeText) -> RecipeText:
+        """The text with what another run settles for it."""
+        return text
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a plan or a start should say of how the recipe's values came about."""
+        return self._notes
 
     @classmethod
     def with_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:

@@ -84,6 +84,10 @@ class RecipeText:
     """`section.key=value` each."""
     title: str
     """How messages call it."""
+    stored: bool = True
+    """Whether these are a run's own values, or text, and not a recipe file to start a run from."""
+    notes: tuple[str, ...] = ()
+    """What the run should say of how they came about."""
 
     @classmethod
     def read(cls, source: str | Path, overrides: Sequence[str] = ()) -> RecipeText:
@@ -94,7 +98,8 @@ class RecipeText:
         """
         folder = find_recipe(source)
         if not os.path.isdir(folder):
-            return cls.of(_file_text(folder, str(source)), overrides, str(folder), folder)
+            read = cls.of(_file_text(folder, str(source)), overrides, str(folder), folder)
+            return replace(read, stored=False)
         file = folder / "recipe.yaml"
         read = cls.of(_file_text(file, str(source)), overrides, str(file), file)
         return replace(read, layers=(*read.layers, {"output": str(folder)}))
@@ -136,6 +141,19 @@ class RecipeText:
                 found = override.removeprefix("task=")
         return found
 
+    def values(self, kind: type[BaseModel]) -> dict[str, Any]:
+        """All layers and overrides as one mapping, not validated; `kind` is that of the recipe.
+
+        Raises:
+            UserError: if an override names no key or cannot be read.
+        """
+        values: dict[str, Any] = {}
+        for layer in self.layers:
+            values = _merged(values, layer, kind, [])
+        for override in self.overrides:
+            _apply(values, override, kind)
+        return values
+
     def validated(self, kind: type[Kind], with_defaults: Callable[[dict[str, Any]], dict[str, Any]]) -> Kind:
         """The recipe: what it extends, its own values above that, then the overrides.
 
@@ -146,11 +164,7 @@ class RecipeText:
         Raises:
             UserError: naming the key, its value and what would be valid.
         """
-        values: dict[str, Any] = {}
-        for layer in self.layers:
-            values = _merged(values, layer, kind, [])
-        for override in self.overrides:
-            _apply(values, override, kind)
+        values = self.values(kind)
         try:
             # JSON mode is strict on scalars (no "3" for 3) and takes lists for tuples.
             return kind.model_validate_json(json.dumps(with_defaults(values)), strict=True)

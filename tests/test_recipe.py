@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from tiny_runs import TINY, TINY_CLASSIFIER
 
 from etpp_ssl import messages, recipe_file
 from etpp_ssl.config import UserError
@@ -471,3 +472,48 @@ def test_a_run_finds_its_data_from_any_folder(tmp_path: Path, monkeypatch: pytes
     # A run that was moved, data and all, to where its first folder is not.
     (home / "photos").rename(elsewhere / "photos")
     assert Recipe.load(home / "run").data.model_dump()["root"] == "photos"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    """A classifier's recipe file, and a pre-training run of another network, size and channels."""
+    file, folder = tmp_path / "classifier.yaml", tmp_path / "pretrained"
+    constant = TINY_CLASSIFIER[: TINY_CLASSIFIER.index("curriculum:")] + "curriculum: {name: constant}\n"
+    file.write_text(constant + TINY_CLASSIFIER[TINY_CLASSIFIER.index("checkpoint:") :], encoding="utf-8")
+    folder.mkdir()
+    other = ["model.embed_dim=24", "image_size=[24,40]", "in_chans=1", "data.mean=[0.3]", "data.std=[0.2]"]
+    recipe = Recipe.parse(TINY, [*other, "curriculum=constant"])
+    recipe.save(folder / "recipe.yaml")
+    return file, folder
+
+
+def test_a_classifier_takes_the_network_of_the_run_that_it_starts_from(files: tuple[Path, Path]) -> None:
+    file, folder = files
+    recipe = FinetuneRecipe.load(file, [f"init={folder}", "model.drop_path=0.2", "data.std=[0.5]"])
+    assert (recipe.model.embed_dim, recipe.model.depth) == (24, 1)
+    assert (recipe.size, recipe.in_chans) == ((24, 40), 1)
+    assert (recipe.data.mean, recipe.data.std) == ((0.3,), (0.5,))
+    # What is no network's stays the recipe's, or the override's.
+    assert recipe.model.drop_path == 0.2
+    assert recipe.optim.ema == 0.9
+    assert recipe.notes == (
+        f"model, image_size, in_chans, data.mean and data.std are those of init {folder}; the recipe has "
+        f"another network",
+    )
+
+
+def test_the_same_network_may_be_tuned_at_another_size(files: tuple[Path, Path]) -> None:
+    file, folder = files
+    same = ["model.embed_dim=24", "model.depth=1", f"init={folder}"]
+    for overrides in (same, [*same, "model.patch_size=8"], ["model.name=vit", f"init={folder}"], [f"init={folder / 'recipe.yaml'}"]):
+        recipe = FinetuneRecipe.load(file, overrides)
+        assert recipe.size == FinetuneRecipe.load(file).size
+        assert not recipe.notes
+
+
+def test_a_stored_recipe_is_read_as_it_stands(files: tuple[Path, Path], tmp_path: Path) -> None:
+    file, folder = files
+    (tmp_path / "run").mkdir()
+    FinetuneRecipe.load(file, [f"init={folder}"]).save(tmp_path / "run" / "recipe.yaml")
+    (folder / "recipe.yaml").write_text("model: {name: vit, embed_dim: 8}", encoding="utf-8")
+    assert FinetuneRecipe.load(tmp_path / "run").model.embed_dim == 24

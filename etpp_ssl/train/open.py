@@ -204,6 +204,7 @@ def prepare_run(run: Run) -> None:
     tell_start(run)
     recipe, stages = run.recipe, run.curriculum.stages
     for note in (
+        *recipe.notes,
         *(unused_weights(recipe.model.name, recipe.init) if run.state.step == 0 else ()),
         *replay_notes(recipe.crop_view(), recipe.in_chans, stages),
         *run.task.start_notes(stages, recipe.precision),

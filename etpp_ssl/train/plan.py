@@ -175,6 +175,7 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
         speedup_by_area=baseline_images / sum(area),
         speedup_by_flops=baseline_images * at_full.flops / sum(flops),
         notes=[
+            *recipe.notes,
             *unused_weights(recipe.model.name, recipe.init),
             *recipe.curriculum.roundings(recipe.size, recipe.bandwidth_multiple),
             *replay_notes(view, recipe.in_chans, curriculum.stages),
