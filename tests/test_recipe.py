@@ -505,7 +505,12 @@ def test_a_classifier_takes_the_network_of_the_run_that_it_starts_from(files: tu
 def test_the_same_network_may_be_tuned_at_another_size(files: tuple[Path, Path]) -> None:
     file, folder = files
     same = ["model.embed_dim=24", "model.depth=1", f"init={folder}"]
-    for overrides in (same, [*same, "model.patch_size=8"], ["model.name=vit", f"init={folder}"], [f"init={folder / 'recipe.yaml'}"]):
+    for overrides in (
+        same,
+        [*same, "model.patch_size=8"],
+        ["model.name=vit", f"init={folder}"],
+        [f"init={folder / 'recipe.yaml'}"],
+    ):
         recipe = FinetuneRecipe.load(file, overrides)
         assert recipe.size == FinetuneRecipe.load(file).size
         assert not recipe.notes
