@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from jinja2 import StrictUndefined, Template
@@ -31,7 +31,7 @@ tags:
 
 {% if classifies %}
 An image classifier,
-{{- " fine-tuned from `" ~ recipe.init ~ "`," if recipe.init else " trained from scratch on labels," }} by
+{{- " fine-tuned from `" ~ init ~ "`," if init else " trained from scratch on labels," }} by
 {%- else %}
 An image encoder, pre-trained as a masked autoencoder by
 {%- endif %}
@@ -45,19 +45,17 @@ curriculum: {{ budget }}, {{ "{:,}".format(step) }} optimizer steps. {{ contents
 ## Load
 
 {{ load }}
-{% if classifies %}
 
-## Accuracy
+## Results
 
-{{ accuracy }}
-{% endif %}
+{{ results }}
 
 ## Data
 
 {{ data }}
-{% if recipe.init and not classifies %}
+{% if init and not classifies %}
 
-Training started from other weights, `{{ recipe.init }}`: their data and their licence count here, too.
+Training started from other weights, `{{ init }}`: their data and their licence count here, too.
 {% endif %}
 
 Input: {{ recipe.in_chans }} channels of {{ size }} px, scaled to [0, 1], mean {{ mean }}, standard deviation {{ std }}.
@@ -115,11 +113,9 @@ def model_card(
     classes = checkpoint.classes()
     mean, std = recipe.data.statistics(recipe.in_chans)
     hours = f"{recipe.budget_hours:g} hours" if recipe.budget_hours is not None else ""
-    norm = (
-        ""
-        if isinstance(recipe, FinetuneRecipe)
-        else final_norm(recipe.model.decoder.reads_blocks, recipe.init)
-    )
+    published = _without_places(recipe.model_dump(mode="json"))
+    init = published["init"]
+    norm = "" if isinstance(recipe, FinetuneRecipe) else final_norm(recipe.model.decoder.reads_blocks, init)
     card: str = _TEMPLATE.render(
         recipe=recipe,
         classifies=classifies,
@@ -137,16 +133,27 @@ def model_card(
         contents=contents,
         final_norm=textwrap.fill(norm, 103),
         load=load,
-        accuracy=accuracy(run, checkpoint.step) if classifies else "",
+        init=init,
+        results=results(run, checkpoint.step),
         data=recipe.data.description
         or f"A `{recipe.data.name}` data set; its recipe does not describe it further (`data.description`).",
         mean=list(mean),
         std=list(std),
         # Indented in the card, so that no letter of a name is read as markup.
         classes=classes,
-        recipe_text=dump_yaml(recipe.model_dump(mode="json")),
+        recipe_text=dump_yaml(published),
     )
     return card
+
+
+def _without_places(value: Any) -> Any:
+    """A recipe's values with the names of files and folders in place of their places on this machine."""
+    if isinstance(value, dict):
+        return {key: _without_places(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_places(inner) for inner in value]
+    is_place = isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute())
+    return Path(value).name if is_place else value
 
 
 def final_norm(reads_blocks: bool, init: str | None) -> str:
@@ -166,44 +173,74 @@ def final_norm(reads_blocks: bool, init: str | None) -> str:
     )
 
 
-def accuracy(run: RunFolder, step: int) -> str:
-    """What was measured at a step, as Markdown: by `etpp evaluate`, or else at the end of training.
+def results(run: RunFolder, step: int) -> str:
+    """What was measured of a step's weights, as Markdown: by later commands, or else during training.
 
     Numbers on images that the weights were trained on are not results, and are left out.
     """
     parts = []
-    for numbers, how in _evaluated(run, step):
+    for numbers, how, data in _classified(run, step) or _probed(run, step):
         lines = [
-            f"| {label} | {numbers[key]:.6g} |"
-            for key, label in LABELS.items()
-            if numbers.get(key) is not None
+            f"| {LABELS.get(key, key)} | {value:.6g} |" for key, value in numbers.items() if value is not None
         ]
-        parts.append("\n".join(["| | |", "|---|---|", *lines, "", f"Measured at {how}."]))
+        on = f", on {in_words(data, whole_path=False)}" if data else ""
+        parts.append("\n".join(["| | |", "|---|---|", *lines, "", f"Measured at {how}{on}."]))
     if parts:
         return "\n\n".join(parts)
+    command = "evaluate" if isinstance(run.any_recipe(), FinetuneRecipe) else "probe"
     return (
-        "Nothing was measured with these weights on images that they were not trained on; "
-        "`etpp evaluate RUN` does it."
+        f"Nothing was measured with these weights on images that they were not trained on; "
+        f"`etpp {command} RUN` does it."
     )
 
 
-def _evaluated(run: RunFolder, step: int) -> Iterator[tuple[dict[str, Any], str]]:
-    """Numbers, and how they were measured, in words."""
-    found = False
+_Result = tuple[dict[str, Any], str, dict[str, Any] | None]
+"""Numbers, the settings that they are of, and the images."""
+
+
+def _classified(run: RunFolder, step: int) -> list[_Result]:
+    """A classifier's results, by `etpp evaluate` or else at the end of training."""
+    found: list[_Result] = []
     for evaluation in run.evaluations():
         protocol, data = evaluation["protocol"], evaluation.get("data")
-        if protocol.get("step") != step or _of_training(protocol.get("split"), data):
-            continue
-        found = True
-        settings = {key: value for key, value in protocol.items() if key != "split" or data is None}
-        how = ", ".join(f"{key} {value}" for key, value in settings.items())
-        yield evaluation["numbers"], how + (f", on {in_words(data, whole_path=False)}" if data else "")
+        if protocol.get("step") == step and not _of_training(protocol.get("split"), data):
+            settings = {key: value for key, value in protocol.items() if key != "split" or data is None}
+            found.append((_labelled(evaluation["numbers"]), _in_words(settings), data))
+    recipe = run.any_recipe()
     rows = [row for row in run.metrics() if row.get("step") == step and "top1" in row]
-    if rows and not found:
-        data, recipe = rows[-1].get("data"), run.any_recipe()
-        split = recipe.evaluate.split if isinstance(recipe, FinetuneRecipe) else None
-        if not _of_training(split, data):
-            yield rows[-1], f"step {step}" + (f", on {in_words(data, whole_path=False)}" if data else "")
+    if rows and not found and isinstance(recipe, FinetuneRecipe):
+        data = rows[-1].get("data")
+        if not _of_training(recipe.evaluate.split, data):
+            found.append((_labelled(rows[-1]), f"step {step}", data))
+    return found
+
+
+def _probed(run: RunFolder, step: int) -> list[_Result]:
+    """Results of probes, by `etpp probe` and at the end of training."""
+    recipe = run.any_recipe()
+    own = {} if isinstance(recipe, FinetuneRecipe) else recipe.probe.model_dump()
+    rows = [{**row, "protocol": own} for row in run.metrics() if "probe_seconds" in row]
+    found: dict[str, _Result] = {}
+    for row in (*rows, *run.later_probes()):
+        data = row.get("data")
+        if row.get("step") == step and not training_mark(data):
+            numbers = {
+                key: value
+                for key, value in row.items()
+                if isinstance(value, int | float) and key not in ("step", "probe_seconds")
+            }
+            settings = {key: value for key, value in row["protocol"].items() if value is not None}
+            how = _in_words({"step": step, **settings})
+            found[f"{how} {data}"] = (numbers, how, data)
+    return list(found.values())
+
+
+def _labelled(numbers: dict[str, Any]) -> dict[str, Any]:
+    return {key: numbers.get(key) for key in LABELS}
+
+
+def _in_words(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items())
 
 
 def _of_training(split: object, data: dict[str, Any] | None) -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_runs import TINY
 
@@ -26,6 +27,7 @@ from etpp_ssl.train.launch import pretrain
 ELSEWHERE = """
 import sys
 import timm, torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 for folder in sys.argv[1:]:
     model = timm.create_model("local-dir:" + folder, pretrained=True).eval()
@@ -155,6 +157,32 @@ def test_the_card_says_what_it_is_and_how_to_load_it(tiny_recipe: Callable[..., 
     assert yaml.safe_load(front)["pipeline_tag"] == "image-feature-extraction"
     for words in ("Shapes we drew.", "pretrained=True", "budget_epochs: 0.3", "(1, 16)", "`AutoModel.from_"):
         assert words in body
+
+
+def test_the_card_has_the_probes_results_and_no_place_of_this_machine(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(12):
+        Image.new("RGB", (24, 16), (20 * number, 90, 200)).save(tmp_path / "images" / f"{number}.png")
+    data = f"data={{name: folder, root: {tmp_path / 'images'}, num_workers: 0, holdout: 4}}"
+    run = pretrain(tiny_recipe(data, "probe=reconstruction"))
+    loss = run.folder.metrics()[-1]["heldout_loss"]
+    row = {"step": run.state.step, "protocol": {"name": "knn"}, "knn_top1": 12.5}
+    unseen = {"root": "/a/b", "split": "eval", "holdout": 0, "num_images": 8, "fingerprint": "f"}
+    unseen["trained_on"] = 0
+    seen = {**unseen, "split": "train", "trained_on": 8}
+    rows = ({**row, "data": seen, "knn_top1": 99.5}, {**row, "data": unseen}, {**row, "step": 1})
+    run.folder.probes_file.parent.mkdir()
+    run.folder.probes_file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    card = (export(run.folder.path) / "README.md").read_text()
+    assert f"| heldout_loss | {loss:.6g} |" in card
+    how = f"step {run.state.step}, name knn, on 8 images of b, split eval, fingerprint f"
+    assert f"Measured at {how}." in card
+    assert card.count("knn_top1") == 1
+    assert "99.5" not in card
+    assert str(tmp_path) not in card
+    assert "root: images" in card
 
 
 def test_exporting_again_replaces_and_other_folders_are_left_alone(
