@@ -25,6 +25,10 @@ class UserError(ValueError):
     """Whether all processes raise the same, so that one of them is enough to tell."""
 
 
+class NotAtHand(UserError):
+    """Data, or the library that reads it, is not on this machine; a run can still be planned here."""
+
+
 class RunFault(UserError):
     """A failure during a run that is not its recipe's fault, told in one sentence.
 

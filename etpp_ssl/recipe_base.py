@@ -243,17 +243,27 @@ class RunRecipe(Config, ABC):
         """The images to train on.
 
         Raises:
-            UserError: if they are not there, or another number than the recipe says.
+            NotAtHand: if they are not there.
+            UserError: if they cannot be used.
         """
         self.data.statistics(self.in_chans)
-        source = open_training(self.data, in_chans=self.in_chans, image_size=self.size, seed=self.seed)
+        return open_training(self.data, in_chans=self.in_chans, image_size=self.size, seed=self.seed)
+
+    def compare_count(self, found: int) -> str:
+        """A sentence where `data.num_images` says another number than that of the images found, or "".
+
+        Raises:
+            UserError: in its place, with `data.strict`.
+        """
         expected = self.data.stated_images
-        if expected is not None and expected != len(source):
+        if expected is None or expected == found:
+            return ""
+        if self.data.strict:
             raise UserError(
-                f"data.num_images is {expected}, but the data has {len(source)} images; "
-                f"data.num_images=null takes what is there"
+                f"data.num_images is {expected}, but the data has {found} images, and data.strict is true; "
+                f"data.strict=false takes what is there"
             )
-        return source
+        return f"data.num_images says {expected:,}, and {found:,} were found: those are used"
 
     def save(self, path: Path) -> None:
         """Write the resolved recipe, every default spelled out, as YAML, whole or not at all.

@@ -59,7 +59,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no timm name": (["model.name=vit_smal_patch16_224"], "vit_small_patch16_224"),
     "no ViT": (["model.name=resnet18"], "not a plain Vision Transformer"),
     "wrong number of images": (["data.num_images=63", "data=folder", "data.root={tmp}/images",
-                                "data.num_images=9"], "data.num_images is 9"),
+                                "data.num_images=9", "data.strict=true"], "data.num_images is 9"),
     "mean of another channel count": (["data.mean=[0.5]"], "data.mean has 1 numbers"),
     "fp16 without a GPU": (["precision=fp16"], "needs a GPU"),
     "tracker that is not installed": (["tracker=clearml"], "pip install clearml"),

@@ -21,7 +21,7 @@ from etpp_ssl.tasks.classify import open_evaluation
 BESIDE_THE_RESULT: dict[str, Any] = {
     "output": True,
     "evaluate": {"split", "every_steps", "batch_size"},
-    "data": {"num_images", "num_workers", "prefetch", "stall_seconds", "description"},
+    "data": {"num_images", "strict", "num_workers", "prefetch", "stall_seconds", "description"},
 }
 """Keys that may be overridden without making another evaluation of it."""
 

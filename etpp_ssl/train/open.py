@@ -53,6 +53,11 @@ def open_run(recipe: Recipe | FinetuneRecipe, fork: Path | None = None) -> Run:
     """
     accelerator = open_accelerator(recipe)
     source = recipe.open_training()
+    other_count = recipe.compare_count(len(source))
+    if other_count:
+        # Recorded with the run, whose reports and plans count by it where the data is not at hand.
+        data = recipe.data.model_copy(update={"num_images": len(source)})
+        recipe = recipe.model_copy(update={"data": data})
     curriculum = recipe.build_curriculum(len(source))
     progress = Progress(curriculum, visible=accelerator.is_main_process)
     recipe.check_curriculum(curriculum)
@@ -61,6 +66,8 @@ def open_run(recipe: Recipe | FinetuneRecipe, fork: Path | None = None) -> Run:
         progress.evaluation = task.evaluation.name
     folder = RunFolder(recipe.output)
     start, state = starting_point(recipe, folder, source, curriculum, fork, progress.say)
+    if other_count:
+        progress.say(other_count)
     if recipe.init is not None and start is None:
         task.load_init(recipe.init, progress.say)
     if state.plan is not None:

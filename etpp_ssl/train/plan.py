@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from etpp_ssl.config import UserError, show_size
+from etpp_ssl.config import NotAtHand, UserError, show_size
 from etpp_ssl.curriculum.base import Curriculum, Stage
 from etpp_ssl.curriculum.cost import Cost, area_share, count_cost
 from etpp_ssl.curriculum.hours import TimePlan
 from etpp_ssl.data.sampler import micro_batch_of
 from etpp_ssl.data.sources.splits import with_classes
+from etpp_ssl.data.training import TrainingImages
 from etpp_ssl.model.encoders import unused_weights
 from etpp_ssl.randomness import ShapesOnly
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
@@ -65,7 +66,7 @@ class Plan:
     parameters: int
     num_images: int
     found: list[str]
-    """What the data at hand holds, and what is left out of it."""
+    """What the data at hand holds, and what is left out of it; or that it is not at hand."""
     curriculum: Curriculum
     stages: list[StagePlan]
     decided: bool
@@ -85,7 +86,7 @@ class Plan:
 def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -> Plan:
     """Compute the plan of a recipe.
 
-    The number of images is `data.num_images`, or comes from the data where that is not given.
+    Images at hand are counted; `data.num_images` stands for those that are not.
 
     Args:
         recipe: the run.
@@ -95,12 +96,21 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
         UserError: for anything that would keep the run from starting, as far as it shows without data.
     """
     recipe.data.statistics(recipe.in_chans)
-    num_images, num_classes = recipe.data.stated_images, None
+    stated, num_classes = recipe.data.stated_images, None
+    classes_needed = isinstance(recipe, FinetuneRecipe) and recipe.model.num_classes is None
+    try:
+        training = recipe.open_training()
+    except NotAtHand as error:
+        if stated is None or classes_needed:
+            raise
+        num_images, classes = stated, None
+        found = [f"{error}: planned for the {stated:,} images of data.num_images"]
+    else:
+        num_images, classes = len(training), training.classes if classes_needed else None
+        other_count = recipe.compare_count(num_images)
+        found = [*_found(recipe, training), *([other_count] if other_count else [])]
     if isinstance(recipe, FinetuneRecipe):
-        told = None if recipe.model.num_classes is not None else recipe.open_training().classes
-        num_classes = recipe.num_classes(told)
-    if num_images is None:
-        num_images = len(recipe.open_split("train"))
+        num_classes = recipe.num_classes(classes)
     curriculum = recipe.build_curriculum(num_images)
     recorded = folder.plan() if folder is not None else None
     if recorded is not None and (recorded.hours, recorded.stages) != (
@@ -165,7 +175,7 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
         title=task.describe(),
         parameters=parameters,
         num_images=num_images,
-        found=_found(recipe),
+        found=found,
         curriculum=curriculum,
         stages=stages,
         decided=decided,
@@ -185,14 +195,12 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
     )
 
 
-def _found(recipe: Recipe | FinetuneRecipe) -> list[str]:
-    """What there is to train and to evaluate on; nothing of data that is elsewhere."""
+def _found(recipe: Recipe | FinetuneRecipe, training: TrainingImages) -> list[str]:
+    """What there is to train and to evaluate on; nothing of evaluation images that are elsewhere."""
     split = recipe.evaluate.split if isinstance(recipe, FinetuneRecipe) else "eval"
     evaluated = isinstance(recipe, FinetuneRecipe) or recipe.probe.name != "none"
-    lines = []
+    lines = [f"training: {training.describe()}"]
     with suppress(UserError):
-        training = recipe.open_training()
-        lines.append(f"training: {training.describe()}")
         if evaluated and split == "eval":
             images = recipe.open_split(split)
             if training.classes and images.classes:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from etpp_ssl.commands.evaluate import evaluate_run
 from etpp_ssl.config import UserError
-from etpp_ssl.recipe import FinetuneRecipe, Recipe
+from etpp_ssl.recipe import FinetuneRecipe, Recipe, load_any
 from etpp_ssl.train.launch import finetune, pretrain
 from etpp_ssl.train.plan import plan_run, print_plan
 
@@ -50,6 +50,66 @@ def test_plan_and_run_say_what_was_found_and_left_out(
     # A plan needs no data where the recipe says how many images there are.
     away = tiny_recipe("data=folder", f"data.root={tmp_path}/gone", "data.num_images=64")
     assert "training: " not in planned(away)
+    line = f"data.root '{tmp_path}/gone' does not exist: planned for the 64 images of data.num_images\n"
+    assert line in planned(away)
+    with pytest.raises(UserError, match="gone' does not exist"):
+        planned(tiny_recipe("data=folder", f"data.root={tmp_path}/gone", "data.num_images=null"))
+    # What is at hand and cannot be used keeps a run from starting, so it has no plan.
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no image below"):
+        planned(tiny_recipe("data=folder", f"data.root={tmp_path}/empty", "data.num_images=64"))
+
+
+def test_images_at_hand_are_counted_and_the_recipes_number_is_an_expectation(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "photos", *(f"{number}.png" for number in range(12)))
+    settings = ["data=folder", f"data.root={tmp_path}/photos", "data.num_workers=0", "batch_size=4"]
+    line = "data.num_images says 9,469, and 12 were found: those are used\n"
+    other = tiny_recipe(*settings, "data.num_images=9469")
+    assert line in planned(other)
+    assert plan_run(other).curriculum.num_steps == plan_run(tiny_recipe(*settings)).curriculum.num_steps
+    run = pretrain(other)
+    assert capsys.readouterr().err.count(line) == 1
+    # The run records what it found: reports and plans elsewhere go by it. The same command resumes.
+    assert run.folder.any_recipe().data.stated_images == 12
+    assert pretrain(other).state.step == run.state.step
+    assert "data.num_images says" not in planned(tiny_recipe(*settings, "data.num_images=12"))
+    strict = tiny_recipe(*settings, "data.num_images=9469", "data.strict=true")
+    for refusing in (plan_run, pretrain):
+        with pytest.raises(UserError, match="is 9469, but the data has 12 images"):
+            refusing(strict)
+    capsys.readouterr()
+    write(tmp_path / "photos", "added.png")
+    with pytest.raises(UserError, match="the data is not what run"):
+        pretrain(other)
+    assert "those are used" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "{name: list, file: GONE/list.txt}",
+        "{name: shards, root: GONE}",
+        "{name: timm, root: GONE}",
+        "{name: timm, dataset: torch/cifar10, root: GONE}",
+        "{name: webdataset, urls: 'GONE/{0..3}.tar'}",
+        "{name: webdataset, urls: 'GONE/*.tar'}",
+    ],
+)
+def test_every_source_that_is_elsewhere_can_be_planned(
+    data: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(f"data={data.replace('GONE', str(tmp_path / 'gone'))}", "data.num_images=640")
+    assert "planned for the 640 images of data.num_images\n" in planned(recipe)
+
+
+def test_the_papers_recipes_insist_on_imagenet() -> None:
+    recipes = [load_any(path) for path in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))]
+    imagenet = [recipe for recipe in recipes if recipe.data.stated_images == 1_281_167]
+    assert len(imagenet) > 30
+    assert all(recipe.data.strict for recipe in imagenet if recipe.data.name == "folder")
+    assert not any(recipe.data.strict for recipe in recipes if recipe not in imagenet)
 
 
 def test_a_classifier_is_evaluated_on_images_that_lack_a_class(

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from etpp_ssl.config import UserError
+from etpp_ssl.config import NotAtHand
 
 MAX_PIXELS = 178_956_970
 """Largest image by default, Pillow's own: half a gigabyte in three channels."""
@@ -119,10 +119,10 @@ def require_library(key: str, library: str, extra: str) -> None:
         extra: of etpp-ssl, which brings it.
 
     Raises:
-        UserError: if it is not.
+        NotAtHand: if it is not.
     """
     if importlib.util.find_spec(library) is None:
-        raise UserError(f"{key} needs {library}, which is not installed: pip install 'etpp-ssl[{extra}]'")
+        raise NotAtHand(f"{key} needs {library}, which is not installed: pip install 'etpp-ssl[{extra}]'")
 
 
 def pixels_of(channels: Channels) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 from pydantic import Field, model_validator
 
-from etpp_ssl.config import Config, UserError, listed, may_change
+from etpp_ssl.config import Config, NotAtHand, UserError, listed, may_change
 from etpp_ssl.data.formats.base import MAX_PIXELS, Decoder, Interpolation, Picture
 
 
@@ -53,8 +53,12 @@ class DataConfig(Config, ABC):
     """Settings that every data source shares."""
 
     num_images: int | None = may_change(None, ge=1, le=10**12)
-    """Images in the training set, after `holdout`, `label_share` and `labels_per_class`: taken from the
-    data where it is at hand, needed by `plan` where it is not, and checked when a run starts."""
+    """Images expected in the training set, after `holdout`, `label_share` and `labels_per_class`. Data at
+    hand is counted, and another number is reported (see `strict`); `plan` needs this one where no data
+    is."""
+    strict: bool = may_change(False)
+    """Whether another number of images than `num_images` is an error, so that a published result is not
+    repeated on other data. No effect on streams, which are not counted, and on synthetic images."""
     mean: tuple[float, ...] | None = None
     """Per-channel mean, of values in [0, 1]. Default: ImageNet's for 1 or 3 channels, otherwise 0.5."""
     std: tuple[float, ...] | None = None
@@ -150,11 +154,13 @@ def existing_folder(key: str, path: Path) -> Path:
     """`path`, if it is a folder.
 
     Raises:
-        UserError: naming the recipe's key.
+        NotAtHand: if nothing is there, naming the recipe's key.
+        UserError: if something else is.
     """
+    if not os.path.exists(path):
+        raise NotAtHand(f"{key} {str(path)!r} does not exist")
     if not os.path.isdir(path):
-        what = "is not a folder" if os.path.exists(path) else "does not exist"
-        raise UserError(f"{key} {str(path)!r} {what}")
+        raise UserError(f"{key} {str(path)!r} is not a folder")
     return path
 
 

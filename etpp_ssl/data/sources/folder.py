@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from etpp_ssl.config import UserError, listed, may_change
+from etpp_ssl.config import NotAtHand, UserError, listed, may_change
 from etpp_ssl.data.formats import EXTENSIONS, most_bytes, open_picture, read_file
 from etpp_ssl.data.formats.base import MAX_PIXELS, Picture
 from etpp_ssl.data.sources.base import (
@@ -143,7 +143,8 @@ class FileListConfig(DataConfig):
             text = data.decode(marked) if marked else data.decode("utf-8-sig", "surrogateescape")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{key} {str(path)!r} cannot be read: {reason}") from error
+            kind = NotAtHand if isinstance(error, FileNotFoundError) else UserError
+            raise kind(f"{key} {str(path)!r} cannot be read: {reason}") from error
         rows: list[tuple[str, str | None]] = []
         # Not splitlines(): it also splits at characters that file names may hold.
         for line in text.split("\n"):

@@ -19,6 +19,7 @@ from typing import Any
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.formats import EXTENSIONS
+from etpp_ssl.data.sources.base import existing_folder
 from etpp_ssl.data.sources.found import by_extension, class_folders, extension_of, is_hidden_name
 from etpp_ssl.files import read_text, require_regular, write_text
 
@@ -159,6 +160,7 @@ def scan_tars(key: str, folder: Path, least_classes: int) -> ShardIndex:
         UserError: if there is no tar or no image in them, a tar is damaged or compressed, or some
             images have a label and others none.
     """
+    existing_folder(key, folder)
     paths = sorted(folder.glob("*.tar"), key=lambda path: os.fsencode(path.name))
     if not paths:
         raise UserError(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from etpp_ssl.config import UserError, may_change
+from etpp_ssl.config import NotAtHand, UserError, may_change
 from etpp_ssl.data.formats import most_bytes, open_file, open_picture
 from etpp_ssl.data.formats.base import MAX_PIXELS, DecodedPicture, Picture, one_line_reasons
 from etpp_ssl.data.formats.pillow import from_picture
@@ -57,14 +57,14 @@ class TimmConfig(DataConfig):
             )
             size = len(data)
         except ImportError as error:
-            raise UserError(
+            raise NotAtHand(
                 f"data.dataset {self.dataset!r} needs a library that is not installed ({error}): "
                 f"pip install 'etpp-ssl[hub]'"
             ) from error
         except Exception as error:
             # timm and the libraries behind it raise anything, asserts included, for a wrong name.
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(
+            raise NotAtHand(
                 f"data.dataset {self.dataset!r} (root {root!r}, split {name!r}) cannot be opened by "
                 f"timm: {reason}"
             ) from error
@@ -96,7 +96,7 @@ class TimmConfig(DataConfig):
         if not self.dataset and root is None:
             raise UserError("data.root is missing: data.dataset '' reads a folder or a .tar file")
         if not self.dataset and root is not None and not os.path.exists(root):
-            raise UserError(f"data.root {root!r} does not exist")
+            raise NotAtHand(f"data.root {root!r} does not exist")
 
 
 class TimmSource:

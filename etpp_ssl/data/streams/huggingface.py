@@ -7,7 +7,7 @@ from contextlib import suppress
 from itertools import count
 from typing import Any, Literal
 
-from etpp_ssl.config import UserError, listed, may_change
+from etpp_ssl.config import NotAtHand, UserError, listed, may_change
 from etpp_ssl.data.formats.base import require_library
 from etpp_ssl.data.sources.base import printable
 from etpp_ssl.data.streams.base import Item, StreamConfig, label_of
@@ -48,7 +48,7 @@ class HuggingFaceSettings(ShardSettings):
         except Exception as error:
             # The library raises anything for a wrong name, file or split.
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{title} cannot be opened by datasets: {reason}") from error
+            raise NotAtHand(f"{title} cannot be opened by datasets: {reason}") from error
         for key, column in (("image_column", self.image_column), ("label_column", self.label_column)):
             if column is not None and column not in columns:
                 hint = "; null reads no labels" if key == "label_column" else ""

@@ -17,7 +17,7 @@ from typing import IO, Any, Literal
 
 from pydantic import field_validator
 
-from etpp_ssl.config import UserError, may_change
+from etpp_ssl.config import NotAtHand, UserError, may_change
 from etpp_ssl.data.formats.base import require_library
 from etpp_ssl.data.sources.base import expanded, printable
 from etpp_ssl.data.streams.base import Item, StreamConfig, label_of
@@ -151,9 +151,10 @@ def find_tars(pattern: str) -> list[str]:
             found = expand_urls(pattern)
             missing = next((path for path in found if not os.path.exists(path)), None)
             if missing is not None:
-                raise UserError(f"data.urls {pattern!r}: {missing!r} does not exist")
+                raise NotAtHand(f"data.urls {pattern!r}: {missing!r} does not exist")
         if not found:
-            raise UserError(f"data.urls {pattern!r} has no tar: give a folder, a pattern or a list of tars")
+            kind = UserError if os.path.isdir(pattern) else NotAtHand
+            raise kind(f"data.urls {pattern!r} has no tar: give a folder, a pattern or a list of tars")
         return found
     return list(expand_urls(pattern))
 
