@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -196,16 +195,18 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
 
 
 def _found(recipe: Recipe | FinetuneRecipe, training: TrainingImages) -> list[str]:
-    """What there is to train and to evaluate on; nothing of evaluation images that are elsewhere."""
+    """What there is to train and to evaluate on, or why there are no evaluation images."""
     split = recipe.evaluate.split if isinstance(recipe, FinetuneRecipe) else "eval"
     evaluated = isinstance(recipe, FinetuneRecipe) or recipe.probe.name != "none"
     lines = [f"training: {training.describe()}"]
-    with suppress(UserError):
+    try:
         if evaluated and split == "eval":
             images = recipe.open_split(split)
             if training.classes and images.classes:
                 images = with_classes(images, training.classes)
             lines.append(f"evaluation: {images.describe()}")
+    except UserError as error:
+        lines.append(f"warning: training would not start here: {error}")
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,6 +111,19 @@ def test_the_papers_recipes_insist_on_imagenet() -> None:
     assert len(imagenet) > 30
     assert all(recipe.data.strict for recipe in imagenet if recipe.data.name == "folder")
     assert not any(recipe.data.strict for recipe in recipes if recipe not in imagenet)
+
+
+def test_plan_says_that_the_lack_of_evaluation_images_keeps_training_from_starting(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    write(tmp_path / "photos", *(f"{number}.png" for number in range(5)))
+    settings = ["data=folder", f"data.root={tmp_path}/photos", "data.num_workers=0", "batch_size=4"]
+    recipe = tiny_recipe(*settings, "probe=reconstruction")
+    reason = "no evaluation images .* data.holdout=N keeps N of the latter"
+    with pytest.raises(UserError, match=reason):
+        pretrain(recipe)
+    assert re.search(f"warning: training would not start here: .*{reason}", planned(recipe))
+    assert "warning: training would not start" not in planned(tiny_recipe(*settings, "data.holdout=2"))
 
 
 def test_a_classifier_is_evaluated_on_images_that_lack_a_class(

@@ -65,7 +65,7 @@ class SplitFoldersConfig(DataConfig):
                 return around / name
         raise UserError(
             f"data.eval_split: no evaluation images ({', '.join(names)}) beside the training images "
-            f"of data.root {self.root!r}; data.holdout=256 keeps some of those for evaluation"
+            f"of data.root {self.root!r}; data.holdout=N keeps N of the latter for evaluation"
         )
 
 
@@ -117,8 +117,8 @@ class FileListConfig(DataConfig):
         if split == "eval":
             if self.eval_file is None:
                 raise UserError(
-                    "data.eval_file is not given: evaluation needs it, or data.holdout=256 to keep "
-                    "some training images for it"
+                    "data.eval_file is not given: evaluation needs it, or data.holdout=N to keep N "
+                    "training images for it"
                 )
             path, key = expanded(self.eval_file), "data.eval_file"
             rows = self._rows(key, path)

@@ -74,8 +74,8 @@ class TimmConfig(DataConfig):
         opened = getattr(getattr(data, "reader", data), "root", None)
         if split == "eval" and self.dataset.lower() in FOLDERS and opened == root:
             raise UserError(
-                f"data.eval_split {name!r} is not a sub-folder of data.root {root!r}; data.holdout=256 keeps "
-                f"some training images for evaluation"
+                f"data.eval_split {name!r} is not a sub-folder of data.root {root!r}; data.holdout=N keeps N "
+                f"training images for evaluation"
             )
         return TimmSource(data, f"{self.dataset}/{name}", in_chans, self.max_pixels)
 
