@@ -253,7 +253,7 @@ class Progress:
         if self.visible and self.console.is_terminal:
             # What a narrow terminal has no room for is cut off the text.
             self._bar = RichProgress(
-                BarColumn(bar_width=16),
+                BarColumn(bar_width=16 if self.console.width >= 100 else 8),
                 TaskProgressColumn(),
                 _TimeLeft(Column(no_wrap=True)),
                 TextColumn("{task.description}", table_column=Column(no_wrap=True, ratio=1)),
@@ -315,8 +315,8 @@ class Progress:
     def _line(self, row: dict[str, Any]) -> str:
         stages = self.curriculum.stages
         return (
-            f"step {row['step']}/{self.curriculum.num_steps} loss {row['loss']:.4f} "
-            f"{_speed(row['images_per_second'])} img/s at {show_size(tuple(row['bandwidth']))} px "
+            f"step {row['step']}/{self.curriculum.num_steps} at {show_size(tuple(row['bandwidth']))} px "
+            f"loss {row['loss']:.4f} {_speed(row['images_per_second'])} img/s "
             f"(stage {row['stage'] + 1}/{len(stages)}) lr {row['lr']:.2e} wait {row['data_wait_share']:.0%}"
         )
 

@@ -54,7 +54,7 @@ def test_a_terminal_of_80_columns_shows_bar_percent_time_left_and_step() -> None
     progress.row({**ROW, "step": 10})
     progress.stop()
     last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue()).replace("\r", "\n").split("\n")[-2]
-    assert re.match(r"[━╸╺ ]{16}  ?3\d% ETA \d:\d\d:\d\d \+ evaluation step 10/20 loss", last)
+    assert re.match(r"[━╸╺ ]{8}  ?3\d% ETA \d:\d\d:\d\d \+ evaluation step 10/20 at 8x12 px loss 0.5", last)
     assert len(last) == 80
 
 
@@ -66,7 +66,7 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
     progress.row({**ROW, "step": progress.curriculum.num_steps})
     progress.stop()
     first, last = lines.getvalue().splitlines()
-    assert re.search(r"ETA \d:\d\d:\d\d  step 1/20 loss 0.5000 10 img/s at 8x12 px \(stage 1/3\)", first)
+    assert re.search(r"ETA \d:\d\d:\d\d  step 1/20 at 8x12 px loss 0.5000 10 img/s \(stage 1/3\)", first)
     assert last.startswith("100.0% ")
     assert "\x1b" not in lines.getvalue()
 
@@ -92,7 +92,7 @@ def test_the_first_step_is_shown_but_writes_no_row(
 ) -> None:
     run = pretrain(tiny_recipe("log_every_steps=1000"))
     assert [row["step"] for row in run.folder.metrics()] == [8, 16, 20]
-    assert re.search(r"ETA .*step 1/20 loss \d", capfd.readouterr().err)
+    assert re.search(r"ETA .*step 1/20 at \S+ px loss \d", capfd.readouterr().err)
 
 
 def test_a_run_says_what_it_trains_on_and_what_came_of_it(
