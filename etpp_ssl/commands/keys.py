@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.padding import Padding
 
 from etpp_ssl.config import UserError, may_change_on_resume
 from etpp_ssl.messages import SYNONYMS, models_in, name_of
@@ -115,19 +115,18 @@ def sections(section: str | None = None) -> list[Section]:
 
 
 def print_keys(section: str | None, console: Console) -> None:
-    """Print the reference, or a section of it, as tables.
+    """Print the reference, or a section of it: a key with its type and default, below it what it means.
 
     Raises:
         UserError: as `sections`.
     """
     for part in sections(section):
-        console.print(f"[bold]{escape(_titled(part, '{}'))}[/]\n{escape(part.meaning)}")
-        table = Table()
-        for column, share in (("key", 3), ("type", 2), ("default", 2), ("meaning", 6), ("resume", 1)):
-            table.add_column(column, ratio=share, overflow="fold")
+        console.print(f"[bold]{escape(_titled(part, '{}'))}[/]\n{escape(part.meaning)}\n")
         for key in part.keys:
-            table.add_row(*(escape(text) for text in key[:4]), "may change" if key.may_change else "")
-        console.print(*([table] if part.keys else []), "")
+            default = key.default if key.default == "required" else f"default {key.default}"
+            resume = "; may change on resume" if key.may_change else ""
+            console.print(f"  [bold]{key.path}[/]  {escape(f'{key.type}; {default}{resume}')}")
+            console.print(Padding(escape(key.meaning), (0, 0, 1, 6)))
 
 
 def markdown_reference(section: str | None = None) -> str:

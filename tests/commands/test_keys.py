@@ -6,9 +6,10 @@ import re
 
 import pytest
 from pydantic import BaseModel
+from rich.console import Console
 
 from etpp_ssl.cli import main
-from etpp_ssl.commands.keys import docstrings, markdown_reference, sections
+from etpp_ssl.commands.keys import docstrings, markdown_reference, print_keys, sections
 from etpp_ssl.config import Config, UserError
 from etpp_ssl.recipe import load_any
 
@@ -85,6 +86,16 @@ def test_a_section_is_printed_and_an_unknown_one_is_a_sentence(capsys: pytest.Ca
     assert "optim" not in printed
     main_exits(["keys", "curiculum"], 2)
     assert "section 'curiculum' is not known; did you mean curriculum" in capsys.readouterr().err
+
+
+def test_a_key_is_in_one_piece_on_80_columns() -> None:
+    console = Console(width=80)
+    with console.capture() as captured:
+        print_keys(None, console)
+    lines = captured.get().splitlines()
+    printed = {line.split()[0] for line in lines if re.match(r"  \S", line)}
+    assert printed >= {key.path for part in sections() for key in part.keys}
+    assert max(map(len, lines)) <= 80
 
 
 def main_exits(arguments: list[str], code: int) -> None:
