@@ -211,7 +211,7 @@ def adapt_head(
         return rest
     if not theirs or not keep_head or not reads_the_same:
         reason = "its own reads other features" if keep_head else "its own is not asked for"
-        notes.append(f"the head is initialised anew: {reason if theirs else 'it has none'}")
+        notes.append(f"the head is initialised anew: {reason if theirs else 'init has none'}")
         return {**rest, **ours}
     if fits == ours.keys() == theirs.keys():
         notes.append(f"its head of {net.num_classes} classes is kept: they are taken for the same ones")

@@ -147,7 +147,7 @@ def _decoder(tensors: dict[str, Tensor], expected: dict[str, Tensor], notes: lis
         old, new = theirs["decoder.head.bias"].shape[0], ours["decoder.head.bias"].shape[0]
         notes.append(f"the decoder's last projection is initialised anew: {new} values per patch, not {old}")
         return {**rest, **theirs, **{name: ours[name] for name in head}}
-    why = "it has none" if not theirs else "its own is of another size"
+    why = "init has none" if not theirs else "its own is of another size"
     notes.append(f"the decoder is initialised anew: {why}")
     return {**rest, **ours}
 

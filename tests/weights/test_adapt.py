@@ -125,7 +125,7 @@ def test_learned_positions_are_resampled_from_their_own_grid() -> None:
     expected = resample_abs_pos_embed(state["pos_embed"], [5, 6], [3, 12], num_prefix_tokens=1)
     assert torch.equal(model.encoder.pos_embed, expected)
     assert "the learned positions are resampled from 3x12 to 5x6 patches" in notes
-    assert "the decoder is initialised anew: it has none" in notes
+    assert "the decoder is initialised anew: init has none" in notes
 
 
 def test_a_sin_cos_table_tells_its_grid_to_a_model_that_learns() -> None:

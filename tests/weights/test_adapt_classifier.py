@@ -148,7 +148,7 @@ def test_an_encoder_without_classes_leaves_the_head_new_and_a_net_without_takes_
     headless, net = make_net(name, seed=1, num_classes=0), make_net(name)
     state = headless.state_dict()
     _, notes, fresh = start(net, state)
-    assert notes == ["the head is initialised anew: it has none"]
+    assert notes == ["the head is initialised anew: init has none"]
     expected = {key: state.get(key, fresh[key]) for key in fresh}
     assert differing(net.state_dict(), expected) == set()
     other = make_net(name, num_classes=0)
@@ -191,7 +191,7 @@ def test_average_pooling_has_a_new_norm_as_in_mae_and_token_pooling_keeps_it() -
         net = make_net(**pool)
         adapted, notes, _ = start(net, state)
         assert torch.equal(adapted["norm.weight"], state["norm.weight"])
-        assert notes == ["the head is initialised anew: it has none"]
+        assert notes == ["the head is initialised anew: init has none"]
 
 
 def test_a_classifiers_own_norm_is_kept_and_its_head_where_it_reads_the_same() -> None:
@@ -403,7 +403,7 @@ def test_positions_of_zeros_are_named_and_the_nets_own_are_used() -> None:
     state = {**published_encoder(), "pos_embed": torch.zeros(1, 17, 64)}
     net = make_net()
     _, notes, fresh = start(net, state)
-    assert notes == ["the head is initialised anew: it has none", f"its positions {UNSET_POSITIONS}"]
+    assert notes == ["the head is initialised anew: init has none", f"its positions {UNSET_POSITIONS}"]
     assert torch.equal(net.get_parameter("pos_embed"), fresh["pos_embed"])
 
 
