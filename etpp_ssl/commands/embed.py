@@ -9,7 +9,7 @@ from typing import Any
 
 from etpp_ssl.commands.trained import trained_model
 from etpp_ssl.config import UserError, show_size
-from etpp_ssl.data.sources.base import existing_folder
+from etpp_ssl.data.sources.base import existing_folder, printable
 from etpp_ssl.data.views import EvalView
 from etpp_ssl.dist.accelerator import open_accelerator, process_as_found
 from etpp_ssl.dist.peers import leave, with_peers
@@ -27,6 +27,9 @@ from etpp_ssl.evaluation.measured_on import measured_on
 from etpp_ssl.files import check_place
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
+
+NAMED = 3
+"""Of the images that cannot be read, as many are named."""
 
 
 def of_folder(overrides: Sequence[str], run: RunFolder | None) -> tuple[list[str], Path | None]:
@@ -75,7 +78,7 @@ def embed(
         split: "train" or "eval".
         pool: cls token or mean of the patch tokens; None is the encoder's own.
         batch_size: images that are loaded together.
-        say: told of damaged checkpoints and of images that are left out.
+        say: told of damaged checkpoints, of the number of images and of those that are left out.
 
     Returns:
         The file, which the main process has written.
@@ -107,8 +110,12 @@ def embed(
         raise UserError(f"none of the {unreadable} images of the {split} split can be read")
     if accelerator.is_main_process:
         measured = measured_on(recipe, split, source, trained.trainings)
+        say(f"{len(features.indices):,} images, {features.features.shape[1]} features of each")
         if unreadable:
-            say(f"left out: {unreadable} of {len(source)} images cannot be read")
+            lost = sorted({*images}.difference(features.indices.tolist()))
+            named = ", ".join(repr(printable(source.name(index))) for index in lost[:NAMED])
+            more = f" and {unreadable - NAMED} more" if unreadable > NAMED else ""
+            say(f"left out: {unreadable} of {len(source)} images cannot be read: {named}{more}")
         embeddings = Embeddings(
             rows=Features(*(rows.cpu() for rows in features)),
             names=[source.name(index) for index in features.indices.tolist()],

@@ -73,7 +73,7 @@ def write_grids(
     if images:
         view = EvalView(recipe.size, recipe.data.crop_pct)
         limits = {"in_chans": recipe.in_chans, "max_pixels": recipe.data.max_pixels}
-        inputs = images_of_files([Path(image) for image in images], count, view=view, **limits)
+        inputs = images_of_files([Path(image) for image in images], count, view=view, say=say, **limits)
     else:
         inputs, split = images_of_run(run, count)
         say(f"{len(inputs)} images of the {split} data")

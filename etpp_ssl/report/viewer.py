@@ -6,7 +6,7 @@ Legend: C channels, H, W pixels.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,7 +184,13 @@ def images_of_run(run: RunFolder, count: int) -> tuple[list[InputImage], str]:
 
 
 def images_of_files(
-    paths: Sequence[Path], count: int, *, view: EvalView, in_chans: int, max_pixels: int
+    paths: Sequence[Path],
+    count: int,
+    *,
+    view: EvalView,
+    in_chans: int,
+    max_pixels: int,
+    say: Callable[[str], None] = print,
 ) -> list[InputImage]:
     """Images from files, and up to `count` from each folder, numbered in this order.
 
@@ -194,28 +200,31 @@ def images_of_files(
         view: how they are resized and cropped.
         in_chans: C.
         max_pixels: larger images are refused; see `data.max_pixels`.
+        say: told of folders that hold more images.
 
     Raises:
         UserError: if a path does not exist, a folder has no images, or an image cannot be read or has
             other channels than `in_chans`.
     """
     images = []
-    for number, file in enumerate(_files(paths, count)):
+    for number, file in enumerate(_files(paths, count, say)):
         pixels = viewed(file, number, view, in_chans=in_chans, max_pixels=max_pixels)
         images.append(InputImage(printable(str(file)), number, pixels))
     return images
 
 
-def _files(paths: Sequence[Path], count: int) -> Iterator[Path]:
+def _files(paths: Sequence[Path], count: int, say: Callable[[str], None]) -> Iterator[Path]:
     for path in paths:
         if os.path.isdir(path):
             try:
-                inside = sorted(find_images(path).files)[:count]
+                inside = sorted(find_images(path).files)
             except OSError as error:
                 raise UserError(f"image folder {str(path)!r} cannot be read: {error.strerror}") from error
             if not inside:
                 raise UserError(f"image folder {str(path)!r} has no images in it")
-            yield from (path / name for name in inside)
+            if len(inside) > count:
+                say(f"{count} of the {len(inside):,} images of {str(path)!r}; --count takes more")
+            yield from (path / name for name in inside[:count])
         elif os.path.exists(path):
             yield path
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def test_a_run_is_embedded_and_read_back(
     assert run(arguments) == 0
     printed = capsys.readouterr()
     assert printed.out.strip() == str(out)
-    assert "left out: 1 of 7 images cannot be read" in printed.err
+    assert "left out: 1 of 7 images cannot be read: 'a/2.png'" in printed.err
+    assert re.search(r"^6 images, \d+ features of each$", printed.err, re.MULTILINE)
     assert [file.name for file in out.parent.iterdir()] == [out.name]
 
     source = tiny_recipe("data=folder", f"data.root={images}").data.open(

@@ -102,7 +102,9 @@ def test_files_and_folders_are_taken_in_order(run: Path, tmp_path: Path) -> None
     for number in range(4):
         Image.new("RGB", (30, 40), (60 * number, 10, 90)).save(images / f"image {number}.png")
     Image.new("L", (9, 9), 200).save(tmp_path / "gray.jpg")
-    files = write_grids(run, [tmp_path / "gray.jpg", images], count=3)
+    said: list[str] = []
+    files = write_grids(run, [tmp_path / "gray.jpg", images], count=3, say=said.append)
+    assert said == [f"3 of the 4 images of '{images}'; --count takes more"]
     ends = [file.name.split("_", 1)[1] for file in files]
     assert ends == ["000000_gray.png", "000001_image-0.png", "000002_image-1.png", "000003_image-2.png"]
 
