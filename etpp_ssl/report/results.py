@@ -59,7 +59,9 @@ def measured(history: History) -> list[Measured]:
     rows = [_measured(IN_TRAINING, row, in_training) for row in history.probes]
     rows += [_measured(BY_PROBE, row, row.get("protocol")) for row in history.later_probes]
     for found in history.folder.evaluations():
-        row = {**found["protocol"], **found["numbers"], "data": found.get("data")}
+        # Settings are numbers, too (`crop_pct`), but no results.
+        weights = {key: found["protocol"][key] for key in ("step", "init") if key in found["protocol"]}
+        row = {**weights, **found["numbers"], "data": found.get("data")}
         rows.append(_measured(BY_EVALUATE, row, {"name": "evaluate", **found["protocol"]}))
     return rows
 

@@ -114,10 +114,13 @@ def test_probes_embeddings_and_reports_take_a_classifier(
     assert found.rows.features.shape == (64, width)
     assert found.notes["split"] == "train"
     assert found.notes["trained_on"] == "64"
+    assert etpp("evaluate", run) == 0
     assert etpp("report", run) == 0
     page = (run / "report" / "index.html").read_text()
     for words in ("A classifier predicts classes, not pixels.", "by etpp probe", "best knn_top1"):
         assert words in page
+    assert "best top1, evaluate" in page
+    assert "last crop_pct" not in page
 
 
 @pytest.mark.parametrize("command", ["export", "report", "reconstruct"])
