@@ -142,6 +142,10 @@ def _usage_sentence(error: Exception) -> str | None:
     text = str(error.format_message()).replace("Value error, ", "").replace("Input should", "it should")
     text = text.replace(". Did you mean", "; did you mean").rstrip(".?")
     context = getattr(error, "ctx", None)
+    option = getattr(error, "option_name", None) or ""
+    if type(error).__name__ == "NoSuchOption" and ("." in option or "_" in option):
+        # The names of options have neither; those of keys have.
+        text += f"; a key of the recipe is given as {option.lstrip('-')}=VALUE"
     return f"{text[0].lower()}{text[1:]}; see {context.command_path if context else 'etpp'} -h"
 
 

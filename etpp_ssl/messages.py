@@ -136,8 +136,8 @@ def close_names(name: str, known: Sequence[str], fits: Callable[[str], bool], ot
 
 
 def shown(value: Any, length: int = 80) -> str:
-    """The repr of a value for a message, cut to a readable length."""
-    return shown_text(repr(value), length)
+    """The repr of a value for a message, cut to a readable length; None is null, as recipes have it."""
+    return "null" if value is None else shown_text(repr(value), length)
 
 
 def shown_text(text: str, length: int = 300) -> str:

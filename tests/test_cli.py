@@ -184,6 +184,8 @@ def test_the_way_from_recipe_to_export(
         ("export x --to", "option '--to' requires an argument; see etpp"),
         ("reconstruct x --count 0", "invalid value for '--count': it should be greater than or equal to 1"),
         ("plan --foo", "no such option: --foo; see etpp plan -h"),
+        ("plan x --data.root y",
+         "no such option: --data.root; a key of the recipe is given as data.root=VALUE; see etpp plan -h"),
         ("pretain x", "no such command 'pretain'; did you mean 'pretrain'; see etpp -h"),
     ],
 )  # fmt: skip

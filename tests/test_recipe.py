@@ -327,7 +327,7 @@ def test_a_recipe_may_extend_one_that_comes_with_the_package(tmp_path: Path) -> 
         ({"a": "extends: no.yaml"}, ["a.yaml: extends 'no.yaml' does not exist"]),
         ({"a": "extends: quickstrat"}, ["a.yaml: extends 'quickstrat' does not exist", "quickstart"]),
         ({"a": "extends: [quickstart]"}, ["extends is ['quickstart']; it must be the path or the name"]),
-        ({"a": "extends: null"}, ["extends is None; it must be"]),
+        ({"a": "extends: null"}, ["extends is null; it must be"]),
         ({"a": "extends: b.yaml", "b": "- 1"}, ["b.yaml does not hold `key: value` lines"]),
         ({"a": "extends: b.yaml", "b": "seed: x"}, ["a.yaml: seed is 'x'", "integer"]),
         ({"a": "extends: ."}, ["cannot be read", "directory"]),

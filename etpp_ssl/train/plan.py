@@ -297,9 +297,10 @@ def _stage_tables(plan: Plan, width: int) -> Iterator[Table]:
 
 def _compute(plan: Plan) -> str:
     """Operations of the whole run, and how they compare with the baseline."""
+    key = " (baseline_epochs)" if plan.recipe.baseline_epochs else ""
     return (
         f"compute: {plan.total_flops / 1e18:.4g} EFLOP; computed speed-up over "
-        f"{plan.baseline_epochs:.4g} epochs at full resolution: {plan.speedup_by_area:.2f}x by the area "
+        f"{plan.baseline_epochs:.4g} epochs{key} at full resolution: {plan.speedup_by_area:.2f}x by the area "
         f"rule, {plan.speedup_by_flops:.2f}x by counted FLOPs"
     )
 
