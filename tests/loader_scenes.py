@@ -50,6 +50,9 @@ class Trapped:
     def fingerprint(self) -> str:
         return self.inner.fingerprint()
 
+    def describe(self) -> str:
+        return self.inner.describe()
+
     def _spring(self, index: int) -> None:
         if index == self.index:
             self.act()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from probe_data import build, leaves_everything_as_it_was, with_workers, write_coloured
 from timm.layers import AttentionPoolLatent
 
 from etpp_ssl.config import UserError
-from etpp_ssl.evaluation import attentive
 from etpp_ssl.evaluation.attentive import TokenCache, patch_tokens
 from etpp_ssl.evaluation.attentive_head import SharedQueryPool
 from etpp_ssl.recipe import Recipe
@@ -110,7 +111,7 @@ def test_mistakes_get_a_sentence(tiny_recipe: Callable[..., Recipe], monkeypatch
         probe.run(model)
     with pytest.raises(UserError, match="warmup_epochs is 1"):
         tiny_recipe("probe=attentive", "probe.epochs=1")
-    monkeypatch.setattr(attentive.os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=100))
     probe, model = build(tiny_recipe(*SHORT))
     with pytest.raises(UserError, match=r"use probe\.cache=false"):
         probe.run(model)

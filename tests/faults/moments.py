@@ -89,7 +89,7 @@ class Bytes:
 
         def opened(event: str, arguments: tuple[Any, ...]) -> None:
             nonlocal done
-            if event != "open" or not str(arguments[0]).endswith(self.file):
+            if event != "open" or self.file not in os.path.basename(str(arguments[0])):
                 return
             path, _, flags = arguments
             if flags & (os.O_WRONLY | os.O_RDWR):

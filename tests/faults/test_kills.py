@@ -42,7 +42,7 @@ KILLS = {
     "in the optimizer": Kill("workers", Bytes("optimizer.safetensors", keyed("optimizer", 54000))),
     "in the average": Kill("classifier", Bytes("ema.safetensors", keyed("average", 34000), nth=2), newest=4),
     "in the state": Kill("plain", Bytes("state.json", keyed("state", 500), nth=3), newest=8),
-    "between flush and rename": Kill("workers", Call("replace", "take_place", nth=2), newest=4),
+    "between flush and rename": Kill("workers", Call("replace", "take_place", nth=4), newest=4),
     "between rename and removal": Kill("plain", Call("replace", "take_place", nth=3, after=True), newest=12),
     "in the removal": Kill("classifier", Call("unlink", "remove_checkpoints", nth=2), newest=8),
     "while a checkpoint is replaced": Kill(

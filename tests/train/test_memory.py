@@ -45,6 +45,7 @@ def _page_faults(**environment: str) -> list[int]:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_a_cpu_run_uses_freed_memory_again_unless_the_environment_decides() -> None:
-    mapped, kept = _page_faults()
-    assert 10 * kept < mapped
-    assert min(_page_faults(MALLOC_MMAP_THRESHOLD_="131072")) > mapped / 2
+    # Without settings, what glibc gives back depends on what else lies in its heap.
+    _, kept = _page_faults()
+    mapped = min(_page_faults(MALLOC_MMAP_THRESHOLD_="131072"))
+    assert 10 * kept + 100 < mapped
