@@ -131,10 +131,8 @@ def starting_point(
             f"renamed; use --fork {folder.path} with another output to continue with these"
         )
     if not forked:
-        if (
-            state.step
-            < (curriculum if state.plan is None else curriculum.laid_out(state.plan.segments)).num_steps
-        ):
+        planned = curriculum if state.plan is None else curriculum.laid_out(state.plan.segments)
+        if state.step < planned.num_steps:
             say(f"resuming {folder.path} at step {state.step}")
         return start, state
     plan = _plan_of_fork(recipe.budget_hours, curriculum, state, start)

@@ -234,7 +234,8 @@ class FileSource:
     def describe(self) -> str:
         """Their number, folder, extensions and classes, and what was left out."""
         kinds = by_extension(Counter(map(extension_of, self.files)))
-        labels = f"{len(self.classes):,} classes" if self.classes else "no labels"
+        count = len(self.classes or ())
+        labels = f"{count:,} class{'' if count == 1 else 'es'}" if count else "no labels"
         notes, seen = list(self.notes), set(self.labels or ())
         without = [name for label, name in enumerate(self.classes or ()) if label not in seen]
         if without:
