@@ -10,14 +10,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from etpp_ssl.config import MAX_SIDE, UserError, show_size
 from etpp_ssl.curriculum.frequency import low_frequency_crop
-from etpp_ssl.data.formats.base import MAX_PIXELS
+from etpp_ssl.data.formats.base import Reading
 from etpp_ssl.data.given import AnyImage, each, viewed
-from etpp_ssl.data.views import EvalView, Normalise, to_channels, to_tensor
+from etpp_ssl.data.views import EvalView, Normalise, by_lanczos
 from etpp_ssl.evaluation.feature_maps import check_whole, map_of, map_stride, tokens_of
 from etpp_ssl.evaluation.features import (
     Pool,
@@ -38,11 +37,12 @@ class Encoder:
 
     Images are files, PIL images, arrays or tensors, in any mix:
 
-    - Files and PIL images are read as in training: EXIF orientation is applied, 16-bit values keep their high
-      byte, and gray, palette, RGBA and CMYK are converted for an encoder of 1 or 3 channels. Any other number
-      of channels must be the file's own.
-    - Arrays are (H, W) or (H, W, C) with the encoder's channels (RGB order), uint8 from 0 to 255 or uint16
-      from 0 to 65535, which keeps its high byte. Float arrays are refused: nothing tells their range.
+    - Files and PIL images are read as in training: EXIF orientation is applied, and gray, palette, RGBA and
+      CMYK are converted for an encoder of 1 or 3 channels. Any other number of channels must be the file's
+      own. An encoder that was trained with `data.range` takes values of any depth by it (`reading.range`);
+      for others 16-bit values keep their high byte.
+    - Arrays are (H, W) or (H, W, C) with the encoder's channels (RGB order). Without a range they are uint8
+      from 0 to 255 or uint16 from 0 to 65535, and float arrays are refused: nothing tells their range.
     - All of these are resized to cover `image_size / crop_pct` (bicubic), cropped at the centre as in
       evaluation, and normalised by `mean` and `std`.
     - Float tensors (C, H, W), or a batch (N, C, H, W), are taken as they are: normalised already, as
@@ -52,9 +52,9 @@ class Encoder:
         model: the plain timm network. A classifier keeps its head; `embed` gives what the head reads. Moving
             it to another device moves the encoder.
         image_size: (H, W) in pixels that the network was built for.
-        mean, std: per channel, of values in [0, 1].
+        mean, std: per channel, of values in [0, 1] of the range.
         crop_pct: share of the resized image's side that the centre crop keeps.
-        max_pixels: larger files and PIL images are refused.
+        reading: how files and arrays become pictures, as in training; None is for photographs of 8 bits.
         classes: class names in the order of a classifier's outputs, otherwise None.
         precision: of `embed` and `patches`, whose results are float32 in any case.
         origin: what was loaded, in words.
@@ -70,7 +70,7 @@ class Encoder:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         crop_pct: float = 0.875,
-        max_pixels: int = MAX_PIXELS,
+        reading: Reading | None = None,
         classes: list[str] | None = None,
         precision: Precision = "fp32",
         origin: str = "an encoder",
@@ -81,7 +81,7 @@ class Encoder:
         self.image_size = image_size
         self.mean, self.std = mean, std
         self.crop_pct = crop_pct
-        self.max_pixels = max_pixels
+        self.reading = reading or Reading(len(mean))
         self.classes = classes
         self.precision: Precision = precision
         self.origin = origin
@@ -234,9 +234,7 @@ class Encoder:
         check_bandwidth(at, self.image_size, self.patch_size)
         image = _one(image)
         if decoding.lanczos and at != self.image_size and not isinstance(image, Tensor):
-            channels = to_channels(self._view(image, 0, self.image_size))
-            small = tuple(channel.resize(at[::-1], Image.Resampling.LANCZOS) for channel in channels)
-            crop = self._normalised(to_tensor(small))
+            crop = self._normalised(by_lanczos(self._view(image, 0, self.image_size), at))
         else:
             seen = self._seen(image, 0, self.image_size)
             if tuple(seen.shape[-2:]) != self.image_size:
@@ -274,12 +272,12 @@ class Encoder:
         return image.detach().to(self.device, torch.float32)
 
     def _view(self, image: AnyImage, number: int, size: tuple[int, int]) -> Tensor:
-        """The evaluation view of what has to be read, uint8 (C, H, W)."""
+        """The evaluation view of what has to be read, (C, H, W)."""
         view = EvalView(size, self.crop_pct)
-        return viewed(image, number, view, in_chans=self.in_chans, max_pixels=self.max_pixels)
+        return viewed(image, number, view, self.reading)
 
     def _normalised(self, pixels: Tensor) -> Tensor:
-        return Normalise(self.mean, self.std, self.device)(pixels[None].to(self.device))[0]
+        return Normalise(self.mean, self.std, self.device, self.reading)(pixels[None].to(self.device))[0]
 
 
 def _one(image: AnyImage) -> AnyImage:

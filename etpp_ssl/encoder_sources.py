@@ -133,7 +133,7 @@ def _of_run(run: RunFolder, step: str | None) -> Encoder:
     described: dict[str, Any] = {
         "image_size": recipe.size,
         "crop_pct": recipe.data.crop_pct,
-        "max_pixels": recipe.data.max_pixels,
+        "reading": recipe.data.reading(recipe.in_chans),
         "precision": "bf16" if recipe.precision == "bf16" else "fp32",
     }
     described["mean"], described["std"] = recipe.data.statistics(recipe.in_chans)

@@ -219,8 +219,9 @@ class RunRecipe(Config, ABC):
         )
 
     def normaliser(self, device: torch.device) -> Normalise:
-        """uint8 images to float32, with the data's statistics."""
-        return Normalise(*self.data.statistics(self.in_chans), device)
+        """Images as views have them to float32, with the data's range and statistics."""
+        statistics = self.data.statistics(self.in_chans)
+        return Normalise(*statistics, device, self.data.reading(self.in_chans))
 
     def crop_view(self) -> TrainView:
         """The random resized crop and mirror of the training images."""
@@ -233,6 +234,7 @@ class RunRecipe(Config, ABC):
             decode=self.data.decode,
             interpolation=self.data.interpolation,
             decoder=self.data.decoder,
+            deep=self.data.range is not None,
         )
 
     def open_split(self, split: str) -> ImageSource:
@@ -246,7 +248,7 @@ class RunRecipe(Config, ABC):
             NotAtHand: if they are not there.
             UserError: if they cannot be used.
         """
-        self.data.statistics(self.in_chans)
+        self.data.reading(self.in_chans)
         return open_training(self.data, in_chans=self.in_chans, image_size=self.size, seed=self.seed)
 
     def compare_count(self, found: int) -> str:

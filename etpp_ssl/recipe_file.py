@@ -314,13 +314,14 @@ def _value(text: str, admitted: set[Any], *, has_name: bool) -> Any:
     """
     if type(None) in admitted and text.strip() in _NOTHING:
         return None
-    lists_of_words = any(get_origin(part) is tuple and str in get_args(part) for part in admitted)
+    lists = [part for part in admitted if get_origin(part) is tuple]
+    lists_of_words = any(str in get_args(part) for part in lists)
     if lists_of_words and text.startswith("[") and text.endswith("]"):
         if "'" in text or '"' in text:
             return load_yaml(text, only_words=True)
         # Commas in braces are a shell's, as in {a,b}.tar.
         return [word.strip() for word in re.split(r",(?![^{]*\})", checked(text[1:-1])) if word.strip()]
-    if str in admitted:
+    if str in admitted and not (lists and text.startswith("[")):
         return checked(text)
     if has_name and not text.startswith(("{", "[")):
         with suppress(yaml.YAMLError):

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from etpp_ssl.config import Config, UserError
-from etpp_ssl.data.formats.base import MAX_PIXELS
+from etpp_ssl.data.formats.base import MAX_PIXELS, Reading
 from etpp_ssl.data.shard_writer import (
     Converter,
     RecodeConfig,
@@ -203,10 +203,10 @@ def _open_splits(source: Path, max_pixels: int) -> dict[str, FileSource]:
     for name in names:
         folder = source / name
         if any(folder.glob("*.tar")):
-            splits[name] = ShardSource(folder, open_index("SRC", folder), 3, max_pixels)
+            splits[name] = ShardSource(folder, open_index("SRC", folder), Reading(3, max_pixels))
         elif folder.is_dir():
             least = 1 if name in EVAL_SYNONYMS else 2
-            splits[name] = open_folder("SRC", folder, 3, least_classes=least, max_pixels=max_pixels)
+            splits[name] = open_folder("SRC", folder, Reading(3, max_pixels), least_classes=least)
     return splits
 
 

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from etpp_ssl.config import Config
+from etpp_ssl.config import Config, UserError
 from etpp_ssl.data.rand_augment import RandAugment, rand_augment_sections
 from etpp_ssl.data.views import TrainView
 from etpp_ssl.randomness import keyed_numpy, keyed_words
@@ -68,10 +68,15 @@ class AugmentConfig(Config):
             mean: the data's, of values in [0, 1], one per channel.
 
         Raises:
-            UserError: if RandAugment cannot work on that many channels.
+            UserError: if RandAugment cannot work on so many channels, or on more than 8 bits.
         """
         if self.rand_augment is None:
             return base
+        if base.deep:
+            raise UserError(
+                "augment.rand_augment works on 8 bits, and data.range keeps the depth of the values: use "
+                "augment.rand_augment=null"
+            )
         augment = RandAugment(
             self.rand_augment,
             ramp=self.ramp,

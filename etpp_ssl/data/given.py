@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.formats import open_file
-from etpp_ssl.data.formats.base import Channels, DecodedPicture, Picture, UnreadableImage
+from etpp_ssl.data.formats import finished, open_file
+from etpp_ssl.data.formats.base import DecodedPicture, Picture, Reading, UnreadableImage
 from etpp_ssl.data.formats.npy import from_array
 from etpp_ssl.data.formats.pillow import from_picture
 from etpp_ssl.data.views import EvalView
@@ -42,48 +42,47 @@ def each(images: AnyImage | Iterable[AnyImage]) -> Iterator[AnyImage]:
         raise UserError(f"images is of type {type(images).__name__}; {KINDS}; several of them are a list")
 
 
-def viewed(image: AnyImage, number: int, view: EvalView, *, in_chans: int, max_pixels: int) -> Tensor:
+def viewed(image: AnyImage, number: int, view: EvalView, reading: Reading) -> Tensor:
     """An image's evaluation view, read as a data source reads its files.
 
     Args:
         image: a file, a PIL image or an array.
         number: of the image among those given, which names it in messages.
         view: how it is resized and cropped.
-        in_chans: C; see `etpp_ssl.data.formats.decode.decode` for what becomes of other channels.
-        max_pixels: larger files and PIL images are refused.
+        reading: as that of the training images; see `etpp_ssl.data.formats.open_picture`.
 
     Returns:
-        uint8 (C, H, W).
+        (C, H, W), see `View`.
 
     Raises:
         UserError: naming the file, or the number of the image, if it cannot be read so.
     """
     try:
-        return view(_picture(image, number, in_chans, max_pixels), number, view.image_size)
+        return view(_picture(image, number, reading), number, view.image_size)
     except UnreadableImage as error:
         name = repr(os.fspath(image)) if isinstance(image, str | os.PathLike) else str(number)
         raise UserError(f"image {name} cannot be read: {error}") from error
 
 
-def _picture(image: AnyImage, number: int, in_chans: int, max_pixels: int) -> Picture:
+def _picture(image: AnyImage, number: int, reading: Reading) -> Picture:
     if isinstance(image, str | os.PathLike):
-        return open_file(os.path.expanduser(image), in_chans, max_pixels)
+        return open_file(os.path.expanduser(image), reading)
     if isinstance(image, Image.Image):
-        return DecodedPicture(from_picture(image, in_chans, max_pixels))
+        return finished(DecodedPicture(from_picture(image, reading)), reading)
     if isinstance(image, np.ndarray):
-        return DecodedPicture(_of_array(image, in_chans))
+        return _of_array(image, reading)
     raise UserError(f"image {number} is of type {type(image).__name__}; {KINDS}")
 
 
-def _of_array(array: np.ndarray, in_chans: int) -> Channels:
+def _of_array(array: np.ndarray, reading: Reading) -> Picture:
     try:
-        return from_array(array, in_chans)
+        return finished(from_array(array, reading), reading)
     except UnreadableImage as error:
         hint = ""
         if array.dtype.kind == "f":
             hint = "; normalised values are given as a tensor (C, H, W)"
         elif (
-            in_chans in (1, 3)
+            reading.in_chans in (1, 3)
             and array.dtype == np.uint8
             and (array.ndim == 2 or array.shape[2:] in ((3,), (4,)))
         ):

@@ -1,4 +1,4 @@
-"""From requests to batches: whole batches are built in the workers, as uint8.
+"""From requests to batches: whole batches are built in the workers.
 
 Legend: B batch, C channels, H, W pixels.
 """
@@ -43,8 +43,8 @@ class Batch:
     """A micro-batch and everything that says where in the run it belongs."""
 
     images: Tensor
-    """uint8 (B, C, H, W): full size; with `decode: reduced` the stage's intermediate size; the stage's
-    bandwidth where the worker crops (`lanczos`)."""
+    """uint8, or float32 under `data.range`, (B, C, H, W): full size; with `decode: reduced` the stage's
+    intermediate size; the stage's bandwidth where the worker crops (`lanczos`)."""
     labels: Tensor
     """int64 (B,), -1 without labels."""
     sample_ids: Tensor

@@ -50,11 +50,11 @@ class Ring:
 
     Args:
         num_rows: R, images that are kept.
-        image_shape: (C, H, W).
+        image: any of them, (C, H, W).
     """
 
-    def __init__(self, num_rows: int, image_shape: tuple[int, ...]) -> None:
-        self._images = torch.empty(num_rows, *image_shape, dtype=torch.uint8)
+    def __init__(self, num_rows: int, image: Tensor) -> None:
+        self._images = torch.empty(num_rows, *image.shape, dtype=image.dtype)
         self._labels = torch.empty(num_rows, dtype=torch.int64)
         self._samples = torch.empty(num_rows, dtype=torch.int64)
         self._indices = torch.empty(num_rows, dtype=torch.int64)
@@ -79,7 +79,7 @@ class Ring:
             places: int64 (B,), 0 for the oldest image that is kept.
 
         Returns:
-            images, uint8 (B, C, H, W); labels, int64 (B,); the samples' numbers in the run and in the
+            images, (B, C, H, W); labels, int64 (B,); the samples' numbers in the run and in the
             data set, B each.
         """
         rows = (self._num_added - len(self) + places) % len(self._images)
@@ -177,7 +177,7 @@ class Replay:
         if self._ring is None or plan.first_step != self._stage_start:
             self._ring = None  # Its memory is free before more is allocated.
             num_rows = plan.buffer_steps * len(self._part(plan.samples))
-            self._ring = Ring(num_rows, tuple(batch.images.shape[1:]))
+            self._ring = Ring(num_rows, batch.images[0])
             self._stage_start = plan.first_step
         self._ring.add(batch)
         self._bad += batch.bad
@@ -249,6 +249,6 @@ def sub_batch_size(mini_batch_size: int) -> int:
     return next(size for size in range(largest, 0, -1) if mini_batch_size % size == 0)
 
 
-def buffer_bytes(num_rows: int, image_shape: tuple[int, ...]) -> int:
-    """Memory of the images in a buffer of `num_rows`, each uint8 of `image_shape` (C, H, W)."""
-    return num_rows * math.prod(image_shape)
+def buffer_bytes(num_rows: int, image_shape: tuple[int, ...], value_bytes: int = 1) -> int:
+    """Memory of the images in a buffer of `num_rows`, each of `image_shape` (C, H, W)."""
+    return num_rows * math.prod(image_shape) * value_bytes

@@ -1,5 +1,7 @@
 """Resizes a box that may lie between pixels, by torch's kernel where that can, otherwise by Pillow's.
 
+Values of more than 8 bits are resized in float32, by the same weights, and nothing is rounded or clipped.
+
 torch's uint8 kernels have Pillow's weights. They agree with Pillow's to two levels, mostly to one (more where
 an overshoot is clipped between the two passes, which they take in another order), and take a third to a sixth
 of the time on a processor with AVX2. They know no box: an axis has to start at the border of a pixel. Where
@@ -31,6 +33,8 @@ KERNELS: dict[Kernel, Image.Resampling] = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 """Pillow's."""
+MOST_VALID = 0.999
+"""Share of a resized pixel that has to come from pixels with data."""
 
 
 def resize(region: Region, size: tuple[int, int], kernel: Kernel) -> Tensor:
@@ -42,11 +46,17 @@ def resize(region: Region, size: tuple[int, int], kernel: Kernel) -> Tensor:
         kernel: torch has no `box`, and `lanczos` in its newer versions only.
 
     Returns:
-        uint8 (C, h, w).
+        uint8 (C, h, w), or float32 of float32 pixels, NaN where there is no data.
     """
-    # For more than four channels torch has another kernel, which is wrong at a width of 1 (seen in 2.14).
-    few = region.pixels.shape[2] <= 4
-    if few and starts_or_ends_on_pixels(region.box) and _torch_has(kernel):
+    if region.valid is not None:
+        whole = region._replace(valid=None)
+        shares = Region(region.valid[:, :, None].astype(np.float32), region.box)
+        # A pixel counts if everything that it was made of does, but for the kernel's faint outermost part.
+        has_data = resize(shares, size, "bilinear") > MOST_VALID
+        return resize(whole, size, kernel).where(has_data, torch.nan)
+    # For more than four channels of 8 bits torch has another kernel, wrong at a width of 1 (seen in 2.14).
+    known = region.pixels.dtype == np.float32 or region.pixels.shape[2] <= 4
+    if known and starts_or_ends_on_pixels(region.box) and _torch_has(kernel, region.pixels.dtype == np.uint8):
         factors = _factors(region, size)
         if factors is not None:
             return _by_torch(region, size, kernel, factors)
@@ -54,12 +64,17 @@ def resize(region: Region, size: tuple[int, int], kernel: Kernel) -> Tensor:
 
 
 @cache
-def _torch_has(kernel: Kernel) -> bool:
+def _torch_has(kernel: Kernel, eight_bits: bool) -> bool:
     if kernel in ("bicubic", "bilinear"):
         return True
     try:
-        interpolate(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), size=(2, 2), mode=kernel, antialias=True)
-    except (NotImplementedError, ValueError):
+        interpolate(
+            torch.zeros(1, 3, 4, 4, dtype=torch.uint8 if eight_bits else torch.float32),
+            size=(2, 2),
+            mode=kernel,
+            antialias=True,
+        )
+    except (NotImplementedError, RuntimeError, ValueError):
         return False
     return True
 
@@ -93,7 +108,12 @@ def _by_torch(region: Region, size: tuple[int, int], kernel: Kernel, factors: tu
 
 def _by_pillow(region: Region, size: tuple[int, int], kernel: Kernel) -> Tensor:
     pixels = region.pixels
-    planes = [pixels] if pixels.shape[2] == 3 else [pixels[:, :, c] for c in range(pixels.shape[2])]
+    # Pillow has no mode for several channels of floats.
+    planes = (
+        [pixels]
+        if pixels.shape[2] == 3 and pixels.dtype == np.uint8
+        else [pixels[:, :, c] for c in range(pixels.shape[2])]
+    )
     resized = [
         np.atleast_3d(np.array(Image.fromarray(plane).resize(size, KERNELS[kernel], box=region.box)))
         for plane in planes

@@ -71,15 +71,15 @@ class Converter:
         # timm's reader of WebDataset tars looks for jpg, png and webp only.
         extension = ".jpg" if extension in jpeg.FORMAT.extensions else extension
         extension = extension if extension in EXTENSIONS else ".img"
-        data = b""
+        data, reading = b"", self.source.reading
         try:
             data = self.source.read(index)
             if self.recode is not None:
-                return Stored(encode(decode(data, 3, self.source.max_pixels)[0], self.recode), ".jpg", None)
+                return Stored(encode(decode(data, reading)[0], self.recode), ".jpg", None)
             if self.decode:
-                decode(data, self.source.in_chans, self.source.max_pixels)
+                decode(data, reading)
             else:
-                check_header(data, self.source.max_pixels)
+                check_header(data, reading.max_pixels)
         except UnreadableImage as error:
             return Stored(data, extension, str(error))
         return Stored(data, extension, None)

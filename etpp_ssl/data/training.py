@@ -128,8 +128,7 @@ class StreamedImages:
             place,
             rank=sampler.rank,
             num_processes=sampler.num_processes,
-            in_chans=self.in_chans,
-            max_pixels=self.config.max_pixels,
+            reading=self.config.reading(self.in_chans),
             num_classes=num_classes,
             classes=self.classes,
         )

@@ -1,4 +1,6 @@
-"""Views of an image: random crops for training and for probes, the centre crop for evaluation, as uint8.
+"""Views of an image: random crops for training and for probes, the centre crop for evaluation.
+
+They are uint8, or float32 where `data.range` keeps the depth of the values; see `etpp_ssl.data.formats.base`.
 
 Legend: B batch, C channels, H, W pixels.
 """
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,6 +24,7 @@ from etpp_ssl.data.formats.base import (
     Decoder,
     Interpolation,
     Picture,
+    Reading,
     Region,
     pixels_of,
     require_library,
@@ -42,7 +46,7 @@ class View(Protocol):
     """Turns an image into what a batch holds."""
 
     def __call__(self, image: Picture, sample_id: int, bandwidth: tuple[int, int], progress: float) -> Tensor:
-        """One sample's view, uint8 (C, H, W).
+        """One sample's view, (C, H, W): uint8, or of deep pictures float32, NaN where there is no data.
 
         Args:
             image: the picture.
@@ -78,6 +82,8 @@ class TrainView:
     decode: Literal["full", "reduced"] = "full"
     interpolation: Interpolation = "bicubic"
     decoder: Decoder = "pillow"
+    deep: bool = False
+    """Whether the pictures are deep, and a view's values so of 4 bytes instead of 1."""
     augment: Callable[[Tensor, int, float], Tensor] | None = None
     """From (uint8 (C, H, W), sample_id, progress) to a distorted copy."""
 
@@ -100,14 +106,8 @@ class TrainView:
         if self.augment is not None:
             view = self.augment(view, sample_id, progress)
         if self.lanczos and bandwidth != self.image_size:
-            return self._by_lanczos(view, bandwidth[::-1])
+            return by_lanczos(view, bandwidth, fast=self.decode == "reduced")
         return view
-
-    def _by_lanczos(self, view: Tensor, size: tuple[int, int]) -> Tensor:
-        if self.decode == "reduced":
-            whole = (0, 0, view.shape[2], view.shape[1])
-            return resize(Region(view.permute(1, 2, 0).numpy(), whole), size, "lanczos")
-        return to_tensor(tuple(channel.resize(size, KERNELS["lanczos"]) for channel in to_channels(view)))
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,17 @@ class EvalView:
         size = covering_size(image.size, covered)
         left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
         box = (left, top, left + width, top + height)
+        # A strip of 30,000 x 1 pixels would fill the memory: resize no more than what is shown.
+        oversize = size[0] * size[1] > LARGEST_RESIZED * width * height
+        x, y = image.size[0] / size[0], image.size[1] / size[1]
+        part = (left * x, top * y, (left + width) * x, (top + height) * y)
+        if image.deep:
+            whole = image.region((0, 0, *image.size), image.size)
+            if oversize:
+                return resize(whole._replace(box=part), (width, height), "bicubic")
+            return resize(whole, size, "bicubic")[:, box[1] : box[3], box[0] : box[2]]
         channels, kernel = image.channels(), Image.Resampling.BICUBIC
-        if size[0] * size[1] > LARGEST_RESIZED * width * height:
-            # A strip of 30,000 x 1 pixels would fill the memory: resize no more than what is shown.
-            x, y = image.size[0] / size[0], image.size[1] / size[1]
-            part = (left * x, top * y, (left + width) * x, (top + height) * y)
+        if oversize:
             return to_tensor(tuple(channel.resize((width, height), kernel, box=part) for channel in channels))
         return to_tensor(tuple(channel.resize(size, kernel).crop(box) for channel in channels))
 
@@ -138,6 +144,8 @@ def _resized_crop(
     image: Picture, box: tuple[int, int, int, int], image_size: tuple[int, int], kernel: Interpolation
 ) -> Tensor:
     size = image_size[::-1]
+    if image.deep:
+        return resize(image.region(box, (box[2] - box[0], box[3] - box[1])), size, kernel)
     return to_tensor(tuple(channel.crop(box).resize(size, KERNELS[kernel]) for channel in image.channels()))
 
 
@@ -207,6 +215,29 @@ def random_crop_box(
     return left, top, left + w, top + h
 
 
+def by_lanczos(view: Tensor, bandwidth: tuple[int, int], *, fast: bool = False) -> Tensor:
+    """A view resized to a bandwidth by Lanczos, the published code's approximation of the crop.
+
+    Args:
+        view: (C, H, W), see `View`.
+        bandwidth: (height, width).
+        fast: whether torch may resize 8 bits, which Pillow's levels differ from by two at most.
+
+    Returns:
+        (C, *bandwidth) of the same type.
+    """
+    size = bandwidth[::-1]
+    if fast or view.is_floating_point():
+        whole = (0, 0, view.shape[2], view.shape[1])
+        pixels, valid = view.permute(1, 2, 0).numpy(), None
+        if view.is_floating_point():
+            gaps = np.isnan(pixels)
+            if gaps.any():
+                pixels, valid = np.where(gaps, 0, pixels), ~gaps.any(axis=2)
+        return resize(Region(pixels, whole, valid), size, "lanczos")
+    return to_tensor(tuple(channel.resize(size, KERNELS["lanczos"]) for channel in to_channels(view)))
+
+
 def to_tensor(image: Channels) -> Tensor:
     """uint8 (C, H, W) of the channels."""
     return torch.from_numpy(pixels_of(image)).permute(2, 0, 1)
@@ -220,17 +251,38 @@ def to_channels(image: Tensor) -> Channels:
 
 
 class Normalise:
-    """uint8 to float32 with the data set's statistics, on the images' device."""
+    """A view's values to float32 with the data set's range and statistics, on the images' device.
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
-        scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32)
+    Args:
+        mean, std: per channel, of values in [0, 1] of the range.
+        device: of the images.
+        reading: of the images, which tells the range; None is 0 to 255.
+    """
+
+    def __init__(
+        self,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: torch.device,
+        reading: Reading | None = None,
+    ) -> None:
+        low, high = (reading or Reading(len(mean))).bounds()
+        pairs = zip(high - low, std, strict=True)
+        scale = torch.tensor([1 / (extent * s) for extent, s in pairs], dtype=torch.float32)
         shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
+        self._low = torch.tensor(low, dtype=torch.float32).view(1, -1, 1, 1).to(device)
         self._scale = scale.view(1, -1, 1, 1).to(device)
         self._shift = shift.view(1, -1, 1, 1).to(device)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(x / 255 - mean) / std: uint8 (B, C, H, W) to float32."""
-        return torch.addcmul(self._shift, images.float(), self._scale)
+        """((x - low) / (high - low) - mean) / std: uint8 or float32 (B, C, H, W) to float32.
+
+        Pixels without data, NaN, become 0, their channel's mean.
+        """
+        if not images.is_floating_point():
+            return torch.addcmul(self._shift, images.float(), self._scale)
+        normalised = torch.addcmul(self._shift, images - self._low, self._scale)
+        return normalised.where(~images.isnan(), 0)
 
 
 @dataclass(frozen=True)
@@ -245,7 +297,7 @@ class ProbeView:
     def __call__(
         self, image: Picture, sample_id: int, bandwidth: tuple[int, int], progress: float = 1.0
     ) -> Tensor:
-        """uint8 (C, H, W) of `image_size`, whatever the bandwidth; see `View`."""
+        """(C, H, W) of `image_size`, whatever the bandwidth; see `View`."""
         draw = keyed_random(self.seed, "probe-crop", sample_id)
         box = single_draw_crop_box(image.size, self.crop_scale, draw)
         mirror = self.flip and draw.random() < 0.5

@@ -118,9 +118,10 @@ def _process(
 
 def _check(where: str, images: Tensor, labels: Tensor, positions: Tensor, own: MicroBatchRecord) -> None:
     """See that a micro-batch is one."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or not images.numel():
+    if images.dtype not in (torch.uint8, torch.float32) or images.ndim != 4 or not images.numel():
         raise UserError(
-            f"{where}: its images are {images.dtype} {tuple(images.shape)} instead of uint8 (B, C, H, W)"
+            f"{where}: its images are {images.dtype} {tuple(images.shape)} instead of uint8 or float32 "
+            f"(B, C, H, W)"
         )
     for what, values in (("labels", labels), ("positions", positions)):
         if values.dtype != torch.int64 or values.shape != images.shape[:1]:

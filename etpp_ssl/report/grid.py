@@ -72,8 +72,10 @@ def write_grids(
         check_bandwidth(bandwidth, recipe.size, recipe.patch_size)
     if images:
         view = EvalView(recipe.size, recipe.data.crop_pct)
-        limits = {"in_chans": recipe.in_chans, "max_pixels": recipe.data.max_pixels}
-        inputs = images_of_files([Path(image) for image in images], count, view=view, say=say, **limits)
+        reading = recipe.data.reading(recipe.in_chans)
+        inputs = images_of_files(
+            [Path(image) for image in images], count, view=view, reading=reading, say=say
+        )
     else:
         inputs, split = images_of_run(run, count)
         say(f"{len(inputs)} images of the {split} data")

@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.curriculum.cost import area_share
 from etpp_ssl.curriculum.frequency import low_frequency_crop
-from etpp_ssl.data.formats.base import UnreadableImage
+from etpp_ssl.data.formats.base import Reading, UnreadableImage
 from etpp_ssl.data.given import viewed
 from etpp_ssl.data.sources.base import printable
 from etpp_ssl.data.sources.found import find_images
 from etpp_ssl.data.sources.splits import keyed_indices
-from etpp_ssl.data.views import EvalView, Normalise, to_channels, to_tensor
+from etpp_ssl.data.views import EvalView, Normalise, by_lanczos
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.masking import Masker
 from etpp_ssl.report.panels import ChannelView, Panel, target_panels
@@ -40,7 +39,7 @@ class InputImage:
     number: int
     """Keys its mask; of the run's own data, the number in its split."""
     pixels: Tensor
-    """uint8 (C, H, W)."""
+    """(C, H, W), see `etpp_ssl.data.views.View`."""
 
 
 class ImagePanels(NamedTuple):
@@ -136,8 +135,7 @@ class Viewer:
         """What the model sees of an image at a bandwidth, normalised: float32 (1, C, Bh, Bw)."""
         pixels = image.pixels
         if self.lanczos and bandwidth != self.image_size:
-            channels = to_channels(pixels)
-            pixels = to_tensor(tuple(b.resize(bandwidth[::-1], Image.Resampling.LANCZOS) for b in channels))
+            pixels = by_lanczos(pixels, bandwidth)
         return low_frequency_crop(self.normalise(pixels[None]), bandwidth)
 
     def crops(self, image: InputImage) -> list[Panel]:
@@ -188,8 +186,7 @@ def images_of_files(
     count: int,
     *,
     view: EvalView,
-    in_chans: int,
-    max_pixels: int,
+    reading: Reading,
     say: Callable[[str], None] = print,
 ) -> list[InputImage]:
     """Images from files, and up to `count` from each folder, numbered in this order.
@@ -198,17 +195,16 @@ def images_of_files(
         paths: files and folders.
         count: images of a folder at most.
         view: how they are resized and cropped.
-        in_chans: C.
-        max_pixels: larger images are refused; see `data.max_pixels`.
+        reading: how the files become pictures.
         say: told of folders that hold more images.
 
     Raises:
         UserError: if a path does not exist, a folder has no images, or an image cannot be read or has
-            other channels than `in_chans`.
+            other channels than the run's.
     """
     images = []
     for number, file in enumerate(_files(paths, count, say)):
-        pixels = viewed(file, number, view, in_chans=in_chans, max_pixels=max_pixels)
+        pixels = viewed(file, number, view, reading)
         images.append(InputImage(printable(str(file)), number, pixels))
     return images
 

@@ -108,7 +108,7 @@ def replay_bytes(view: TrainView, in_chans: int, stage: Stage) -> int:
         stage: of the run.
     """
     shape = (in_chans, *view_size(view, stage.bandwidth))
-    return buffer_bytes(stage.buffer_steps * len(stage.samples), shape)
+    return buffer_bytes(stage.buffer_steps * len(stage.samples), shape, 4 if view.deep else 1)
 
 
 def view_size(view: TrainView, bandwidth: tuple[int, int]) -> tuple[int, int]:

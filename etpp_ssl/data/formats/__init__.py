@@ -10,11 +10,16 @@ import os
 from etpp_ssl.data.formats import jpeg, npy, pillow
 from etpp_ssl.data.formats.base import (
     MAX_PIXELS,
+    ArrayPicture,
     Channels,
+    DecodedPicture,
     Format,
     Picture,
+    Reading,
     UnreadableImage,
+    ValuePicture,
     one_line_reasons,
+    pixels_of,
 )
 from etpp_ssl.files import read_regular
 
@@ -24,27 +29,41 @@ EXTENSIONS = frozenset().union(*(form.extensions for form in FORMATS))
 """File names that count as images, in lower case: of every format that can be read."""
 
 
-def open_picture(data: bytes, in_chans: int, max_pixels: int = MAX_PIXELS) -> Picture:
-    """A file's bytes as a picture of `in_chans` channels of uint8.
+def open_picture(data: bytes, reading: Reading) -> Picture:
+    """A file's bytes as a picture of `reading.in_chans` channels.
 
     EXIF orientation is applied, of an animation (GIF, PNG, WebP) only the first frame is used, colour
-    profiles are ignored, 16-bit values keep their high byte. Gray, palette, RGBA and CMYK become RGB for
-    3 channels and luma for 1 (alpha is dropped). Other channel counts are read from the channels of the
-    file, from the pages of a TIFF, or from a numpy array (H, W, C) of uint8 or uint16. 32-bit integers
-    and floats have no agreed range and are refused.
+    profiles are ignored. Gray, palette, RGBA and CMYK of 8 bits become RGB for 3 channels and luma for 1
+    (alpha is dropped). Other channel counts are read from the channels of the file, from the pages of a
+    TIFF, or from a numpy array.
+
+    Without `reading.range` values are 8 bits: 16-bit ones keep their high byte, and others, which have no
+    agreed range, are refused. With it values keep their depth; see `ValuePicture`.
 
     Plain gray and colour JPEGs are decoded when their pixels are asked for; everything else is decoded here.
-
-    Args:
-        data: the file's bytes.
-        in_chans: C, at least 1.
-        max_pixels: larger images are refused, before they are decoded.
 
     Raises:
         UnreadableImage: for anything that cannot be read so, with the reason.
     """
     with one_line_reasons():
-        return _format_of(data).open(data, in_chans, max_pixels)
+        return finished(_format_of(data).open(data, reading), reading)
+
+
+def finished(picture: Picture, reading: Reading) -> Picture:
+    """A picture of the depth that is asked for.
+
+    Raises:
+        UnreadableImage: where 8 bits are asked for and cannot tell what it holds.
+    """
+    if reading.deep:
+        values = picture if picture.deep else ArrayPicture(pixels_of(picture.channels()))
+        return ValuePicture(values, reading)
+    if not picture.deep:
+        return picture
+    whole = picture.region((0, 0, *picture.size), picture.size)
+    if whole.valid is not None and not whole.valid.all():
+        raise UnreadableImage("it has pixels without data, which 8 bits cannot tell: give data.range")
+    return DecodedPicture(npy.eight_bits(whole.pixels))
 
 
 def check_header(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
@@ -74,16 +93,17 @@ def read_file(path: str | os.PathLike[str], at_most: int) -> bytes:
         raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from error
 
 
-def open_file(path: str | os.PathLike[str], in_chans: int, max_pixels: int = MAX_PIXELS) -> Picture:
+def open_file(path: str | os.PathLike[str], reading: Reading) -> Picture:
     """A file as a picture; see `open_picture` and `read_file`."""
-    return open_picture(read_file(path, most_bytes(max_pixels, in_chans)), in_chans, max_pixels)
+    return open_picture(read_file(path, most_bytes(reading)), reading)
 
 
-def decode(data: bytes, in_chans: int, max_pixels: int = MAX_PIXELS) -> Channels:
-    """The channels of a file's bytes; see `open_picture`."""
-    return open_picture(data, in_chans, max_pixels).channels()
+def decode(data: bytes, reading: Reading) -> Channels:
+    """The channels of a file's bytes, 8 bits deep; see `open_picture`."""
+    return open_picture(data, reading).channels()
 
 
-def most_bytes(max_pixels: int, in_chans: int) -> int:
-    """No image of so many pixels takes more in a file: 16 bits per channel, and room for metadata."""
-    return max_pixels * 2 * max(4, in_chans) + (64 << 20)
+def most_bytes(reading: Reading) -> int:
+    """No image of so many pixels takes more in a file: 64 bits per channel, and room for metadata."""
+    depth = 8 if reading.deep else 2
+    return reading.max_pixels * depth * max(4, reading.in_chans) + (64 << 20)

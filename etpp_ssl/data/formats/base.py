@@ -2,15 +2,20 @@
 
 A new format is a file beside this one with a `Format`, and one line in `__init__.py`.
 
+Without `data.range` a picture is 8 bits deep, as Pillow has it. With it, formats give values as the file
+has them, an `ArrayPicture` for instance, and `ValuePicture` makes float32 of them.
+
 Legend: C channels, H, W pixels.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -36,13 +41,53 @@ class UnreadableImage(Exception):
     """An image that cannot be decoded; the message says why, without the image's name."""
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How files become pictures: what a recipe's `data` says of it."""
+
+    in_chans: int
+    """C."""
+    max_pixels: int = MAX_PIXELS
+    """Larger images are refused, before they are decoded."""
+    range: Literal["dtype"] | tuple[tuple[float, float], ...] | None = None
+    """(low, high) per channel, which become 0 and 1; `dtype` divides integers by the largest of their type;
+    None reads 8 bits. See `data.range`."""
+    clip: bool = False
+    """Whether values outside the range become its nearer end."""
+    nodata: float | None = None
+    """The value that stands for a pixel without data, beside NaN and what the file itself states."""
+    fill: tuple[float, ...] = ()
+    """Per channel, in [0, 1] of the range: what a pixel without data is filled with, for the resize."""
+    axes: str | None = None
+    """See `data.axes`."""
+    channels: tuple[int | str, ...] | None = None
+    """See `data.channels`."""
+    reader: Literal["auto", "rasterio"] = "auto"
+    """See `data.reader`."""
+
+    @property
+    def deep(self) -> bool:
+        """Whether values keep their depth."""
+        return self.range is not None
+
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """(low, high), float64 (C,) each: what becomes 0 and 1, of the values that a view has."""
+        if self.range is None:
+            return np.zeros(self.in_chans), np.full(self.in_chans, 255.0)
+        pairs = ((0.0, 1.0),) if self.range == "dtype" else self.range
+        low, high = np.broadcast_to(np.array(pairs), (self.in_chans, 2)).T
+        return low, high
+
+
 class Region(NamedTuple):
     """Part of a picture, at the resolution it was decoded to."""
 
     pixels: np.ndarray
-    """uint8 (H, W, C)."""
+    """(H, W, C): uint8, and of deep pictures any numbers in this machine's byte order."""
     box: Box
     """The part asked for, in pixels of `pixels`; less than a pixel lies outside of it on each side."""
+    valid: np.ndarray | None = None
+    """bool (H, W): False where there is no data; None where there is everywhere."""
 
 
 class Picture(Protocol):
@@ -51,8 +96,11 @@ class Picture(Protocol):
     size: tuple[int, int]
     """(width, height) in pixels, upright."""
 
+    deep: bool
+    """Whether it has values as its file has them, which `region` gives, and not `channels`."""
+
     def channels(self) -> Channels:
-        """The whole image at full resolution.
+        """The whole image at full resolution, 8 bits deep.
 
         Raises:
             UnreadableImage: if it cannot be decoded.
@@ -74,11 +122,13 @@ class Picture(Protocol):
 
 
 class DecodedPicture:
-    """A picture that is decoded already.
+    """A picture of 8 bits that is decoded already.
 
     Args:
         channels: its pixels.
     """
+
+    deep = False
 
     def __init__(self, channels: Channels) -> None:
         self._channels = channels
@@ -96,6 +146,178 @@ class DecodedPicture:
         return Region(pixels_of(tuple(channel.crop(box) for channel in self._channels)), part)
 
 
+class ArrayPicture:
+    """Values that are in memory already.
+
+    Args:
+        values: (H, W, C) of any numbers, in this machine's byte order.
+        valid: bool (H, W), False where there is no data; None where there is everywhere.
+    """
+
+    deep = True
+
+    def __init__(self, values: np.ndarray, valid: np.ndarray | None = None) -> None:
+        self._values = values
+        self._valid = valid
+        self.size = (values.shape[1], values.shape[0])
+
+    def channels(self) -> Channels:
+        """Not of 8 bits."""
+        raise TypeError("a deep picture has regions only")
+
+    def region(
+        self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
+    ) -> Region:
+        """Always full resolution; see `Picture.region`."""
+        left, top, right, bottom = box
+        part = (slice(top, bottom), slice(left, right))
+        valid = None if self._valid is None else self._valid[part]
+        return Region(self._values[part], (0, 0, right - left, bottom - top), valid)
+
+
+class ValuePicture:
+    """A picture's values as float32, those of the file or their share of its type's range.
+
+    Args:
+        picture: with values as a file has them.
+        reading: says what they mean.
+
+    Raises:
+        UnreadableImage: for values that no float32 stands for, or floats where integers tell the range.
+    """
+
+    deep = True
+
+    def __init__(self, picture: Picture, reading: Reading) -> None:
+        self._picture = picture
+        self._reading = reading
+        self.size = picture.size
+        self.outside = False
+        """Whether a value outside the range has been read."""
+
+    def channels(self) -> Channels:
+        """Not of 8 bits."""
+        raise TypeError("a deep picture has regions only")
+
+    def region(
+        self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
+    ) -> Region:
+        """float32 pixels, those without data filled; see `Picture.region`."""
+        reading = self._reading
+        pixels, part, valid = self._picture.region(box, at_least, decoder)
+        missing = without_data(pixels, reading.nodata)
+        if valid is not None:
+            missing |= ~valid
+        has_gaps = bool(missing.any())
+        with np.errstate(over="ignore"):
+            values = pixels.astype(np.float32)
+        if reading.range == "dtype":
+            values /= np.float32(largest_of(pixels.dtype))
+        low, high = (bound.astype(np.float32) for bound in reading.bounds())
+        inside = values[~missing] if has_gaps else values.reshape(-1, values.shape[2])
+        if len(inside):
+            least, most = inside.min(axis=0), inside.max(axis=0)
+            if not np.isfinite(most - least).all():
+                raise UnreadableImage("it has values that float32 does not reach")
+            if (least < low).any() or (most > high).any():
+                self.outside = True
+                if reading.clip:
+                    np.clip(values, low, high, out=values)
+        if has_gaps:
+            values[missing] = low + np.asarray(reading.fill or (0.5,), np.float32) * (high - low)
+        return Region(values, part, ~missing if has_gaps else None)
+
+
+def without_data(values: np.ndarray, nodata: float | None) -> np.ndarray:
+    """Pixels of (H, W, C) of which a channel has no data: not a finite number, or `nodata`; bool (H, W).
+
+    Raises:
+        UnreadableImage: for values that are not numbers.
+    """
+    dtype = values.dtype
+    if dtype.kind not in "uifb":
+        raise UnreadableImage(f"its values are {dtype}: integers and floats are read")
+    missing = np.zeros(values.shape[:2], bool)
+    if dtype.kind == "f":
+        missing = ~np.isfinite(values).all(axis=2)
+    if nodata is not None and not np.isnan(nodata):
+        # In the values' own type: -3.4e38 in a tag is not the same number as a double.
+        with np.errstate(over="ignore"):
+            own = dtype.type(nodata) if dtype.kind == "f" else nodata
+        missing |= (values == own).any(axis=2)
+    return missing
+
+
+def largest_of(dtype: np.dtype) -> int:
+    """The largest value of a type of integers.
+
+    Raises:
+        UnreadableImage: for floats, whose type tells no range.
+    """
+    if dtype.kind == "f":
+        raise UnreadableImage(
+            f"its values are {dtype}, whose type tells no range: give data.range=[LOW, HIGH]"
+        )
+    return 1 if dtype.kind == "b" else int(np.iinfo(dtype).max)
+
+
+def laid_out(values: np.ndarray, axes: str, reading: Reading, names: Sequence[str] = ()) -> np.ndarray:
+    """An array as (H, W, C), with the channels that were asked for.
+
+    Args:
+        values: of a file.
+        axes: one letter an axis, of `h`, `w` and `c`, as the format or `data.axes` has them.
+        reading: says which channels, and how many.
+        names: of the file's channels, where it names them.
+
+    Raises:
+        UnreadableImage: for an array of other axes, without pixels, or with other channels.
+    """
+    shape = values.shape
+    if len(shape) != len(axes) or 0 in shape:
+        raise UnreadableImage(f"its shape is {shape}, and data.axes {axes} are {len(axes)}")
+    if "c" not in axes:
+        values, axes = values[..., None], f"{axes}c"
+    values = values.transpose([axes.index(axis) for axis in "hwc"])
+    return np.ascontiguousarray(chosen(values, reading, names)).astype(
+        values.dtype.newbyteorder("="), copy=False
+    )
+
+
+def chosen(values: np.ndarray, reading: Reading, names: Sequence[str] = ()) -> np.ndarray:
+    """The channels of (H, W, channels) that `data.channels` names, which must be `Reading.in_chans`.
+
+    Raises:
+        UnreadableImage: if they are not there, or are others in number.
+    """
+    numbers = channel_numbers(values.shape[2], reading, names)
+    return values if numbers is None else values[:, :, numbers]
+
+
+def channel_numbers(num_channels: int, reading: Reading, names: Sequence[str] = ()) -> list[int] | None:
+    """Which channels of a file are taken, in their order; None for all of them.
+
+    Raises:
+        UnreadableImage: if they are not there, or are others in number than `Reading.in_chans`.
+    """
+    if reading.channels is None:
+        if num_channels == reading.in_chans:
+            return None
+        plural = "s" if num_channels > 1 else ""
+        raise UnreadableImage(
+            f"it has {num_channels} channel{plural}, but in_chans is {reading.in_chans}; data.channels "
+            f"chooses among a file's"
+        )
+    numbers = []
+    for channel in reading.channels:
+        number = names.index(channel) if channel in names else channel
+        if not isinstance(number, int) or not 0 <= number < num_channels:
+            there = f"0 to {num_channels - 1}" + (f", {', '.join(names)}" if names else "")
+            raise UnreadableImage(f"it has no channel {channel!r} of data.channels; there are {there}")
+        numbers.append(number)
+    return numbers
+
+
 class Format(NamedTuple):
     """A file format."""
 
@@ -103,11 +325,14 @@ class Format(NamedTuple):
     """File names that count as images, in lower case with the dot."""
     signatures: tuple[bytes, ...]
     """What its files can begin with."""
-    open: Callable[[bytes, int, int], Picture]
-    """From a file's bytes, the number of channels wanted and the largest number of pixels to the picture. May
-    raise anything: `one_line_reasons` is around it."""
+    open: Callable[[bytes, Reading], Picture]
+    """From a file's bytes to the picture, deep where `Reading.deep`. May raise anything: `one_line_reasons`
+    is around it."""
     check: Callable[[bytes, int], object]
     """Reads the header only, from a file's bytes and the largest number of pixels; may raise anything."""
+    open_path: Callable[[str | os.PathLike[str], Reading], Picture] | None = None
+    """The same from a file or a folder on disk, of which only what is asked for is read; None where a file is
+    read whole."""
 
 
 def require_library(key: str, library: str, extra: str) -> None:

@@ -18,6 +18,7 @@ from etpp_ssl.data.formats.base import (
     Decoder,
     Format,
     Picture,
+    Reading,
     Region,
     one_line_reasons,
     pixels_of,
@@ -38,14 +39,14 @@ class JpegPicture:
     Args:
         data: the file.
         image: Pillow's picture of it, not yet loaded.
-        in_chans: 1 or 3.
-        max_pixels: which its header has been checked against.
+        reading: of 1 or 3 channels; its header has been checked against it.
     """
 
-    def __init__(self, data: bytes, image: Image.Image, in_chans: int, max_pixels: int) -> None:
+    deep = False
+
+    def __init__(self, data: bytes, image: Image.Image, reading: Reading) -> None:
         self._data = data
-        self._in_chans = in_chans
-        self._max_pixels = max_pixels
+        self._reading = reading
         # Pillow decodes a picture once, at one resolution: this one serves the first region.
         self._unused: Image.Image | None = image
         self._mode = image.mode
@@ -56,7 +57,7 @@ class JpegPicture:
     def channels(self) -> Channels:
         """See `Picture.channels`."""
         with one_line_reasons():
-            return from_picture(self._image(), self._in_chans, self._max_pixels)
+            return from_picture(self._image(), self._reading)
 
     def region(
         self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
@@ -74,12 +75,12 @@ class JpegPicture:
             image = self._image()
             if factor > 1:
                 image.draft(None, (image.width // factor, image.height // factor))
-            (picture,) = from_picture(image, self._in_chans, self._max_pixels)
+            (picture,) = from_picture(image, self._reading)
             return Region(pixels_of((picture.crop(outer),)), inner)
 
     def _image(self) -> Image.Image:
         # Reading the header a second time is a sixth of the work for a JPEG of 32 x 32.
-        image, self._unused = self._unused or open_image(self._data, self._max_pixels), None
+        image, self._unused = self._unused or open_image(self._data, self._reading.max_pixels), None
         return image
 
     def _reduced(self, box: tuple[int, int, int, int], at_least: tuple[int, int]) -> tuple[int, Box]:
@@ -115,7 +116,7 @@ class JpegPicture:
 
     def _by_simplejpeg(self, factor: int) -> np.ndarray | None:
         """The file's pixels, or None for what Pillow does otherwise or is more patient with."""
-        if self._mode != ("L" if self._in_chans == 1 else "RGB"):
+        if self._mode != ("L" if self._reading.in_chans == 1 else "RGB"):
             return None
         import simplejpeg
 
@@ -123,22 +124,22 @@ class JpegPicture:
         try:
             pixels: np.ndarray = simplejpeg.decode_jpeg(
                 self._data,
-                colorspace="GRAY" if self._in_chans == 1 else "RGB",
+                colorspace="GRAY" if self._reading.in_chans == 1 else "RGB",
                 min_height=height if factor > 1 else 0,
                 min_width=width if factor > 1 else 0,
                 min_factor=factor,
             )
         except ValueError:
             return None
-        return pixels if pixels.shape == (height, width, self._in_chans) else None
+        return pixels if pixels.shape == (height, width, self._reading.in_chans) else None
 
 
-def _open(data: bytes, in_chans: int, max_pixels: int) -> Picture:
-    if in_chans in (1, 3):
-        image = open_image(data, max_pixels)
+def _open(data: bytes, reading: Reading) -> Picture:
+    if reading.in_chans in (1, 3):
+        image = open_image(data, reading.max_pixels)
         if image.format == "JPEG" and image.mode in ("L", "RGB"):
-            return JpegPicture(data, image, in_chans, max_pixels)
-    return pillow.FORMAT.open(data, in_chans, max_pixels)
+            return JpegPicture(data, image, reading)
+    return pillow.FORMAT.open(data, reading)
 
 
 _EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"})

@@ -1,4 +1,4 @@
-"""numpy's file format (.npy), and arrays in memory: (H, W) or (H, W, C) of uint8 or uint16.
+"""numpy's file format (.npy), and arrays in memory: (H, W), (H, W, C), or as `data.axes` says.
 
 Legend: C channels, H, W pixels.
 """
@@ -12,37 +12,47 @@ import numpy as np
 from PIL import Image
 
 from etpp_ssl.data.formats.base import (
+    ArrayPicture,
     Channels,
-    DecodedPicture,
     Format,
     Picture,
+    Reading,
     UnreadableImage,
     check_pixels,
+    laid_out,
 )
 
 
-def from_array(array: np.ndarray, in_chans: int) -> Channels:
-    """An array's channels.
+def from_array(array: np.ndarray, reading: Reading) -> Picture:
+    """An array as a picture.
 
     Args:
-        array: (H, W) or (H, W, C), uint8 or uint16, of which the high byte is kept.
-        in_chans: C.
+        array: (H, W) or (H, W, C), or as `reading.axes` says.
+        reading: says how many channels, and whether values keep their depth.
 
     Raises:
-        UnreadableImage: for another shape or type.
+        UnreadableImage: for another shape, or values that cannot be read so.
     """
-    shape = array.shape
-    array = array[:, :, None] if array.ndim == 2 else array
-    if array.ndim != 3 or array.shape[2] != in_chans or 0 in shape:
-        raise UnreadableImage(f"its shape is {shape}, not (height, width, {in_chans})")
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
-        array = array >> 8
-    elif array.dtype != np.uint8:
-        raise UnreadableImage(f"its values are {array.dtype}, not uint8 or uint16")
-    array = array.astype(np.uint8)
-    if in_chans == 3:
-        return (Image.fromarray(np.ascontiguousarray(array)),)
-    return tuple(Image.fromarray(np.ascontiguousarray(array[:, :, c])) for c in range(in_chans))
+    axes = reading.axes or ("hw" if array.ndim == 2 else "hwc")
+    if len(axes) != array.ndim and reading.axes is None:
+        raise UnreadableImage(f"its shape is {array.shape}, not (height, width, {reading.in_chans})")
+    return ArrayPicture(laid_out(array, axes, reading))
+
+
+def eight_bits(values: np.ndarray) -> Channels:
+    """(H, W, C) of uint8, or of uint16, of which the high byte is kept.
+
+    Raises:
+        UnreadableImage: for another type.
+    """
+    if values.dtype.kind == "u" and values.dtype.itemsize == 2:
+        values = values >> 8
+    elif values.dtype != np.uint8:
+        raise UnreadableImage(f"its values are {values.dtype}, not uint8 or uint16: data.range reads them")
+    values = values.astype(np.uint8)
+    if values.shape[2] == 3:
+        return (Image.fromarray(np.ascontiguousarray(values)),)
+    return tuple(Image.fromarray(np.ascontiguousarray(values[:, :, c])) for c in range(values.shape[2]))
 
 
 def _check(data: bytes, max_pixels: int) -> None:
@@ -60,9 +70,9 @@ def _check(data: bytes, max_pixels: int) -> None:
         raise UnreadableImage(f"its values take {claimed:,} bytes, but it has {there:,}")
 
 
-def _open(data: bytes, in_chans: int, max_pixels: int) -> Picture:
-    _check(data, max_pixels)
-    return DecodedPicture(from_array(np.load(io.BytesIO(data), allow_pickle=False), in_chans))
+def _open(data: bytes, reading: Reading) -> Picture:
+    _check(data, reading.max_pixels)
+    return from_array(np.load(io.BytesIO(data), allow_pickle=False), reading)
 
 
 FORMAT = Format(frozenset({".npy"}), (b"\x93NUMPY",), _open, _check)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_png
 
 from etpp_ssl.data.formats.base import (
-    MAX_PIXELS,
+    ArrayPicture,
     Channels,
     DecodedPicture,
     Format,
     Picture,
+    Reading,
     UnreadableImage,
     check_pixels,
+    chosen,
     one_line_reasons,
 )
 
@@ -54,17 +59,29 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What undoes each value of the EXIF tag `_ORIENTATION` (TIFF 6.0, section 8)."""
+_ROTATED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
+}
+"""The same for (H, W, C)."""
+_PGM = re.compile(rb"P[2356](?:\s|#[^\n]*\n)+\d+(?:\s|#[^\n]*\n)+\d+(?:\s|#[^\n]*\n)+(\d+)\s")
+"""The header of a PGM or PPM; its group is the largest value."""
 
 
-def from_picture(image: Image.Image, in_chans: int, max_pixels: int = MAX_PIXELS) -> Channels:
-    """The channels of a picture that somebody else has opened; see `open_picture`.
+def from_picture(image: Image.Image, reading: Reading) -> Channels:
+    """The channels of a picture that somebody else has opened, 8 bits deep; see `open_picture`.
 
     Raises:
         UnreadableImage: if it cannot be read, is too large, or does not have the channels asked for.
     """
     with one_line_reasons():
-        check_pixels(image.size, max_pixels)
-        return _from_image(image, in_chans, max_pixels)
+        check_pixels(image.size, reading.max_pixels)
+        return _from_image(image, reading)
 
 
 def open_image(data: bytes, max_pixels: int) -> Image.Image:
@@ -102,9 +119,31 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
-def _open(data: bytes, in_chans: int, max_pixels: int) -> Picture:
-    with open_image(data, max_pixels) as image:
-        return DecodedPicture(_from_image(image, in_chans, max_pixels))
+def _open(data: bytes, reading: Reading) -> Picture:
+    with open_image(data, reading.max_pixels) as image:
+        if reading.deep:
+            values = _sixteen_bits(image, data)
+            if values is not None:
+                return ArrayPicture(chosen(values, reading))
+        return DecodedPicture(_from_image(image, reading))
+
+
+def _sixteen_bits(image: Image.Image, data: bytes) -> np.ndarray | None:
+    """uint16 (H, W, C) of a file that holds more than 8 bits, without alpha; None for one that does not."""
+    if image.format == "PNG" and data[24] == 16:
+        # Pillow keeps the high byte of colours.
+        values = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+        pixels = values.permute(1, 2, 0).numpy()[:, :, : 1 if len(values) <= 2 else 3]
+    elif image.format == "PPM" and image.mode == "I":
+        # Pillow stretches what the file counts to `most` over 16 bits; rounding takes that back.
+        most = int(_PGM.match(data)[1])  # type: ignore[index]
+        pixels = np.rint(np.asarray(image)[:, :, None] * (most / 65535)).astype(np.uint16)
+    elif image.format == "PPM" and (header := _PGM.match(data)) and int(header[1]) > 255:
+        raise UnreadableImage("it is a colour PPM of 16 bits, of which only 8 are read: convert it to PNG")
+    else:
+        return None
+    turn = _ROTATED.get(orientation(image))
+    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
 
 _EXTENSIONS = (
@@ -131,7 +170,8 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _from_image(image: Image.Image, in_chans: int, max_pixels: int) -> Channels:
+def _from_image(image: Image.Image, reading: Reading) -> Channels:
+    in_chans, max_pixels = reading.in_chans, reading.max_pixels
     # Pillow opens a 16-bit PGM, and older versions a 16-bit PNG, as 32-bit integers.
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         kind = "floats" if image.mode == "F" else "integers"

@@ -5,15 +5,16 @@ Legend: C channels, H, W pixels.
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Literal, Protocol
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from etpp_ssl.config import Config, NotAtHand, UserError, listed, may_change
-from etpp_ssl.data.formats.base import MAX_PIXELS, Decoder, Interpolation, Picture
+from etpp_ssl.data.formats.base import MAX_PIXELS, Decoder, Interpolation, Picture, Reading
 
 
 class ImageSource(Protocol):
@@ -60,9 +61,10 @@ class DataConfig(Config, ABC):
     """Whether another number of images than `num_images` is an error, so that a published result is not
     repeated on other data. No effect on streams, which are not counted, and on synthetic images."""
     mean: tuple[float, ...] | None = None
-    """Per-channel mean, of values in [0, 1]. Default: ImageNet's for 1 or 3 channels, otherwise 0.5."""
+    """Per-channel mean, of values that `range` has brought to [0, 1]. Default: ImageNet's for 1 or 3
+    channels, otherwise 0.5."""
     std: tuple[float, ...] | None = None
-    """Per-channel standard deviation. Default: ImageNet's for 1 or 3 channels, otherwise 0.25."""
+    """Per-channel standard deviation of the same. Default: ImageNet's for 1 or 3 channels, otherwise 0.25."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Area range of the random resized crop (MAE: 0.2 to 1)."""
     flip: bool = True
@@ -81,6 +83,23 @@ class DataConfig(Config, ABC):
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=2**32)
     """Images of more pixels count as unreadable, before they are decoded: a few bytes can claim more than
     any memory holds."""
+    range: tuple[float, float] | tuple[tuple[float, float], ...] | Literal["dtype"] | None = None
+    """[low, high] of the values, which become 0 and 1 before `mean` and `std`, or one such pair a channel:
+    values then keep the depth of their files. `dtype` divides integers by the largest value of their type.
+    None is for photographs of 8 bits; of 16-bit values it keeps the high byte."""
+    clip: bool = False
+    """Values outside of `range` become its nearer end. Otherwise they stay as they are, and images that have
+    such are counted."""
+    nodata: float | None = None
+    """The value of pixels without data, beside NaN and what a file itself states; needs `range`."""
+    axes: str | None = Field(default=None, pattern="^[a-z]{2,6}$")
+    """Axes of a file's array, a letter each, h and w among them: `chw`; or `pages`, the pages being channels.
+    None: as the file says; (height, width, channels) for a file of numpy's."""
+    channels: tuple[int | str, ...] | None = None
+    """Which channels of a file are taken, in this order, as many as `in_chans`: by number from 0, or by the
+    names that the file has for them. A number may stand more than once."""
+    reader: Literal["auto", "rasterio"] = "auto"
+    """Who reads files: each format its own library, or GDAL through `rasterio` whatever it can read."""
     max_bad_share: float = may_change(0.01, ge=0, le=1)
     """The run stops once more than this share of the data set turned out to be unreadable."""
     holdout: int = Field(default=0, ge=0)
@@ -113,6 +132,57 @@ class DataConfig(Config, ABC):
                 f"give one of them, and null for the other"
             )
         return self
+
+    @field_validator("axes")
+    @classmethod
+    def _axes(cls, axes: str | None) -> str | None:
+        if axes not in (None, "pages") and (len(set(axes)) < len(axes) or not {"h", "w"} <= set(axes)):
+            raise ValueError("use one letter an axis, h and w among them, such as hwc or chw; or pages")
+        return axes
+
+    @model_validator(mode="after")
+    def _values(self) -> DataConfig:
+        if self.range not in (None, "dtype"):
+            for low, high in self._pairs:
+                if not (math.isfinite(low) and math.isfinite(high) and low < high):
+                    raise ValueError(f"range has {[low, high]}: use [low, high], low < high")
+        for key in ("clip", "nodata"):
+            if self.range is None and getattr(self, key) not in (None, False):
+                raise ValueError(f"{key} needs range: without one, values are 8 bits (`etpp inspect`)")
+        return self
+
+    @property
+    def _pairs(self) -> tuple[tuple[float, float], ...]:
+        """(low, high), one for all channels or one each."""
+        assert self.range is not None
+        assert self.range != "dtype"
+        one = isinstance(self.range[0], float | int)
+        return (self.range,) if one else self.range  # type: ignore[return-value]
+
+    def reading(self, in_chans: int) -> Reading:
+        """How files become pictures.
+
+        Raises:
+            UserError: for settings that do not fit `in_chans`.
+        """
+        pairs = None if self.range is None else self.range if self.range == "dtype" else self._pairs
+        if pairs is not None and pairs != "dtype" and len(pairs) not in (1, in_chans):
+            raise UserError(
+                f"data.range has {len(pairs)} pairs, but in_chans is {in_chans}: give one, or one each"
+            )
+        if self.channels is not None and len(self.channels) != in_chans:
+            raise UserError(f"data.channels has {len(self.channels)} entries, but in_chans is {in_chans}")
+        return Reading(
+            in_chans=in_chans,
+            max_pixels=self.max_pixels,
+            range=pairs,
+            clip=self.clip,
+            nodata=self.nodata,
+            fill=self.statistics(in_chans)[0],
+            axes=self.axes,
+            channels=self.channels,
+            reader=self.reader,
+        )
 
     @abstractmethod
     def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> ImageSource:

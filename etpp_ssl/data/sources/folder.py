@@ -12,7 +12,7 @@ from typing import Literal
 
 from etpp_ssl.config import NotAtHand, UserError, listed, may_change
 from etpp_ssl.data.formats import EXTENSIONS, most_bytes, open_picture, read_file
-from etpp_ssl.data.formats.base import MAX_PIXELS, Picture
+from etpp_ssl.data.formats.base import Picture, Reading
 from etpp_ssl.data.sources.base import (
     DataConfig,
     existing_folder,
@@ -86,10 +86,9 @@ class FolderConfig(SplitFoldersConfig):
         return open_folder(
             "data.root",
             self.folder(split),
-            in_chans,
+            self.reading(in_chans),
             labelled=self.labels == "folders",
             least_classes=2 if split == "train" else 1,
-            max_pixels=self.max_pixels,
         )
 
 
@@ -132,7 +131,7 @@ class FileListConfig(DataConfig):
                 raise UserError(f"{key} {str(path)!r} names a class on some lines but not on all")
             index = {name: i for i, name in enumerate(classes)}
             labels = [index[name] for _, name in rows if name is not None]
-        return FileSource(root, [file for file, _ in rows], labels, classes, in_chans, self.max_pixels)
+        return FileSource(root, [file for file, _ in rows], labels, classes, self.reading(in_chans))
 
     @staticmethod
     def _rows(key: str, path: Path) -> list[tuple[str, str | None]]:
@@ -170,8 +169,7 @@ class FileSource:
         files: relative paths.
         labels: class index per file, or None.
         classes: class names, or None.
-        in_chans: channels to decode to.
-        max_pixels: larger images count as unreadable.
+        reading: how they become pictures.
         notes: what else there is to say of them.
     """
 
@@ -181,17 +179,15 @@ class FileSource:
         files: list[str],
         labels: list[int] | None,
         classes: list[str] | None,
-        in_chans: int,
-        max_pixels: int = MAX_PIXELS,
+        reading: Reading,
         notes: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         self.files = files
         self.labels = labels
         self.classes = None if classes is None else [printable(name) for name in classes]
-        self.in_chans = in_chans
-        self.max_pixels = max_pixels
-        self.max_bytes = most_bytes(max_pixels, in_chans)
+        self.reading = reading
+        self.max_bytes = most_bytes(reading)
         self.notes = notes
 
     def __len__(self) -> int:
@@ -199,7 +195,7 @@ class FileSource:
 
     def open(self, index: int) -> Picture:
         """Read a file; see `ImageSource.open`."""
-        return open_picture(self.read(index), self.in_chans, self.max_pixels)
+        return open_picture(self.read(index), self.reading)
 
     def read(self, index: int) -> bytes:
         """A file's bytes, as they are stored; see `etpp_ssl.data.formats.read_file`."""
@@ -247,21 +243,19 @@ class FileSource:
 def open_folder(
     key: str,
     folder: Path,
-    in_chans: int,
+    reading: Reading,
     *,
     labelled: bool = True,
     least_classes: int = 2,
-    max_pixels: int = MAX_PIXELS,
 ) -> FileSource:
     """All images below one folder, in the order of their paths' bytes.
 
     Args:
         key: names the folder in the message.
         folder: where they lie.
-        in_chans: channels to decode to.
+        reading: how the files become pictures.
         labelled: whether the first folder level may name classes.
         least_classes: fewer folders are not classes.
-        max_pixels: larger images count as unreadable.
 
     Raises:
         UserError: if there is no image, or a folder cannot be read: a run must not take the rest for all.
@@ -290,4 +284,4 @@ def open_folder(
         loose = next((printable(file) for file in files if "/" not in file), None)
         if loose is not None:
             notes.append(f"no labels, as {loose!r} lies beside the folders")
-    return FileSource(folder, files, labels, classes, in_chans, max_pixels, notes)
+    return FileSource(folder, files, labels, classes, reading, notes)

@@ -9,7 +9,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
-from etpp_ssl.data.formats.base import MAX_PIXELS, UnreadableImage
+from etpp_ssl.data.formats.base import Reading, UnreadableImage
 from etpp_ssl.data.sources.folder import FileSource, SplitFoldersConfig
 from etpp_ssl.data.sources.found import by_extension
 from etpp_ssl.data.sources.shard_index import ShardIndex, open_index
@@ -34,7 +34,7 @@ class ShardsConfig(SplitFoldersConfig):
         """Open the "train" or the "eval" split; see `DataConfig.open`."""
         folder = self.folder(split)
         index = open_index("data.root", folder, least_classes=2 if split == "train" else 1)
-        return ShardSource(folder, index, in_chans, self.max_pixels)
+        return ShardSource(folder, index, self.reading(in_chans))
 
 
 class ShardSource(FileSource):
@@ -43,17 +43,16 @@ class ShardSource(FileSource):
     Args:
         folder: holds the tars.
         index: what lies where.
-        in_chans: channels to decode to.
-        max_pixels: larger images count as unreadable.
+        reading: how they become pictures.
     """
 
-    def __init__(self, folder: Path, index: ShardIndex, in_chans: int, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, folder: Path, index: ShardIndex, reading: Reading) -> None:
         labels = index.rows.labels if index.classes is not None else None
         notes = [f"left out: {by_extension(index.left_out)}"] if index.left_out else []
         if index.bad:
             name, reason = index.bad[0]
             notes.append(f"{len(index.bad):,} were unreadable when they were written, as {name!r}: {reason}")
-        super().__init__(folder, index.rows.names, labels, index.classes, in_chans, max_pixels, notes)
+        super().__init__(folder, index.rows.names, labels, index.classes, reading, notes)
         self.shards = list(index.files)
         self.rows = index.rows
         self._open: dict[int, _Tar] = {}

@@ -19,8 +19,8 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from etpp_ssl.config import as_pair, legal_size
-from etpp_ssl.data.formats.base import DecodedPicture, Picture
-from etpp_ssl.data.formats.npy import from_array
+from etpp_ssl.data.formats import finished
+from etpp_ssl.data.formats.base import ArrayPicture, Picture, Reading
 from etpp_ssl.data.sources.base import DataConfig, images_of
 from etpp_ssl.randomness import keyed_numpy
 
@@ -69,7 +69,7 @@ class SyntheticConfig(DataConfig):
             num_images=self.num_images if split == "train" else self.num_eval_images,
             num_classes=self.num_classes,
             size=image_size if self.size is None else as_pair(self.size),
-            in_chans=in_chans,
+            reading=self.reading(in_chans),
             seed=self.seed,
         )
 
@@ -85,7 +85,7 @@ class SyntheticSource:
     """2 to 10."""
     size: tuple[int, int]
     """(H, W); shapes can be told apart from about 16 pixels on."""
-    in_chans: int
+    reading: Reading
     seed: int
 
     @property
@@ -104,8 +104,8 @@ class SyntheticSource:
         """
         label = self.label(index)
         draw = keyed_numpy(self.seed, f"synthetic {self.split}", index)
-        image = render(draw, *KINDS[label], self.size, self.in_chans)
-        return DecodedPicture(from_array(image.transpose(1, 2, 0), self.in_chans))
+        image = render(draw, *KINDS[label], self.size, self.reading.in_chans)
+        return finished(ArrayPicture(image.transpose(1, 2, 0)), self.reading)
 
     def label(self, index: int) -> int:
         """Class index: the classes take turns."""
@@ -123,7 +123,7 @@ class SyntheticSource:
 
     def fingerprint(self) -> str:
         """Hash of everything that determines the pictures."""
-        parts = (_RECIPE, self.split, self.num_images, self.num_classes, self.size, self.in_chans)
+        parts = (_RECIPE, self.split, self.num_images, self.num_classes, self.size, self.reading.in_chans)
         text = repr((*parts, self.seed)).encode()
         return hashlib.blake2b(text, digest_size=12).hexdigest()
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from PIL import Image
 
 from etpp_ssl.config import NotAtHand, UserError, may_change
-from etpp_ssl.data.formats import most_bytes, open_file, open_picture
-from etpp_ssl.data.formats.base import MAX_PIXELS, DecodedPicture, Picture, one_line_reasons
+from etpp_ssl.data.formats import finished, most_bytes, open_file, open_picture
+from etpp_ssl.data.formats.base import DecodedPicture, Picture, Reading, one_line_reasons
 from etpp_ssl.data.formats.pillow import from_picture
 from etpp_ssl.data.sources.base import DataConfig, expanded, images_of, printable
 
@@ -77,7 +77,7 @@ class TimmConfig(DataConfig):
                 f"data.eval_split {name!r} is not a sub-folder of data.root {root!r}; data.holdout=N keeps N "
                 f"training images for evaluation"
             )
-        return TimmSource(data, f"{self.dataset}/{name}", in_chans, self.max_pixels)
+        return TimmSource(data, f"{self.dataset}/{name}", self.reading(in_chans))
 
     def _check(self, root: str | None) -> None:
         """Refuse what timm would misread or could not explain."""
@@ -105,16 +105,14 @@ class TimmSource:
     Args:
         data: what `create_dataset` returned.
         title: for the fingerprint and for names.
-        in_chans: channels to decode to.
-        max_pixels: larger images count as unreadable.
+        reading: how they become pictures.
     """
 
-    def __init__(self, data: Any, title: str, in_chans: int, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, data: Any, title: str, reading: Reading) -> None:
         self.data = data
         self.reader: Any = getattr(data, "reader", None)
         self.title = title
-        self.in_chans = in_chans
-        self.max_pixels = max_pixels
+        self.reading = reading
         # The readers of folders and of tars disagree on what to call it.
         names = (
             getattr(data, "classes", None)
@@ -138,12 +136,12 @@ class TimmSource:
         with one_line_reasons():
             picture = self._item(index)[0]
             if isinstance(picture, str):
-                return open_file(picture, self.in_chans, self.max_pixels)
+                return open_file(picture, self.reading)
             if not isinstance(picture, Image.Image):
                 with picture:
-                    data = picture.read(most_bytes(self.max_pixels, self.in_chans))
-                return open_picture(data, self.in_chans, self.max_pixels)
-            return DecodedPicture(from_picture(picture, self.in_chans, self.max_pixels))
+                    data = picture.read(most_bytes(self.reading))
+                return open_picture(data, self.reading)
+            return finished(DecodedPicture(from_picture(picture, self.reading)), self.reading)
 
     def label(self, index: int) -> int:
         """Class index, or -1."""

@@ -132,7 +132,10 @@ class StreamConfig(DataConfig):
                 f"data.eval is missing: a stream has no {part}; data.eval={{name: folder, root: FOLDER}} "
                 f"takes them from a folder"
             )
-        return open_split(self.eval, split, in_chans=in_chans, image_size=image_size, seed=seed)
+        # Values mean the same in both parts.
+        alike = {key: getattr(self, key) for key in ("range", "clip", "nodata", "mean", "std")}
+        config = self.eval.model_copy(update=alike)
+        return open_split(config, split, in_chans=in_chans, image_size=image_size, seed=seed)
 
 
 def label_of(stored: Any) -> int | str:

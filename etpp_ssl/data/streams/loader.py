@@ -18,7 +18,7 @@ from typing import Any
 
 from etpp_ssl.config import UserError, listed
 from etpp_ssl.data.formats import open_picture
-from etpp_ssl.data.formats.base import Picture, UnreadableImage
+from etpp_ssl.data.formats.base import Picture, Reading, UnreadableImage
 from etpp_ssl.data.loader import Batch, Builder, Candidate
 from etpp_ssl.data.sampler import BatchRequest
 from etpp_ssl.data.streams.base import Cursor, Item, Stream, WorkerShard
@@ -109,8 +109,7 @@ class StreamBuilder(Builder):
         view, num_classes: see `Builder`.
         place: where the process stands.
         rank, num_processes: which worker shards are its own.
-        in_chans: channels to decode to.
-        max_pixels: larger images count as unreadable.
+        reading: how its items become pictures.
         classes: class names in the order of the labels, where they are known.
     """
 
@@ -122,8 +121,7 @@ class StreamBuilder(Builder):
         *,
         rank: int,
         num_processes: int,
-        in_chans: int,
-        max_pixels: int,
+        reading: Reading,
         num_classes: int | None = None,
         classes: list[str] | None = None,
     ) -> None:
@@ -132,8 +130,7 @@ class StreamBuilder(Builder):
         self.place = place
         self.rank = rank
         self.num_processes = num_processes
-        self.in_chans = in_chans
-        self.max_pixels = max_pixels
+        self.reading = reading
         self.classes = classes or []
         # Opened where they are read: in the data worker.
         self._opened: dict[int, WorkerShard] = {}
@@ -157,7 +154,7 @@ class StreamBuilder(Builder):
     def _open(self, item: Item) -> Picture:
         if item.fault:
             raise UnreadableImage(item.fault)
-        return open_picture(item.data, self.in_chans, self.max_pixels)
+        return open_picture(item.data, self.reading)
 
     def _label(self, item: Item) -> int:
         """The class index, -1 for none or, where labels do not matter, for a name that is not known."""
