@@ -19,6 +19,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from etpp_ssl.config import UserError, as_pair
+from etpp_ssl.data.formats.base import Reading
 from etpp_ssl.data.sources.base import default_statistics
 from etpp_ssl.encoder import Encoder
 from etpp_ssl.evaluation.features import Precision
@@ -203,6 +204,9 @@ def _of_file(file: Path, model: str | None, config: dict[str, Any]) -> Encoder:
     except UserError as error:
         reason = str(error).replace("the state dict", source, 1).split("; ")[0]
         raise UserError(f"{reason}; of a timm model, give its name: load(..., model=NAME)") from error
+    values = config.get("values", {})
+    if values:
+        config = {**config, "image_mean": values["mean"], "image_std": values["std"]}
     mean, std, assumed = _statistics(trained.encoder.patch_embed.proj.in_channels, config)
     decoding = None
     if recognise(tensors, source).has_decoder:
@@ -215,6 +219,7 @@ def _of_file(file: Path, model: str | None, config: dict[str, Any]) -> Encoder:
         image_size=(grid[0] * trained.patch_size[0], grid[1] * trained.patch_size[1]),
         mean=mean,
         std=std,
+        reading=Reading.of_settings(values, mean),
         origin=f"weights {source}",
         notes=(*[note.replace("the state dict", source, 1) for note in notes], *assumed),
         decoding=decoding,
@@ -245,7 +250,8 @@ def _of_timms_export(file: Path, config: dict[str, Any]) -> Encoder:
     tensors, name = read_state_dict(file), str(config["architecture"])
     net = _new_net(name, pretrained_cfg=described, **args)
     net.load_state_dict(load_weights(net.state_dict(), tensors, repr(str(file))))
-    return _described_by_timm(net, f"export {str(file.parent)!r}", classes=config.get("label_names"))
+    origin, values = f"export {str(file.parent)!r}", config.get("values", {})
+    return _described_by_timm(net, origin, classes=config.get("label_names"), values=values)
 
 
 def _of_timms_file(file: Path, name: str) -> Encoder:
@@ -304,9 +310,14 @@ def _new_net(name: str, **args: Any) -> Any:
 
 
 def _described_by_timm(
-    net: Any, origin: str, *, classes: list[str] | None = None, notes: Iterable[str] = ()
+    net: Any,
+    origin: str,
+    *,
+    classes: list[str] | None = None,
+    notes: Iterable[str] = (),
+    values: dict[str, Any] | None = None,
 ) -> Encoder:
-    """With the size, normalisation and crop that timm's `pretrained_cfg` states."""
+    """With the size, normalisation and crop that timm's `pretrained_cfg` states, and our own `values`."""
     config = resolve_model_data_config(net)
     size = getattr(getattr(net, "patch_embed", None), "img_size", None) or config["input_size"][1:]
     layer = dict(net.named_modules()).get(str(net.pretrained_cfg.get("first_conv")))
@@ -320,6 +331,7 @@ def _described_by_timm(
         mean=mean,
         std=std,
         crop_pct=config["crop_pct"],
+        reading=Reading.of_settings(values or {}, mean),
         classes=classes,
         origin=origin,
         notes=(*notes, *assumed, *((f"{resized}; here it is bicubic, center",) if own_way else ())),

@@ -19,6 +19,7 @@ from tiny_runs import TINY, TINY_CLASSIFIER
 
 import etpp_ssl
 from etpp_ssl.cli import main
+from etpp_ssl.data.formats.base import Reading
 from etpp_ssl.data.views import EvalView
 from etpp_ssl.evaluation.features import read_embeddings
 from etpp_ssl.model.encoders import encode_visible, fixed_positions_at
@@ -174,7 +175,7 @@ def test_reconstructions_are_those_of_etpp_reconstruct(
     viewer = Viewer.of_run(RunFolder(folder), seed=5)
     viewer.load(RunFolder(folder).trained(print))
     view = EvalView(SIZE, crop_pct=0.875)
-    (given,) = images_of_files([file], 1, view=view, in_chans=3, max_pixels=10**6)
+    (given,) = images_of_files([file], 1, view=view, reading=Reading(3, 10**6))
     expected = viewer.look(given, (8, 12))
     shown = etpp_ssl.load(folder).reconstruct(file, bandwidth=(8, 12), seed=5)
     assert shown.loss == expected.reconstruction.loss

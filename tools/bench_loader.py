@@ -33,7 +33,7 @@ from torchvision import transforms
 from torchvision.datasets.folder import default_loader
 
 from etpp_ssl.curriculum.frequency import low_frequency_crop
-from etpp_ssl.data.formats.base import Channels, DecodedPicture, Decoder, Picture, Region
+from etpp_ssl.data.formats.base import Channels, DecodedPicture, Decoder, Picture, Reading, Region
 from etpp_ssl.data.loader import BatchBuilder
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
 from etpp_ssl.data.sources.folder import FileSource, image_files
@@ -179,7 +179,7 @@ def psnr(found: Tensor, wanted: Tensor) -> float:
 
 def source_of(files: Paths) -> FileSource:
     """The files without labels, as RGB."""
-    return FileSource(Path("/"), [str(file.absolute()) for file in files], None, None, 3)
+    return FileSource(Path("/"), [str(file.absolute()) for file in files], None, None, Reading(3))
 
 
 @contextmanager

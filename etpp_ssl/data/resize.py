@@ -54,9 +54,11 @@ def resize(region: Region, size: tuple[int, int], kernel: Kernel) -> Tensor:
         # A pixel counts if everything that it was made of does, but for the kernel's faint outermost part.
         has_data = resize(shares, size, "bilinear") > MOST_VALID
         return resize(whole, size, kernel).where(has_data, torch.nan)
-    # For more than four channels of 8 bits torch has another kernel, wrong at a width of 1 (seen in 2.14).
-    known = region.pixels.dtype == np.float32 or region.pixels.shape[2] <= 4
-    if known and starts_or_ends_on_pixels(region.box) and _torch_has(kernel, region.pixels.dtype == np.uint8):
+    # torch 2.14 is wrong where the width is or becomes 1: of floats, and of more than four channels of 8 bits.
+    _, width, channels = region.pixels.shape
+    eight_bits = region.pixels.dtype == np.uint8
+    right = channels <= 4 if eight_bits else min(width, size[0]) > 1
+    if right and starts_or_ends_on_pixels(region.box) and _torch_has(kernel, eight_bits):
         factors = _factors(region, size)
         if factors is not None:
             return _by_torch(region, size, kernel, factors)

@@ -58,7 +58,7 @@ curriculum: {{ budget }}, {{ "{:,}".format(step) }} optimizer steps. {{ contents
 Training started from other weights, `{{ init }}`: their data and their licence count here, too.
 {% endif %}
 
-Input: {{ recipe.in_chans }} channels of {{ size }} px, scaled to [0, 1], mean {{ mean }}, standard deviation {{ std }}.
+Input: {{ recipe.in_chans }} channels of {{ size }} px, {{ values }}, mean {{ mean }}, standard deviation {{ std }}.
 {% if classifies %}
 
 ## Classes
@@ -137,6 +137,7 @@ def model_card(
         results=results(run, checkpoint.step),
         data=recipe.data.description
         or f"A `{recipe.data.name}` data set; its recipe does not describe it further (`data.description`).",
+        values=recipe.data.reading(recipe.in_chans).described(),
         mean=list(mean),
         std=list(std),
         # Indented in the card, so that no letter of a name is read as markup.

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from etpp_ssl.config import UserError, show_size
+from etpp_ssl.data.formats.base import Reading
 from etpp_ssl.export.card import model_card
 from etpp_ssl.export.folder import (
     CARD_FILE,
@@ -214,7 +216,9 @@ def export_transformers(
         save_tensors(contiguous(tensors), aside / MODEL_FILE, {"format": "pt"})
         decoder = decoder_config(model, target) if whole else {}
         write_json(aside / MARKER, {**encoder_config(model), **decoder})
-        processor = processor_config(image_size(model), *recipe.data.statistics(recipe.in_chans))
+        reading = recipe.data.reading(recipe.in_chans)
+        statistics = recipe.data.statistics(recipe.in_chans)
+        processor = processor_config(image_size(model), *statistics, reading)
         write_json(aside / "preprocessor_config.json", processor)
         (aside / CARD_FILE).write_text(card, encoding="utf-8")
     return folder
@@ -257,19 +261,31 @@ def decoder_config(model: MaskedAutoencoder, target: Target) -> dict[str, Any]:
 
 
 def processor_config(
-    size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
+    size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...], reading: Reading
 ) -> dict[str, Any]:
-    """The `preprocessor_config.json` of images of (H, W) pixels, with statistics of their channels."""
+    """The `preprocessor_config.json` of images of (H, W) pixels, with statistics of their channels.
+
+    Under `data.range` they are statistics of the raw values, which transformers normalises by in one step;
+    `values` keeps ours beside them.
+    """
+    values: dict[str, Any] = {}
+    scale = {"do_rescale": True, "rescale_factor": 1 / 255}
+    if reading.deep:
+        values = {"values": {**reading.settings(), "mean": list(mean), "std": list(std)}}
+        scale = {"do_rescale": False}
+        low, high = reading.bounds()
+        mean = tuple((low + np.array(mean) * (high - low)).tolist())
+        std = tuple((np.array(std) * (high - low)).tolist())
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
         "size": {"height": size[0], "width": size[1]},
         "resample": BICUBIC,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        **scale,
         "do_normalize": True,
         "image_mean": list(mean),
         "image_std": list(std),
+        **values,
     }
 
 

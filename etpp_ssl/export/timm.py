@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,6 +107,7 @@ def export(
         "mean": list(mean),
         "std": list(std),
     }
+    values = recipe.data.reading(recipe.in_chans).settings()
     load = LOAD.format(
         imports=f"import {module}  # registers a model that timm lacks\n" if module else "",
         output="logits" if classifies else "features",
@@ -122,7 +123,7 @@ def export(
     card = model_card(run, checkpoint, license_name, library="timm", contents=contents, load=load)
     with replaced(folder) as aside:
         save_tensors(contiguous(net.state_dict()), aside / MODEL_FILE, {"format": "pt"})
-        write_json(aside / MARKER, timm_config(net, architecture, args, preprocessing, classes))
+        write_json(aside / MARKER, timm_config(net, architecture, args, preprocessing, classes, values))
         (aside / CARD_FILE).write_text(card, encoding="utf-8")
     return folder
 
@@ -133,6 +134,7 @@ def timm_config(
     args: dict[str, Any],
     preprocessing: dict[str, Any],
     classes: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The `config.json` from which timm rebuilds a network.
 
@@ -141,6 +143,7 @@ def timm_config(
         architecture, args: timm's name and arguments that build it.
         preprocessing: what timm's `pretrained_cfg` says of the images.
         classes: names of the outputs, where they are known.
+        values: see `Reading.settings`; timm itself takes no notice of them.
     """
     family: dict[str, Any] = getattr(net, "default_cfg", {})
     same_size = list(family.get("input_size", ()))[1:] == preprocessing["input_size"][1:]
@@ -152,6 +155,7 @@ def timm_config(
         "num_features": net.num_features,
         "global_pool": args.get("global_pool", own_pool),
         **({"label_names": list(classes)} if classes else {}),
+        **({"values": dict(values)} if values else {}),
         # transformers passes the number of classes beside these, and takes no argument twice.
         "model_args": {key: value for key, value in args.items() if key != "num_classes"},
         "pretrained_cfg": {

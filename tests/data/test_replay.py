@@ -112,7 +112,7 @@ def batch_of(first: int, count: int, bad: tuple[BadImage, ...] = ()) -> Batch:
 @given(num_rows=st.integers(1, 9), counts=st.lists(st.integers(1, 9), min_size=1, max_size=8))
 @settings(max_examples=60, deadline=None)
 def test_the_ring_keeps_the_newest_in_order_as_a_deque_does(num_rows: int, counts: list[int]) -> None:
-    ring, twin = Ring(num_rows, (3, 2, 3)), deque[int](maxlen=num_rows)
+    ring, twin = Ring(num_rows, torch.zeros(3, 2, 3, dtype=torch.uint8)), deque[int](maxlen=num_rows)
     memory = ring._images.data_ptr()
     added = 0
     for count in (min(count, num_rows) for count in counts):
@@ -131,7 +131,7 @@ def test_the_ring_keeps_the_newest_in_order_as_a_deque_does(num_rows: int, count
 
 
 def test_what_was_taken_is_a_copy() -> None:
-    ring = Ring(2, (3, 2, 3))
+    ring = Ring(2, torch.zeros(3, 2, 3, dtype=torch.uint8))
     ring.add(batch_of(0, 2))
     images, labels, *_ = ring.take(torch.tensor([0, 1, 0]))
     ring.add(batch_of(5, 2))

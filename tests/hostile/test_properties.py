@@ -19,7 +19,7 @@ from PIL import Image
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.efficienttrain import EfficientTrain
 from etpp_ssl.data.formats import open_picture
-from etpp_ssl.data.formats.base import DecodedPicture
+from etpp_ssl.data.formats.base import DecodedPicture, Reading
 from etpp_ssl.data.views import EvalView, covering_size, random_crop_box
 from etpp_ssl.model.mask_patterns import BlockMaskingConfig, GridMaskingConfig, UniformMaskingConfig
 from etpp_ssl.model.masking import Masker, num_visible
@@ -201,7 +201,7 @@ def test_an_evaluation_view_has_its_size_for_any_picture(size: tuple[int, int], 
     file = io.BytesIO()
     picture = Image.fromarray(np.full((size[1], size[0], 3), 77, np.uint8))
     picture.save(file, form, quality=95)
-    for opened in (open_picture(file.getvalue(), 3), DecodedPicture((picture,))):
+    for opened in (open_picture(file.getvalue(), Reading(3)), DecodedPicture((picture,))):
         shown = EvalView((19, 33), 0.9)(opened, 0, (19, 33))
         assert shown.shape == (3, 19, 33)
         assert (shown.int() - 77).abs().max() <= 3

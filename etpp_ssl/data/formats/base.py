@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -70,6 +70,29 @@ class Reading:
         """Whether values keep their depth."""
         return self.range is not None
 
+    def settings(self) -> dict[str, Any]:
+        """What turns raw values into a model's input, for the config of an export; empty for 8 bits."""
+        own = {key: getattr(self, key) for key in _OF_VALUES}
+        return {key: value for key, value in own.items() if value != getattr(Reading, key)}
+
+    @classmethod
+    def of_settings(cls, settings: dict[str, Any], mean: tuple[float, ...]) -> Reading:
+        """The reverse of `settings`, as JSON has it; `mean` is the channels', in [0, 1] of the range."""
+        own = {key: settings[key] for key in _OF_VALUES if key in settings}
+        if own.get("range") not in (None, "dtype"):
+            own["range"] = tuple((float(low), float(high)) for low, high in own["range"])
+        if own.get("channels") is not None:
+            own["channels"] = tuple(own["channels"])
+        return cls(len(mean), fill=mean, **own)
+
+    def described(self) -> str:
+        """How values become 0 to 1, in words."""
+        if self.range == "dtype":
+            return "integers divided by the largest value of their type"
+        pairs = ((0.0, 255.0),) if self.range is None else self.range
+        scaled = ", ".join(f"{low:g} to {high:g}" for low, high in pairs)
+        return f"values of {scaled} scaled to [0, 1]{' and clipped' if self.clip else ''}"
+
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """(low, high), float64 (C,) each: what becomes 0 and 1, of the values that a view has."""
         if self.range is None:
@@ -77,6 +100,9 @@ class Reading:
         pairs = ((0.0, 1.0),) if self.range == "dtype" else self.range
         low, high = np.broadcast_to(np.array(pairs), (self.in_chans, 2)).T
         return low, high
+
+
+_OF_VALUES = ("range", "clip", "nodata", "axes", "channels", "reader")
 
 
 class Region(NamedTuple):
@@ -217,7 +243,7 @@ class ValuePicture:
         inside = values[~missing] if has_gaps else values.reshape(-1, values.shape[2])
         if len(inside):
             least, most = inside.min(axis=0), inside.max(axis=0)
-            if not np.isfinite(most - least).all():
+            if not np.isfinite([least, most]).all():
                 raise UnreadableImage("it has values that float32 does not reach")
             if (least < low).any() or (most > high).any():
                 self.outside = True

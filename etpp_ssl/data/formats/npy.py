@@ -33,9 +33,12 @@ def from_array(array: np.ndarray, reading: Reading) -> Picture:
     Raises:
         UnreadableImage: for another shape, or values that cannot be read so.
     """
-    axes = reading.axes or ("hw" if array.ndim == 2 else "hwc")
-    if len(axes) != array.ndim and reading.axes is None:
-        raise UnreadableImage(f"its shape is {array.shape}, not (height, width, {reading.in_chans})")
+    axes, shape = reading.axes or ("hw" if array.ndim == 2 else "hwc"), array.shape
+    fits = len(shape) in (2, 3) and 0 not in shape
+    asked = fits and (reading.channels is not None or (*shape, 1)[2] == reading.in_chans)
+    if reading.axes is None and not asked:
+        hint = "; data.axes=chw reads it" if fits and shape[0] == reading.in_chans else ""
+        raise UnreadableImage(f"its shape is {shape}, not (height, width, {reading.in_chans}){hint}")
     return ArrayPicture(laid_out(array, axes, reading))
 
 

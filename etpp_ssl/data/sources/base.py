@@ -146,8 +146,8 @@ class DataConfig(Config, ABC):
             for low, high in self._pairs:
                 if not (math.isfinite(low) and math.isfinite(high) and low < high):
                     raise ValueError(f"range has {[low, high]}: use [low, high], low < high")
-        for key in ("clip", "nodata"):
-            if self.range is None and getattr(self, key) not in (None, False):
+        for key, given in (("clip", self.clip), ("nodata", self.nodata is not None)):
+            if self.range is None and given:
                 raise ValueError(f"{key} needs range: without one, values are 8 bits (`etpp inspect`)")
         return self
 

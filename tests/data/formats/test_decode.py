@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 from etpp_ssl.data.formats import EXTENSIONS, check_header, decode
-from etpp_ssl.data.formats.base import Channels, UnreadableImage
+from etpp_ssl.data.formats.base import Channels, Reading, UnreadableImage
 from etpp_ssl.data.formats.pillow import FORMATS as PILLOW
 from etpp_ssl.data.formats.pillow import from_picture
 
@@ -69,7 +69,7 @@ def luma(rgb: np.ndarray) -> np.ndarray:
 
 def refusal(data: bytes, in_chans: int = 3) -> str:
     with pytest.raises(UnreadableImage) as caught:
-        decode(data, in_chans)
+        decode(data, Reading(in_chans))
     reason = str(caught.value)
     assert reason.strip()
     assert len(reason.splitlines()) == 1
@@ -80,21 +80,21 @@ def refusal(data: bytes, in_chans: int = 3) -> str:
 def test_lossless_formats_are_exact(form: str, rng: np.random.Generator) -> None:
     picture = noise(rng, HEIGHT, WIDTH, 3)
     data = encoded(picture, form, **({"lossless": True} if form == "WEBP" else {}))
-    np.testing.assert_array_equal(pixels(decode(data, 3)), picture)
-    assert np.abs(pixels(decode(data, 1))[:, :, 0] - luma(picture)).max() <= 0.51
+    np.testing.assert_array_equal(pixels(decode(data, Reading(3))), picture)
+    assert np.abs(pixels(decode(data, Reading(1)))[:, :, 0] - luma(picture)).max() <= 0.51
 
 
 @pytest.mark.parametrize("form", ["JPEG", "WEBP"])
 def test_lossy_formats_are_close(form: str) -> None:
     picture = ramp(3)
-    found = pixels(decode(encoded(picture, form, quality=95), 3)).astype(int)
+    found = pixels(decode(encoded(picture, form, quality=95), Reading(3))).astype(int)
     assert found.shape == picture.shape
     assert np.abs(found - picture).mean() < 3
 
 
 def test_gif(rng: np.random.Generator) -> None:
     picture = noise(rng, HEIGHT, WIDTH)
-    channels = decode(encoded(picture, "GIF"), 1)
+    channels = decode(encoded(picture, "GIF"), Reading(1))
     np.testing.assert_array_equal(pixels(channels)[:, :, 0], picture)
 
 
@@ -110,7 +110,7 @@ def test_less_common_lossless_formats_are_exact(form: str, rng: np.random.Genera
     picture = noise(rng, HEIGHT, WIDTH, 3)
     data = encoded(picture, form)
     check_header(data)
-    np.testing.assert_array_equal(pixels(decode(data, 3)), picture)
+    np.testing.assert_array_equal(pixels(decode(data, Reading(3))), picture)
 
 
 @pytest.mark.parametrize("form", ["AVIF", "MPO"])
@@ -119,14 +119,14 @@ def test_less_common_lossy_formats_are_close(form: str) -> None:
         pytest.skip("Pillow is built without it")
     data = encoded(ramp(3), form, quality=95)
     check_header(data)
-    assert np.abs(pixels(decode(data, 3)).astype(int) - ramp(3)).mean() < 3
+    assert np.abs(pixels(decode(data, Reading(3))).astype(int) - ramp(3)).mean() < 3
 
 
 def test_sixteen_bits_of_a_pgm_keep_their_high_byte() -> None:
     values = np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH) * 229
     header = f"P5 {WIDTH} {HEIGHT} 65535\n".encode()
     np.testing.assert_array_equal(
-        pixels(decode(header + values.astype(">u2").tobytes(), 1))[:, :, 0], values >> 8
+        pixels(decode(header + values.astype(">u2").tobytes(), Reading(1)))[:, :, 0], values >> 8
     )
 
 
@@ -157,7 +157,7 @@ def test_what_is_no_image_is_said_to_be_what_it_is(data: bytes, words: str, in_c
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "BMP"])
 def test_gray_fills_all_three_channels(form: str) -> None:
     data = encoded(ramp(1), form)
-    gray, colour = pixels(decode(data, 1)), pixels(decode(data, 3))
+    gray, colour = pixels(decode(data, Reading(1))), pixels(decode(data, Reading(3)))
     assert gray.shape == (HEIGHT, WIDTH, 1)
     np.testing.assert_array_equal(colour, np.repeat(gray, 3, axis=2))
     if form != "JPEG":
@@ -167,7 +167,7 @@ def test_gray_fills_all_three_channels(form: str) -> None:
 def test_black_and_white_spans_the_range(rng: np.random.Generator) -> None:
     dots = rng.random((HEIGHT, WIDTH)) < 0.5
     data = encoded(Image.fromarray(dots), "PNG")
-    np.testing.assert_array_equal(pixels(decode(data, 1))[:, :, 0], dots * 255)
+    np.testing.assert_array_equal(pixels(decode(data, Reading(1)))[:, :, 0], dots * 255)
 
 
 @pytest.mark.parametrize("transparency", [None, 3, bytes(range(0, 256, 16))])
@@ -179,32 +179,32 @@ def test_palette_gives_its_colours_whatever_is_transparent(
     picture.putpalette(colours.tobytes())
     options = {} if transparency is None else {"transparency": transparency}
     data = encoded(picture, "PNG", **options)
-    np.testing.assert_array_equal(pixels(decode(data, 3)), colours[index])
-    assert np.abs(pixels(decode(data, 1))[:, :, 0] - luma(colours[index])).max() <= 0.51
+    np.testing.assert_array_equal(pixels(decode(data, Reading(3))), colours[index])
+    assert np.abs(pixels(decode(data, Reading(1)))[:, :, 0] - luma(colours[index])).max() <= 0.51
 
 
 def test_alpha_is_dropped_or_a_channel(rng: np.random.Generator) -> None:
     picture = noise(rng, HEIGHT, WIDTH, 4)
     data = encoded(picture, "PNG")
-    np.testing.assert_array_equal(pixels(decode(data, 3)), picture[:, :, :3])
-    np.testing.assert_array_equal(pixels(decode(data, 4)), picture)
-    assert pixels(decode(data, 1)).shape == (HEIGHT, WIDTH, 1)
+    np.testing.assert_array_equal(pixels(decode(data, Reading(3))), picture[:, :, :3])
+    np.testing.assert_array_equal(pixels(decode(data, Reading(4))), picture)
+    assert pixels(decode(data, Reading(1))).shape == (HEIGHT, WIDTH, 1)
 
 
 def test_gray_with_alpha_is_two_channels(rng: np.random.Generator) -> None:
     picture = noise(rng, HEIGHT, WIDTH, 2)
     data = encoded(Image.fromarray(picture, "LA"), "PNG")
-    np.testing.assert_array_equal(pixels(decode(data, 2)), picture)
-    np.testing.assert_array_equal(pixels(decode(data, 1)), picture[:, :, :1])
+    np.testing.assert_array_equal(pixels(decode(data, Reading(2))), picture)
+    np.testing.assert_array_equal(pixels(decode(data, Reading(1))), picture[:, :, :1])
 
 
 def test_cmyk_jpeg() -> None:
     ink = ramp(4)
     data = encoded(Image.fromarray(ink, "CMYK"), "JPEG", quality=100, subsampling=0)
     expected = (255 - ink[:, :, :3].astype(float)) * (255 - ink[:, :, 3:]) / 255
-    assert np.abs(pixels(decode(data, 3)) - expected).max() < 6
-    assert np.abs(pixels(decode(data, 1))[:, :, 0] - luma(expected)).max() < 6
-    assert np.abs(pixels(decode(data, 4)).astype(int) - ink).max() < 6
+    assert np.abs(pixels(decode(data, Reading(3))) - expected).max() < 6
+    assert np.abs(pixels(decode(data, Reading(1)))[:, :, 0] - luma(expected)).max() < 6
+    assert np.abs(pixels(decode(data, Reading(4))).astype(int) - ink).max() < 6
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
@@ -213,21 +213,21 @@ def test_sixteen_bits_keep_the_high_byte(form: str, brightest: int) -> None:
     values = np.linspace(0, brightest, 64 * 48).astype(np.uint16).reshape(64, 48)
     data = encoded(values, form)
     for in_chans in (1, 3):
-        found = pixels(decode(data, in_chans))
+        found = pixels(decode(data, Reading(in_chans)))
         np.testing.assert_array_equal(found, np.repeat((values >> 8)[:, :, None], in_chans, axis=2))
 
 
 def test_every_sixteen_bit_value_keeps_its_high_byte() -> None:
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     for data in (encoded(values, "PNG"), encoded(values, "TIFF"), npy(values)):
-        np.testing.assert_array_equal(pixels(decode(data, 1))[:, :, 0], values >> 8)
+        np.testing.assert_array_equal(pixels(decode(data, Reading(1)))[:, :, 0], values >> 8)
 
 
 def test_big_endian_tiff() -> None:
     values = np.arange(0, 65536, 4, dtype=np.uint16).reshape(128, 128)
     data = encoded(Image.frombytes("I;16B", (128, 128), values.astype(">u2").tobytes()), "TIFF")
     assert data.startswith(b"MM")
-    np.testing.assert_array_equal(pixels(decode(data, 1))[:, :, 0], values >> 8)
+    np.testing.assert_array_equal(pixels(decode(data, Reading(1)))[:, :, 0], values >> 8)
 
 
 @pytest.mark.parametrize(("dtype", "word"), [(np.int32, "integers"), (np.float32, "floats")])
@@ -262,14 +262,14 @@ def test_exif_orientation(form: str, in_chans: int, orientation: int, rng: np.ra
     exif[ORIENTATION] = orientation
     options = {"lossless": True, "exact": True} if form == "WEBP" else {}
     data = encoded(stored, form, exif=exif, **options)
-    np.testing.assert_array_equal(pixels(decode(data, in_chans)), TURNED[orientation](stored))
+    np.testing.assert_array_equal(pixels(decode(data, Reading(in_chans))), TURNED[orientation](stored))
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 def test_exif_orientation_of_a_jpeg(orientation: int) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    found = pixels(decode(encoded(ramp(3), "JPEG", quality=98, exif=exif), 3))
+    found = pixels(decode(encoded(ramp(3), "JPEG", quality=98, exif=exif), Reading(3)))
     expected = TURNED[orientation](ramp(3))
     assert found.shape == expected.shape
     assert np.abs(found.astype(int) - expected).mean() < 3
@@ -280,7 +280,7 @@ def test_unknown_orientation_leaves_the_picture_as_it_lies(orientation: int) -> 
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     np.testing.assert_array_equal(
-        pixels(decode(encoded(ramp(3), "PNG", exif=exif), 3)),
+        pixels(decode(encoded(ramp(3), "PNG", exif=exif), Reading(3))),
         ramp(3),
     )
 
@@ -297,7 +297,7 @@ def test_unknown_orientation_leaves_the_picture_as_it_lies(orientation: int) -> 
 )
 def test_broken_exif_does_not_spoil_the_picture(exif: bytes) -> None:
     for form in ("JPEG", "PNG"):
-        assert pixels(decode(encoded(ramp(3), form, exif=exif), 3)).shape == (HEIGHT, WIDTH, 3)
+        assert pixels(decode(encoded(ramp(3), form, exif=exif), Reading(3))).shape == (HEIGHT, WIDTH, 3)
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
@@ -307,7 +307,7 @@ def test_animation_shows_its_first_frame(form: str) -> None:
     data = encoded(frames[0], form, save_all=True, append_images=frames[1:], **options)
     with Image.open(io.BytesIO(data)) as check:
         assert check.n_frames == 3  # type: ignore[attr-defined]
-    found = pixels(decode(data, 3))
+    found = pixels(decode(data, Reading(3)))
     np.testing.assert_array_equal(found, np.broadcast_to([255, 0, 0], found.shape))
 
 
@@ -324,9 +324,9 @@ def tiff_pages(pages: list[Image.Image], **options: Any) -> bytes:
 def test_pages_of_a_tiff_are_channels(rng: np.random.Generator) -> None:
     planes = noise(rng, 5, HEIGHT, WIDTH)
     data = tiff_pages([Image.fromarray(plane) for plane in planes])
-    np.testing.assert_array_equal(pixels(decode(data, 5)), planes.transpose(1, 2, 0))
+    np.testing.assert_array_equal(pixels(decode(data, Reading(5))), planes.transpose(1, 2, 0))
     # As a picture it is its first page.
-    np.testing.assert_array_equal(pixels(decode(data, 1)), planes[0, :, :, None])
+    np.testing.assert_array_equal(pixels(decode(data, Reading(1))), planes[0, :, :, None])
     assert "1 channel and 5 pages, but in_chans is 4" in refusal(data, 4)
 
 
@@ -334,7 +334,7 @@ def test_pages_of_sixteen_bits(rng: np.random.Generator) -> None:
     planes = rng.integers(0, 65536, (2, HEIGHT, WIDTH), dtype=np.uint16)
     planes[1] //= 300
     data = tiff_pages([Image.fromarray(plane) for plane in planes])
-    np.testing.assert_array_equal(pixels(decode(data, 2)), (planes >> 8).transpose(1, 2, 0))
+    np.testing.assert_array_equal(pixels(decode(data, Reading(2))), (planes >> 8).transpose(1, 2, 0))
 
 
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
@@ -346,7 +346,7 @@ def test_orientation_of_pages(compression: str | None, rng: np.random.Generator)
     for page in pages:
         page.encoderinfo = {"tiffinfo": tags}  # type: ignore[attr-defined]
     data = tiff_pages(pages, tiffinfo=tags, compression=compression)
-    found = pixels(decode(data, 2))
+    found = pixels(decode(data, Reading(2)))
     np.testing.assert_array_equal(found, TURNED[6](planes.transpose(1, 2, 0)))
 
 
@@ -367,11 +367,11 @@ def test_numpy_arrays(in_chans: int, dtype: str, rng: np.random.Generator) -> No
     array = rng.integers(0, top, (HEIGHT, WIDTH, in_chans), endpoint=True).astype(dtype)
     expected = array >> 8 if array.itemsize == 2 else array
     for layout in (array, np.asfortranarray(array)):
-        np.testing.assert_array_equal(pixels(decode(npy(layout), in_chans)), expected)
+        np.testing.assert_array_equal(pixels(decode(npy(layout), Reading(in_chans))), expected)
 
 
 def test_flat_numpy_array_is_one_channel() -> None:
-    np.testing.assert_array_equal(pixels(decode(npy(ramp(1)[:, :, 0]), 1)), ramp(1))
+    np.testing.assert_array_equal(pixels(decode(npy(ramp(1)[:, :, 0]), Reading(1))), ramp(1))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int16, np.int64, np.bool_, np.uint32])
@@ -427,21 +427,21 @@ def test_what_is_no_picture(data: bytes) -> None:
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"])
 def test_one_pixel(form: str) -> None:
-    assert pixels(decode(encoded(Image.new("RGB", (1, 1), "gray"), form), 3)).shape == (1, 1, 3)
+    assert pixels(decode(encoded(Image.new("RGB", (1, 1), "gray"), form), Reading(3))).shape == (1, 1, 3)
 
 
 @pytest.mark.parametrize("make", [lambda: encoded(ramp(3), "PNG"), lambda: npy(ramp(3))])
 def test_more_pixels_than_allowed_are_refused(make: Callable[[], bytes]) -> None:
-    assert pixels(decode(make(), 3, max_pixels=HEIGHT * WIDTH)).shape == (HEIGHT, WIDTH, 3)
+    assert pixels(decode(make(), Reading(3, max_pixels=HEIGHT * WIDTH))).shape == (HEIGHT, WIDTH, 3)
     with pytest.raises(UnreadableImage, match=r"claims 22 x 13 pixels, more than .* 285"):
-        decode(make(), 3, max_pixels=HEIGHT * WIDTH - 1)
+        decode(make(), Reading(3, max_pixels=HEIGHT * WIDTH - 1))
 
 
 def test_pillows_own_limit_gives_way_and_nothing_warns(
     monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", HEIGHT * WIDTH // 3)
-    np.testing.assert_array_equal(pixels(decode(encoded(ramp(3), "PNG"), 3)), ramp(3))
+    np.testing.assert_array_equal(pixels(decode(encoded(ramp(3), "PNG"), Reading(3))), ramp(3))
     assert not recwarn.list
 
 
@@ -464,13 +464,13 @@ def test_wrong_number_of_channels_names_both_numbers() -> None:
 def test_an_opened_picture_gives_what_its_file_gives(in_chans: int) -> None:
     data = encoded(ramp(4), "PNG")
     with Image.open(io.BytesIO(data)) as picture:
-        found = pixels(from_picture(picture, in_chans))
-    np.testing.assert_array_equal(found, pixels(decode(data, in_chans)))
+        found = pixels(from_picture(picture, Reading(in_chans)))
+    np.testing.assert_array_equal(found, pixels(decode(data, Reading(in_chans))))
 
 
 def test_an_opened_picture_that_breaks_while_it_is_read() -> None:
     data = bytearray(encoded(noise(np.random.default_rng(0), 61, 47, 3), "PNG"))
     data[90:120] = bytes(30)
     with Image.open(io.BytesIO(data)) as picture, pytest.raises(UnreadableImage) as caught:
-        from_picture(picture, 3)
+        from_picture(picture, Reading(3))
     assert len(str(caught.value).splitlines()) == 1

@@ -18,7 +18,7 @@ from torch import Tensor
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.data.formats import decode, open_picture
-from etpp_ssl.data.formats.base import DecodedPicture, Decoder, UnreadableImage
+from etpp_ssl.data.formats.base import DecodedPicture, Decoder, Reading, UnreadableImage
 from etpp_ssl.data.formats.jpeg import JpegPicture
 from etpp_ssl.data.resize import resize
 from etpp_ssl.data.sources.synthetic import SyntheticSource
@@ -31,7 +31,7 @@ ORIENTATION = 0x0112
 def drawn(width: int, height: int, index: int = 0) -> Image.Image:
     """A picture with a photograph's spectrum."""
     source = SyntheticSource(
-        split="train", num_images=100, num_classes=10, size=(height, width), in_chans=3, seed=1
+        split="train", num_images=100, num_classes=10, size=(height, width), reading=Reading(3), seed=1
     )
     return source.open(index).channels()[0]
 
@@ -61,7 +61,7 @@ sides = st.integers(1, 150)
 def test_a_region_keeps_what_it_must_and_lies_where_it_says(
     size: tuple[int, int], orientation: int, data: st.DataObject
 ) -> None:
-    picture = open_picture(jpeg(Image.new("RGB", size, (200, 90, 10)), orientation), 3)
+    picture = open_picture(jpeg(Image.new("RGB", size, (200, 90, 10)), orientation), Reading(3))
     assert picture.size == picture.channels()[0].size
     left = data.draw(st.integers(0, picture.size[0] - 1))
     top = data.draw(st.integers(0, picture.size[1] - 1))
@@ -88,7 +88,7 @@ def test_a_region_keeps_what_it_must_and_lies_where_it_says(
 @pytest.mark.parametrize("size", [(211, 150), (208, 160), (163, 205)])
 def test_a_reduced_region_shows_what_the_full_one_shows(size: tuple[int, int], orientation: int) -> None:
     data = jpeg(drawn(*size), orientation)
-    picture, whole = open_picture(data, 3), DecodedPicture(decode(data, 3))
+    picture, whole = open_picture(data, Reading(3)), DecodedPicture(decode(data, Reading(3)))
     width, height = picture.size
     out = (23, 19)
     # The whole, both corners, and odd boxes.
@@ -107,7 +107,7 @@ def test_a_reduced_region_shows_what_the_full_one_shows(size: tuple[int, int], o
 
 def test_a_region_at_full_resolution_is_the_full_decode() -> None:
     for orientation in (1, 6, 7):
-        picture = open_picture(jpeg(drawn(93, 61), orientation), 3)
+        picture = open_picture(jpeg(drawn(93, 61), orientation), Reading(3))
         for box in [(0, 0, *picture.size), (3, 5, 40, 41), (60, 60, 61, 61)]:
             region = picture.region(box, (900, 900))
             assert region.box == (0, 0, box[2] - box[0], box[3] - box[1])
@@ -115,7 +115,7 @@ def test_a_region_at_full_resolution_is_the_full_decode() -> None:
 
 
 def test_a_picture_can_be_asked_again() -> None:
-    picture = open_picture(jpeg(drawn(93, 61)), 3)
+    picture = open_picture(jpeg(drawn(93, 61)), Reading(3))
     box = (0, 0, 88, 56)
     small, full = picture.region(box, (9, 9)), picture.region(box, (88, 56))
     assert small.pixels.shape == (14, 22, 3)
@@ -127,11 +127,11 @@ def test_a_picture_can_be_asked_again() -> None:
 @pytest.mark.parametrize(("mode", "in_chans"), [("L", 3), ("L", 1), ("RGB", 1)])
 def test_gray_is_reduced_too(mode: str, in_chans: int) -> None:
     data = jpeg(drawn(161, 97).convert(mode))
-    picture = open_picture(data, in_chans)
+    picture = open_picture(data, Reading(in_chans))
     region = picture.region((1, 2, 150, 90), (20, 20))
     assert region.pixels.shape[2] == in_chans
     assert region.pixels.shape[0] < 50
-    whole = DecodedPicture(decode(data, in_chans)).region((1, 2, 150, 90), (20, 20))
+    whole = DecodedPicture(decode(data, Reading(in_chans))).region((1, 2, 150, 90), (20, 20))
     assert psnr(resize(region, (20, 20), "bicubic"), resize(whole, (20, 20), "bicubic")) > 38
 
 
@@ -143,10 +143,10 @@ def test_what_has_no_reduced_decode_is_decoded_whole() -> None:
     np.save(array, np.asarray(rgb).astype(np.uint16) << 8)
     files = [jpeg(rgb.convert("CMYK")), png.getvalue(), array.getvalue()]
     for data in files:
-        picture = open_picture(data, 3)
+        picture = open_picture(data, Reading(3))
         assert isinstance(picture, DecodedPicture)
         region = picture.region((1, 2, 70, 60), (5, 5))
-        expected = np.asarray(decode(data, 3)[0].crop((1, 2, 70, 60)))
+        expected = np.asarray(decode(data, Reading(3))[0].crop((1, 2, 70, 60)))
         np.testing.assert_array_equal(region.pixels, expected)
         assert region.box == (0, 0, 69, 58)
     five = np.random.default_rng(0).integers(0, 256, (9, 7, 5), dtype=np.uint8)
@@ -161,7 +161,7 @@ def test_a_file_that_breaks_off_is_unreadable_once_it_is_decoded(decoder: Decode
     if decoder == "simplejpeg":
         pytest.importorskip("simplejpeg")
     data = jpeg(drawn(211, 150))
-    picture = open_picture(data[: len(data) // 2], 3)
+    picture = open_picture(data[: len(data) // 2], Reading(3))
     for at_least in [(20, 20), (200, 150)]:
         with pytest.raises(UnreadableImage) as error:
             picture.region((0, 0, 200, 150), at_least, decoder)
@@ -169,7 +169,7 @@ def test_a_file_that_breaks_off_is_unreadable_once_it_is_decoded(decoder: Decode
     with pytest.raises(UnreadableImage):
         picture.channels()
     with pytest.raises(UnreadableImage):
-        open_picture(b"\xff\xd8 no more", 3)
+        open_picture(b"\xff\xd8 no more", Reading(3))
 
 
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
@@ -181,7 +181,7 @@ def test_simplejpegs_pixels_are_pillows(subsampling: int, mode: str) -> None:
         for progressive in (False, True):
             data = jpeg(drawn(*size).convert(mode), progressive=progressive, **options)
             for in_chans in (1, 3):
-                picture = open_picture(data, in_chans)
+                picture = open_picture(data, Reading(in_chans))
                 for parts in (8, 4, 2, 1):
                     at_least = (max(1, size[0] // parts), max(1, size[1] // parts))
                     one = picture.region((0, 0, *size), at_least)
@@ -238,7 +238,7 @@ def test_reduced_views_show_what_full_ones_show(lanczos: bool) -> None:
     qualities = []
     for position in range(14):
         data = jpeg(drawn(601, 467, position))
-        picture = open_picture(data, 3)
+        picture = open_picture(data, Reading(3))
         found = view("reduced", lanczos=lanczos)(picture, position, bandwidth)
         assert torch.equal(found, view("reduced", lanczos=lanczos)(picture, position, bandwidth))
         wanted = view("full", lanczos=lanczos)(picture, position, bandwidth)
@@ -260,14 +260,14 @@ def keyed(position: int) -> random.Random:
 
 def test_at_full_bandwidth_a_view_differs_by_two_levels_at_most() -> None:
     for position in range(8):
-        picture = open_picture(jpeg(drawn(201, 167, position)), 3)
+        picture = open_picture(jpeg(drawn(201, 167, position)), Reading(3))
         found, wanted = (view(decode)(picture, position, IMAGE_SIZE) for decode in ("reduced", "full"))
         assert (found.int() - wanted.int()).abs().max() <= 2
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "box"])
 def test_the_interpolation_is_that_of_both_decodes(interpolation: Any) -> None:
-    picture = open_picture(jpeg(drawn(201, 167)), 3)
+    picture = open_picture(jpeg(drawn(201, 167)), Reading(3))
     full = view("full", interpolation=interpolation, flip=False)(picture, 3, IMAGE_SIZE)
     box = random_crop_box(picture.size, WHOLE_RANGE, keyed(3))
     kernel = Image.Resampling[interpolation.upper()]

@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.formats.base import UnreadableImage
+from etpp_ssl.data.formats.base import Reading, UnreadableImage
 from etpp_ssl.data.loader import BatchBuilder, evaluation_requests, load_batches
 from etpp_ssl.data.sampler import KeyedOrder
 from etpp_ssl.data.sources.timm_dataset import TimmConfig, TimmSource
@@ -301,7 +301,7 @@ def test_a_reader_without_a_list_of_samples_is_asked_for_each_label() -> None:
         def filename(self, index: int) -> str | None:
             return f"{index}\udcff.png" if index else None
 
-    source = TimmSource(SimpleNamespace(reader=Reader()), "hfds/x/train", 3)
+    source = TimmSource(SimpleNamespace(reader=Reader()), "hfds/x/train", Reading(3))
     assert source.classes == ["zero", "one"]
     assert [source.label(index) for index in (0, 1, 2, 3)] == [0, 1, -1, 1]
     assert torch.equal(to_tensor(source.open(3).channels()), pixels(3))
