@@ -54,7 +54,7 @@ def resize(region: Region, size: tuple[int, int], kernel: Kernel) -> Tensor:
         # A pixel counts if everything that it was made of does, but for the kernel's faint outermost part.
         has_data = resize(shares, size, "bilinear") > MOST_VALID
         return resize(whole, size, kernel).where(has_data, torch.nan)
-    # torch 2.14 is wrong where the width is or becomes 1: of floats, and of more than four channels of 8 bits.
+    # torch 2.14 errs where the width is or becomes 1: of floats, and of more than four channels of 8 bits.
     _, width, channels = region.pixels.shape
     eight_bits = region.pixels.dtype == np.uint8
     right = channels <= 4 if eight_bits else min(width, size[0]) > 1
