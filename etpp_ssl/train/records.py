@@ -108,7 +108,7 @@ def save(run: Run, *, required: bool = False) -> bool:
         RunFault: on all processes, if it is not written and the run ends for it.
     """
     is_main = run.accelerator.is_main_process
-    average = None if run.average is None else run.average.state_dict()
+    average = None if run.average is None else run.average.module.state_dict()
     files = checkpoint_files(run.bare_model, run.optimizer, average, keep=is_main)
     gather_streams(run.accelerator, run.state)
     fault = ""
