@@ -23,8 +23,7 @@ from torch import Tensor
 from worth_figure import worth_figure
 
 from etpp_ssl.curriculum.base import Curriculum
-from etpp_ssl.curriculum.constant import Constant
-from etpp_ssl.curriculum.efficienttrain import EfficientTrain
+from etpp_ssl.curriculum.efficienttrain import Constant, EfficientTrain
 from etpp_ssl.optim.optimizers import OptimConfig
 from etpp_ssl.report.figures import crop_figure, stages_figure
 

@@ -19,8 +19,7 @@ from PIL import Image
 
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.base import Curriculum, StageSpec
-from etpp_ssl.curriculum.constant import Constant
-from etpp_ssl.curriculum.efficienttrain import EfficientTrain
+from etpp_ssl.curriculum.efficienttrain import Constant, EfficientTrain
 from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.optim.optimizers import Schedule
 from etpp_ssl.report.figures import crop_figure, stages_figure
