@@ -18,7 +18,8 @@ from etpp_ssl.config import UserError
 from etpp_ssl.files import check_place, replaced_file
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.report import tables
-from etpp_ssl.report.curves import (
+from etpp_ssl.report.figures import (
+    INK,
     PALETTE,
     XAxis,
     colour_of,
@@ -26,9 +27,9 @@ from etpp_ssl.report.curves import (
     dashed,
     probe_figures,
     quantities,
+    stages_figure,
     x_axes,
 )
-from etpp_ssl.report.figures import INK, stages_figure
 from etpp_ssl.report.history import History, read_histories
 from etpp_ssl.report.markup import Captioned, image, inline_svg, png, render
 from etpp_ssl.report.panels import Panel, missing_picture

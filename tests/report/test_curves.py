@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from etpp_ssl.report.curves import (
+from etpp_ssl.report.figures import (
+    INK,
     MOST_POINTS,
     PALETTE,
     QUANTITIES,
@@ -24,7 +25,6 @@ from etpp_ssl.report.curves import (
     quantities,
     x_axes,
 )
-from etpp_ssl.report.figures import INK
 from etpp_ssl.report.history import read_histories
 from etpp_ssl.report.markup import inline_svg
 
