@@ -99,14 +99,9 @@ def x_axes(histories: Sequence[History]) -> list[XAxis]:
     ]
 
 
-def colour_of(index: int) -> str:
-    """The colour of the run at `index` in a report."""
-    return PALETTE[index % len(PALETTE)]
-
-
-def dashed(index: int) -> bool:
-    """Whether a run's lines are dashed: those beyond the palette, whose colours repeat."""
-    return index >= len(PALETTE)
+def line_of(index: int) -> tuple[str, bool]:
+    """The colour of the run at `index` in a report, and whether it is dashed, as its colour is another's."""
+    return PALETTE[index % len(PALETTE)], index >= len(PALETTE)
 
 
 def curve_figure(histories: Sequence[History], quantity: Quantity, x_axis: XAxis) -> Figure | None:
@@ -183,8 +178,9 @@ def _probe_positions(history: History, rows: list[dict[str, Any]], x_axis: XAxis
 
 def _draw(axes: Axes, x: np.ndarray, y: np.ndarray, index: int, stepped: bool = False) -> bool:
     # Lines that coincide: the first is drawn wider, so that it shows on both sides of the others.
-    (line,) = axes.plot(x, y, color=colour_of(index), lw=1.5 if index else 2.0)
-    if dashed(index):
+    colour, is_dashed = line_of(index)
+    (line,) = axes.plot(x, y, color=colour, lw=1.5 if index else 2.0)
+    if is_dashed:
         line.set_linestyle("--")
     if stepped:
         line.set_drawstyle("steps-pre")

@@ -79,9 +79,7 @@ def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
 
 
-def prefix_of(
-    names: Collection[str], wanted: Collection[str], source: str, notes: list[str], *, share: float = 0.5
-) -> str | None:
+def prefix_of(names: Collection[str], wanted: Collection[str], source: str, notes: list[str]) -> str | None:
     """What stands in front of a model's names, such as "backbone." or "module.encoder_q."; often nothing.
 
     Args:
@@ -89,10 +87,9 @@ def prefix_of(
         wanted: of the model.
         source: names the weights in the message.
         notes: gets a line if there are several such models and one was taken.
-        share: of the wanted names that must be there.
 
     Returns:
-        A prefix, empty or with its dot; None if nothing like the model is there.
+        A prefix, empty or with its dot; None if less than half of the model is there.
 
     Raises:
         UserError: for several such models of which none is known to be the one to take.
@@ -103,7 +100,7 @@ def prefix_of(
             if name[start:] in wanted:
                 counts[name[:start]] += 1
     most = max(counts.values(), default=0)
-    if most == 0 or most < share * len(wanted):
+    if most == 0 or 2 * most < len(wanted):
         return None
     found = sorted(prefix for prefix, count in counts.items() if count == most)
     if "" in found:
