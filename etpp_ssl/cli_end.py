@@ -15,7 +15,7 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 
-from etpp_ssl.config import UserError
+from etpp_ssl.config import Interrupted, UserError
 
 
 class _Process:
@@ -78,8 +78,6 @@ def stops(what: str | None = None) -> Iterator[None]:
     Args:
         what: for the message; None for what has told it already.
     """
-    from etpp_ssl.dist.signals import Interrupted
-
     try:
         yield
     except Interrupted as interrupted:

@@ -1,7 +1,8 @@
-"""The frozen base of every Config, and the error that users see."""
+"""The frozen base of every Config, and the errors that users see."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,20 @@ class RunFault(UserError):
     """
 
     exit_code = 1
+
+
+class Interrupted(Exception):
+    """A run or a long probe was asked to stop, and has written what it resumes from.
+
+    Args:
+        signum: the signal that asked; `exit_code` tells it.
+        step: the last step that is done.
+    """
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
+        # 75 is EX_TEMPFAIL: a scheduler may start the same command again. 130 is a shell's Ctrl-C.
+        self.exit_code = 130 if signum == signal.SIGINT else 75
 
 
 class Config(BaseModel):

@@ -13,8 +13,7 @@ from pydantic import BaseModel, Field, PrivateAttr, field_validator, model_valid
 
 from etpp_ssl.config import Config, UserError, as_pair, legal_size, may_change
 from etpp_ssl.curriculum.base import Curriculum
-from etpp_ssl.curriculum.constant import ConstantConfig
-from etpp_ssl.curriculum.efficienttrain import EfficientTrainConfig
+from etpp_ssl.curriculum.efficienttrain import ConstantConfig, EfficientTrainConfig
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import AnyIndexedData, open_split
 from etpp_ssl.data.streams.huggingface import HuggingFaceConfig

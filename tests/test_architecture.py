@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A folder, or a single file of one.
 OWNERS = {
     "accelerate": {"commands", "debug", "dist", "evaluation", "tasks", "train"},
-    "timm": {"model", "optim", "export", "data", "encoder_sources", "evaluation", "train/ema", "weights"},
+    "timm": {"model", "optim", "export", "data", "encoder_sources", "evaluation", "train/run", "weights"},
     "torchvision": {"data", "report"},
     "typer": {"cli", "cli_end"},
     "matplotlib": {"report"},

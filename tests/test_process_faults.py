@@ -22,9 +22,8 @@ import torch.distributed as dist
 from ranks import LONG, Rank, Server, free_port
 
 from etpp_ssl.config import UserError
-from etpp_ssl.dist.accelerator import alone_by_mistake
+from etpp_ssl.dist.accelerator import SAME_REQUEST_SECONDS, StopRequest, alone_by_mistake
 from etpp_ssl.dist.peers import PeerLost, lost_peer
-from etpp_ssl.dist.signals import SAME_REQUEST_SECONDS, StopRequest
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 

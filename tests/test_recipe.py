@@ -11,8 +11,7 @@ from tiny_runs import TINY, TINY_CLASSIFIER
 
 from etpp_ssl import messages, recipe_file
 from etpp_ssl.config import UserError
-from etpp_ssl.curriculum.constant import ConstantConfig
-from etpp_ssl.curriculum.efficienttrain import EfficientTrainConfig
+from etpp_ssl.curriculum.efficienttrain import ConstantConfig, EfficientTrainConfig
 from etpp_ssl.data.sources.folder import FolderConfig
 from etpp_ssl.model.decoders import CrossDecoderConfig, MAEDecoderConfig
 from etpp_ssl.model.mask_patterns import BlockMaskingConfig

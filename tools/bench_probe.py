@@ -27,7 +27,7 @@ from PIL import Image
 from etpp_ssl.data.formats.base import DecodedPicture, Picture
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.evaluation.features import EvaluationLoader, extract_features, pooled_features
-from etpp_ssl.evaluation.knn import knn_sweep, knn_vote
+from etpp_ssl.evaluation.knn import knn_sweep
 from etpp_ssl.evaluation.linear_cached import LinearCachedConfig, train_heads
 from etpp_ssl.model.mae import ModelConfig
 from etpp_ssl.randomness import keyed_numpy
@@ -170,7 +170,7 @@ def compare_neighbours(
     """Print the time of one vote and of a sweep."""
     pairs = [(k, t) for k in (5, 10, 20, 50, 100) for t in (0.02, 0.04, 0.07, 0.1, 0.2)]
     routes = {
-        "k = 20": lambda: knn_vote(train, labels, queries, num_classes=NUM_CLASSES, k=20, temperature=0.07),
+        "k = 20": lambda: knn_sweep(train, labels, queries, num_classes=NUM_CLASSES, pairs=[(20, 0.07)]),
         f"{len(pairs)} votes, k to 100": lambda: knn_sweep(
             train, labels, queries, num_classes=NUM_CLASSES, pairs=pairs
         ),

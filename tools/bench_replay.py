@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 
 from etpp_ssl.curriculum.base import Curriculum, ReplaySpec
-from etpp_ssl.curriculum.constant import Constant
+from etpp_ssl.curriculum.efficienttrain import Constant
 from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.data.formats.base import Picture
 from etpp_ssl.data.loader import Batch, BatchBuilder

@@ -17,16 +17,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from concept_figures import budget_figure, positions_figure, randomness_figure, targets_figure
+from crop_figure import crop_figure
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import Tensor
 from worth_figure import worth_figure
 
 from etpp_ssl.curriculum.base import Curriculum
-from etpp_ssl.curriculum.constant import Constant
-from etpp_ssl.curriculum.efficienttrain import EfficientTrain
+from etpp_ssl.curriculum.efficienttrain import Constant, EfficientTrain
 from etpp_ssl.optim.optimizers import OptimConfig
-from etpp_ssl.report.figures import crop_figure, stages_figure
+from etpp_ssl.report.figures import stages_figure
 
 SIZE = 224
 BANDWIDTHS = (96, 160)

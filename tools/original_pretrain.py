@@ -32,9 +32,9 @@ from timm.optim import param_groups_weight_decay
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from etpp_ssl.config import UserError
+from etpp_ssl.config import Interrupted, UserError
 from etpp_ssl.data.sources.folder import FolderConfig
-from etpp_ssl.dist.signals import Interrupted, StopRequest
+from etpp_ssl.dist.accelerator import StopRequest
 from etpp_ssl.files import append_line, replaced_file, write_text
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.recipe_file import changed_keys

@@ -12,11 +12,9 @@ from typing import Any
 from accelerate import Accelerator
 
 from etpp_ssl.commands.trained import trained_model
-from etpp_ssl.config import UserError
-from etpp_ssl.dist.accelerator import open_accelerator, process_as_found
+from etpp_ssl.config import Interrupted, UserError
+from etpp_ssl.dist.accelerator import StopRequest, open_accelerator, process_as_found
 from etpp_ssl.dist.peers import Agreement, leave, with_peers
-from etpp_ssl.dist.signals import Interrupted, StopRequest
-from etpp_ssl.evaluation.base import ProbeStopped
 from etpp_ssl.evaluation.measured_on import in_words, measured_on, training_mark
 from etpp_ssl.files import append_line, check_place, disk_fault
 from etpp_ssl.recipe import ProbedClassifier, Recipe
@@ -70,9 +68,9 @@ def probe_run(recipe: Recipe | ProbedClassifier, source: str, say: Callable[[str
     assert probe is not None
     try:
         numbers = probe.run(trained.model.to(accelerator.device))
-    except ProbeStopped as stopped:
+    except Interrupted:
         leave(accelerator)
-        raise Interrupted(stopped.signum, stopped.step) from None
+        raise
     if accelerator.is_main_process:
         data = measured_on(recipe, "eval", probe.evaluation, [*trained.trainings, (recipe, None)])
         _print(recipe, numbers, data)

@@ -11,11 +11,22 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 from pydantic import Field, model_validator
 
 from etpp_ssl.config import Config, UserError, as_pair, show_size
 from etpp_ssl.curriculum.cost import Segment, segments_from, whole_steps
+
+
+class RunSizes(TypedDict):
+    """What a curriculum is built from beside its own settings; see `EfficientTrain`."""
+
+    image_size: tuple[int, int]
+    multiple: tuple[int, int]
+    num_images: int
+    batch_size: int
+    budget_epochs: float
 
 
 class ReplaySpec(Config):

@@ -1,10 +1,10 @@
-"""EfficientTrain++: bandwidth grows as compute is spent (TPAMI 2024, Tables 4 and 5)."""
+"""EfficientTrain++: bandwidth grows as compute is spent (TPAMI 2024, Tables 4 and 5); and the plain run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,6 +13,7 @@ from etpp_ssl.curriculum.base import (
     Curriculum,
     Portion,
     ReplaySpec,
+    RunSizes,
     StageSpec,
     legal_bandwidth,
     stage_batch,
@@ -81,26 +82,14 @@ class EfficientTrainConfig(Config):
             )
         return self
 
-    def build(
-        self,
-        *,
-        image_size: tuple[int, int],
-        multiple: tuple[int, int],
-        num_images: int,
-        batch_size: int,
-        budget_epochs: float,
-    ) -> EfficientTrain:
-        """The run's curriculum; see `EfficientTrain` for the arguments."""
+    def build(self, **sizes: Unpack[RunSizes]) -> EfficientTrain:
+        """The run's curriculum."""
         return EfficientTrain(
             table=self.table,
             stages=self.stages,
             replay=self.replay,
             large_batch=self.large_batch,
-            image_size=image_size,
-            multiple=multiple,
-            num_images=num_images,
-            batch_size=batch_size,
-            budget_epochs=budget_epochs,
+            **sizes,
         )
 
     def roundings(self, image_size: tuple[int, int], multiple: tuple[int, int]) -> list[str]:
@@ -194,3 +183,43 @@ def asked_stages(
 def _scaled(bandwidth: int, image_size: tuple[int, int], reference: int) -> tuple[float, float]:
     # Multiplied before divided: the full image must come out as itself, not one rounding beyond it.
     return bandwidth * image_size[0] / reference, bandwidth * image_size[1] / reference
+
+
+class ConstantConfig(Config):
+    """Train at full resolution throughout, as MAE does."""
+
+    name: Literal["constant"] = "constant"
+    crop: Literal["fourier", "lanczos"] = "fourier"
+    """As in `efficienttrain`; at full resolution both show the whole image."""
+    replay: ReplaySpec | None = None
+    """Repeat loaded images; None loads every image anew."""
+
+    def build(self, **sizes: Unpack[RunSizes]) -> Constant:
+        """The run's curriculum."""
+        return Constant(replay=self.replay, **sizes)
+
+    def roundings(self, image_size: tuple[int, int], multiple: tuple[int, int]) -> list[str]:
+        """Nothing is rounded at full resolution."""
+        return []
+
+
+class Constant(Curriculum):
+    """One stage at full resolution; the arguments are those of `EfficientTrain`, `multiple` has no effect."""
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int],
+        multiple: int | tuple[int, int] = 1,
+        num_images: int,
+        batch_size: int,
+        budget_epochs: float,
+        replay: ReplaySpec | None = None,
+    ) -> None:
+        size = as_pair(image_size)
+        super().__init__(
+            [Portion(size, 1.0, batch_size, replay)],
+            image_size=size,
+            num_images=num_images,
+            budget_epochs=budget_epochs,
+        )

@@ -1,26 +1,109 @@
-"""Report of a reproduced step, for a person to read, and for a script."""
+"""Report of a reproduced step: what was found, for a person to read, and for a script."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from etpp_ssl.config import listed
-from etpp_ssl.debug.reproduce import MOST_SEARCHED, BadSample, Reproduction
-from etpp_ssl.debug.tracing import Origin
 
 MOST_ROWS = 5
 """Lines of one kind that are shown; the file has all."""
 WITHOUT_PART = ("optim.", "optim=", "curriculum", "budget_", "batch_size", "micro_batch_size", "checkpoint")
 """Beginnings of overrides that cannot change forward and backward of a dump's micro-batches."""
+MOST_SEARCHED = 8
+"""Bad micro-batches whose samples are run one by one: where more are bad, no sample is to blame."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the forward pass of a micro-batch stops being finite; finite numbers are magnitudes."""
+
+    module: str | None
+    """As in `named_modules`, the first in the order of execution whose output is not finite although its
+    inputs are; None where all outputs are finite, or the input of the network is not."""
+    kind: str | None
+    """Its class."""
+    largest_input: float | None
+    """Of that module."""
+    largest_weight: float | None
+    """Of that module, those of its parts included; 0 where it has none."""
+    largest_output: float
+    """Of the network."""
+    largest_target: float
+    """Of what its output is compared with."""
+
+
+@dataclass(frozen=True)
+class BadMicroBatch:
+    """A micro-batch whose loss or own gradients are not finite."""
+
+    rank: int
+    number: int
+    """Among those of its process, from 0."""
+    num_samples: int
+    loss: float
+    """Its mean loss."""
+    bad_gradients: int
+    """Parameters whose gradient it makes not finite."""
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that is not finite by itself."""
+
+    rank: int
+    micro_batch: int
+    number: int
+    """In the run."""
+    index: int
+    """In the data set."""
+    name: str
+    what: Literal["input", "loss", "gradient"]
+    """What shows it, the first of these."""
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What the reproduction of a dump's step found."""
+
+    path: str
+    step: int
+    """Counted from 0."""
+    overrides: tuple[str, ...]
+    precision: str
+    device: str
+    reproduced: bool
+    losses: dict[str, float]
+    """The step's loss and, with a combined target, its parts."""
+    process_losses: tuple[float, ...]
+    """Each process's part of the loss."""
+    gradient_norm: float
+    """Over all parameters; NaN where float16's loss scaling leaves it to the scaler."""
+    bad_weights: tuple[str, ...]
+    """Parameters that are not finite before the step."""
+    micro_batches: tuple[BadMicroBatch, ...]
+    samples: tuple[BadSample, ...]
+    samples_apart: bool
+    """Whether samples can be judged one by one: not with batch norms, nor with weights that are lost."""
+    origin: Origin | None
+    """Where the first bad micro-batch stops being finite."""
+    bad_gradients: tuple[str, ...]
+    """Parameters, in the order of the backward pass."""
+    largest_gradients: dict[str, float]
+    """Norms of the largest finite ones."""
+    finite_in_fp32: bool | None
+    """None where the step was float32 already, or is finite."""
+    changes: tuple[str, ...]
+    """How this environment differs from the run's."""
 
 
 def print_report(found: Reproduction, console: Console) -> None:

@@ -9,10 +9,11 @@ Legend: B batch, M predicted patches, V values per patch, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,10 @@ from torch.nn.utils import get_total_norm
 
 from etpp_ssl.config import UserError
 from etpp_ssl.debug.dumped_step import DumpedBatch, DumpedStep, read_dump
-from etpp_ssl.debug.tracing import Origin, bad_gradients, plain_blocks, trace
+from etpp_ssl.debug.report import MOST_SEARCHED, BadMicroBatch, BadSample, Origin, Reproduction
 from etpp_ssl.dist.accelerator import open_accelerator, process_as_found
+from etpp_ssl.model.attention import BlockRunner
+from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.recipe_base import TrackerConfig
 from etpp_ssl.run_state import environment, environment_changes
 from etpp_ssl.tasks.base import Inputs, Task, forward_backward
@@ -31,72 +34,6 @@ from etpp_ssl.weights.reading import load_weights
 
 MOST_NORMS = 5
 """Largest gradients that are reported."""
-MOST_SEARCHED = 8
-"""Bad micro-batches whose samples are run one by one: where more are bad, no sample is to blame."""
-
-
-@dataclass(frozen=True)
-class BadMicroBatch:
-    """A micro-batch whose loss or own gradients are not finite."""
-
-    rank: int
-    number: int
-    """Among those of its process, from 0."""
-    num_samples: int
-    loss: float
-    """Its mean loss."""
-    bad_gradients: int
-    """Parameters whose gradient it makes not finite."""
-
-
-@dataclass(frozen=True)
-class BadSample:
-    """A sample that is not finite by itself."""
-
-    rank: int
-    micro_batch: int
-    number: int
-    """In the run."""
-    index: int
-    """In the data set."""
-    name: str
-    what: Literal["input", "loss", "gradient"]
-    """What shows it, the first of these."""
-
-
-@dataclass(frozen=True)
-class Reproduction:
-    """What the reproduction of a dump's step found."""
-
-    path: str
-    step: int
-    """Counted from 0."""
-    overrides: tuple[str, ...]
-    precision: str
-    device: str
-    reproduced: bool
-    losses: dict[str, float]
-    """The step's loss and, with a combined target, its parts."""
-    process_losses: tuple[float, ...]
-    """Each process's part of the loss."""
-    gradient_norm: float
-    """Over all parameters; NaN where float16's loss scaling leaves it to the scaler."""
-    bad_weights: tuple[str, ...]
-    """Parameters that are not finite before the step."""
-    micro_batches: tuple[BadMicroBatch, ...]
-    samples: tuple[BadSample, ...]
-    samples_apart: bool
-    """Whether samples can be judged one by one: not with batch norms, nor with weights that are lost."""
-    origin: Origin | None
-    """Where the first bad micro-batch stops being finite."""
-    bad_gradients: tuple[str, ...]
-    """Parameters, in the order of the backward pass."""
-    largest_gradients: dict[str, float]
-    """Norms of the largest finite ones."""
-    finite_in_fp32: bool | None
-    """None where the step was float32 already, or is finite."""
-    changes: tuple[str, ...]
-    """How this environment differs from the run's."""
 
 
 @dataclass
@@ -266,3 +203,105 @@ def _norm(gradient: Tensor) -> float:
     """A norm that is finite where the gradient is: its squares may not be."""
     largest = gradient.abs().max()
     return float(largest) * float((gradient / largest).norm()) if largest > 0 else float(largest)
+
+
+def trace(task: Task, model: nn.Module, inputs: Inputs) -> Origin:
+    """Run a forward pass with an eye on every module, inside `plain_blocks`.
+
+    Args:
+        task: the loop's step, with the bare model.
+        model: the bare model, or what wraps it for the precision.
+        inputs: of a micro-batch.
+    """
+    first: list[tuple[str, str, float, float]] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given = [*_tensors_in(args), *_tensors_in(kwargs)]
+            if not first and not all(map(_finite, _tensors_in(output))) and all(map(_finite, given)):
+                first.append(
+                    (name, type(module).__name__, _largest_of(given), _largest_of(module.parameters()))
+                )
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(watch(name), with_kwargs=True)
+        for name, module in task.model.named_modules()
+    ]
+    try:
+        with torch.no_grad():
+            output = task.forward(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    name, kind, largest_input, largest_weight = first[0] if first else (None, None, None, None)
+    return Origin(
+        module=name,
+        kind=kind,
+        largest_input=largest_input,
+        largest_weight=largest_weight,
+        largest_output=_largest_of([output]),
+        largest_target=_largest_of([task.target(inputs)]),
+    )
+
+
+@contextmanager
+def bad_gradients(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
+    """Watch a backward pass inside.
+
+    Yields:
+        A function that, after it, names the parameters whose gradients it made not finite, in its order;
+        what was accumulated before does not count.
+    """
+    seen: list[tuple[str, Tensor]] = []
+
+    def watch(name: str) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            seen.append((name, gradient.isfinite().all()))
+
+        return hook
+
+    # What is frozen gets no gradient.
+    learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hooks = [parameter.register_hook(watch(name)) for name, parameter in learned]
+    try:
+        yield lambda: [name for name, finite in seen if not bool(finite)]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def plain_blocks(model: nn.Module) -> Iterator[None]:
+    """Blocks that are neither compiled nor recomputed inside: hooks see their parts, at any batch size."""
+    if not isinstance(model, MaskedAutoencoder):
+        yield
+        return
+    before = model.run
+    model.run_blocks_by(BlockRunner())
+    try:
+        yield
+    finally:
+        model.run_blocks_by(before)
+
+
+def _tensors_in(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values] if values.is_floating_point() else []
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, tuple | list):
+        return []
+    return [tensor for value in values for tensor in _tensors_in(value)]
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+@torch.no_grad()
+def _largest_of(tensors: Iterable[Tensor]) -> float:
+    """The largest magnitude, 0 of nothing; inf or NaN where one is not finite."""
+    found = [tensor.float().abs().max() for tensor in tensors if tensor.numel()]
+    return float(torch.stack(found).max()) if found else 0.0

@@ -1,14 +1,18 @@
-"""accelerate and torch, set up for a recipe, and left behind as they were found."""
+"""accelerate, torch and signals, set up for a run, and left behind as they were found."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import shlex
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch
@@ -143,3 +147,41 @@ def alone_by_mistake(num_processes: int) -> str | None:
 def _warn(accelerator: Accelerator, text: str) -> None:
     # What a command prints to stdout is its result.
     accelerator.print(f"warning: {text}", file=sys.stderr)
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_REQUEST_SECONDS = 3.0
+"""A launcher passes on what a scheduler has sent to all processes: a signal comes twice for one request."""
+
+
+class StopRequest:
+    """Remembers the first signal while it is entered; one that comes seconds later acts at once.
+
+    The handler only takes a note: it starts no collective, since SIGTERM also arrives when another
+    process has died.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for signum in STOP_SIGNALS:
+                self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if not self.signum:
+            self.signum, self._since = signum, time.monotonic()
+        elif time.monotonic() - self._since > SAME_REQUEST_SECONDS:
+            self._restore()
+            os.kill(os.getpid(), signum)
+
+    def _restore(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())

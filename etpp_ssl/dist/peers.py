@@ -22,8 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.distributed import distributed_c10d
 
-from etpp_ssl.config import RunFault, UserError
-from etpp_ssl.dist.signals import Interrupted
+from etpp_ssl.config import Interrupted, RunFault, UserError
 
 OF_A_MACHINE = {"output", "data.root", "data.num_workers", "data.prefetch"}
 """Settings that machines may differ in: paths, and what suits their processors."""

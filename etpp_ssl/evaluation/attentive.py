@@ -4,7 +4,7 @@ A masked autoencoder never trains its cls token on anything, and what it knows a
 patch tokens; a learned query finds it there (as in V-JEPA, Bardes et al. 2024, and CAPI, Darcet et al.
 2025, whose attentive probes differ in detail). The settings are fixed, no images are used to choose any.
 
-Legend: B batch, N tokens, D width, n images.
+Legend: B batch, N tokens, D width, H heads, d = D / H, n images.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,9 +36,7 @@ from etpp_ssl.evaluation.training import (
     training_batches,
 )
 from etpp_ssl.optim.groups import weight_decay_groups
-
-if TYPE_CHECKING:
-    from etpp_ssl.evaluation.attentive_head import AttentiveHead
+from etpp_ssl.randomness import keyed_torch
 
 
 class AttentiveConfig(HeadConfig):
@@ -93,17 +92,13 @@ class AttentiveProbe:
 
     def run(self, model: nn.Module) -> dict[str, float]:
         """Train a head from scratch and evaluate it."""
-        from etpp_ssl.evaluation.attentive_head import AttentiveHead
-
         config, context = self.config, self.context
         encoder: Any = model.encoder
         width = int(encoder.num_features)
         num_heads = config.num_heads or heads_of(encoder)
         if width % num_heads:
             raise UserError(f"probe.num_heads is {num_heads}: use a divisor of the encoder's width {width}")
-        # timm's layers draw from the global generator before the keyed weights replace theirs.
-        with torch.random.fork_rng(devices=[]):
-            head = AttentiveHead(width, num_heads, self.images.num_classes, context.seed)
+        head = AttentiveHead(width, num_heads, self.images.num_classes, context.seed)
         head.to(context.accelerator.device)
         with evaluating(model):
             if config.cache:
@@ -171,6 +166,70 @@ class AttentiveProbe:
         if not len(answers):
             raise UserError("probe=attentive: none of the evaluation images can be read")
         return {"attentive_top1": 100.0 * answers.double().mean().item()}
+
+
+class AttentiveHead(nn.Module):
+    """Pooling, LayerNorm, linear classifier that starts at zero.
+
+    Args:
+        width: D.
+        num_heads: of the pooling layer.
+        num_classes: number of outputs.
+        seed: of the pooling layer.
+    """
+
+    def __init__(self, width: int, num_heads: int, num_classes: int, seed: int) -> None:
+        super().__init__()
+        self.pool = SharedQueryPool(width, num_heads, seed)
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.utils.skip_init(nn.Linear, width, num_classes)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, tokens_BND: Tensor) -> Tensor:
+        """float (B, N, D) to logits (B, classes)."""
+        logits: Tensor = self.linear(self.norm(self.pool(tokens_BND.float())))
+        return logits
+
+
+class SharedQueryPool(nn.Module):
+    """timm's `AttentionPoolLatent` without output projection and MLP, computed in another order.
+
+    The query is the same for all images, so the key projection can be applied to it instead of to the
+    tokens, and the value projection to the pooled tokens instead of to each: D * D operations per token
+    become H * D. The key's bias adds the same to all scores of a head, which the softmax removes.
+
+    Args:
+        width: D.
+        num_heads: H, a divisor of D.
+        seed: of the query and the projections' weights, each normal with variance 1 / D; biases are 0.
+    """
+
+    def __init__(self, width: int, num_heads: int, seed: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.latent = nn.Parameter(torch.empty(1, 1, width))
+        self.q = nn.utils.skip_init(nn.Linear, width, width)
+        self.kv = nn.utils.skip_init(nn.Linear, width, 2 * width)
+        generator = keyed_torch(seed, "attentive-pool")
+        for parameter in self.parameters():
+            if parameter.ndim == 1:
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=width**-0.5, generator=generator)
+
+    def forward(self, tokens_BND: Tensor) -> Tensor:
+        """(B, N, D) to (B, D)."""
+        key, value = self.kv.weight.chunk(2)
+        query_Hd = rearrange(self.q(self.latent), "1 1 (H d) -> H d", H=self.num_heads)
+        key_HdD = rearrange(key, "(H d) D -> H d D", H=self.num_heads)
+        query_HD = (query_Hd[:, None] @ key_HdD)[:, 0] * query_Hd.shape[1] ** -0.5
+        scores_BHN = query_HD @ tokens_BND.mT
+        pooled_BHD = scores_BHN.softmax(dim=-1) @ tokens_BND
+        value_HDd = rearrange(value, "(H d) D -> H D d", H=self.num_heads)
+        values_HBd = rearrange(pooled_BHD, "B H D -> H B D") @ value_HDd
+        pooled: Tensor = rearrange(values_HBd, "H B d -> B (H d)") + self.kv.bias.chunk(2)[1]
+        return pooled
 
 
 def patch_tokens(encoder: Any, images: Tensor) -> Tensor:

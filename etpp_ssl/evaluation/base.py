@@ -17,6 +17,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
+from etpp_ssl import moved
 from etpp_ssl.config import Config, UserError, may_change
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import Subset, keyed_indices, with_classes
@@ -24,18 +25,6 @@ from etpp_ssl.evaluation.features import EvaluationLoader, Features, Pool, Preci
 from etpp_ssl.model.masking import Masker
 from etpp_ssl.randomness import keyed_words
 from etpp_ssl.targets.base import Objective
-
-if TYPE_CHECKING:
-    pass
-
-
-class ProbeStopped(Exception):
-    """A signal asked a long probe to stop, and the probe has written the state that it resumes from."""
-
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped by signal {signum} after step {step} of the probe")
-        self.signum = signum
-        self.step = step
 
 
 def _never() -> AbstractContextManager[Callable[[], int]]:
@@ -80,7 +69,7 @@ class Probe(Protocol):
             model: a masked autoencoder or a classifier; its `encoder` is a timm network.
 
         Raises:
-            ProbeStopped: by a long probe, if `ProbeContext.stop_signal` gave a signal.
+            Interrupted: by a long probe, if `ProbeContext.stop_signal` gave a signal.
         """
 
 
@@ -254,3 +243,7 @@ def stratified_holdout(labels: Tensor, indices: Tensor, share: float, seed: int)
     rank[order] = torch.arange(len(order), device=order.device) - first[labels[order]]
     quota = torch.minimum((share * counts).round().clamp(min=1).long(), (counts - 1).clamp(min=0))
     return rank < quota[labels]
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.names_of("evaluation.base")

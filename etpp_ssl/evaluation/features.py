@@ -21,7 +21,7 @@ Legend: B batch, D width, n images.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.loader import Batch, BatchBuilder, evaluation_requests, load_batches
-from etpp_ssl.data.sampler import KeyedOrder, process_part
+from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, process_part
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.files import replaced_file, save_tensors
@@ -154,17 +154,24 @@ class EvaluationLoader:
         part = process_part(range(len(indices)), accelerator.process_index, accelerator.num_processes)
         wanted = [indices[i] for i in part]
         requests = evaluation_requests(wanted, size=self.view.image_size, batch_size=batch_size)
-        loader = load_batches(
-            BatchBuilder(source, self.view, KeyedOrder(len(source), 0)),
+        builder = BatchBuilder(source, self.view, KeyedOrder(len(source), 0))
+        # Small evaluations are done before worker processes have started.
+        yield from self.load(builder, requests, self.num_workers if len(part) > 4 * batch_size else 0)
+
+    def load(
+        self, builder: BatchBuilder, requests: Iterable[BatchRequest], num_workers: int
+    ) -> Iterator[Batch]:
+        """The batches of some requests, on the device."""
+        device = self.accelerator.device
+        for batch in load_batches(
+            builder,
             requests,
-            # Small evaluations are done before worker processes have started.
-            num_workers=self.num_workers if len(part) > 4 * batch_size else 0,
+            num_workers=num_workers,
             prefetch=2,
-            pin_memory=accelerator.device.type == "cuda",
+            pin_memory=device.type == "cuda",
             stall_seconds=self.stall_seconds,
-        )
-        for batch in loader:
-            yield batch.to(accelerator.device)
+        ):
+            yield batch.to(device)
 
 
 @torch.inference_mode()

@@ -105,21 +105,6 @@ def knn_accuracies(
     return [100.0 * count / len(test.labels) for count in correct]
 
 
-def knn_vote(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    *,
-    num_classes: int,
-    k: int,
-    temperature: float,
-    chunk: int | None = None,
-) -> Tensor:
-    """Predicted classes of one k and temperature, int64 (m,); see `knn_sweep`."""
-    pairs = [(k, temperature)]
-    return knn_sweep(train, train_labels, test, num_classes=num_classes, pairs=pairs, chunk=chunk)[0]
-
-
 @torch.inference_mode()
 def knn_sweep(
     train: Tensor,

@@ -24,10 +24,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from etpp_ssl.config import UserError, may_change, may_change_on_resume
+from etpp_ssl.config import Interrupted, UserError, may_change, may_change_on_resume
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.views import ProbeView
-from etpp_ssl.evaluation.base import LabelledImages, ProbeContext, ProbeStopped
+from etpp_ssl.evaluation.base import LabelledImages, ProbeContext
 from etpp_ssl.evaluation.features import Pool, evaluating, gather_rows, num_features, pooled_features
 from etpp_ssl.evaluation.training import (
     EpochSteps,
@@ -159,7 +159,7 @@ class LinearProbe:
                         self.context.say(f"warning: {error}; the probe continues")
                     saved = time.monotonic()
                 if signum and state.file is not None:
-                    raise ProbeStopped(signum, step + 1)
+                    raise Interrupted(signum, step + 1)
 
     def _features(self, encoder: nn.Module, steps: range) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Features float32 (B, D) and labels (B,) of each step's global batch, on every process.

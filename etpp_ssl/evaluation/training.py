@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError, may_change
-from etpp_ssl.data.loader import Batch, BatchBuilder, load_batches
+from etpp_ssl.data.loader import Batch, BatchBuilder
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.views import View
@@ -144,16 +144,7 @@ def training_batches(
         num_processes=accelerator.num_processes,
         micro_batch_size=micro_batch_size,
     )
-    loader = load_batches(
-        BatchBuilder(train, view, order),
-        requests,
-        num_workers=context.num_workers,
-        prefetch=2,
-        pin_memory=accelerator.device.type == "cuda",
-        stall_seconds=context.stall_seconds,
-    )
-    for batch in loader:
-        yield batch.to(accelerator.device)
+    return context.load(BatchBuilder(train, view, order), requests, context.num_workers)
 
 
 def evaluated(

@@ -33,26 +33,29 @@ Target = PixelsConfig | HogConfig | CombinedConfig
 
 
 def read_autoencoder(
-    run_dir: str | Path, export_format: str, say: Callable[[str], None]
-) -> tuple[RunFolder, Recipe, Checkpoint, MaskedAutoencoder]:
-    """A run, its recipe, its newest whole checkpoint, and the model with the weights of that, on the CPU.
+    run_dir: str | Path, out: str | Path | None, target: str, marker: str, say: Callable[[str], None]
+) -> tuple[RunFolder, Recipe, Checkpoint, MaskedAutoencoder, Path]:
+    """A run, its recipe, its newest whole checkpoint, the model with its weights on the CPU, and the place.
 
     Args:
         run_dir: the run.
-        export_format: for the message to those who export a classifier.
+        out, target, marker: see `export_folder`.
         say: told of damaged checkpoints that are passed over.
 
     Raises:
-        UserError: if there is no run or no checkpoint, or the run trains a classifier.
+        UserError: if there is no run or no checkpoint, the run trains a classifier, `out` holds something
+            else, or the encoder is not MAE's.
     """
     run = RunFolder(run_dir)
     recipe = run.any_recipe()
     if isinstance(recipe, FinetuneRecipe):
-        raise for_encoders_only(f"--to {export_format}")
+        raise for_encoders_only(f"--to {target}")
     checkpoint = run.trained(say)
     model = freshly_initialised(recipe.seed, recipe.build_model)
     load_trained(model, checkpoint)
-    return run, recipe, checkpoint, model
+    folder = export_folder(run, out, target, marker)
+    _require_plain_encoder(model, target)
+    return run, recipe, checkpoint, model, folder
 
 
 def for_encoders_only(wanted: str) -> UserError:
@@ -82,7 +85,7 @@ def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def require_plain_encoder(model: MaskedAutoencoder, target: str) -> None:
+def _require_plain_encoder(model: MaskedAutoencoder, target: str) -> None:
     """Refuse an encoder that is not MAE's: cls token, GELU, biases everywhere, norms of eps 1e-6.
 
     Args:

@@ -5,12 +5,14 @@ The first is `{"model": state_dict}`, decoder included; the second is written wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.data.formats.base import Reading
@@ -21,18 +23,17 @@ from etpp_ssl.export.folder import (
     Target,
     contiguous,
     decoder_sizes,
-    export_folder,
     image_size,
     in_chans,
     is_square,
     read_autoencoder,
     reason_without_decoder,
-    require_plain_encoder,
 )
 from etpp_ssl.files import replaced, save_tensors, write_json
 from etpp_ssl.model.mae import MaskedAutoencoder
+from etpp_ssl.model.pos_embed import sincos_pos_embed
 from etpp_ssl.run_folder import MODEL_FILE
-from etpp_ssl.weights.layouts import official_names, to_huggingface
+from etpp_ssl.weights.layouts import DECODER_NAMES, LAYER_NAMES, NAMES, THIRDS
 
 CHECKPOINT_FILE = "model.pth"
 LOAD_MAE = """With models_mae.py of https://github.com/facebookresearch/mae:
@@ -74,9 +75,7 @@ def export_mae(
         UserError: if there is no run or no checkpoint, `out` holds something else, or the encoder is not
             MAE's: a plain ViT with a cls token on square images and patches.
     """
-    run, recipe, trained, model = read_autoencoder(run_dir, "mae", say)
-    folder = export_folder(run, out, "mae", CHECKPOINT_FILE)
-    require_plain_encoder(model, "mae")
+    run, recipe, trained, model, folder = read_autoencoder(run_dir, out, "mae", CHECKPOINT_FILE, say)
     if not is_square(model):
         raise UserError(
             f"the format mae is for square images and patches, not for image_size "
@@ -182,10 +181,8 @@ def export_transformers(
         UserError: if there is no run or no checkpoint, `out` holds something else, or the encoder is not a
             plain ViT with a cls token.
     """
-    run, recipe, trained, model = read_autoencoder(run_dir, "transformers", say)
-    folder = export_folder(run, out, "transformers", MARKER)
+    run, recipe, trained, model, folder = read_autoencoder(run_dir, out, "transformers", MARKER, say)
     target = recipe.target
-    require_plain_encoder(model, "transformers")
     reason = reason_without_decoder(model, target)
     if reason is not None:
         say(f"the decoder is left out, and the folder is one of ViTModel alone: {reason}")
@@ -291,3 +288,53 @@ def processor_config(
 
 def _one_or_two(size: tuple[int, int]) -> int | list[int]:
     return size[0] if size[0] == size[1] else list(size)
+
+
+def official_names(model: MaskedAutoencoder, *, decoder: bool = True) -> dict[str, Tensor]:
+    """A model's state dict in MAE's layout, with its decoder's fixed positions.
+
+    Args:
+        model: with an `MAEDecoder`, unless `decoder` is False.
+        decoder: include the decoder.
+
+    Returns:
+        The encoder's tensors under timm's names, and the decoder's under MAE's with
+        `decoder_pos_embed` (1, 1 + N, E), the cls token's row zero.
+    """
+    tensors = dict(model.encoder.state_dict())
+    if not decoder:
+        return tensors
+    official = {ours: theirs for theirs, ours in DECODER_NAMES.items()}
+    for name, value in model.decoder.state_dict().items():
+        first, dot, rest = name.partition(".")
+        tensors[f"{official[f'decoder.{first}']}{dot}{rest}"] = value
+    grid: tuple[int, int] = tuple(model.encoder.patch_embed.grid_size)
+    width = model.decoder.mask_token.shape[-1]
+    table = sincos_pos_embed(grid, model.position_grid, width)
+    prefix = torch.zeros(model.encoder.num_prefix_tokens, width)
+    tensors["decoder_pos_embed"] = torch.cat([prefix, table])[None]
+    return tensors
+
+
+def to_huggingface(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in MAE's names (see `official_names`) in those of Hugging Face.
+
+    With a decoder they are those of `ViTMAEForPreTraining`, without one those of `ViTModel`.
+    """
+    vit = "vit." if "decoder_embed.weight" in official else ""
+    renamed: dict[str, Tensor] = {}
+    for name, value in official.items():
+        block = re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)", name)
+        if block is None:
+            new = f"{vit}{NAMES[name]}" if name in NAMES else f"decoder.{name}"
+            renamed[new] = value
+            continue
+        decoder, number, layer, part = block.groups()
+        prefix = f"decoder.decoder_layers.{number}" if decoder else f"{vit}encoder.layer.{number}"
+        if layer == "attn.qkv":
+            # timm keeps the three in one tensor.
+            for third, values in zip(THIRDS, value.chunk(3), strict=True):
+                renamed[f"{prefix}.attention.attention.{third}.{part}"] = values
+        else:
+            renamed[f"{prefix}.{LAYER_NAMES[layer]}.{part}"] = value
+    return renamed

@@ -1,27 +1,25 @@
-"""Figures that explain the curriculum: what a crop leaves of an image, and how a run spends its compute.
+"""Figures of a report: curves of one or more runs over steps, compute or time, and how runs spend compute.
 
 Sizes on paper are in inches; the fonts are chosen for a page that shows one inch as 100 pixels.
-
-Legend: C channels, H, W image size in pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
-from torch import Tensor
 
-from etpp_ssl.config import UserError, as_pair, show_size
+from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.curriculum.cost import area_share
-from etpp_ssl.curriculum.frequency import low_frequency_crop
+from etpp_ssl.report.history import History, number, probe_keys
 
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 """The palette of Okabe and Ito, which colour-blind readers can distinguish, on white and on grey."""
@@ -30,73 +28,179 @@ INK = "#222222"
 FAINT = "#b0b0b0"
 FONT_SIZE = 9
 
+MOST_POINTS = 400
+"""Points of a curve; longer logs are averaged down to about this many."""
+FEW_POINTS = 12
+"""Curves of at most so many points have a mark at each: a single row has no line."""
+PALETTE = (COLOURS[1], COLOURS[0], *COLOURS[2:], INK)
+FIGURE_SIZE = (4.4, 2.4)
+"""Inches; the text stays readable when a phone shows the width in 360 pixels."""
 
-def crop_figure(
-    image: Tensor, bandwidths: Sequence[int | tuple[int, int]], *, inches: float = 2.24
-) -> Figure:
-    """The low-frequency crops of an image, the image, and its spectrum with the kept squares outlined.
 
-    Crops and image stand on one line and at one scale, so their sizes are those that the network gets.
+@dataclass(frozen=True)
+class Quantity:
+    """A measurement in the rows of the log."""
 
-    Args:
-        image: floating point (C, H, W) in [0, 1]. Three channels are shown as colours; of any other
-            number the mean over channels is shown in grey. What a crop overshoots [0, 1] is clipped.
-        bandwidths: B or (Bh, Bw) in pixels, one per crop, shown in this order.
-        inches: height or width of the image on paper, whichever is larger; at 2.24 an image of 224
-            pixels saved at 200 dpi has exactly 2x2 dots per pixel.
+    key: str
+    label: str
+    note: str = ""
+    factor: float = 1.0
+    averaged: bool = True
+    """Whether points of long logs are means; otherwise the last value stands for its neighbours."""
+    from_zero: bool = False
+    broken: bool = False
+    """Whether the curve is interrupted between stages, because their values are not comparable."""
 
-    Returns:
-        A figure on white whose width follows from the panels; axes are the crops in order, the image,
-        the spectrum.
 
-    Raises:
-        UserError: for an image that is not (C, H, W) floating point, or a bandwidth that does not fit.
-    """
-    if image.ndim != 3 or not image.is_floating_point():
-        raise UserError(
-            f"crop_figure needs one floating-point image (C, H, W), not {image.dtype} {tuple(image.shape)}"
-        )
-    image = image.detach().float().cpu()
-    sizes = [as_pair(bandwidth) for bandwidth in bandwidths]
-    crops = [low_frequency_crop(image, size) for size in sizes]
-    height, width = image.shape[-2:]
-    per_pixel = inches / max(height, width)
+QUANTITIES = (
+    Quantity("loss", "training loss", "on what each stage shows: stages do not compare", broken=True),
+    Quantity("lr", "learning rate", averaged=False, from_zero=True),
+    Quantity("bandwidth", "bandwidth (px)", "of the shorter side", averaged=False),
+    Quantity("images_per_second", "images per second", "over all processes", from_zero=True),
+    Quantity("data_wait_share", "waiting for data (%)", "share of the time", factor=100, from_zero=True),
+)
 
-    edge, gap, caption = 0.11, 0.22, 0.52
-    axis_left, axis_below, letter = 0.54, 0.46, 0.085
-    paper_height = axis_below + per_pixel * height + caption
-    titles = [f"bandwidth {show_size(size)}" for size in sizes] + [f"image, {show_size((height, width))}"]
-    # Narrow panels leave room for their captions.
-    slots = [
-        max(per_pixel * shown.shape[-1], letter * len(title))
-        for shown, title in zip((*crops, image), titles, strict=True)
+
+@dataclass(frozen=True)
+class XAxis:
+    """The x axis of curves."""
+
+    key: str
+    title: str
+    label: str
+    divisor: float = 1.0
+
+
+def quantities(histories: Sequence[History]) -> list[Quantity]:
+    """All quantities in the runs' logs, including the losses of a combined target's parts."""
+    keys = dict.fromkeys(key for history in histories for row in history.rows for key in row)
+    parts = [key for key in keys if key.startswith("loss_")]
+    whole, *others = QUANTITIES
+    return [
+        whole,
+        *(Quantity(key, f"part of the loss: {key[5:]}", whole.note, broken=True) for key in parts),
+        *others,
     ]
-    spectrum_slot = max(per_pixel * width, 2.0)
-    paper_width = edge + sum(slots) + gap * len(crops) + axis_left + spectrum_slot + edge
 
-    figure = Figure(figsize=(paper_width, paper_height), facecolor="white")
 
-    def panel(left: float, size: tuple[int, int]) -> Axes:
-        wide, high = per_pixel * size[1], per_pixel * size[0]
-        return figure.add_axes(
-            (left / paper_width, axis_below / paper_height, wide / paper_width, high / paper_height)
-        )
+def x_axes(histories: Sequence[History]) -> list[XAxis]:
+    """Steps, compute and time, the last in the unit that suits the longest run."""
+    last = [number(row.get("seconds")) or 0.0 for history in histories for row in history.rows[-1:]]
+    longest = max(last, default=0.0)
+    unit, divisor = next(
+        (unit, divisor)
+        for unit, divisor in (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+        if longest >= 2 * divisor or divisor == 1
+    )
+    return [
+        XAxis("step", "steps", "optimizer steps"),
+        XAxis("equivalent_epochs", "compute", "compute (equivalent epochs)"),
+        XAxis("seconds", "time", f"training time ({unit})", divisor),
+    ]
 
-    left = edge
-    for index, (crop, size) in enumerate(zip(crops, sizes, strict=True)):
-        axes, colour = panel(left, size), COLOURS[index % len(COLOURS)]
-        _show_image(axes, crop, colour)
-        percent = 100 * area_share(size, (height, width))
-        share = f"{percent:.0f}" if percent >= 1 else f"{percent:.1g}"
-        _caption(axes, titles[index], f"{share} % of pixels", colour)
-        left += slots[index] + gap
-    axes = panel(left, (height, width))
-    _show_image(axes, image, INK)
-    _caption(axes, titles[-1], "all frequencies", INK)
-    axes = panel(left + slots[-1] + axis_left, (height, width))
-    _show_spectrum(axes, image, sizes)
-    _caption(axes, "spectrum of the image", "outlined: what each crop keeps", INK)
-    return figure
+
+def line_of(index: int) -> tuple[str, bool]:
+    """The colour of the run at `index` in a report, and whether it is dashed, as its colour is another's."""
+    return PALETTE[index % len(PALETTE)], index >= len(PALETTE)
+
+
+def curve_figure(histories: Sequence[History], quantity: Quantity, x_axis: XAxis) -> Figure | None:
+    """One quantity of all runs; None if no run has it."""
+    figure, axes = _empty(x_axis.label)
+    drawn = False
+    for index, history in enumerate(histories):
+        x, y = points(history.rows, quantity, x_axis)
+        drawn |= _draw(axes, x, y, index, stepped=quantity.key == "bandwidth")
+    if quantity.from_zero and drawn:
+        axes.set_ylim(bottom=0)
+    return figure if drawn else None
+
+
+def probe_figures(histories: Sequence[History], x_axis: XAxis) -> dict[str, Figure]:
+    """A figure for each result of the probes that ran during training, where a run has two or more."""
+    keys = probe_keys([row for history in histories for row in history.probes])
+    figures = {}
+    for key in keys:
+        figure, axes = _empty(x_axis.label)
+        longest = 0
+        for index, history in enumerate(histories):
+            rows = [row for row in history.probes if number(row.get(key)) is not None]
+            x = _probe_positions(history, rows, x_axis)
+            _draw(axes, x, np.array([row[key] for row in rows], dtype=float), index)
+            longest = max(longest, len(rows))
+        if longest >= 2:
+            figures[key] = figure
+    return figures
+
+
+def points(
+    rows: Sequence[dict[str, Any]], quantity: Quantity, x_axis: XAxis
+) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of a curve, thinned stage by stage; NaN between stages where the curve is broken."""
+    kept = [
+        (row.get("stage"), x / x_axis.divisor, y * quantity.factor)
+        for row in rows
+        if (x := number(row.get(x_axis.key))) is not None and (y := _value(row, quantity.key)) is not None
+    ]
+    xs: list[np.ndarray] = []
+    ys: list[np.ndarray] = []
+    size = -(-len(kept) // MOST_POINTS)
+    for stage in dict.fromkeys(stage for stage, _, _ in kept):
+        inside = np.array([(x, y) for other, x, y in kept if other == stage])
+        parts = np.array_split(inside, -(-len(inside) // size))
+        reduced = np.array([part.mean(0) if quantity.averaged else part[-1] for part in parts])
+        if quantity.broken and xs:
+            xs.append(reduced[:1, 0])
+            ys.append(np.array([np.nan]))
+        xs.append(reduced[:, 0])
+        ys.append(reduced[:, 1])
+    if not xs:
+        return np.empty(0), np.empty(0)
+    return np.concatenate(xs), np.concatenate(ys)
+
+
+def _value(row: dict[str, Any], key: str) -> float | None:
+    value = row.get(key)
+    if key == "bandwidth" and isinstance(value, list) and value:
+        return number(min(value))
+    return number(value)
+
+
+def _probe_positions(history: History, rows: list[dict[str, Any]], x_axis: XAxis) -> np.ndarray:
+    """Positions of probes on an axis, interpolated from their steps."""
+    steps = np.array([row["step"] for row in rows], dtype=float)
+    known = [(row["step"], x) for row in history.rows if (x := number(row.get(x_axis.key))) is not None]
+    if x_axis.key == "step" or not known:
+        return steps
+    at, there = np.array(known, dtype=float).T
+    return np.asarray(np.interp(steps, at, there)) / x_axis.divisor
+
+
+def _draw(axes: Axes, x: np.ndarray, y: np.ndarray, index: int, stepped: bool = False) -> bool:
+    # Lines that coincide: the first is drawn wider, so that it shows on both sides of the others.
+    colour, is_dashed = line_of(index)
+    (line,) = axes.plot(x, y, color=colour, lw=1.5 if index else 2.0)
+    if is_dashed:
+        line.set_linestyle("--")
+    if stepped:
+        line.set_drawstyle("steps-pre")
+    if len(x) <= FEW_POINTS:
+        line.set(marker="o", markersize=3)
+    return len(x) > 0
+
+
+def _empty(x_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=FIGURE_SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x_label, size=FONT_SIZE, color=INK)
+    dress(axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=FAINT, lw=0.5, alpha=0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
+    return figure, axes
 
 
 def stages_figure(
@@ -231,60 +335,3 @@ def images_gained(curriculum: Curriculum) -> float:
         for stage in curriculum.stages
     )
     return curriculum.num_slots / full
-
-
-def _show_image(axes: Axes, image: Tensor, colour: str) -> None:
-    """Pixels as they are, one square each; (C, h, w)."""
-    shown = image.permute(1, 2, 0) if image.shape[0] == 3 else image.mean(0)
-    axes.imshow(
-        shown.clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto"
-    )
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set(color=colour, linewidth=1.5)
-
-
-def _show_spectrum(axes: Axes, image: Tensor, sizes: list[tuple[int, int]]) -> None:
-    """Log magnitude (root mean square over channels), zero frequency in the centre."""
-    height, width = image.shape[-2:]
-    spectrum = np.fft.fftshift(np.fft.fft2(image.double().numpy()), axes=(-2, -1))
-    magnitude = np.sqrt((np.abs(spectrum) ** 2).mean(0))
-    # A floor for images without some frequencies, whose logarithm would be infinite.
-    shown = np.log10(np.maximum(magnitude, max(magnitude.max(), 1e-12) * 1e-7))
-    low, high = np.quantile(shown, [0.01, 0.9997])
-    # Row 0 is the frequency -(height // 2), and each frequency is one unit wide.
-    top, left = -(height // 2) - 0.5, -(width // 2) - 0.5
-    axes.imshow(
-        shown,
-        cmap="gray",
-        vmin=low,
-        vmax=high,
-        extent=(left, left + width, top + height, top),
-        interpolation="nearest",
-        aspect="auto",
-    )
-    for index, (rows, columns) in enumerate(sizes):
-        corner = (-(columns // 2) - 0.5, -(rows // 2) - 0.5)
-        colour = COLOURS[index % len(COLOURS)]
-        axes.add_patch(Rectangle(corner, columns, rows, fill=False, edgecolor=colour, linewidth=2))
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
-    dress(axes, FONT_SIZE - 1)
-    axes.tick_params(pad=2)
-    axes.set_xlabel("cycles per image width", size=FONT_SIZE - 1, color=INK, labelpad=2)
-    axes.set_ylabel("cycles per image height", size=FONT_SIZE - 1, color=INK, labelpad=1)
-
-
-def _caption(axes: Axes, title: str, note: str, colour: str) -> None:
-    """Two lines above a panel, flush left."""
-    for text, points, weight, ink in ((note, 4, "normal", INK), (title, 17, "bold", colour)):
-        axes.annotate(
-            text,
-            xy=(0, 1),
-            xycoords="axes fraction",
-            xytext=(0, points),
-            textcoords="offset points",
-            va="bottom",
-            size=FONT_SIZE,
-            weight=weight,
-            color=ink,
-        )

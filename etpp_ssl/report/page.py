@@ -18,17 +18,16 @@ from etpp_ssl.config import UserError
 from etpp_ssl.files import check_place, replaced_file
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.report import tables
-from etpp_ssl.report.curves import (
-    PALETTE,
+from etpp_ssl.report.figures import (
+    INK,
     XAxis,
-    colour_of,
     curve_figure,
-    dashed,
+    line_of,
     probe_figures,
     quantities,
+    stages_figure,
     x_axes,
 )
-from etpp_ssl.report.figures import INK, stages_figure
 from etpp_ssl.report.history import History, read_histories
 from etpp_ssl.report.markup import Captioned, image, inline_svg, png, render
 from etpp_ssl.report.panels import Panel, missing_picture
@@ -85,8 +84,8 @@ def page(histories: Sequence[History], say: Callable[[str], None]) -> str:
 
 def _line(index: int) -> str:
     """The line of a run in the legend, which stays in view while the figures below it are read: CSS."""
-    colour = "currentColor" if PALETTE[index % len(PALETTE)] == INK else colour_of(index)
-    return f"{'dashed' if dashed(index) else 'solid'} {colour}"
+    colour, is_dashed = line_of(index)
+    return f"{'dashed' if is_dashed else 'solid'} {'currentColor' if colour == INK else colour}"
 
 
 def _curves_over(histories: Sequence[History], x_axis: XAxis) -> list[Captioned]:
@@ -113,7 +112,7 @@ def _plan(histories: Sequence[History]) -> Captioned | None:
         {history.name: history.curriculum for history in known.values() if history.curriculum is not None},
         {h.name: h.recipe.optim.schedule(h.recipe.batch_size) for h in known.values()},
         figsize=(6.0, 4.6),
-        colours=[colour_of(index) for index in known],
+        colours=[line_of(index)[0] for index in known],
         legend=False,
     )
     picture = inline_svg(drawn, "stages", "bandwidth, images seen and learning rate over compute")

@@ -20,7 +20,6 @@ from etpp_ssl.config import UserError, show_size
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.masking import Masker
 from etpp_ssl.model.patches import gather_patches, grid_of, patchify, unpatchify
-from etpp_ssl.targets.base import Objective
 
 RADIUS = 1.0
 """Standard deviation, in patches, of the Gaussian that weighs visible neighbours."""
@@ -69,26 +68,6 @@ class Reconstruction:
         """Predicted pixels around the visible ones: (C, H, W)."""
         predicted = self.predicted(pixels_BMV)
         return torch.where(predicted.isnan(), self.visible(), predicted)
-
-
-def reconstruct(
-    model: MaskedAutoencoder, objective: Objective, images: Tensor, ids_keep: Tensor
-) -> Reconstruction:
-    """Let the model predict what is masked, in float32.
-
-    Args:
-        model: in eval mode.
-        objective: the run's target.
-        images: the normalised low-frequency crop, float32 (1, C, H, W), whole patches.
-        ids_keep: int64 (1, K), the visible patches.
-    """
-    with torch.inference_mode():
-        values_BMV, ids_removed = model(images, ids_keep)
-        loss = objective(values_BMV, ids_removed, images).item()
-        target_BMV = objective.target(images, ids_removed)
-    return Reconstruction(
-        images, model.patch_size, ids_keep, ids_removed, values_BMV.float(), target_BMV, loss
-    )
 
 
 def place(patches_BKV: Tensor, ids: Tensor, grid: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
@@ -247,7 +226,7 @@ class Reconstructed(NamedTuple):
 
 @dataclass(frozen=True)
 class Decoding:
-    """What belongs to an encoder that can reconstruct."""
+    """What it takes to reconstruct images."""
 
     model: MaskedAutoencoder
     """In eval mode."""
@@ -257,24 +236,43 @@ class Decoding:
     lanczos: bool = False
     """Whether an image is brought to a bandwidth by a Lanczos resize instead of a low-frequency crop."""
 
-    def reconstruct(
-        self, image: Tensor, seed: int, mean: tuple[float, ...], std: tuple[float, ...]
-    ) -> Reconstructed:
+    def predict(self, images: Tensor, number: int) -> Reconstruction:
         """Hide patches of an image, and predict them in float32.
 
         Args:
-            image: the normalised low-frequency crop, float32 (C, H, W), whole patches. The model moves to its
-                device.
+            images: the normalised low-frequency crop, float32 (1, C, H, W), whole patches. The model moves to
+                its device.
+            number: of the sample whose mask is taken.
+
+        Raises:
+            UserError: if no patch would be visible or hidden.
+        """
+        model, device = self.model.to(images.device), images.device
+        size = (images.shape[-2], images.shape[-1])
+        ids_keep = self.masker.everything(torch.tensor([number]), size).ids_keep.to(device)
+        objective = self.target.build(patch_size=model.patch_size, in_chans=images.shape[1])
+        with torch.inference_mode():
+            values_BMV, ids_removed = model(images, ids_keep)
+            loss = objective(values_BMV, ids_removed, images).item()
+            target_BMV = objective.target(images, ids_removed)
+        return Reconstruction(
+            images, model.patch_size, ids_keep, ids_removed, values_BMV.float(), target_BMV, loss
+        )
+
+    def reconstruct(
+        self, image: Tensor, seed: int, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> Reconstructed:
+        """The pictures of `predict`.
+
+        Args:
+            image: the normalised low-frequency crop, float32 (C, H, W), whole patches.
             seed: of the mask, which is that of sample 0.
             mean, std: of the normalisation, per channel.
 
         Raises:
             UserError: if the model does not predict pixels, or no patch would be visible or hidden.
         """
-        masker = replace(self.masker, seed=seed)
-        ids = masker.everything(torch.tensor([0]), (image.shape[-2], image.shape[-1])).ids_keep
-        objective = self.target.build(patch_size=self.model.patch_size, in_chans=len(mean))
-        shown = reconstruct(self.model.to(image.device), objective, image[None], ids.to(image.device))
+        shown = replace(self, masker=replace(self.masker, seed=seed)).predict(image[None], 0)
         pixels = predicted_pixels(self.target, shown)
         if pixels is None:
             raise UserError(

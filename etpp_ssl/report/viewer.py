@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +23,8 @@ from etpp_ssl.data.sources.base import printable
 from etpp_ssl.data.sources.found import find_images
 from etpp_ssl.data.sources.splits import keyed_indices
 from etpp_ssl.data.views import EvalView, Normalise, by_lanczos
-from etpp_ssl.model.mae import MaskedAutoencoder
-from etpp_ssl.model.masking import Masker
 from etpp_ssl.report.panels import ChannelView, Panel, target_panels
-from etpp_ssl.report.reconstruction import Reconstruction, check_bandwidth, reconstruct
+from etpp_ssl.report.reconstruction import Decoding, Reconstruction, check_bandwidth
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.weights.loading import load_trained
 
@@ -53,23 +51,16 @@ class ImagePanels(NamedTuple):
     reconstruction: Reconstruction
 
 
-@dataclass(frozen=True)
-class Viewer:
+@dataclass(frozen=True, kw_only=True)
+class Viewer(Decoding):
     """A model on the CPU, and what it takes to show its images."""
 
-    model: MaskedAutoencoder
-    """In eval mode."""
-    target: Any
-    """The Config of the target."""
-    masker: Masker
     normalise: Normalise
     channels: ChannelView
     image_size: tuple[int, int]
     """(H, W)."""
     bandwidths: list[tuple[int, int]]
     """Of the curriculum's stages."""
-    lanczos: bool
-    """Whether an image is brought to a bandwidth by a Lanczos resize instead of a low-frequency crop."""
 
     @classmethod
     def of_run(cls, run: RunFolder, seed: int | None = None) -> Viewer:
@@ -117,12 +108,8 @@ class Viewer:
         """
         bandwidth = bandwidth or self.image_size
         check_bandwidth(bandwidth, self.image_size, self.model.patch_size)
-        seen = self.crop(image, bandwidth)
-        ids_keep = self.masker.everything(torch.tensor([image.number]), bandwidth).ids_keep
-        objective = self.target.build(patch_size=self.model.patch_size, in_chans=seen.shape[1])
-        found = reconstruct(self.model, objective, seen, ids_keep)
-        num_patches = found.grid[0] * found.grid[1]
-        note = f"{num_patches - ids_keep.shape[1]} of {num_patches} patches removed"
+        found = self.predict(self.crop(image, bandwidth), image.number)
+        note = f"{found.ids_removed.shape[1]} of {found.grid[0] * found.grid[1]} patches removed"
         at = "" if bandwidth == self.image_size else f", bandwidth {show_size(bandwidth)}"
         return ImagePanels(
             self.crops(image),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from etpp_ssl.config import UserError
-from etpp_ssl.dist.accelerator import process_as_found
+from etpp_ssl.config import Interrupted, UserError
+from etpp_ssl.dist.accelerator import StopRequest, process_as_found
 from etpp_ssl.dist.peers import finish_trackers, leave, leave_words, lost_peer, with_peers, words_of
-from etpp_ssl.dist.signals import Interrupted, StopRequest
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.train.loop import train
 from etpp_ssl.train.memory import freed_memory_kept

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from etpp_ssl.dist.signals import StopRequest
+from etpp_ssl.dist.accelerator import StopRequest
 from etpp_ssl.optim.optimizers import set_learning_rate
 from etpp_ssl.tasks.base import forward_backward
 from etpp_ssl.train.batches import BadImages, TrainingBatches

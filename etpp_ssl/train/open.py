@@ -29,10 +29,9 @@ from etpp_ssl.tasks.base import Evaluation, Task
 from etpp_ssl.tasks.classify import Classification, open_evaluation
 from etpp_ssl.tasks.mae import MaskedAutoencoding, build_probe
 from etpp_ssl.train.checkpoint import clear_leftovers
-from etpp_ssl.train.ema import WeightAverage
 from etpp_ssl.train.log import MetricsFile, Progress
 from etpp_ssl.train.memory import check_host_memory, check_replay, replay_notes
-from etpp_ssl.train.run import Run
+from etpp_ssl.train.run import Run, weight_average
 from etpp_ssl.train.start import check_room, starting_point, write_plan
 from etpp_ssl.train.summary import tell_start
 
@@ -96,7 +95,7 @@ def open_run(recipe: Recipe | FinetuneRecipe, fork: Path | None = None) -> Run:
     average = None
     if isinstance(recipe, FinetuneRecipe) and recipe.optim.ema is not None:
         averaged = task.model if copies is None else copies.parts(task.model)
-        average = WeightAverage(averaged, recipe.optim.ema, warmup=recipe.optim.ema_warmup)
+        average = weight_average(averaged, recipe.optim.ema, warmup=recipe.optim.ema_warmup)
     run = Run(
         recipe=recipe,
         folder=folder,

@@ -6,11 +6,8 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Literal
-
-from torch import Tensor
 
 from etpp_ssl.config import RunFault, UserError
 from etpp_ssl.curriculum.base import Stage
@@ -108,7 +105,7 @@ def save(run: Run, *, required: bool = False) -> bool:
         RunFault: on all processes, if it is not written and the run ends for it.
     """
     is_main = run.accelerator.is_main_process
-    average = None if run.average is None else run.average.state_dict()
+    average = None if run.average is None else run.average.module.state_dict()
     files = checkpoint_files(run.bare_model, run.optimizer, average, keep=is_main)
     gather_streams(run.accelerator, run.state)
     fault = ""
@@ -116,7 +113,16 @@ def save(run: Run, *, required: bool = False) -> bool:
         try:
             # A resumed run writes no row of before its checkpoint again.
             run.metrics.flush()
-            _write(run, files)
+            scaler = run.accelerator.scaler
+            content = {
+                "state": run.state.to_json(),
+                "environment": run.environment,
+                "data": run.data_fingerprint,
+                "classes": run.classes,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            }
+            keep = run.recipe.checkpoint.keep
+            write_checkpoint(run.folder, run.state.step, files, content, keep=keep)
         except RowsFault as error:
             step, left = run.state.step, what_is_left(run.folder)
             fault = f"checkpoint of step {step} could not be written, since {error}; {left}"
@@ -132,23 +138,6 @@ def save(run: Run, *, required: bool = False) -> bool:
         raise ending
     run.progress.say(f"warning: {fault}; training continues, and the next checkpoint tries again")
     return False
-
-
-def _write(run: Run, files: Mapping[str, Mapping[str, Tensor]]) -> None:
-    scaler = run.accelerator.scaler
-    write_checkpoint(
-        run.folder,
-        run.state.step,
-        files,
-        {
-            "state": run.state.to_json(),
-            "environment": run.environment,
-            "data": run.data_fingerprint,
-            "classes": run.classes,
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        },
-        keep=run.recipe.checkpoint.keep,
-    )
 
 
 def write_status(run: Run, state: RunState, *, exit_code: int | None = None, message: str = "") -> None:

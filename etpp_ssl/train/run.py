@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
@@ -28,8 +29,7 @@ from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.run_state import TrainState, environment, environment_changes
 from etpp_ssl.tasks.base import Task
 from etpp_ssl.train.batches import TrainingBatches, follow_stream, place_in_stream
-from etpp_ssl.train.checkpoint import load_checkpoint
-from etpp_ssl.train.ema import WeightAverage
+from etpp_ssl.train.checkpoint import load_checkpoint, load_tensors
 from etpp_ssl.train.log import MetricsFile, Progress
 from etpp_ssl.train.start import FolderLock
 
@@ -50,8 +50,8 @@ class Run:
     copies: Copies | None
     """Makes whole copies of the model where it is sharded."""
     optimizer: torch.optim.Optimizer
-    average: WeightAverage | None
-    """The moving average of the weights, where the recipe wants one."""
+    average: ModelEmaV3 | None
+    """The moving average of the weights, where the recipe wants one; see `weight_average`."""
     state: TrainState
     metrics: MetricsFile
     progress: Progress
@@ -114,7 +114,7 @@ class Run:
         Batch norms' statistics are each process's own; here all processes get the main one's, which are
         those that a checkpoint holds. Every process must call it.
         """
-        model = self.bare_model if self.average is None else self.average.model
+        model = self.bare_model if self.average is None else self.average.module
         if self.copies is not None:
             model = self.copies.whole(model)
         for buffer in model.buffers():
@@ -234,10 +234,32 @@ class Run:
         """
         saved = load_checkpoint(checkpoint, self.bare_model, self.optimizer)
         if self.average is not None:
-            self.average.load_state_dict(checkpoint.average() or {}, f"moving average of {checkpoint.path}")
+            tensors = checkpoint.average() or {}
+            load_tensors(self.average.module, tensors, f"moving average of {checkpoint.path}")
         if self.accelerator.scaler is not None and saved.get("scaler"):
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         changes = environment_changes(saved["environment"], self.environment)
         if changes:
             self.progress.say(f"warning: the last bits may differ from the run so far: {', '.join(changes)}")
         return TrainState.from_json(saved["state"])
+
+
+def weight_average(model: nn.Module, decay: float, *, warmup: bool = False) -> ModelEmaV3:
+    """A second model, `module`, whose weights follow a trained one's.
+
+    With d the decay and w_k the weights after step k, the average after step n is
+    d^(n-1) w_1 + (1-d) (d^(n-2) w_2 + ... + d w_(n-1) + w_n): the first step replaces the untrained
+    weights. Parameters and floating-point buffers are averaged, in float32; integer buffers are copied.
+    What `update(model, step)` does depends on the number of finished steps alone, so the average is exactly
+    the `state_dict` of its `module`. BatchNorm's statistics are those of this process, which sees its part of
+    each batch only.
+
+    Args:
+        model: the bare model on its device, neither compiled nor wrapped for several processes; of a
+            sharded one a copy of the parts (`Copies.parts`), which then are averaged each on its process.
+        decay: d, in (0, 1).
+        warmup: take min(d, 1 - k^(-2/3)) at step k instead, so that a short run forgets its beginning.
+    """
+    average = ModelEmaV3(model, decay=decay, use_warmup=warmup, dtype=torch.float32)
+    average.module.requires_grad_(False)
+    return average

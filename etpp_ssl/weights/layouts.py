@@ -9,6 +9,7 @@ Legend: N patches, P prefix tokens, D encoder width, E decoder width, C channels
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,21 +18,20 @@ import torch
 from torch import Tensor
 
 from etpp_ssl.config import UserError, listed
-from etpp_ssl.model.mae import MaskedAutoencoder
-from etpp_ssl.model.pos_embed import sincos_pos_embed, sincos_table
+from etpp_ssl.model.pos_embed import sincos_table
 from etpp_ssl.weights.reading import read_state_dict
 from etpp_ssl.weights.tensors import UNSET_POSITIONS
-from etpp_ssl.weights.wrappers import below, prefix_of
 
 PROJECTION = "patch_embed.proj.weight"
 _HEADS = ("head", "pooler", "classifier")
-_DECODER_NAMES = {
+DECODER_NAMES = {
     "decoder_embed": "decoder.embed",
     "decoder_blocks": "decoder.blocks",
     "decoder_norm": "decoder.norm",
     "decoder_pred": "decoder.head",
     "mask_token": "decoder.mask_token",
 }
+"""First words of the decoder's tensors, MAE's to ours."""
 _MAE_DECODER = ("mask_token", "decoder_")
 _RECOMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")
 """Buffers that follow from the architecture; old files have them."""
@@ -39,14 +39,14 @@ _RECOMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")
 _EMBEDDING = "embeddings.patch_embeddings.projection.weight"
 """A tensor that shows the layout; ViTMAE's has `vit.` in front."""
 
-_LAYER_NAMES = {
+LAYER_NAMES = {
     "norm1": "layernorm_before",
     "attn.proj": "attention.output.dense",
     "norm2": "layernorm_after",
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
-_NAMES = {
+NAMES = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj.weight": _EMBEDDING,
@@ -54,7 +54,8 @@ _NAMES = {
     "norm.weight": "layernorm.weight",
     "norm.bias": "layernorm.bias",
 }
-_THIRDS = ("query", "key", "value")
+"""Hugging Face's names of a ViT's tensors outside of its blocks, by timm's; the layers in them are above."""
+THIRDS = ("query", "key", "value")
 _ONLY_HUGGING_FACE = {"embeddings.register_tokens": "register_tokens", "embeddings.mask_token": "mask_token"}
 """Of DINOv2, and of ViTs for masked image modelling."""
 
@@ -69,6 +70,8 @@ _MMPRETRAIN_NAMES = (
     (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
 )
 _DROPPED = "what pre-training adds to the encoder is dropped"
+_SECOND = re.compile(r"momentum|encoder_k|target|student|ema\b")
+"""In the name of the encoder that a method of two encoders does not evaluate."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") 
         if name in heads or name == "decoder_pos_embed":
             continue
         first, dot, rest = name.partition(".")
-        tensors[f"{_DECODER_NAMES.get(first, f'encoder.{first}')}{dot}{rest}"] = value
+        tensors[f"{DECODER_NAMES.get(first, f'encoder.{first}')}{dot}{rest}"] = value
     layout = "an MAE with decoder" if "decoder_embed.weight" in names else "an encoder without decoder"
     return Weights(
         tensors, layout, tuple(notes), decoder_position_grid=table.position_grid if table else None
@@ -251,68 +254,14 @@ def _timms_tokens(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Ten
     return tensors
 
 
-def official_names(model: MaskedAutoencoder, *, decoder: bool = True) -> dict[str, Tensor]:
-    """A model's state dict in MAE's layout, with its decoder's fixed positions.
-
-    Args:
-        model: with an `MAEDecoder`, unless `decoder` is False.
-        decoder: include the decoder.
-
-    Returns:
-        The encoder's tensors under timm's names, and the decoder's under MAE's with
-        `decoder_pos_embed` (1, 1 + N, E), the cls token's row zero.
-    """
-    tensors = dict(model.encoder.state_dict())
-    if not decoder:
-        return tensors
-    official = {ours: theirs for theirs, ours in _DECODER_NAMES.items()}
-    for name, value in model.decoder.state_dict().items():
-        first, dot, rest = name.partition(".")
-        tensors[f"{official[f'decoder.{first}']}{dot}{rest}"] = value
-    tensors["decoder_pos_embed"] = decoder_positions(model)
-    return tensors
-
-
-def decoder_positions(model: MaskedAutoencoder) -> Tensor:
-    """The decoder's fixed positions as a tensor, (1, P + N, E), zero for prefix tokens."""
-    grid: tuple[int, int] = tuple(model.encoder.patch_embed.grid_size)
-    width = model.decoder.mask_token.shape[-1]
-    table = sincos_pos_embed(grid, model.position_grid, width)
-    return torch.cat([torch.zeros(model.encoder.num_prefix_tokens, width), table])[None]
-
-
-def to_huggingface(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in MAE's names (see `official_names`) in those of Hugging Face.
-
-    With a decoder they are those of `ViTMAEForPreTraining`, without one those of `ViTModel`.
-    """
-    vit = "vit." if "decoder_embed.weight" in official else ""
-    renamed: dict[str, Tensor] = {}
-    for name, value in official.items():
-        block = re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)", name)
-        if block is None:
-            new = f"{vit}{_NAMES[name]}" if name in _NAMES else f"decoder.{name}"
-            renamed[new] = value
-            continue
-        decoder, number, layer, part = block.groups()
-        prefix = f"decoder.decoder_layers.{number}" if decoder else f"{vit}encoder.layer.{number}"
-        if layer == "attn.qkv":
-            # timm keeps the three in one tensor.
-            for third, values in zip(_THIRDS, value.chunk(3), strict=True):
-                renamed[f"{prefix}.attention.attention.{third}.{part}"] = values
-        else:
-            renamed[f"{prefix}.{_LAYER_NAMES[layer]}.{part}"] = value
-    return renamed
-
-
 def from_huggingface(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The inverse of `to_huggingface`; a pooler or classifier keeps its name.
+    """The inverse of `etpp_ssl.export.official.to_huggingface`; a pooler or classifier keeps its name.
 
     Raises:
         UserError: if a block has a query, key or value without the other two.
     """
-    names = {theirs: ours for ours, theirs in _NAMES.items()} | _ONLY_HUGGING_FACE
-    layers = {theirs: ours for ours, theirs in _LAYER_NAMES.items()}
+    names = {theirs: ours for ours, theirs in NAMES.items()} | _ONLY_HUGGING_FACE
+    layers = {theirs: ours for ours, theirs in LAYER_NAMES.items()}
     renamed: dict[str, Tensor] = {}
     thirds: dict[str, dict[str, Tensor]] = {}
     for name, value in state_dict.items():
@@ -330,13 +279,57 @@ def from_huggingface(state_dict: Mapping[str, Tensor], source: str) -> dict[str,
         attention, _, third = layer.rpartition(".")
         if part == "lambda1":
             renamed[f"{prefix}.{layer.replace('layer_scale', 'ls')}.gamma"] = value
-        elif attention == "attention.attention" and third in _THIRDS:
+        elif attention == "attention.attention" and third in THIRDS:
             thirds.setdefault(f"{prefix}.attn.qkv.{part}", {})[third] = value
         else:
             renamed[f"{prefix}.{layers.get(layer, layer)}.{part}"] = value
     for name, parts in thirds.items():
-        missing = [third for third in _THIRDS if third not in parts]
+        missing = [third for third in THIRDS if third not in parts]
         if missing:
             raise UserError(f"{source} has no {' and no '.join(missing)} of {name}")
-        renamed[name] = torch.cat([parts[third] for third in _THIRDS])
+        renamed[name] = torch.cat([parts[third] for third in THIRDS])
     return renamed
+
+
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with `prefix`, without it."""
+    return {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
+
+
+def prefix_of(names: Collection[str], wanted: Collection[str], source: str, notes: list[str]) -> str | None:
+    """What stands in front of a model's names, such as "backbone." or "module.encoder_q."; often nothing.
+
+    Args:
+        names: of the tensors that there are.
+        wanted: of the model.
+        source: names the weights in the message.
+        notes: gets a line if there are several such models and one was taken.
+
+    Returns:
+        A prefix, empty or with its dot; None if less than half of the model is there.
+
+    Raises:
+        UserError: for several such models of which none is known to be the one to take.
+    """
+    counts: Counter[str] = Counter()
+    for name in names:
+        for start in (0, *(match.end() for match in re.finditer(r"\.", name))):
+            if name[start:] in wanted:
+                counts[name[:start]] += 1
+    most = max(counts.values(), default=0)
+    if most == 0 or 2 * most < len(wanted):
+        return None
+    found = sorted(prefix for prefix, count in counts.items() if count == most)
+    if "" in found:
+        return ""
+    first = [prefix for prefix in found if not _SECOND.search(prefix)] if len(found) > 1 else found
+    if len(first) != 1:
+        prefixes = listed([repr(prefix) for prefix in found])
+        raise UserError(
+            f"{source} holds {len(found)} such models, under {prefixes}, and nothing tells which to take; "
+            f"save one of them alone"
+        )
+    if len(found) > 1:
+        others = " or ".join(repr(prefix) for prefix in found if prefix not in first)
+        notes.append(f"what is named {first[0]}* is taken, not {others}")
+    return first[0]

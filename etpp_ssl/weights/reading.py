@@ -1,4 +1,4 @@
-"""State dicts out of files that others wrote, and the check that they are those of a model.
+"""State dicts out of files that others wrote and what they wrapped them in; the check that they fit a model.
 
 Nothing that a file says is executed, and no memory is spent that the file does not have.
 """
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from etpp_ssl.config import UserError, listed
 from etpp_ssl.files import open_regular, read_text
 from etpp_ssl.run_folder import MODEL_FILE
-from etpp_ssl.weights.wrappers import AVERAGES, WRAPPERS, tensors_of
 
 INDEX = ".index.json"
 FILES_OF_A_FOLDER = (
@@ -39,6 +38,17 @@ _ONE_OF_SEVERAL = re.compile(r"-\d{5}-of-(\d{5})\.\w+$")
 _MAX_INDEX_BYTES = 1 << 26
 _OLD_PICKLES = 5
 """In an old file of torch.save: magic number, protocol, system, content, and the keys of its tensors."""
+AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "target_encoder")
+"""Keys of a moving average of the weights, which is what such scripts evaluate."""
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "student", "encoder")
+"""Keys under which training scripts keep the state dict, beside optimizer and arguments."""
+_DEEPEST = 4
+"""Keys above a state dict; a pickle can hold a mapping that contains itself."""
+
+_INSIDE = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
+"""What `torch.compile`, FSDP1 and activation checkpointing insert in front of whatever module they wrap."""
+_COUNTER = "n_averaged"
+"""Of `torch.optim.swa_utils.AveragedModel`, beside `module.*`."""
 
 
 def read_state_dict(path: str | Path, notes: list[str] | None = None) -> dict[str, Tensor]:
@@ -113,7 +123,7 @@ def state_dict_in(content: Any, source: str, notes: list[str] | None = None) -> 
     """The tensors of a loaded checkpoint, unwrapped; see `read_state_dict`.
 
     Args:
-        content: a state dict, or a mapping that holds one; see `etpp_ssl.weights.wrappers`.
+        content: a state dict, or a mapping that holds one; see `tensors_of`.
         source: names it in the message.
         notes: gets a line if a moving average is taken.
 
@@ -127,6 +137,54 @@ def state_dict_in(content: Any, source: str, notes: list[str] | None = None) -> 
             f"{', '.join((*WRAPPERS, *AVERAGES))}"
         )
     return tensors
+
+
+def tensors_of(content: Any, notes: list[str]) -> dict[str, Tensor]:
+    """The state dict in a loaded checkpoint; empty where there is none.
+
+    Args:
+        content: a state dict, or mappings around one, under keys of `AVERAGES` and `WRAPPERS`.
+        notes: gets a line if a moving average is taken.
+    """
+    path, tensors = _found(content, _DEEPEST)
+    average = next((key for key in path if key in AVERAGES), None)
+    if average is not None:
+        above = content
+        for key in path[: path.index(average)]:
+            above = above[key]
+        others = [key for key in (*AVERAGES, *WRAPPERS) if key != average and _found(above.get(key), 2)[1]]
+        beside = f", not {' or '.join(map(repr, others))}" if others else ""
+        notes.append(f"its moving average, {average!r}, is taken{beside}")
+    return _without_inserted(tensors)
+
+
+def _found(content: Any, depth: int) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """The keys above the first state dict in mappings, averages first, and its tensors."""
+    if not isinstance(content, Mapping) or not depth:
+        return (), {}
+    for key in (*AVERAGES, *WRAPPERS):
+        path, tensors = _found(content.get(key), depth - 1)
+        if tensors:
+            return (key, *path), tensors
+    return (), {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _without_inserted(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without what wrapping modules add to their names, as in `module._orig_mod.`."""
+    renamed = {_INSIDE.sub(r"\1", name): value for name, value in tensors.items()}
+    if len(renamed) < len(tensors):
+        # Two modules of the same name: the file means something else.
+        return tensors
+    weights = {name: value for name, value in renamed.items() if name != _COUNTER}
+    stripped = without_prefix(weights, "module.")
+    return _without_inserted(stripped) if stripped and stripped.keys() != weights.keys() else renamed
+
+
+def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors with `prefix` removed from their names if all of them have it."""
+    if all(name.startswith(prefix) for name in tensors):
+        return {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return dict(tensors)
 
 
 def load_weights(

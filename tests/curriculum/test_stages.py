@@ -13,8 +13,7 @@ from pydantic import ValidationError
 
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.base import Curriculum, ReplaySpec, Stage, StageSpec, stage_batch
-from etpp_ssl.curriculum.constant import Constant, ConstantConfig
-from etpp_ssl.curriculum.efficienttrain import EfficientTrain, EfficientTrainConfig
+from etpp_ssl.curriculum.efficienttrain import Constant, ConstantConfig, EfficientTrain, EfficientTrainConfig
 
 RUN = {"num_images": 5000, "batch_size": 64, "budget_epochs": 10.0}
 """A small run, for what does not depend on the run's length."""

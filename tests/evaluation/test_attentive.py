@@ -13,8 +13,7 @@ from probe_data import build, leaves_everything_as_it_was, with_workers, write_c
 from timm.layers import AttentionPoolLatent
 
 from etpp_ssl.config import UserError
-from etpp_ssl.evaluation.attentive import TokenCache, patch_tokens
-from etpp_ssl.evaluation.attentive_head import SharedQueryPool
+from etpp_ssl.evaluation.attentive import SharedQueryPool, TokenCache, patch_tokens
 from etpp_ssl.recipe import Recipe
 
 QUICK = ["probe=attentive", "probe.epochs=20", "probe.batch_size=12", "probe.base_lr=1e-1"]
@@ -27,13 +26,14 @@ def test_the_pooling_is_timms_forward_and_backward(width: int, num_heads: int, n
     pool = SharedQueryPool(width, num_heads, seed=1).double()
     for parameter in pool.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
+    timms = AttentionPoolLatent(width, out_features=0, num_heads=num_heads).double()
+    timms.load_state_dict(pool.state_dict())
     tokens = torch.randn(5, num_tokens, width, dtype=torch.float64)
     gradients = {}
-    for name, forward in (("ours", pool.forward), ("timm's", lambda x: AttentionPoolLatent.forward(pool, x))):
-        pool.zero_grad()
-        pooled = forward(tokens)
+    for name, layer in (("ours", pool), ("timm's", timms)):
+        pooled = layer(tokens)
         (pooled * torch.arange(width)).sum().backward()
-        gradients[name] = [pooled.detach(), *(p.grad.clone() for p in pool.parameters())]
+        gradients[name] = [pooled.detach(), *(p.grad for p in layer.parameters())]
     for ours, theirs in zip(*gradients.values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 

@@ -17,7 +17,7 @@ from etpp_ssl.config import UserError
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.evaluation.base import stratified_holdout
 from etpp_ssl.evaluation.features import EvaluationLoader, extract_features, gather_rows, pooled_features
-from etpp_ssl.evaluation.knn import KnnProbe, knn_sweep, knn_vote
+from etpp_ssl.evaluation.knn import KnnProbe, knn_sweep
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.tasks.mae import build_probe
 
@@ -42,14 +42,14 @@ def test_the_vote_equals_a_plain_loop(k: int, temperature: float) -> None:
     test = torch.randn(29, 6, generator=generator) + torch.arange(29)[:, None] % 4
     expected = plain_vote(train, labels, test, min(k, 33), temperature)
     for chunk in (1, 8, 1024):
-        predicted = knn_vote(train, labels, test, num_classes=4, k=k, temperature=temperature, chunk=chunk)
+        (predicted,) = knn_sweep(train, labels, test, num_classes=4, pairs=[(k, temperature)], chunk=chunk)
         assert predicted.tolist() == expected
     assert len(set(expected)) > 1
 
 
 def test_a_small_temperature_does_not_overflow() -> None:
     train = torch.eye(3)
-    predicted = knn_vote(train, torch.tensor([2, 0, 1]), train, num_classes=3, k=3, temperature=1e-3)
+    (predicted,) = knn_sweep(train, torch.tensor([2, 0, 1]), train, num_classes=3, pairs=[(3, 1e-3)])
     assert predicted.tolist() == [2, 0, 1]
 
 

@@ -11,20 +11,19 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from etpp_ssl.report.curves import (
+from etpp_ssl.report.figures import (
+    INK,
     MOST_POINTS,
     PALETTE,
     QUANTITIES,
     XAxis,
-    colour_of,
     curve_figure,
-    dashed,
+    line_of,
     points,
     probe_figures,
     quantities,
     x_axes,
 )
-from etpp_ssl.report.figures import INK
 from etpp_ssl.report.history import read_histories
 from etpp_ssl.report.markup import inline_svg
 
@@ -74,7 +73,7 @@ def test_rows_without_a_number_are_left_out_and_units_are_applied() -> None:
 
 def test_runs_have_colours_of_their_own_and_then_dashes() -> None:
     assert len(set(PALETTE)) == len(PALETTE)
-    looks = {(colour_of(index), dashed(index)) for index in range(2 * len(PALETTE))}
+    looks = {line_of(index) for index in range(2 * len(PALETTE))}
     assert len(looks) == 2 * len(PALETTE)
 
 
@@ -87,7 +86,7 @@ def test_figures_overlay_all_runs_on_each_axis(run: Path, tmp_path: Path) -> Non
         for quantity in QUANTITIES:
             figure = curve_figure(histories, quantity, axis)
             assert figure is not None
-            assert [line.get_color() for line in figure.axes[0].lines] == [colour_of(0), colour_of(1)]
+            assert [line.get_color() for line in figure.axes[0].lines] == [line_of(0)[0], line_of(1)[0]]
         (figure,) = probe_figures(histories, axis).values()
         x = figure.axes[0].lines[0].get_xdata()
         rows_at = {row["step"]: row[axis.key] for row in histories[0].rows}

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from crop_figure import crop_figure
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -19,11 +20,10 @@ from PIL import Image
 
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.base import Curriculum, StageSpec
-from etpp_ssl.curriculum.constant import Constant
-from etpp_ssl.curriculum.efficienttrain import EfficientTrain
+from etpp_ssl.curriculum.efficienttrain import Constant, EfficientTrain
 from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.optim.optimizers import Schedule
-from etpp_ssl.report.figures import crop_figure, stages_figure
+from etpp_ssl.report.figures import stages_figure
 
 TOOLS = Path(__file__).parents[2] / "tools"
 RUN = {"num_images": 5000, "batch_size": 64, "budget_epochs": 10.0}

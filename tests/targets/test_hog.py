@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from etpp_ssl.config import UserError
-from etpp_ssl.curriculum.constant import ConstantConfig
-from etpp_ssl.curriculum.efficienttrain import EfficientTrainConfig
+from etpp_ssl.curriculum.efficienttrain import ConstantConfig, EfficientTrainConfig
 from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.model.masking import random_masking, removed_ids
 from etpp_ssl.targets.hog import HogConfig, hog_features

@@ -18,8 +18,7 @@ from original_mae import import_original, original_model
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from etpp_ssl.config import UserError
-from etpp_ssl.dist.signals import Interrupted
+from etpp_ssl.config import Interrupted, UserError
 from etpp_ssl.recipe import Recipe
 
 # What of the clone the tools rely on: the constructor, the call, a block that takes qk_scale, np.float.

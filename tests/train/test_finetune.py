@@ -14,8 +14,7 @@ from ranks import Server
 from safetensors.torch import load_file
 
 from etpp_ssl.commands.evaluate import evaluate_run
-from etpp_ssl.config import UserError
-from etpp_ssl.dist.signals import Interrupted
+from etpp_ssl.config import Interrupted, UserError
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.train.launch import finetune, pretrain

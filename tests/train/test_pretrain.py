@@ -16,8 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from etpp_ssl.config import UserError
-from etpp_ssl.dist.signals import Interrupted
+from etpp_ssl.config import Interrupted, UserError
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.run_state import TrainState

@@ -13,9 +13,10 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch.nn import functional as F
 
 from etpp_ssl.config import UserError
+from etpp_ssl.export.official import official_names
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.pos_embed import sincos_pos_embed
-from etpp_ssl.weights.layouts import Weights, official_names, recognise
+from etpp_ssl.weights.layouts import Weights, recognise
 from etpp_ssl.weights.loading import adapt_weights
 from etpp_ssl.weights.official import load_official_mae
 from etpp_ssl.weights.tensors import UNSET_POSITIONS, adapt_channels

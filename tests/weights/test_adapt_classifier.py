@@ -17,9 +17,10 @@ from timm.models.metaformer import Attention, MetaFormer, SepConv
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError
+from etpp_ssl.export.official import to_huggingface
 from etpp_ssl.model.pos_embed import sincos_pos_embed
 from etpp_ssl.weights.adapt_classifier import adapt_classifier
-from etpp_ssl.weights.layouts import Weights, in_timm_names, to_huggingface
+from etpp_ssl.weights.layouts import Weights, in_timm_names
 from etpp_ssl.weights.tensors import UNSET_POSITIONS, adapt_channels
 
 KEPT_HEAD = "its head of 5 classes is kept: they are taken for the same ones"

@@ -28,12 +28,13 @@ from torch.nn import functional as F
 
 import etpp_ssl
 from etpp_ssl.config import UserError
+from etpp_ssl.export.official import official_names, to_huggingface
 from etpp_ssl.model.decoders import MAEDecoderConfig
 from etpp_ssl.model.mae import ModelConfig
 from etpp_ssl.model.masking import random_masking
 from etpp_ssl.model.pos_embed import sincos_pos_embed
 from etpp_ssl.targets.pixels import PixelObjective
-from etpp_ssl.weights.layouts import from_huggingface, official_names, recognise, to_huggingface
+from etpp_ssl.weights.layouts import from_huggingface, recognise
 from etpp_ssl.weights.official import load_official_mae, shape_of
 from etpp_ssl.weights.reading import read_state_dict
 from etpp_ssl.weights.tensors import UNSET_POSITIONS

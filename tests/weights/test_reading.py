@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from etpp_ssl.config import UserError
-from etpp_ssl.weights.reading import load_weights, read_state_dict
-from etpp_ssl.weights.wrappers import without_prefix
+from etpp_ssl.weights.reading import load_weights, read_state_dict, without_prefix
 
 TENSORS = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.ones(2)}
 

@@ -18,7 +18,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import etpp_ssl
 from etpp_ssl.config import UserError
-from etpp_ssl.weights.layouts import Weights, in_timm_names, recognise, to_huggingface
+from etpp_ssl.export.official import to_huggingface
+from etpp_ssl.weights.layouts import Weights, in_timm_names, recognise
 from etpp_ssl.weights.loading import load_classifier_init, read_init
 from etpp_ssl.weights.reading import read_state_dict
 

@@ -199,8 +199,7 @@ class CSWinTransformer(Pyramid):
         for stage in (1, 2, 3, 4):
             if stage > 1:
                 x = self.get_submodule(f"merge{stage - 1}")(x)
-            for block in getattr(self, f"stage{stage}"):
-                x = self.run(block, x)
+            x = self.run_blocks(f"stage{stage}", x)
         normed: Tensor = self.norm(x.flatten(1, 2))
         return normed
 

@@ -172,11 +172,11 @@ class PyramidVisionTransformer(Pyramid):
             x_BhwD = getattr(self, f"patch_embed{stage}")(x)
             grid = (x_BhwD.shape[1], x_BhwD.shape[2])
             x_BhwD = x_BhwD + self._positions(stage, grid).unflatten(1, grid)
-            x = rearrange(self._run_blocks(stage, x_BhwD), "b h w d -> b d h w")
+            x = rearrange(self.run_blocks(f"block{stage}", x_BhwD), "b h w d -> b d h w")
         x_BhwD = self.get_submodule("patch_embed4")(x)
         grid = (x_BhwD.shape[1], x_BhwD.shape[2])
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), x_BhwD.flatten(1, 2)], dim=1)
-        normed: Tensor = self.norm(self._run_blocks(4, tokens + self._positions(4, grid)))
+        normed: Tensor = self.norm(self.run_blocks("block4", tokens + self._positions(4, grid)))
         return normed
 
     def no_weight_decay(self) -> set[str]:
@@ -198,11 +198,6 @@ class PyramidVisionTransformer(Pyramid):
         """(1, P + N, D) for the grid, P of the last stage only."""
         prefix = self.num_prefix_tokens if stage == 4 else 0
         return resampled_pos_embed(getattr(self, f"pos_embed{stage}"), grid, self.grids[stage - 1], prefix)
-
-    def _run_blocks(self, stage: int, x: Tensor) -> Tensor:
-        for block in getattr(self, f"block{stage}"):
-            x = self.run(block, x)
-        return x
 
 
 @register_model

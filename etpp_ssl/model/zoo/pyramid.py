@@ -114,9 +114,12 @@ class Pyramid(nn.Module):
                 f"not {show_size(size)}"
             )
 
-    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """A block's output, recomputed in the backward pass under gradient checkpointing."""
-        return BlockRunner(self.grad_checkpointing)(block, *inputs)
+    def run_blocks(self, stage: str, x: Tensor) -> Tensor:
+        """Through the blocks of a stage; under gradient checkpointing recomputed in the backward pass."""
+        run = BlockRunner(self.grad_checkpointing)
+        for block in getattr(self, stage):
+            x = run(block, x)
+        return x
 
     def forward_features(self, x: Tensor) -> Tensor:
         """float (B, C, H, W) to the last stage's normed tokens, (B, P + N, D), row by row."""
