@@ -321,7 +321,8 @@ def _value(text: str, admitted: set[Any], *, has_name: bool) -> Any:
             return load_yaml(text, only_words=True)
         # Commas in braces are a shell's, as in {a,b}.tar.
         return [word.strip() for word in re.split(r",(?![^{]*\})", checked(text[1:-1])) if word.strip()]
-    if str in admitted and not (lists and text.startswith("[")):
+    is_list = bool(lists) and not lists_of_words and text.startswith("[")
+    if str in admitted and not is_list:
         return checked(text)
     if has_name and not text.startswith(("{", "[")):
         with suppress(yaml.YAMLError):

@@ -23,7 +23,7 @@ from etpp_ssl.cli import main
 from etpp_ssl.commands.prepare import PrepareConfig, Prepared, from_options, prepare
 from etpp_ssl.config import UserError
 from etpp_ssl.data.formats import decode
-from etpp_ssl.data.formats.base import UnreadableImage
+from etpp_ssl.data.formats.base import Reading, UnreadableImage
 from etpp_ssl.data.loader import Batch, BatchBuilder, load_batches
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.shard_writer import RecodeConfig
@@ -199,7 +199,7 @@ def test_recoding_bounds_the_shorter_side_and_keeps_colour(tmp_path: Path) -> No
         assert image.format == "JPEG"
         # Sampling factors of the components, as the decoder reads them: 4:4:4.
         assert {layer[1:3] for layer in image.layer} == {(1, 1)}  # type: ignore[attr-defined]
-    expected = decode((tmp_path / "files/c.png").read_bytes(), 3)[0]
+    expected = decode((tmp_path / "files/c.png").read_bytes(), Reading(3))[0]
     difference = np.asarray(source.open(2).channels()[0]).astype(int) - np.asarray(expected)
     assert abs(difference).mean() < 3
     convert(tmp_path / "files", tmp_path / "low", recode=RecodeConfig(size=9, quality=10))

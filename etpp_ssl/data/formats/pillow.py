@@ -8,9 +8,7 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_png
 
 from etpp_ssl.data.formats.base import (
     ArrayPicture,
@@ -131,7 +129,10 @@ def _open(data: bytes, reading: Reading) -> Picture:
 def _sixteen_bits(image: Image.Image, data: bytes) -> np.ndarray | None:
     """uint16 (H, W, C) of a file that holds more than 8 bits, without alpha; None for one that does not."""
     if image.format == "PNG" and data[24] == 16:
-        # Pillow keeps the high byte of colours.
+        # Pillow keeps the high byte of colours. Where there are none, torchvision need not be loaded.
+        import torch
+        from torchvision.io import ImageReadMode, decode_png
+
         values = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
         pixels = values.permute(1, 2, 0).numpy()[:, :, : 1 if len(values) <= 2 else 3]
     elif image.format == "PPM" and image.mode == "I":
