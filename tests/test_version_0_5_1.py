@@ -71,7 +71,13 @@ def test_a_resumed_run_reaches_the_weights_that_0_5_1_reached(
     reached = checkpoint.average() or checkpoint.model()
     assert reached.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(reached[name], value, rtol=1e-5, atol=1e-6, msg=name)
+        found = reached[name]
+        if name.endswith("attn.qkv.bias"):
+            # A key's bias adds the same to all of a query's scores: its gradient is rounding, which Adam
+            # takes for a direction, and which other processors round otherwise.
+            (q, _, v), (q0, _, v0) = found.chunk(3), value.chunk(3)
+            found, value = torch.cat([q, v]), torch.cat([q0, v0])
+        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_an_exported_encoder_gives_the_stored_features(runs: Path) -> None:
