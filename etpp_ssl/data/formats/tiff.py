@@ -25,7 +25,7 @@ from etpp_ssl.data.formats.base import (
     check_pixels,
     imported,
 )
-from etpp_ssl.data.formats.tiff_values import PALETTE, Page, TiffPicture
+from etpp_ssl.data.formats.tiff_values import PALETTE, Page, TiffPicture, prepare
 from etpp_ssl.files import read_regular
 
 MOST_PAGES = 10_000
@@ -177,7 +177,7 @@ def _directories(file: BinaryIO, most: int) -> list[Tags]:
     return pages
 
 
-def _by_tifffile(opened: Callable[[], BinaryIO], reading: Reading) -> TiffPicture:
+def _by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, overviews: bool = False) -> TiffPicture:
     tifffile = imported("tifffile", "this kind of TIFF", "tiff")
     imported("imagecodecs", "this kind of TIFF", "tiff")
     # It writes about broken metadata around a sound picture.
@@ -189,6 +189,8 @@ def _by_tifffile(opened: Callable[[], BinaryIO], reading: Reading) -> TiffPictur
         # A thumbnail may come first, and the picture behind it.
         below = [sub for page in pages if page.subfiletype & _REDUCED and page.subifds for sub in page.pages]
         images = _whole([page for page in (*pages, *below) if not page.subfiletype & (_REDUCED | _MASK)])
+        for page in images:
+            prepare(page, reading)
         size = _size(images[0])
         check_pixels(size, reading.max_pixels)
         images, names = _as_channels(found, images, reading)
@@ -202,6 +204,7 @@ def _by_tifffile(opened: Callable[[], BinaryIO], reading: Reading) -> TiffPictur
             [_scale(images[page], sample) for page, sample in bands],
             mask=next((page for page in masks if _size(page) == size), None),
             alpha=alpha,
+            overviews=overviews,
         )
 
 

@@ -44,20 +44,20 @@ class TiffPicture:
 
     Args:
         opened: opens the file.
-        levels: the pages whose samples are channels, then the same for each smaller copy of the image.
+        levels: the pages whose samples are channels, each prepared (see `prepare`), then the same for each
+            smaller copy of the image.
         bands: (page, sample) per channel; of a single one with a palette, its colours are shown.
         reading: says how deep.
         scales: per channel (scale, offset), which make the stored values the ones that are meant.
         mask: a page that is 0 where there is no data.
         alpha: the sample of the one page that is 0 where there is no data.
+        overviews: whether smaller copies serve regions that need few pixels.
 
     Raises:
         UnreadableImage: for values that are not read, or strips too large to be.
     """
 
     deep = True
-    overviews = False
-    """Whether smaller copies serve regions that need few pixels."""
 
     def __init__(
         self,
@@ -68,19 +68,14 @@ class TiffPicture:
         scales: Sequence[tuple[float, float]],
         mask: Page | None = None,
         alpha: int | None = None,
+        overviews: bool = False,
     ) -> None:
         page = levels[0][0]
         self._turn = ROTATED.get(page.tags.valueof(_ORIENTATION))
-        # A mask has smaller copies of its own, and they may lie anywhere in the file.
-        self._levels = levels if mask is None and self._turn is None else levels[:1]
-        for one in (*(page for level in self._levels for page in level), *([mask] if mask else [])):
-            _check(one)
-        if not reading.deep and page.dtype not in (np.uint8, np.uint16, np.bool_):
-            kind = "floats" if page.dtype.kind == "f" else "integers"
-            raise UnreadableImage(
-                f"its values are {page.dtype.itemsize * 8}-bit {kind}, not 8 or 16 bits: data.range reads "
-                f"them"
-            )
+        # Those of a mask may lie anywhere in the file.
+        self._levels = levels if overviews and mask is None and self._turn is None else levels[:1]
+        for other in (*(page for level in self._levels[1:] for page in level), *([mask] if mask else [])):
+            prepare(other, reading)
         self._opened, self._bands, self._mask, self._alpha = opened, bands, mask, alpha
         self._sizes = [_size(level[0]) for level in self._levels]
         turned = page.tags.valueof(_ORIENTATION, 1) >= 5 and self._turn is not None
@@ -91,8 +86,6 @@ class TiffPicture:
             entries = np.asarray(page.tags.valueof(_COLOUR_MAP), np.uint16).reshape(3, -1).T
             self._colours = entries if page.bitspersample > 8 else (entries >> 8).astype(np.uint8)
         self._white = page.photometric == WHITE_IS_ZERO
-        if self._white and page.dtype.kind not in "uib":
-            raise UnreadableImage("it has floats of which white is 0, and nothing says which value is black")
         steps = np.array(scales).T
         self._steps = steps if reading.deep and (steps != [[1.0], [0.0]]).any() else None
 
@@ -101,11 +94,13 @@ class TiffPicture:
         raise TypeError("a deep picture has regions only")
 
     def region(self, box: IntBox, at_least: tuple[int, int], decoder: Decoder = "pillow") -> Region:
-        """At full resolution, or from a smaller copy; see `Picture.region` and `overviews`."""
+        """At full resolution, or from a smaller copy; see `Picture.region`."""
         with one_line_reasons():
-            number, part = level_for(self._sizes, box, at_least) if self.overviews else (0, box)
+            number, part = level_for(self._sizes, box, at_least)
             left, top = math.floor(part[0]), math.floor(part[1])
-            outer = (left, top, math.ceil(part[2]), math.ceil(part[3]))
+            # Quotients may lie a billionth of a pixel beyond the end.
+            right, bottom = map(min, map(math.ceil, part[2:]), self._sizes[number] if number else self.size)
+            outer = (left, top, right, bottom)
             inner = (part[0] - left, part[1] - top, part[2] - left, part[3] - top)
             if self._turn is None:
                 values, gaps = self._values(self._levels[number], outer)
@@ -183,8 +178,8 @@ def _has_plain_rows(page: Page) -> bool:
     )
 
 
-def _check(page: Page) -> None:
-    """Check that a page can be read, and prepare its decoder, for which the file has to be open.
+def prepare(page: Page, reading: Reading) -> None:
+    """Check that a page can be read, and find its decoder, for which the file has to be open.
 
     Raises:
         UnreadableImage: if it cannot.
@@ -192,8 +187,16 @@ def _check(page: Page) -> None:
     if page.dtype is None or page.dtype.kind not in "uifb":
         bits = page.bitspersample
         raise UnreadableImage(f"its values, of {bits} bits, are neither integers nor floats that can be read")
+    if not reading.deep and page.dtype not in (np.uint8, np.uint16, np.bool_):
+        kind = f"{page.dtype.itemsize * 8}-bit {'floats' if page.dtype.kind == 'f' else 'integers'}"
+        raise UnreadableImage(f"its values are {kind}, not 8 or 16 bits: data.range reads them")
+    if page.photometric == WHITE_IS_ZERO and page.dtype.kind == "f":
+        raise UnreadableImage("it has floats of which white is 0, and nothing says which value is black")
     if page.compression in _JPEG_2000 and max(np.atleast_1d(page.bitspersample)) > 24:
-        raise UnreadableImage("it is JPEG 2000 of more than 24 bits, which OpenJPEG does not decode exactly")
+        raise UnreadableImage(
+            "it is JPEG 2000 of more than 24 bits, which OpenJPEG does not decode exactly: write it with "
+            "deflate"
+        )
     if page.imagedepth > 1:
         raise UnreadableImage("it is a volume: write each plane to a file of its own")
     by_codec = page.photometric == _YCBCR and page.compression in _COLOUR_CODECS
