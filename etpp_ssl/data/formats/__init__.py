@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from etpp_ssl.data.formats import jpeg, npy, pillow
+from etpp_ssl.data.formats import jpeg, npy, pillow, tiff
 from etpp_ssl.data.formats.base import (
     MAX_PIXELS,
     ArrayPicture,
@@ -23,7 +23,7 @@ from etpp_ssl.data.formats.base import (
 )
 from etpp_ssl.files import read_regular
 
-FORMATS = (npy.FORMAT, jpeg.FORMAT, pillow.FORMAT)
+FORMATS = (npy.FORMAT, jpeg.FORMAT, tiff.FORMAT, pillow.FORMAT)
 """In this order; the first whose signature fits opens a file. One line here makes a new format known."""
 EXTENSIONS = frozenset().union(*(form.extensions for form in FORMATS))
 """File names that count as images, in lower case: of every format that can be read."""

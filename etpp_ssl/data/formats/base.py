@@ -10,12 +10,14 @@ Legend: C channels, H, W pixels.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -201,6 +203,28 @@ class ArrayPicture:
         return Region(self._values[part], (0, 0, right - left, bottom - top), valid)
 
 
+def level_for(
+    levels: Sequence[tuple[int, int]], box: tuple[int, int, int, int], at_least: tuple[int, int]
+) -> tuple[int, Box]:
+    """Which copy of a picture serves a region: the smallest that keeps what it must.
+
+    Args:
+        levels: (width, height) of the picture, and of smaller copies that show all of it.
+        box, at_least: see `Picture.region`.
+
+    Returns:
+        The number of the copy, and the box in its pixels, which may lie between them.
+    """
+    (full_width, full_height), (left, top, right, bottom) = levels[0], box
+    found, found_width = (0, (float(left), float(top), float(right), float(bottom))), full_width
+    for number, (width, height) in enumerate(levels):
+        x, y = width / full_width, height / full_height
+        enough = (right - left) * x >= at_least[0] and (bottom - top) * y >= at_least[1]
+        if enough and width < found_width:
+            found, found_width = (number, (left * x, top * y, right * x, bottom * y)), width
+    return found
+
+
 class ValuePicture:
     """A picture's values as float32, those of the file or their share of its type's range.
 
@@ -374,6 +398,26 @@ def require_library(key: str, library: str, extra: str) -> None:
     """
     if importlib.util.find_spec(library) is None:
         raise NotAtHand(f"{key} needs {library}, which is not installed: pip install 'etpp-ssl[{extra}]'")
+
+
+def imported(module: str, what: str, extra: str) -> ModuleType:
+    """An optional library, imported where a file needs it.
+
+    Args:
+        module: its name.
+        what: it reads.
+        extra: of etpp-ssl, which brings it.
+
+    Raises:
+        UnreadableImage: if it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        library = module.partition(".")[0]
+        raise UnreadableImage(
+            f"reading {what} needs {library}, which is not installed: pip install 'etpp-ssl[{extra}]'"
+        ) from error
 
 
 def pixels_of(channels: Channels) -> np.ndarray:

@@ -57,7 +57,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What undoes each value of the EXIF tag `_ORIENTATION` (TIFF 6.0, section 8)."""
-_ROTATED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+ROTATED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
     4: lambda pixels: pixels[::-1],
@@ -143,12 +143,12 @@ def _sixteen_bits(image: Image.Image, data: bytes) -> np.ndarray | None:
         raise UnreadableImage("it is a colour PPM of 16 bits, of which only 8 are read: convert it to PNG")
     else:
         return None
-    turn = _ROTATED.get(orientation(image))
+    turn = ROTATED.get(orientation(image))
     return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
 
 _EXTENSIONS = (
-    ".png", ".apng", ".webp", ".gif", ".avif", ".avifs", ".tif", ".tiff", ".bmp", ".dib", ".tga", ".pcx",
+    ".png", ".apng", ".webp", ".gif", ".avif", ".avifs", ".bmp", ".dib", ".tga", ".pcx",
     ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
 )  # fmt: skip
 """Not those that are more often something else (.icb, .vda and .vst, for Targa), nor .pfm (floats)."""
