@@ -149,6 +149,8 @@ def axes_of(shape: tuple[int, ...], reading: Reading, own_axes: str | None = Non
     Raises:
         UnreadableImage: for axes that this does not settle, or an array without pixels.
     """
+    if own_axes is None and reading.axes is None:
+        return _of_numpy(shape, reading)
     if 0 in shape:
         raise UnreadableImage(f"its shape is {shape}: it has no pixels")
     if reading.axes not in (None, "pages"):
@@ -161,7 +163,7 @@ def axes_of(shape: tuple[int, ...], reading: Reading, own_axes: str | None = Non
         _require_no_others(shape, axes)
         return axes
     if own_axes is None:
-        return _of_numpy(shape, reading)
+        raise UnreadableImage(f"its shape is {shape}, and it has no pages: give data.axes such as chw")
     long = [axis for axis, length in zip(own_axes, shape, strict=True) if axis not in "hw" and length > 1]
     if "c" not in long and len(long) == 1:
         (stack,) = long
@@ -198,18 +200,15 @@ def _require_no_others(shape: tuple[int, ...], axes: str) -> None:
 
 
 def _of_numpy(shape: tuple[int, ...], reading: Reading) -> str:
-    if reading.axes == "pages":
-        raise UnreadableImage(f"its shape is {shape}, and it has no pages: give data.axes such as chw")
-    if len(shape) == 2:
-        return "hw"
-    if len(shape) != 3:
-        raise UnreadableImage(f"its shape is {shape}, not (height, width, {reading.in_chans})")
-    if reading.channels is None and shape[2] != reading.in_chans:
-        raise UnreadableImage(
-            f"its shape is {shape}, not (height, width, {reading.in_chans}): data.axes says which axis is "
-            f"which, such as chw, and data.channels chooses among channels"
+    fits = len(shape) in (2, 3) and 0 not in shape
+    if not fits or (reading.channels is None and (*shape, 1)[2] != reading.in_chans):
+        remedy = (
+            ": data.axes says which axis is which, such as chw, data.channels chooses among channels"
+            if fits
+            else ""
         )
-    return "hwc"
+        raise UnreadableImage(f"its shape is {shape}, not (height, width, {reading.in_chans}){remedy}")
+    return "hwc"[: len(shape)]
 
 
 def letters_of(names: Sequence[Any]) -> str | None:

@@ -67,6 +67,8 @@ def read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
         raise UnreadableImage(
             f"its header is damaged or incomplete: {' '.join(str(error).split())}"
         ) from error
+    if dtype.hasobject:
+        raise UnreadableImage("its values are Python's objects, a pickle, which is not read")
     check_numbers(dtype)
     return shape, dtype
 
