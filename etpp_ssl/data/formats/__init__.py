@@ -30,6 +30,7 @@ FORMATS = (
     hdf5.FORMAT,
     zarr.FORMAT,
     nifti.FORMAT,
+    nifti.PACKED,
     dicom.FORMAT,
     pillow.FORMAT,
 )

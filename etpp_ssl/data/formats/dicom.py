@@ -182,6 +182,9 @@ def _check_dataset(pydicom: ModuleType, dataset: Any, max_pixels: int) -> None:
     if photometric not in (*_GRAY, *_COLOUR, _PALETTE):
         known = ", ".join((*_GRAY, *_COLOUR, _PALETTE))
         raise UnreadableImage(f"its photometric interpretation is {photometric}: {known} are read")
+    samples = 3 if photometric in _COLOUR else 1
+    if dataset.get("SamplesPerPixel", 1) != samples:
+        raise UnreadableImage(f"it has {dataset.SamplesPerPixel} samples a pixel, but is {photometric}")
     if "ModalityLUTSequence" in dataset:
         raise UnreadableImage("its values pass through a table (Modality LUT), which is not applied")
     bits, high = dataset.get("BitsStored"), dataset.get("HighBit")

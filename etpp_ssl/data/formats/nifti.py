@@ -12,7 +12,7 @@ import math
 import os
 import struct
 import zlib
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +27,6 @@ _MAGIC = {348: (344, b"n+1\0"), 540: (4, b"n+2\0")}
 
 
 def _open(data: bytes, reading: Reading) -> Picture:
-    if data.startswith(_GZIP):
-        return _unpacked(io.BytesIO(data), reading)
     header = _header(data[:540])
     shape, dtype = _layout(header)
     _require(shape, dtype, header, len(data))
@@ -38,19 +36,15 @@ def _open(data: bytes, reading: Reading) -> Picture:
 
 def _open_path(path: str | os.PathLike[str], reading: Reading) -> Picture:
     with open(path, "rb") as file:
-        start = file.read(540)
-        if start.startswith(_GZIP):
-            file.seek(0)
-            return _unpacked(file, reading)
-    header = _header(start)
+        header = _header(file.read(540))
     shape, dtype = _layout(header)
     _require(shape, dtype, header, os.stat(path).st_size)
     return _picture(np.memmap(path, dtype, "r", header.get_data_offset(), shape, order="F"), header, reading)
 
 
-def _unpacked(file: IO[bytes], reading: Reading) -> Picture:
-    """All of it, as a compressed file has no places."""
-    with gzip.GzipFile(fileobj=file) as stream:
+def _open_packed(data: bytes, reading: Reading) -> Picture:
+    """All of it, as no place in it can be found without what comes before."""
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
         try:
             start = stream.read(540)
             header = _header(start)
@@ -58,10 +52,10 @@ def _unpacked(file: IO[bytes], reading: Reading) -> Picture:
             check_claim(shape, reading)
             end = header.get_data_offset() + math.prod(shape) * dtype.itemsize
             # Reading beyond the values makes gzip compare its checksum.
-            data = start + stream.read(max(0, end - len(start)) + 1)
+            unpacked = start + stream.read(max(0, end - len(start)) + 1)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UnreadableImage(f"its compression is damaged or incomplete: {error}") from error
-    return _open(data, reading)
+    return _open(unpacked, reading)
 
 
 def _header(start: bytes) -> Any:
@@ -117,14 +111,18 @@ def _picture(values: np.ndarray, header: Any, reading: Reading) -> Picture:
     return StoredArray(values, reading, "".join(names), scale=scale)
 
 
+def _check_packed(data: bytes, max_pixels: int) -> None:
+    try:
+        start = gzip.GzipFile(fileobj=io.BytesIO(data)).read(540)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UnreadableImage(f"its compression is damaged or incomplete: {error}") from error
+    _check(start, max_pixels)
+
+
 def _check(data: bytes, max_pixels: int) -> None:
-    if data.startswith(_GZIP):
-        try:
-            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(540)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UnreadableImage(f"its compression is damaged or incomplete: {error}") from error
-    shape = (*_layout(_header(data[:540]))[0], 1, 1)
-    check_pixels((shape[0], shape[1]), max_pixels)
+    shape = (*_header(data[:540]).get_data_shape(), 1, 1)
+    check_pixels((int(shape[0]), int(shape[1])), max_pixels)
 
 
-FORMAT = Format(frozenset({".nii", ".nii.gz"}), (_GZIP, *_SIGNATURES), _open, _check, _open_path)
+FORMAT = Format(frozenset({".nii"}), tuple(_SIGNATURES), _open, _check, _open_path)
+PACKED = Format(frozenset({".nii.gz"}), (_GZIP,), _open_packed, _check_packed)

@@ -87,13 +87,15 @@ def check_length(shape: tuple[int, ...], dtype: np.dtype, there: int) -> None:
 def _check(data: bytes, max_pixels: int) -> None:
     file = io.BytesIO(data)
     shape, dtype = read_header(file)
+    check_length(shape, dtype, len(data) - file.tell())
     if len(shape) >= 2:
         check_pixels((shape[1], shape[0]), max_pixels)
-    check_length(shape, dtype, len(data) - file.tell())
 
 
 def _open(data: bytes, reading: Reading) -> Picture:
-    _check(data, reading.max_pixels)
+    file = io.BytesIO(data)
+    shape, dtype = read_header(file)
+    check_length(shape, dtype, len(data) - file.tell())
     return from_array(np.load(io.BytesIO(data), allow_pickle=False), reading)
 
 

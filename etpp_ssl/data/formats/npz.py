@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import zipfile
-from typing import IO
 
 import numpy as np
 
@@ -15,17 +13,7 @@ from etpp_ssl.data.formats.npy import check_length, from_array, read_header
 
 
 def _open(data: bytes, reading: Reading) -> Picture:
-    return _picture(io.BytesIO(data), reading)
-
-
-def _open_path(path: str | os.PathLike[str], reading: Reading) -> Picture:
-    with open(path, "rb") as file:
-        return _picture(file, reading)
-
-
-def _picture(file: IO[bytes], reading: Reading) -> Picture:
-    """Other arrays of the file are not read."""
-    with _archive(file) as archive:
+    with _archive(data) as archive:
         shapes = {}
         for member in archive.namelist():
             if member.endswith(".npy"):
@@ -41,16 +29,16 @@ def _picture(file: IO[bytes], reading: Reading) -> Picture:
 
 
 def _check(data: bytes, max_pixels: int) -> None:
-    with _archive(io.BytesIO(data)) as archive:
+    with _archive(data) as archive:
         if not any(name.endswith(".npy") for name in archive.namelist()):
             raise UnreadableImage("it is a ZIP archive without arrays of numpy")
 
 
-def _archive(file: IO[bytes]) -> zipfile.ZipFile:
+def _archive(data: bytes) -> zipfile.ZipFile:
     try:
-        return zipfile.ZipFile(file)
+        return zipfile.ZipFile(io.BytesIO(data))
     except zipfile.BadZipFile as error:
         raise UnreadableImage("it is a ZIP archive that is damaged or incomplete") from error
 
 
-FORMAT = Format(frozenset({".npz"}), (b"PK\x03\x04",), _open, _check, _open_path)
+FORMAT = Format(frozenset({".npz"}), (b"PK\x03\x04",), _open, _check)

@@ -334,6 +334,8 @@ def test_what_cannot_be_right_is_refused(file: Path) -> None:
     assert refusal(file, deep()) == ("it stores 12 of 16 bits up to bit 15: the highest has to be bit 11")
     write(file, pixels, ModalityLUTSequence=[Dataset()])
     assert "Modality LUT" in refusal(file, deep())
+    write(file, pixels, photometric="RGB")
+    assert refusal(file, deep()) == "it has 1 samples a pixel, but is RGB"
     write(file, pixels, photometric="ARGB")
     assert refusal(file, deep()).startswith("its photometric interpretation is ARGB")
     write(file, pixels, RescaleSlope=0, RescaleIntercept=0)
