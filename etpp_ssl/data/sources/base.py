@@ -93,8 +93,9 @@ class DataConfig(Config, ABC):
     nodata: float | None = None
     """The value of pixels without data, beside NaN and what a file itself states; needs `range`."""
     axes: str | None = Field(default=None, pattern="^[a-z]{2,6}$")
-    """Axes of a file's array, a letter each, h and w among them: `chw`; or `pages`, the pages being channels.
-    None: as the file says; (height, width, channels) for a file of numpy's."""
+    """Axes of a file's array, a letter each, such as `chw`: h, w, c for channels, another for one of length 1; or
+    `pages`: pages, frames or the entries of a stack are the channels. None: as the file says; (height, width,
+    channels) where it says nothing."""
     channels: tuple[int | str, ...] | None = None
     """Which channels of a file are taken, in this order, as many as `in_chans`: by number from 0, or by the
     names that the file has for them. A number may stand more than once."""
