@@ -29,6 +29,7 @@ from etpp_ssl.config import Config, UserError
 from etpp_ssl.data.formats import EXTENSIONS, check_header, decode, jpeg
 from etpp_ssl.data.formats.base import UnreadableImage
 from etpp_ssl.data.sources.folder import FileSource
+from etpp_ssl.data.sources.found import extension_of
 from etpp_ssl.data.sources.shard_index import ShardIndex, ShardRows
 from etpp_ssl.files import replaced_file, write_text
 
@@ -67,7 +68,7 @@ class Converter:
 
     def __call__(self, index: int) -> Stored:
         """Image number `index`."""
-        extension = os.path.splitext(self.source.files[index])[1].lower()
+        extension = extension_of(self.source.files[index])
         # timm's reader of WebDataset tars looks for jpg, png and webp only.
         extension = ".jpg" if extension in jpeg.FORMAT.extensions else extension
         extension = extension if extension in EXTENSIONS else ".img"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from etpp_ssl.data.formats import jpeg, npy, pillow, tiff
+from etpp_ssl.data.formats import dicom, hdf5, jpeg, nifti, npy, npz, pillow, tiff, zarr
 from etpp_ssl.data.formats.base import (
     MAX_PIXELS,
     ArrayPicture,
@@ -23,10 +23,23 @@ from etpp_ssl.data.formats.base import (
 )
 from etpp_ssl.files import read_regular
 
-FORMATS = (npy.FORMAT, jpeg.FORMAT, tiff.FORMAT, pillow.FORMAT)
+FORMATS = (
+    npy.FORMAT,
+    jpeg.FORMAT,
+    tiff.FORMAT,
+    npz.FORMAT,
+    hdf5.FORMAT,
+    zarr.FORMAT,
+    nifti.FORMAT,
+    nifti.PACKED,
+    dicom.FORMAT,
+    pillow.FORMAT,
+)
 """In this order; the first whose signature fits opens a file. One line here makes a new format known."""
 EXTENSIONS = frozenset().union(*(form.extensions for form in FORMATS))
 """File names that count as images, in lower case: of every format that can be read."""
+FOLDER_EXTENSIONS = frozenset().union(*(form.extensions for form in FORMATS if form.is_folder))
+"""Those of them that are names of folders."""
 
 
 def open_picture(data: bytes, reading: Reading) -> Picture:
@@ -77,7 +90,7 @@ def check_header(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
 
 
 def _format_of(data: bytes) -> Format:
-    return next(form for form in FORMATS if data.startswith(form.signatures))
+    return next(form for form in FORMATS if data.startswith(form.signatures, form.signature_at))
 
 
 def read_file(path: str | os.PathLike[str], at_most: int) -> bytes:

@@ -64,6 +64,8 @@ class Reading:
     """See `data.axes`."""
     channels: tuple[int | str, ...] | None = None
     """See `data.channels`."""
+    array: str | None = None
+    """See `data.array`."""
     reader: Literal["auto", "rasterio"] = "auto"
     """See `data.reader`."""
 
@@ -104,7 +106,7 @@ class Reading:
         return low, high
 
 
-_OF_VALUES = ("range", "clip", "nodata", "axes", "channels", "reader")
+_OF_VALUES = ("range", "clip", "nodata", "axes", "channels", "array", "reader")
 
 
 class Region(NamedTuple):
@@ -265,6 +267,8 @@ class ValuePicture:
             values /= np.float32(largest_of(pixels.dtype))
         low, high = (bound.astype(np.float32) for bound in reading.bounds())
         inside = values[~missing] if has_gaps else values.reshape(-1, values.shape[2])
+        if not len(inside) and box == (0, 0, *self.size):
+            raise UnreadableImage("it has no pixel with data")
         if len(inside):
             least, most = inside.min(axis=0), inside.max(axis=0)
             if not np.isfinite([least, most]).all():
@@ -383,6 +387,10 @@ class Format(NamedTuple):
     open_path: Callable[[str | os.PathLike[str], Reading], Picture] | None = None
     """The same from a file or a folder on disk, of which only what is asked for is read; None where a file is
     read whole."""
+    signature_at: int = 0
+    """Bytes before the signature."""
+    is_folder: bool = False
+    """Whether an image is a folder of such a name, and no file."""
 
 
 def require_library(key: str, library: str, extra: str) -> None:

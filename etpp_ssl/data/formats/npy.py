@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import io
 import math
+import os
+from typing import IO
 
 import numpy as np
 from PIL import Image
 
+from etpp_ssl.data.formats.arrays import StoredArray, check_numbers
 from etpp_ssl.data.formats.base import (
-    ArrayPicture,
     Channels,
     Format,
     Picture,
     Reading,
     UnreadableImage,
     check_pixels,
-    laid_out,
 )
 
 
@@ -33,13 +34,7 @@ def from_array(array: np.ndarray, reading: Reading) -> Picture:
     Raises:
         UnreadableImage: for another shape, or values that cannot be read so.
     """
-    axes, shape = reading.axes or ("hw" if array.ndim == 2 else "hwc"), array.shape
-    fits = len(shape) in (2, 3) and 0 not in shape
-    asked = fits and (reading.channels is not None or (*shape, 1)[2] == reading.in_chans)
-    if reading.axes is None and not asked:
-        hint = "; data.axes=chw reads it" if fits and shape[0] == reading.in_chans else ""
-        raise UnreadableImage(f"its shape is {shape}, not (height, width, {reading.in_chans}){hint}")
-    return ArrayPicture(laid_out(array, axes, reading))
+    return StoredArray(array, reading)
 
 
 def eight_bits(values: np.ndarray) -> Channels:
@@ -58,24 +53,57 @@ def eight_bits(values: np.ndarray) -> Channels:
     return tuple(Image.fromarray(np.ascontiguousarray(values[:, :, c])) for c in range(values.shape[2]))
 
 
-def _check(data: bytes, max_pixels: int) -> None:
-    file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    read_header = (
-        np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    )
-    shape, _, dtype = read_header(file)
-    if len(shape) >= 2:
-        check_pixels((shape[1], shape[0]), max_pixels)
-    # numpy itself makes room for what the header claims.
-    claimed, there = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
+def read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """(shape, dtype) of an array at the start of a stream, which is left where its values begin.
+
+    Raises:
+        UnreadableImage: for another file, or values that are not numbers.
+    """
+    try:
+        version = np.lib.format.read_magic(stream)
+        header_1, header_2 = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+        shape, _, dtype = (header_1 if version == (1, 0) else header_2)(stream)
+    except Exception as error:
+        raise UnreadableImage(
+            f"its header is damaged or incomplete: {' '.join(str(error).split())}"
+        ) from error
+    if dtype.hasobject:
+        raise UnreadableImage("its values are Python's objects, a pickle, which is not read")
+    check_numbers(dtype)
+    return shape, dtype
+
+
+def check_length(shape: tuple[int, ...], dtype: np.dtype, there: int) -> None:
+    """Check that a file has the values that it claims: numpy itself makes room for them first.
+
+    Raises:
+        UnreadableImage: if it has not.
+    """
+    claimed = math.prod(shape) * dtype.itemsize
     if claimed > there:
         raise UnreadableImage(f"its values take {claimed:,} bytes, but it has {there:,}")
 
 
+def _check(data: bytes, max_pixels: int) -> None:
+    file = io.BytesIO(data)
+    shape, dtype = read_header(file)
+    check_length(shape, dtype, len(data) - file.tell())
+    if len(shape) >= 2:
+        check_pixels((shape[1], shape[0]), max_pixels)
+
+
 def _open(data: bytes, reading: Reading) -> Picture:
-    _check(data, reading.max_pixels)
+    file = io.BytesIO(data)
+    shape, dtype = read_header(file)
+    check_length(shape, dtype, len(data) - file.tell())
     return from_array(np.load(io.BytesIO(data), allow_pickle=False), reading)
 
 
-FORMAT = Format(frozenset({".npy"}), (b"\x93NUMPY",), _open, _check)
+def _open_path(path: str | os.PathLike[str], reading: Reading) -> Picture:
+    with open(path, "rb") as file:
+        shape, dtype = read_header(file)
+        check_length(shape, dtype, os.fstat(file.fileno()).st_size - file.tell())
+    return from_array(np.load(path, mmap_mode="r", allow_pickle=False), reading)
+
+
+FORMAT = Format(frozenset({".npy"}), (b"\x93NUMPY",), _open, _check, _open_path)

@@ -93,11 +93,15 @@ class DataConfig(Config, ABC):
     nodata: float | None = None
     """The value of pixels without data, beside NaN and what a file itself states; needs `range`."""
     axes: str | None = Field(default=None, pattern="^[a-z]{2,6}$")
-    """Axes of a file's array, a letter each, h and w among them: `chw`; or `pages`, the pages being channels.
-    None: as the file says; (height, width, channels) for a file of numpy's."""
+    """Axes of a file's array, a letter each, such as `chw`: h, w, c for channels, another for one of length 1; or
+    `pages`: pages, frames or the entries of a stack are the channels. None: as the file says; (height, width,
+    channels) where it says nothing."""
     channels: tuple[int | str, ...] | None = None
     """Which channels of a file are taken, in this order, as many as `in_chans`: by number from 0, or by the
     names that the file has for them. A number may stand more than once."""
+    array: str | None = Field(default=None, min_length=1)
+    """Name of the array in files that can hold several: .npz, .h5 (`group/name`), .zarr. None: the only one
+    of two or more axes."""
     reader: Literal["auto", "rasterio"] = "auto"
     """Who reads files: each format its own library, or GDAL through `rasterio` whatever it can read."""
     max_bad_share: float = may_change(0.01, ge=0, le=1)
@@ -181,6 +185,7 @@ class DataConfig(Config, ABC):
             fill=self.statistics(in_chans)[0],
             axes=self.axes,
             channels=self.channels,
+            array=self.array,
             reader=self.reader,
         )
 

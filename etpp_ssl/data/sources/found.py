@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from etpp_ssl.data.formats import EXTENSIONS
+from etpp_ssl.data.formats import EXTENSIONS, FOLDER_EXTENSIONS
 from etpp_ssl.data.sources.base import printable
 
 HIDDEN = frozenset(
@@ -47,7 +47,7 @@ class Found(NamedTuple):
 
 
 def find_images(folder: Path) -> Found:
-    """All images below a folder; links are followed, loops are not.
+    """All images below a folder; links are followed, loops are not. A folder can be one image (.zarr).
 
     Raises:
         OSError: if a folder below it cannot be read.
@@ -68,12 +68,13 @@ def find_images(folder: Path) -> Found:
             for entry in entries:
                 name = f"{current}/{entry.name}" if current else entry.name
                 is_hidden = is_hidden_name(entry.name)
-                if _leads_to_folder(entry):
+                extension = extension_of(name)
+                if _leads_to_folder(entry) and extension not in FOLDER_EXTENSIONS:
                     (found.hidden if is_hidden else folders).append(name)
-                elif extension_of(name) not in EXTENSIONS:
-                    found.others[extension_of(name)] += not is_hidden
+                elif extension not in EXTENSIONS:
+                    found.others[extension] += not is_hidden
                 elif is_hidden:
-                    found.others[f"hidden {extension_of(name)}"] += 1
+                    found.others[f"hidden {extension}"] += 1
                 else:
                     found.files.append(name)
         if not current:
@@ -120,5 +121,6 @@ def by_extension(counts: Counter[str]) -> str:
 
 
 def extension_of(name: str) -> str:
-    """`.jpg` of `a/b.JPG`; empty where there is none."""
-    return os.path.splitext(name)[1].lower()
+    """`.jpg` of `a/b.JPG`, `.nii.gz` of `c.nii.gz`; empty where there is none."""
+    stem, extension = os.path.splitext(name.lower())
+    return f".nii{extension}" if extension == ".gz" and stem.endswith(".nii") else extension

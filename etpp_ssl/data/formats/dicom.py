@@ -1,0 +1,219 @@
+"""DICOM (.dcm), decoded by pydicom: values as the modality means them, by rescale slope and intercept.
+
+MONOCHROME1 is inverted within the range that the stored bits have, and never by a picture's own values.
+Windows (VOI), presentation states and overlays are not applied.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from etpp_ssl.data.formats.arrays import Scale, scaled
+from etpp_ssl.data.formats.base import (
+    ArrayPicture,
+    Format,
+    Picture,
+    Reading,
+    UnreadableImage,
+    channel_numbers,
+    check_pixels,
+    imported,
+)
+
+_GRAY = ("MONOCHROME1", "MONOCHROME2")
+_COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+"""Photometric interpretations that pydicom brings to RGB."""
+_PALETTE = "PALETTE COLOR"
+_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+"""A transfer syntax, which the file's first elements name."""
+
+
+def _open(data: bytes, reading: Reading) -> Picture:
+    pydicom, dataset = _read(data)
+    _check_dataset(pydicom, dataset, reading.max_pixels)
+    num_frames = int(dataset.get("NumberOfFrames") or 1)
+    colours = dataset.PhotometricInterpretation not in _GRAY
+    if num_frames > 1 and colours:
+        raise UnreadableImage(f"it has {num_frames} frames of colours: an image has one")
+    if num_frames > 1 and reading.axes != "pages":
+        raise UnreadableImage(
+            f"it has {num_frames} frames: data.axes=pages makes them channels, data.channels chooses among "
+            f"them"
+        )
+    numbers = channel_numbers(3 if colours else num_frames, reading)
+    frames = [0] if colours else list(range(num_frames)) if numbers is None else numbers
+    decoded = _decoded(pydicom, dataset, sorted(set(frames)))
+    planes = [_values(pydicom, dataset, decoded[number], number) for number in frames]
+    values = np.concatenate([np.atleast_3d(plane) for plane, _ in planes], axis=2)
+    if colours and numbers is not None:
+        values = values[:, :, numbers]
+    gaps = [missing for _, missing in planes if missing is not None]
+    return ArrayPicture(np.ascontiguousarray(values), ~np.logical_or.reduce(gaps) if gaps else None)
+
+
+def _values(
+    pydicom: ModuleType, dataset: Any, frame: np.ndarray, number: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """A frame's values, (H, W) or (H, W, 3), and bool (H, W) where there is no data, if the file says so."""
+    frame = frame.astype(frame.dtype.newbyteorder("="), copy=False)
+    if dataset.PhotometricInterpretation == _PALETTE:
+        return np.asarray(pydicom.pixels.apply_color_lut(frame, dataset)), None
+    if dataset.PhotometricInterpretation in _COLOUR:
+        return frame, None
+    if frame.dtype.kind == "f":
+        if dataset.PhotometricInterpretation == "MONOCHROME1":
+            raise UnreadableImage("it is MONOCHROME1 of floats, which have no range to be inverted in")
+        kind = "FloatPixelPadding" if frame.dtype.itemsize == 4 else "DoubleFloatPixelPadding"
+        missing = _padded(dataset, frame, kind, float)
+        return _rescaled(dataset, frame, number), missing
+    bits, signed = int(dataset.BitsStored), bool(dataset.get("PixelRepresentation"))
+    stored = _stored(frame, bits, signed)
+
+    def as_stored(value: Any) -> Any:
+        # Some machines write -2000 as 63536, although the pixels are signed.
+        return _stored(np.array([int(value)]).astype(frame.dtype), bits, signed)[0]
+
+    missing = _padded(dataset, stored, "PixelPadding", as_stored)
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        # The largest stored value, minus the value, plus the least.
+        stored = np.invert(stored) if signed else stored.dtype.type(2**bits - 1) - stored
+    return _rescaled(dataset, stored, number), missing
+
+
+def _stored(values: np.ndarray, bits: int, signed: bool) -> np.ndarray:
+    """Integers without the bits beyond those that count, which may hold an overlay or anything."""
+    unused = 8 * values.dtype.itemsize - bits
+    if signed:
+        return np.asarray((values << unused) >> unused)
+    return np.asarray(values & values.dtype.type(2**bits - 1))
+
+
+def _padded(dataset: Any, values: np.ndarray, key: str, as_stored: Any) -> np.ndarray | None:
+    padding = dataset.get(f"{key}Value")
+    if padding is None:
+        return None
+    limit = dataset.get(f"{key}RangeLimit")
+    ends = sorted(as_stored(end) for end in (padding, padding if limit is None else limit))
+    return np.asarray((values >= ends[0]) & (values <= ends[1]))
+
+
+def _rescaled(dataset: Any, values: np.ndarray, number: int) -> np.ndarray:
+    """By what the frame says, the frames together, or the file, in this order."""
+    places = [
+        groups[at].get("PixelValueTransformationSequence")
+        for key, at in (("PerFrameFunctionalGroupsSequence", number), ("SharedFunctionalGroupsSequence", 0))
+        if (groups := dataset.get(key)) and len(groups) > at
+    ]
+    place = next((sequence[0] for sequence in places if sequence), dataset)
+    slope, intercept = place.get("RescaleSlope"), place.get("RescaleIntercept")
+    scale: Scale = (1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept))
+    if not (math.isfinite(scale[0]) and math.isfinite(scale[1]) and scale[0] != 0):
+        raise UnreadableImage(f"its rescale slope is {scale[0]:g} and its intercept {scale[1]:g}")
+    return scaled(values, scale)
+
+
+def _decoded(pydicom: ModuleType, dataset: Any, numbers: list[int]) -> dict[int, np.ndarray]:
+    """Frames by number: (H, W), or (H, W, 3) of RGB."""
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated:
+        claimed = pydicom.pixels.utils.get_expected_length(dataset)
+        there = max(len(dataset.get(key) or b"") for key in _PIXELS)
+        if there < claimed:
+            raise UnreadableImage(f"its pixels take {claimed:,} bytes, but it has {there:,}")
+    elif syntax in (*pydicom.uid.JPEGTransferSyntaxes, *pydicom.uid.JPEGLSTransferSyntaxes):
+        _require_ends(pydicom, dataset, numbers)
+    try:
+        frames = pydicom.pixels.iter_pixels(dataset, indices=numbers)
+        return dict(zip(numbers, frames, strict=True))
+    except Exception as error:
+        raise UnreadableImage(
+            f"its pixels ({syntax.name}) are damaged: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _require_ends(pydicom: ModuleType, dataset: Any, numbers: list[int]) -> None:
+    """Check that frames end as JPEGs do: libjpeg makes something up where they do not."""
+    offsets = [dataset.get(key) for key in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
+    for number in numbers:
+        frame = pydicom.encaps.get_frame(
+            dataset.PixelData,
+            number,
+            number_of_frames=int(dataset.get("NumberOfFrames") or 1),
+            extended_offsets=tuple(offsets) if all(offsets) else None,
+        )
+        # A frame is filled up to an even length.
+        if b"\xff\xd9" not in frame[-16:]:
+            raise UnreadableImage("its pixels are incomplete: a frame of JPEG has no end")
+
+
+def _read(data: bytes) -> tuple[ModuleType, Any]:
+    pydicom = imported("pydicom", "DICOM", "dicom")
+    imported("pydicom.pixels", "DICOM", "dicom")
+    if _DEFLATED in data[132:512]:
+        # A kilobyte of it can become a gigabyte, and nothing says so before.
+        raise UnreadableImage("its transfer syntax is Deflated Explicit VR, which is not read: convert it")
+    return pydicom, pydicom.dcmread(io.BytesIO(data))
+
+
+def _check_dataset(pydicom: ModuleType, dataset: Any, max_pixels: int) -> None:
+    """Check everything that can be known before a pixel is decoded.
+
+    Raises:
+        UnreadableImage: for what cannot be read, or not with what is installed.
+    """
+    if not any(key in dataset for key in _PIXELS):
+        encrypted = ": they are encrypted" if "EncryptedAttributesSequence" in dataset else ""
+        raise UnreadableImage(f"it has no pixels{encrypted or ', or is incomplete'}")
+    missing = [
+        key
+        for key in ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation")
+        if dataset.get(key) is None
+    ]
+    if missing:
+        raise UnreadableImage(f"it does not say its {', '.join(missing)}")
+    check_pixels((int(dataset.Columns), int(dataset.Rows)), max_pixels)
+    photometric = dataset.PhotometricInterpretation
+    if photometric not in (*_GRAY, *_COLOUR, _PALETTE):
+        known = ", ".join((*_GRAY, *_COLOUR, _PALETTE))
+        raise UnreadableImage(f"its photometric interpretation is {photometric}: {known} are read")
+    samples = 3 if photometric in _COLOUR else 1
+    if dataset.get("SamplesPerPixel", 1) != samples:
+        raise UnreadableImage(f"it has {dataset.SamplesPerPixel} samples a pixel, but is {photometric}")
+    if "ModalityLUTSequence" in dataset:
+        raise UnreadableImage("its values pass through a table (Modality LUT), which is not applied")
+    bits, high = dataset.get("BitsStored"), dataset.get("HighBit")
+    if bits is not None and not (0 < bits <= dataset.BitsAllocated and high in (None, bits - 1)):
+        raise UnreadableImage(
+            f"it stores {bits} of {dataset.BitsAllocated} bits up to bit {high}: the highest has to be "
+            f"bit {bits - 1}"
+        )
+    _require_decoder(pydicom, dataset)
+
+
+def _require_decoder(pydicom: ModuleType, dataset: Any) -> None:
+    syntax = dataset.file_meta.get("TransferSyntaxUID")
+    if syntax is None:
+        raise UnreadableImage("it does not say its transfer syntax")
+    try:
+        decoder = pydicom.pixels.get_decoder(syntax)
+    except NotImplementedError as error:
+        raise UnreadableImage(f"its transfer syntax is {syntax.name}, which is not read") from error
+    if not decoder.is_available:
+        raise UnreadableImage(
+            f"its transfer syntax is {syntax.name}, whose decoder is not installed: "
+            f"pip install 'etpp-ssl[dicom]'"
+        )
+
+
+def _check(data: bytes, max_pixels: int) -> None:
+    pydicom, dataset = _read(data)
+    _check_dataset(pydicom, dataset, max_pixels)
+
+
+FORMAT = Format(frozenset({".dcm"}), (b"DICM",), _open, _check, signature_at=128)
