@@ -168,6 +168,8 @@ def inspect(
         nodata, values = missing, read("without it", missing)
     if not any(values.channels.values()):
         raise UserError(f"no pixel of the {images_of(len(indices))} has data")
+    if in_chans > min(values.sizes.most_common(1)[0][0]) and recipe.data.axes is None:
+        notes.append("more channels than pixels on a side: data.axes=chw reads (channels, height, width)")
     given = recipe.data.reading(recipe.in_chans).range if in_chans == recipe.in_chans else None
     proposal = propose(values, given, nodata)
     if proposal is None:

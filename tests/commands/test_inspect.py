@@ -103,7 +103,7 @@ def test_a_folder_tells_its_channels_depth_and_what_cannot_be_read(
     assert "9 read of 11 images" in text
     assert "12 of 16" in text
     assert "cannot be read: 'broken.npy': it is in no known image format" in text
-    assert "cannot be read: 'other.npy': it has 3 channels, but in_chans is 5" in text
+    assert "cannot be read: 'other.npy': its shape is (4, 4, 3), not (height, width, 5)" in text
     block = yaml.safe_load(text[text.index("in_chans: ") :])
     assert block["in_chans"] == 5
     assert block["data"]["range"] == [0, 4095]

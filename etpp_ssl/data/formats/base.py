@@ -90,6 +90,7 @@ class Reading:
         """How values become 0 to 1, in words."""
         if self.range == "dtype":
             return "integers divided by the largest value of their type"
+        assert self.range != "raw"
         pairs = ((0.0, 255.0),) if self.range is None else self.range
         scaled = ", ".join(f"{low:g} to {high:g}" for low, high in pairs)
         return f"values of {scaled} scaled to [0, 1]{' and clipped' if self.clip else ''}"

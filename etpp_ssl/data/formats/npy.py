@@ -35,7 +35,7 @@ def from_array(array: np.ndarray, reading: Reading) -> Picture:
     """
     axes, shape = reading.axes or ("hw" if array.ndim == 2 else "hwc"), array.shape
     fits = len(shape) in (2, 3) and 0 not in shape
-    asked = fits and (reading.channels is not None or (*shape, 1)[2] == reading.in_chans)
+    asked = fits and (reading.channels is not None or reading.in_chans in ((*shape, 1)[2], 0))
     if reading.axes is None and not asked:
         hint = "; data.axes=chw reads it" if fits and shape[0] == reading.in_chans else ""
         raise UnreadableImage(f"its shape is {shape}, not (height, width, {reading.in_chans}){hint}")
