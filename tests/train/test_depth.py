@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,17 @@ from tiny_runs import TINY
 from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
 from etpp_ssl.data.formats import jpeg, pillow
-from etpp_ssl.data.formats.base import Picture
+from etpp_ssl.data.formats.base import Picture, Reading
+from etpp_ssl.data.sampler import KeyedOrder
+from etpp_ssl.data.sources.folder import open_folder
 from etpp_ssl.data.training import open_training
+from etpp_ssl.dist.signals import StopRequest
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.train.depth import check_depth
 from etpp_ssl.train.launch import pretrain
+from etpp_ssl.train.loop import on_step_end, train
+from etpp_ssl.train.open import open_run, prepare_run
+from etpp_ssl.train.run import Run
 
 FOLDER = ["data=folder", "data.root=images", "data.num_workers=0"]
 
@@ -140,3 +147,68 @@ def test_synthetic_images_stop_where_their_depth_needs_a_range() -> None:
                   ["data.dtype=uint16", "data.faint=true"], ["data.dtype=int16"]):  # fmt: skip
         with pytest.raises(UserError, match="etpp inspect"):
             check(*synthetic, *wrong)
+
+
+def outside(images: Path, *overrides: str) -> tuple[Run, list[int]]:
+    """A run on twelve images of which five leave the range, and the counts in its rows."""
+    saved(images, "float32", 0.1, 0.9)
+    for number in range(5):
+        file = images / f"float32-{number}.npy"
+        values = np.load(file)
+        values[::2] += 1
+        np.save(file, values)
+    run = pretrain(recipe("data.range=[0,1]", "budget_epochs=4", "data.crop_scale=[1,1]", *overrides))
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    return run, [line.get("images_outside_range", 0) for line in lines if "loss" in line]
+
+
+def test_images_that_leave_the_range_are_counted_and_told_once(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, counts = outside(images)
+    loaded = run.curriculum.stage_at(run.curriculum.num_steps - 1).samples.stop
+    order = KeyedOrder(12, run.recipe.seed)
+    files = open_folder("", images, Reading(3))
+    left = {f"float32-{number}.npy" for number in range(5)}
+    expected = sum(files.name(order.index(sample)) in left for sample in range(loaded))
+    assert run.state.num_outside == expected > 0
+    assert counts == sorted(counts)
+    assert counts[-1] == expected
+    line = f"{expected} of {loaded} images had values outside data.range (data.clip=true would clip them)"
+    assert capsys.readouterr().err.count(line) == 1
+
+
+def test_a_resumed_run_has_counted_the_same(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, _ = outside(images)
+    for halted in (1, 4):
+        stop = StopRequest()
+
+        def halt(run: Run, at: int = halted, request: StopRequest = stop) -> None:
+            if run.state.step == at:
+                request.signum = 15
+
+        again = recipe("data.range=[0,1]", "budget_epochs=4", "data.crop_scale=[1,1]", f"output=run{halted}")
+        run = open_run(again)
+        on_step_end.append(halt)
+        try:
+            prepare_run(run)
+            assert train(run, stop) == 15
+        finally:
+            on_step_end.remove(halt)
+            assert run.batches is not None
+            run.batches.close()
+            run.lock.release()
+        assert pretrain(again).state.num_outside == whole.state.num_outside
+
+
+def test_clipped_images_are_told_as_such(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outside(images, "data.clip=true")
+    assert "images had values outside data.range, which were clipped" in capsys.readouterr().err
+
+
+def test_images_within_the_range_are_not_spoken_of(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(images, "float32", 0.1, 0.9)
+    run = pretrain(recipe("data.range=[0,1]", "budget_epochs=2"))
+    assert run.state.num_outside == 0
+    assert "outside" not in capsys.readouterr().err
+    assert "outside" not in Path("run/metrics.jsonl").read_text()
