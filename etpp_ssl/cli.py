@@ -127,6 +127,45 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def inspect(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER-or-RECIPE",
+            help="A folder of images, a recipe or a run.",
+            autocompletion=_complete_recipe,
+        ),
+    ],
+    overrides: Overrides = None,
+    images: Annotated[int, typer.Option(min=0, help="As many are drawn and read; 0 reads all.")] = 2000,
+    nodata: Annotated[
+        float | None,
+        typer.Option(help="Value of pixels without data; by default data.nodata, or one that stands apart."),
+    ] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="Recipe to write: it extends RECIPE by the range that was found.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for sheet.png: a few images, and a histogram of each channel.")
+    ] = None,
+) -> None:
+    """Print what values images hold, channel by channel, and the range, mean and std to train them with."""
+    only_main_process()
+    from etpp_ssl.commands.inspect import SHEET, print_inspection
+    from etpp_ssl.commands.inspect import inspect as inspect_images
+    from etpp_ssl.report.sheet import write_sheet
+
+    found = inspect_images(source, overrides or (), images=images, nodata=nodata, write=write, out=out)
+    print_inspection(found, table_console())
+    if out is not None and found.proposal is not None:
+        proposal = found.proposal
+        write_sheet(
+            out / SHEET, found.source, found.indices, found.values, proposal.bounds(), proposal.nodata
+        )
+        say(f"sheet: {out / SHEET}")
+
+
+@app.command()
 def recipes(
     name: Annotated[
         str | None,

@@ -64,9 +64,10 @@ def checked(text: str) -> str:
     return text
 
 
-def dump_yaml(values: dict[str, Any]) -> str:
-    """YAML that both `load_yaml` and other readers take for the same values."""
-    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+def dump_yaml(values: dict[str, Any], *, compact: bool = False) -> str:
+    """YAML that both `load_yaml` and other readers take for the same values; `compact`: a list is a line."""
+    style: dict[str, Any] = {"default_flow_style": None, "width": 100} if compact else {}
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style))
 
 
 class _Dumper(yaml.SafeDumper):

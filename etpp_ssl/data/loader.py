@@ -56,6 +56,8 @@ class Batch:
     request: BatchRequest
     bad: tuple[BadImage, ...]
     """Unreadable images that were met and replaced."""
+    num_outside: int = 0
+    """Images with values outside `data.range` that were read for it."""
     cursor: dict[str, Any] | None = None
     """Where a stream's worker shard stands after it; None for images that are addressed by index."""
 
@@ -121,11 +123,11 @@ class Builder(Dataset[Batch], ABC):
         """Images for a sample, endless: the next one takes the place of one that cannot be read."""
 
     def __getitem__(self, request: BatchRequest) -> Batch:
-        views, labels, bad = [], [], []
+        views, labels, bad, num_outside = [], [], [], 0
         described = request.described(self.image_name)
         for sample_id, index in zip(request.sample_ids, request.indices, strict=True):
             try:
-                view, label, broken = self._sample(sample_id, index, request, described)
+                view, label, broken, outside = self._sample(sample_id, index, request, described)
             except (UnreadableImage, UserError):
                 raise
             except Exception as error:
@@ -137,6 +139,7 @@ class Builder(Dataset[Batch], ABC):
             views.append(view)
             labels.append(label)
             bad.extend(broken)
+            num_outside += outside
         note(f"\n{described}")
         return Batch(
             images=torch.stack(views),
@@ -145,24 +148,27 @@ class Builder(Dataset[Batch], ABC):
             first_sample_id=request.sample_ids[0],
             request=request,
             bad=tuple(bad),
+            num_outside=num_outside,
         )
 
     def _sample(
         self, sample_id: int, index: int, request: BatchRequest, described: str
-    ) -> tuple[Tensor, int, list[BadImage]]:
-        """The view and the label of the first image that can be read, and those before it."""
+    ) -> tuple[Tensor, int, list[BadImage], bool]:
+        """View and label of the first image that can be read, those before it, and whether it has values outside
+        `data.range`."""
         bad: list[BadImage] = []
         for candidate in islice(self.candidates(sample_id, index, request), MAX_ATTEMPTS):
             note_reading(sample_id, candidate.name, described)
             try:
-                view = self.view(candidate.open(), sample_id, request.bandwidth, request.progress)
+                picture = candidate.open()
+                view = self.view(picture, sample_id, request.bandwidth, request.progress)
             except UnreadableImage as error:
                 bad.append(BadImage(candidate.number, candidate.name, str(error)))
                 continue
             label = candidate.label()
             if self.num_classes is not None:
                 check_label(candidate.name, label, self.num_classes)
-            return view, label, bad
+            return view, label, bad, getattr(picture, "outside", False)
         raise UnreadableImage(
             f"{len(bad)} images in a row cannot be read, the last one {bad[-1].name!r}: {bad[-1].reason}"
         )

@@ -130,6 +130,7 @@ class Replay:
         self._ring: Ring | None = None
         self._stage_start = -1
         self._bad: tuple[BadImage, ...] = ()
+        self._num_outside = 0
 
     @property
     def first_read(self) -> int:
@@ -154,6 +155,7 @@ class Replay:
             self._add(batch)
             if batch.request.last and batch.request.step == steps[-1]:
                 break
+        self._num_outside = 0  # Counted when they were first read.
         self.say(f"replay: buffer refilled in {time.perf_counter() - begin:.0f} s")
 
     def batches(self, fresh: Iterator[Batch]) -> Iterator[Batch]:
@@ -181,6 +183,7 @@ class Replay:
             self._stage_start = plan.first_step
         self._ring.add(batch)
         self._bad += batch.bad
+        self._num_outside += batch.num_outside
 
     def _step(self, step: int, plan: ReplayPlan) -> Iterator[Batch]:
         assert self._ring is not None
@@ -208,8 +211,9 @@ class Replay:
                     last=first + size >= len(slots),
                 ),
                 bad=self._bad,
+                num_outside=self._num_outside,
             )
-            self._bad = ()
+            self._bad, self._num_outside = (), 0
             yield self._pinned(batch)
 
     def _pinned(self, batch: Batch) -> Batch:

@@ -172,3 +172,24 @@ class BadImages:
                 f"{len(self.known)} of {self.num_images} images are unreadable, more than data.max_bad_share "
                 f"{self.max_share:g} allows; the last one is {list(self.known.values())[-1]!r} ({reason})"
             )
+
+
+class OutsideRange:
+    """Counts images with values outside `data.range`.
+
+    Args:
+        state: where they are remembered.
+    """
+
+    def __init__(self, state: TrainState) -> None:
+        self._state = state
+        self._new = 0
+
+    def note(self, batch: Batch) -> None:
+        """Take those of a batch."""
+        self._new += batch.num_outside
+
+    def share(self, num_processes: int, gather: Callable[[Any], Any] = gather_object) -> None:
+        """Bring together what the processes have counted; every process must call it."""
+        self._state.num_outside += sum(gather([self._new])) if num_processes > 1 else self._new
+        self._new = 0

@@ -29,6 +29,7 @@ from etpp_ssl.tasks.base import Evaluation, Task
 from etpp_ssl.tasks.classify import Classification, open_evaluation
 from etpp_ssl.tasks.mae import MaskedAutoencoding, build_probe
 from etpp_ssl.train.checkpoint import clear_leftovers
+from etpp_ssl.train.depth import check_depth
 from etpp_ssl.train.log import MetricsFile, Progress
 from etpp_ssl.train.memory import check_host_memory, check_replay, replay_notes
 from etpp_ssl.train.run import Run, weight_average
@@ -67,6 +68,8 @@ def open_run(recipe: Recipe | FinetuneRecipe, fork: Path | None = None) -> Run:
     start, state = starting_point(recipe, folder, source, curriculum, fork, progress.say)
     if other_count:
         progress.say(other_count)
+    if start is None and (kept := check_depth(source, recipe.data.reading(recipe.in_chans))):
+        progress.say(kept)
     if recipe.init is not None and start is None:
         task.load_init(recipe.init, progress.say)
     if state.plan is not None:

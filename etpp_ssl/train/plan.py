@@ -23,6 +23,7 @@ from etpp_ssl.randomness import ShapesOnly
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.tasks.base import Shown, Task
+from etpp_ssl.train.depth import check_depth
 from etpp_ssl.train.memory import replay_bytes, replay_notes
 from etpp_ssl.train.open import bare_task
 from etpp_ssl.train.summary import short_run_warnings
@@ -199,6 +200,11 @@ def _found(recipe: Recipe | FinetuneRecipe, training: TrainingImages) -> list[st
     split = recipe.evaluate.split if isinstance(recipe, FinetuneRecipe) else "eval"
     evaluated = isinstance(recipe, FinetuneRecipe) or recipe.probe.name != "none"
     lines = [f"training: {training.describe()}"]
+    try:
+        kept = check_depth(training, recipe.data.reading(recipe.in_chans))
+        lines += [kept] if kept else []
+    except UserError as error:
+        lines.append(f"warning: training would not start here: {error}")
     try:
         if evaluated and split == "eval":
             images = recipe.open_split(split)

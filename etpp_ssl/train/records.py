@@ -51,6 +51,7 @@ def log_row(run: Run, stage: Stage, meter: Meter, lr: float, *, written: bool = 
         "images_seen": stage.slots.stop,
         "images_loaded": stage.samples.stop,
         "bad_images": len(state.bad_images),
+        **({"images_outside_range": state.num_outside} if state.num_outside else {}),
         "skipped_steps": state.num_skipped,
         "num_processes": run.accelerator.num_processes,
         "seconds": state.seconds,

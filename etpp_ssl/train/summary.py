@@ -80,6 +80,12 @@ def tell_end(run: Run) -> None:
         )
     else:
         run.progress.say(f"run {run.folder.path} is finished ({counted(step, 'step')})")
+    if run.state.num_outside:
+        loaded = run.curriculum.stage_at(step - 1).samples.stop
+        clipped = ", which were clipped" if run.recipe.data.clip else " (data.clip=true would clip them)"
+        run.progress.say(
+            f"{run.state.num_outside:,} of {loaded:,} images had values outside data.range{clipped}"
+        )
     measure = f"etpp evaluate {folder}"
     if isinstance(run.recipe, Recipe):
         measure = f"etpp probe {folder} probe=knn" if run.source.classes else f"etpp reconstruct {folder}"

@@ -63,11 +63,13 @@ def open_picture(data: bytes, reading: Reading) -> Picture:
 
 
 def finished(picture: Picture, reading: Reading) -> Picture:
-    """A picture of the depth that is asked for.
+    """A picture of the depth that is asked for; of raw values, the picture as its format has it.
 
     Raises:
         UnreadableImage: where 8 bits are asked for and cannot tell what it holds.
     """
+    if reading.range == "raw":
+        return picture
     if reading.deep:
         values = picture if picture.deep else ArrayPicture(pixels_of(picture.channels()))
         return ValuePicture(values, reading)

@@ -201,7 +201,7 @@ def _require_no_others(shape: tuple[int, ...], axes: str) -> None:
 
 def _of_numpy(shape: tuple[int, ...], reading: Reading) -> str:
     fits = len(shape) in (2, 3) and 0 not in shape
-    if not fits or (reading.channels is None and (*shape, 1)[2] != reading.in_chans):
+    if not fits or (reading.channels is None and reading.in_chans not in ((*shape, 1)[2], 0)):
         remedy = (
             ": data.axes says which axis is which, such as chw, data.channels chooses among channels"
             if fits

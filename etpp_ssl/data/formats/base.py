@@ -48,12 +48,13 @@ class Reading:
     """How files become pictures: what a recipe's `data` says of it."""
 
     in_chans: int
-    """C."""
+    """C; 0, of raw values, is as many as a file has."""
     max_pixels: int = MAX_PIXELS
     """Larger images are refused, before they are decoded."""
-    range: Literal["dtype"] | tuple[tuple[float, float], ...] | None = None
+    range: Literal["dtype", "raw"] | tuple[tuple[float, float], ...] | None = None
     """(low, high) per channel, which become 0 and 1; `dtype` divides integers by the largest of their type;
-    None reads 8 bits. See `data.range`."""
+    None reads 8 bits. See `data.range`. `raw` gives each picture as its format has it, of 8 bits or deep, for
+    counts of what files hold (`etpp_ssl.data.statistics`)."""
     clip: bool = False
     """Whether values outside the range become its nearer end."""
     nodata: float | None = None
@@ -93,6 +94,7 @@ class Reading:
         """How values become 0 to 1, in words."""
         if self.range == "dtype":
             return "integers divided by the largest value of their type"
+        assert self.range != "raw"
         pairs = ((0.0, 255.0),) if self.range is None else self.range
         scaled = ", ".join(f"{low:g} to {high:g}" for low, high in pairs)
         return f"values of {scaled} scaled to [0, 1]{' and clipped' if self.clip else ''}"
@@ -101,6 +103,7 @@ class Reading:
         """(low, high), float64 (C,) each: what becomes 0 and 1, of the values that a view has."""
         if self.range is None:
             return np.zeros(self.in_chans), np.full(self.in_chans, 255.0)
+        assert self.range != "raw"
         pairs = ((0.0, 1.0),) if self.range == "dtype" else self.range
         low, high = np.broadcast_to(np.array(pairs), (self.in_chans, 2)).T
         return low, high
@@ -355,7 +358,7 @@ def channel_numbers(num_channels: int, reading: Reading, names: Sequence[str] = 
         UnreadableImage: if they are not there, or are others in number than `Reading.in_chans`.
     """
     if reading.channels is None:
-        if num_channels == reading.in_chans:
+        if reading.in_chans in (num_channels, 0):
             return None
         plural = "s" if num_channels > 1 else ""
         raise UnreadableImage(

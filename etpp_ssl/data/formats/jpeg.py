@@ -135,7 +135,7 @@ class JpegPicture:
 
 
 def _open(data: bytes, reading: Reading) -> Picture:
-    if reading.in_chans in (1, 3):
+    if reading.in_chans in (0, 1, 3):
         image = open_image(data, reading.max_pixels)
         if image.format == "JPEG" and image.mode in ("L", "RGB"):
             return JpegPicture(data, image, reading)

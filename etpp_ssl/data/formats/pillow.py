@@ -14,9 +14,11 @@ from etpp_ssl.data.formats.base import (
     ArrayPicture,
     Channels,
     DecodedPicture,
+    Decoder,
     Format,
     Picture,
     Reading,
+    Region,
     UnreadableImage,
     check_pixels,
     chosen,
@@ -46,6 +48,8 @@ dozen bytes, so that a small file of many keeps a decoder busy for hours."""
 MORE_PAGES = 100
 """Pages that are counted beyond those wanted."""
 
+_GRAY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
+"""Modes of one channel, alpha left aside."""
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -117,12 +121,36 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
+class _RawPicture:
+    """A picture of 8 bits that is decoded when its pixels are asked for: a start looks at many headers."""
+
+    deep = False
+
+    def __init__(self, image: Image.Image, reading: Reading) -> None:
+        self._image = image
+        self._reading = reading
+        self.size = image.size[::-1] if orientation(image) >= 5 else image.size
+
+    def channels(self) -> Channels:
+        """See `Picture.channels`."""
+        return from_picture(self._image, self._reading)
+
+    def region(
+        self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
+    ) -> Region:
+        """Always full resolution; see `Picture.region`."""
+        return DecodedPicture(self.channels()).region(box, at_least)
+
+
 def _open(data: bytes, reading: Reading) -> Picture:
-    with open_image(data, reading.max_pixels) as image:
-        if reading.deep:
-            values = _sixteen_bits(image, data)
-            if values is not None:
-                return ArrayPicture(chosen(values, reading))
+    image = open_image(data, reading.max_pixels)
+    if reading.deep:
+        values = _sixteen_bits(image, data)
+        if values is not None:
+            return ArrayPicture(chosen(values, reading))
+    if reading.range == "raw":
+        return _RawPicture(image, reading)
+    with image:
         return DecodedPicture(_from_image(image, reading))
 
 
@@ -172,7 +200,8 @@ def _formats() -> tuple[str, ...]:
 
 
 def _from_image(image: Image.Image, reading: Reading) -> Channels:
-    in_chans, max_pixels = reading.in_chans, reading.max_pixels
+    in_chans = reading.in_chans or (1 if image.mode in _GRAY else 3)
+    max_pixels = reading.max_pixels
     # Pillow opens a 16-bit PGM, and older versions a 16-bit PNG, as 32-bit integers.
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         kind = "floats" if image.mode == "F" else "integers"

@@ -187,8 +187,12 @@ class FileSource:
         self.labels = labels
         self.classes = None if classes is None else [printable(name) for name in classes]
         self.reading = reading
-        self.max_bytes = most_bytes(reading)
         self.notes = notes
+
+    @property
+    def max_bytes(self) -> int:
+        """Of a file."""
+        return most_bytes(self.reading)
 
     def __len__(self) -> int:
         return len(self.files)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from copy import copy
+from typing import Any
 
 import torch
 
 from etpp_ssl.config import UserError, listed
-from etpp_ssl.data.formats.base import Picture
+from etpp_ssl.data.formats.base import Picture, Reading
 from etpp_ssl.data.sources.base import DataConfig, ImageSource, no_image_of
 from etpp_ssl.data.sources.folder import FileListConfig, FolderConfig
 from etpp_ssl.data.sources.shards import ShardsConfig
@@ -169,6 +171,16 @@ def label_subset(source: ImageSource, *, share: float | None, per_class: int | N
             )
         taken += [indices[i] for i in keyed_indices(len(indices), count, seed, "labels", label)]
     return sorted(taken)
+
+
+def read_anew(source: ImageSource, reading: Reading) -> ImageSource:
+    """The same images, whose files become pictures in another way; nothing is looked for again."""
+    other: Any = copy(source)
+    if isinstance(source, Subset):
+        other.source = read_anew(source.source, reading)
+    else:
+        object.__setattr__(other, "reading", reading)  # One is frozen.
+    return other  # type: ignore[no-any-return]
 
 
 def with_classes(source: ImageSource, classes: list[str]) -> ImageSource:

@@ -4,6 +4,9 @@ Each picture is one object before a background of correlated colour noise whose 
 one over the frequency, as in photographs (Field, JOSA A 1987). The object's shape and texture make
 its class; colours, contrasts, place, size and rotation do not depend on it.
 
+They stand in for images of instruments, too: at another depth, with any number of channels, with areas
+without data, or so faint that 8 bits see nothing.
+
 Legend: C channels, H, W pixels, K independent noise fields of the background.
 """
 
@@ -16,7 +19,7 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from etpp_ssl.config import as_pair, legal_size
 from etpp_ssl.data.formats import finished
@@ -34,6 +37,11 @@ CLASSES = tuple(f"{texture} {shape}" for shape, texture in KINDS)
 
 _RECIPE = "synthetic-1"
 """Goes into the fingerprint: to be raised whenever the same key gives another picture."""
+FAINT = (3092 / 65536, 200 / 65536)
+"""Where the range of a faint picture begins, and how much of the whole range it takes: 8 bits, whose levels
+are 256 / 65536 apart, have one level for all of it."""
+MOST_BITS = {"uint8": 8, "uint16": 16, "int16": 16}
+"""Of each type of integers."""
 
 
 class SyntheticConfig(DataConfig):
@@ -49,6 +57,17 @@ class SyntheticConfig(DataConfig):
     size: int | tuple[int, int] | None = None
     """Pixels of the generated images, one number or [height, width]; None is the recipe's
     `image_size`."""
+    dtype: Literal["uint8", "uint16", "int16", "float32"] = "uint8"
+    """Type of the values. Integers begin at 0, signed ones at minus half of their range; floats are 0 to 1.
+    int16 and float32 need `range`; without it uint16 keeps 8 bits."""
+    bits: int | None = Field(default=None, ge=2, le=16)
+    """Bits of the integers that are used, 12 for values of 0 to 4,095; None is all of them."""
+    gaps: float = Field(default=0.0, ge=0, le=0.5)
+    """Share of each picture without data, on average: one side of a line, as at the edge of a satellite's
+    swath. The values there are 0, NaN in floats. Needs `data.range`."""
+    faint: bool = False
+    """Whether a picture takes 200/65536 of the range only, as in a dim microscope: 8 bits have one level for
+    all of it, and the class lies below."""
     seed: int = 0
     """The data's own seed: runs whose recipes differ in `seed` still see the same images."""
 
@@ -56,6 +75,18 @@ class SyntheticConfig(DataConfig):
     @classmethod
     def _size(cls, size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
         return None if size is None else legal_size(size)
+
+    @model_validator(mode="after")
+    def _depth(self) -> SyntheticConfig:
+        most = MOST_BITS.get(self.dtype)
+        if self.bits is not None and (most is None or self.bits > most):
+            has = f"at most {most}" if most else "none, since its values are floats"
+            raise ValueError(f"bits is {self.bits}, but dtype {self.dtype} has {has}")
+        if self.faint and (self.dtype == "uint8" or (self.bits or 16) <= 8):
+            raise ValueError("faint needs more than 8 bits: use dtype=uint16")
+        if self.gaps and self.range is None:
+            raise ValueError("gaps needs range: 8 bits cannot tell pixels without data")
+        return self
 
     @property
     def stated_images(self) -> None:
@@ -71,6 +102,10 @@ class SyntheticConfig(DataConfig):
             size=image_size if self.size is None else as_pair(self.size),
             reading=self.reading(in_chans),
             seed=self.seed,
+            dtype=self.dtype,
+            bits=self.bits or MOST_BITS.get(self.dtype, 0),
+            gaps=self.gaps,
+            faint=self.faint,
         )
 
 
@@ -87,6 +122,11 @@ class SyntheticSource:
     """(H, W); shapes can be told apart from about 16 pixels on."""
     reading: Reading
     seed: int
+    dtype: str = "uint8"
+    bits: int = 8
+    """Of integers; 0 of floats."""
+    gaps: float = 0.0
+    faint: bool = False
 
     @property
     def classes(self) -> list[str] | None:
@@ -105,7 +145,13 @@ class SyntheticSource:
         label = self.label(index)
         draw = keyed_numpy(self.seed, f"synthetic {self.split}", index)
         image = render(draw, *KINDS[label], self.size, self.reading.in_chans)
-        return finished(ArrayPicture(image.transpose(1, 2, 0)), self.reading)
+        if self.faint:
+            image = np.float32(FAINT[0]) + np.float32(FAINT[1]) * image.clip(0, 1)
+        values, valid = stored(image, self.dtype, self.bits).transpose(1, 2, 0), None
+        if self.gaps:
+            valid = beside_line(draw, self.size, self.gaps)
+            values[~valid] = np.nan if values.dtype.kind == "f" else 0
+        return finished(ArrayPicture(values, valid), self.reading)
 
     def label(self, index: int) -> int:
         """Class index: the classes take turns."""
@@ -124,12 +170,36 @@ class SyntheticSource:
     def fingerprint(self) -> str:
         """Hash of everything that determines the pictures."""
         parts = (_RECIPE, self.split, self.num_images, self.num_classes, self.size, self.reading.in_chans)
-        text = repr((*parts, self.seed)).encode()
+        depth = (self.dtype, self.bits, self.gaps, self.faint)
+        own = () if depth == ("uint8", 8, 0.0, False) else depth
+        text = repr((*parts, self.seed, *own)).encode()
         return hashlib.blake2b(text, digest_size=12).hexdigest()
 
     def describe(self) -> str:
         """See `ImageSource.describe`."""
-        return f"{images_of(self.num_images)} of {self.num_classes} classes, drawn as they are needed"
+        kind = "" if self.dtype == "uint8" else f" of {self.dtype}"
+        return f"{images_of(self.num_images)}{kind} of {self.num_classes} classes, drawn as they are needed"
+
+
+def stored(image: np.ndarray, dtype: str, bits: int) -> np.ndarray:
+    """float32 in [0, 1] as a type has it, with the lowest `bits` of integers; what is beyond is clipped."""
+    if dtype == "float32":
+        return image.clip(0, 1)
+    top = 2**bits - 1
+    scaled = np.rint(image * top).clip(0, top)
+    if dtype == "int16":
+        scaled -= 2 ** (bits - 1)
+    values: np.ndarray = scaled.astype(dtype)
+    return values
+
+
+def beside_line(draw: np.random.Generator, size: tuple[int, int], share: float) -> np.ndarray:
+    """Where there is data, bool (H, W): beside a line that cuts off 0 to 2 * `share` of the pixels."""
+    rows, columns = _pixel_centres(size)
+    angle, part = 2 * math.pi * draw.random(), 2 * share * draw.random()
+    across = math.cos(angle) * columns + math.sin(angle) * rows
+    valid: np.ndarray = across >= np.quantile(across, part)
+    return valid
 
 
 def render(
@@ -145,7 +215,7 @@ def render(
         in_chans: C.
 
     Returns:
-        uint8 (C, H, W).
+        float32 (C, H, W), most of it in [0, 1].
     """
     height, width = size
     num_fields = min(in_chans, 3)
@@ -188,8 +258,7 @@ def render(
     ramp = (light * math.cos(angle) / width) * (columns - width / 2)
     ramp = ramp + (light * math.sin(angle) / height) * (rows - height / 2)
     background += (1 + 0.3 * tint[:, -1])[:, None, None] * ramp
-    background *= 255
-    image: np.ndarray = np.rint(background).clip(0, 255).astype(np.uint8)
+    image: np.ndarray = background
     return image
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from etpp_ssl.data.formats.base import Region
 from etpp_ssl.data.sources import synthetic
 from etpp_ssl.data.sources.synthetic import CLASSES, KINDS, SHAPES, TEXTURES, SyntheticConfig, SyntheticSource
 from etpp_ssl.data.views import to_tensor
@@ -235,3 +237,109 @@ def test_classes_can_be_learnt_but_not_from_pixels_or_colours() -> None:
     assert pixels < 0.31
     assert colours < 0.155
     assert linear > 0.4
+
+
+def raw(*, in_chans: int = 3, image_size: tuple[int, int] = (24, 30), **settings: object) -> SyntheticSource:
+    """A source whose pictures have the values of their type."""
+    data = source(in_chans=in_chans, image_size=image_size, range=(0.0, 1.0), **settings)
+    return replace(data, reading=replace(data.reading, range="raw"))
+
+
+def region(data: SyntheticSource, index: int) -> Region:
+    size = data.size[::-1]
+    return data.open(index).region((0, 0, *size), size)
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 3, 13])
+@pytest.mark.parametrize(
+    ("settings", "low", "high"),
+    [
+        ({"dtype": "uint8"}, 0, 255),
+        ({"dtype": "uint16"}, 0, 65535),
+        ({"dtype": "uint16", "bits": 12}, 0, 4095),
+        ({"dtype": "int16"}, -32768, 32767),
+        ({"dtype": "int16", "bits": 12}, -2048, 2047),
+        ({"dtype": "float32"}, 0, 1),
+    ],
+)
+def test_another_depth_is_the_same_picture_with_finer_levels(
+    settings: dict[str, object], low: int, high: int, in_chans: int
+) -> None:
+    plain = source(in_chans=in_chans, image_size=(24, 30))
+    deep = raw(in_chans=in_chans, **settings)
+    for index in range(4):
+        values = region(deep, index).pixels
+        assert values.dtype == settings["dtype"]
+        assert values.shape == (24, 30, in_chans)
+        assert values.min() >= low
+        assert values.max() <= high
+        shown = to_tensor(plain.open(index).channels()).permute(1, 2, 0).numpy()
+        np.testing.assert_allclose((values.astype(np.float64) - low) / (high - low) * 255, shown, atol=0.6)
+
+
+def test_a_deep_picture_has_levels_that_8_bits_lack_and_the_same_spectrum() -> None:
+    values = np.stack(
+        [region(raw(dtype="uint16", image_size=(32, 32)), i).pixels[:, :, 0] for i in range(300)]
+    )
+    assert len(np.unique(values[0])) > 700
+    assert len(np.unique(values & 255)) == 256
+    assert -1.3 < slope(values / 65535) < -0.9
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_gaps_lie_on_one_side_and_hold_no_values(dtype: str) -> None:
+    data = raw(dtype=dtype, gaps=0.2)
+    shares = []
+    for index in range(200):
+        values, _, valid = region(data, index)
+        assert valid is not None
+        missing = values[~valid]
+        assert np.isnan(missing).all() if dtype == "float32" else (missing == 0).all()
+        shares.append((~valid).mean())
+        # Along each row and column data begins or ends once at most.
+        for axis in (0, 1):
+            assert (np.diff(valid.astype(int), axis=axis) != 0).sum(axis=axis).max() <= 1
+    assert 0.17 < np.mean(shares) < 0.23
+    assert max(shares) < 0.42
+    whole = raw(dtype=dtype)
+    values, _, valid = region(data, 3)
+    assert (values[valid] == region(whole, 3).pixels[valid]).all()
+
+
+def test_of_a_faint_picture_8_bits_see_nothing_and_16_all() -> None:
+    plain, faint = raw(dtype="uint16"), raw(dtype="uint16", faint=True)
+    for index in range(20):
+        values = region(faint, index).pixels
+        assert len(np.unique(values >> 8)) == 1
+        whole = np.clip(region(plain, index).pixels / 65535, 0, 1)
+        np.testing.assert_allclose((values / 65535 - 3092 / 65536) / (200 / 65536), whole, atol=0.01)
+
+
+def test_the_fingerprint_follows_the_depth() -> None:
+    variants = [
+        raw(),
+        raw(dtype="uint16"),
+        raw(dtype="uint16", bits=12),
+        raw(dtype="uint16", faint=True),
+        raw(dtype="int16"),
+        raw(dtype="uint16", gaps=0.1),
+    ]
+    assert len({variant.fingerprint() for variant in variants}) == len(variants)
+    assert raw().fingerprint() == source(image_size=(24, 30)).fingerprint()
+    assert raw(dtype="uint16", bits=16).fingerprint() == variants[1].fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"dtype": "uint8", "bits": 12}, "at most 8"),
+        ({"dtype": "float32", "bits": 12, "range": (0, 1)}, "floats"),
+        ({"faint": True}, "more than 8 bits"),
+        ({"dtype": "uint16", "bits": 8, "faint": True}, "more than 8 bits"),
+        ({"gaps": 0.1}, "gaps needs range"),
+        ({"dtype": "uint32"}, "uint16"),
+    ],
+)
+def test_depths_that_do_not_fit_together_are_refused(wrong: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        SyntheticConfig(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,426 @@
+"""`etpp inspect`: what values the images of a folder or a recipe hold, and the range to train them in."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from etpp_ssl.config import UserError
+from etpp_ssl.data.formats.base import Reading, UnreadableImage, largest_of
+from etpp_ssl.data.sources.base import ImageSource, images_of
+from etpp_ssl.data.sources.found import by_extension
+from etpp_ssl.data.sources.splits import keyed_indices, read_anew
+from etpp_ssl.data.statistics import Channel, Values, read_values
+from etpp_ssl.data.streams.base import StreamConfig
+from etpp_ssl.files import check_place, write_text
+from etpp_ssl.recipe import FinetuneRecipe, Recipe, load_any, parse_any
+from etpp_ssl.recipe_base import task_of
+from etpp_ssl.recipe_file import EXTENDS, RecipeText
+from etpp_ssl.recipe_yaml import dump_yaml
+
+QUANTILES = (0.001, 0.01, 0.5, 0.99, 0.999)
+SHEET = "sheet.png"
+TRIED = 32
+"""Images that tell the number of channels."""
+NAMED = 3
+"""Of the images that cannot be read for one reason, as many are named."""
+TOPS = sorted({2**k - 1 for k in range(1, 65)} | {10**k for k in range(3, 20)})
+"""Ends of the range of integers: what so many bits hold, and round numbers."""
+BOTTOMS = (0, *sorted({2**k for k in range(7, 64)} | {10**k for k in range(3, 20)}))
+"""What lies below zero, without its sign."""
+APART = 16
+"""Channels whose ranges differ by more than this factor get one each."""
+MISSING = (-9999.0, -99999.0, -999.0, -32768.0, -32767.0, float(-np.finfo(np.float32).max), 1e20)
+"""What is often written where there is no data."""
+FOLDER_RECIPE = "output: unused\nbudget_epochs: 1\nbatch_size: 1\ndata: {name: folder, root: .}\n"
+"""What stands for a recipe around a folder."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a recipe should say of the values."""
+
+    in_chans: int
+    range: Literal["dtype"] | tuple[tuple[float, float], ...] | None
+    """(low, high), one for all channels or one each; None for 8 bits, `dtype` for several types."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    """Of values in [0, 1] of the range; 1 for a channel without any difference."""
+    nodata: float | None
+    outside: float
+    """Share of values outside of the range, of the channel that has most."""
+
+    def bounds(self) -> tuple[tuple[float, float], ...]:
+        """(low, high) of each channel; 0 and 1 where the range is that of several types."""
+        if self.range is None or self.range == "dtype":
+            return ((0.0, 255.0 if self.range is None else 1.0),) * self.in_chans
+        return self.range * (self.in_chans if len(self.range) == 1 else 1)
+
+    def layer(self) -> dict[str, Any]:
+        """Its keys, as a recipe has them."""
+        data: dict[str, Any] = {}
+        if self.range is not None:
+            pairs = self.range if self.range == "dtype" else [[_plain(v) for v in p] for p in self.range]
+            data["range"] = pairs[0] if len(pairs) == 1 else pairs
+            if self.nodata is not None and not math.isnan(self.nodata):
+                data["nodata"] = _plain(self.nodata)
+        data["mean"] = [float(f"{value:.4g}") for value in self.mean]
+        data["std"] = [float(f"{value:.4g}") for value in self.std]
+        return {"in_chans": self.in_chans, "data": data}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found."""
+
+    source: ImageSource
+    """The images, raw."""
+    indices: list[int]
+    """Those that were read, or are not readable."""
+    values: Values
+    proposal: Proposal | None
+    """None where the images have no common range."""
+    notes: list[str]
+    """What a reader should know besides."""
+
+
+def inspect(
+    source: str,
+    overrides: Sequence[str] = (),
+    *,
+    images: int = 2000,
+    nodata: float | None = None,
+    write: Path | None = None,
+    out: Path | None = None,
+) -> Inspection:
+    """Read a sample of training images at full resolution and count their values.
+
+    Args:
+        source: a folder of images, a recipe's file or name, or a run's folder.
+        overrides: `section.key=value` each.
+        images: as many are drawn; 0 reads all of them.
+        nodata: the value of pixels without data, in the place of `data.nodata`.
+        write: a recipe to write, which extends the given one.
+        out: folder of the sheet, which is not drawn here.
+
+    Raises:
+        UserError: if there are no images, none can be read, or there is nothing to write.
+    """
+    is_folder = os.path.isdir(source)
+    if write is not None:
+        if is_folder:
+            raise UserError(
+                f"--write needs a recipe to extend, and {source!r} is a folder: etpp inspect RECIPE "
+                f"data.root=FOLDER --write FILE"
+            )
+        check_place(write)
+    if out is not None:
+        check_place(out / SHEET)
+    stated = not is_folder or any(override.startswith("in_chans=") for override in overrides)
+    recipe = _recipe(source, overrides)
+    if isinstance(recipe.data, StreamConfig):
+        raise UserError(
+            f"data.name {recipe.data.name} is a stream, whose images cannot be drawn: inspect a folder with "
+            f"some of them"
+        )
+    found = recipe.open_split("train")
+    count = min(images, len(found)) if images else len(found)
+    indices = keyed_indices(len(found), count, recipe.seed, "inspect")
+    nodata = recipe.data.nodata if nodata is None else nodata
+    reading = replace(recipe.data.reading(recipe.in_chans), range="raw", clip=False)
+    in_chans, notes = _num_channels(found, indices[:: max(1, len(indices) // TRIED)], reading, stated=stated)
+    raw = read_anew(found, replace(reading, in_chans=in_chans))
+
+    def read(what: str, nodata: float | None) -> Values:
+        with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+            task = bar.add_task(what, total=len(indices))
+            return read_values(
+                raw,
+                indices,
+                nodata,
+                num_workers=recipe.data.num_workers,
+                stall_seconds=recipe.data.stall_seconds,
+                advance=lambda done: bar.advance(task, done),
+            )
+
+    values = read("inspect", nodata)
+    if not values.num_images:
+        reason, names = next(iter(values.unreadable.items()))
+        raise UserError(f"none of the {images_of(len(indices))} can be read: {names[0]!r}: {reason}")
+    missing = _missing_value(values) if nodata is None else None
+    if missing is not None:
+        notes.append(
+            f"{_shown(missing)} stands apart from all other values and is taken for pixels without data; "
+            f"--nodata nan takes it for a value"
+        )
+        nodata, values = missing, read("without it", missing)
+    if not any(values.channels.values()):
+        raise UserError(f"no pixel of the {images_of(len(indices))} has data")
+    if in_chans > min(values.sizes.most_common(1)[0][0]) and recipe.data.axes is None:
+        notes.append("more channels than pixels on a side: data.axes=chw reads (channels, height, width)")
+    given = recipe.data.reading(recipe.in_chans).range if in_chans == recipe.in_chans else None
+    proposal = propose(values, given, nodata)
+    if proposal is None:
+        notes.append(
+            f"images of {_and(values.channels)} have no common range: train on them apart, or convert them"
+        )
+    if write is not None and proposal is not None:
+        write_text(write, _extending(source, overrides, write, proposal, len(indices), len(found)))
+    return Inspection(raw, indices, values, proposal, notes)
+
+
+def _recipe(source: str, overrides: Sequence[str]) -> Recipe | FinetuneRecipe:
+    if os.path.isdir(source) and not os.path.exists(os.path.join(source, "recipe.yaml")):
+        title = f"folder {source!r}"
+        return parse_any(FOLDER_RECIPE, [f"data.root={os.path.abspath(source)}", *overrides], title)
+    return load_any(source, overrides)
+
+
+def _num_channels(
+    source: ImageSource, indices: Sequence[int], reading: Reading, *, stated: bool
+) -> tuple[int, list[str]]:
+    """The number of channels to read, and what to say of it: that of the files, unless the recipe's fits."""
+    if reading.channels is not None:
+        return reading.in_chans, []
+
+    def counted(wanted: int) -> Counter[int]:
+        """How many images have how many channels, if so many are wanted, or as many as a file has for 0."""
+        raw, found = read_anew(source, replace(reading, in_chans=wanted)), Counter[int]()
+        for index in indices:
+            try:
+                found[raw.open(index).region((0, 0, 1, 1), (1, 1)).pixels.shape[2]] += 1
+            except UnreadableImage:
+                continue
+        return found
+
+    fitting = counted(reading.in_chans).total() if stated else 0
+    if 2 * fitting > len(indices):
+        return reading.in_chans, []
+    own = counted(0)
+    if not own or 2 * fitting > own.total():
+        return reading.in_chans, []
+    ((count, number),) = own.most_common(1)
+    some = f" of {number} of {own.total()} images" if len(own) > 1 else ""
+    note = f"in_chans is {reading.in_chans}, but the files have {count}{some}: {count} channels are read"
+    return count, [note] if stated and count != reading.in_chans else []
+
+
+def _missing_value(values: Values) -> float | None:
+    """A value that is often written where there is no data, if it lies farther out than all others spread."""
+    for channel in (channel for channels in values.channels.values() for channel in channels):
+        found, _ = channel.filled()
+        if len(found) < 2:
+            continue
+        if channel.least in MISSING and found[1] - channel.least > channel.most - found[1]:
+            return channel.least
+        if channel.most in MISSING and channel.most - found[-2] > found[-2] - channel.least:
+            return channel.most
+    return None
+
+
+def propose(
+    values: Values,
+    given: Literal["dtype", "raw"] | tuple[tuple[float, float], ...] | None,
+    nodata: float | None,
+) -> Proposal | None:
+    """The range, and what mean and deviation the values have in it.
+
+    For integers: from 0 to the smallest of 2^k - 1 and 1000, 10,000 ... that 99.9 % of the values do not
+    exceed; where some are negative, from the first of -2^k and -1000, -10,000 ... below 99.9 % of them. For
+    floats: the quantiles, rounded outwards to a tenth of the power of ten that their distance has; from 0
+    where that adds less than half of it.
+
+    Args:
+        values: of the images.
+        given: the range of the recipe, which stays; None for none.
+        nodata: the value of pixels without data.
+
+    Returns:
+        None where the images have no common range.
+    """
+    types = [name for name, channels in values.channels.items() if channels]
+    all_channels = list(zip(*(values.channels[name] for name in types), strict=True))
+    pairs: Any = given
+    if given in (None, "raw"):
+        if len(types) > 1:
+            pairs = "dtype"
+        elif types == ["uint8"]:
+            pairs = None
+        else:
+            pairs = _together([_pair(channel) for (channel,) in all_channels])
+    if pairs == "dtype" and any(np.dtype(name).kind == "f" for name in types):
+        return None
+    mean, std, outside = [], [], 0.0
+    for number, channels in enumerate(all_channels):
+        scaled = []
+        for channel in channels:
+            if pairs in (None, "dtype"):
+                low, high = 0.0, float(largest_of(channel.dtype))
+            else:
+                low, high = pairs[number if len(pairs) > 1 else 0]
+            middle, spread = channel.moments()
+            scaled.append((channel.total, (middle - low) / (high - low), spread / (high - low)))
+            outside = max(outside, channel.outside(low, high))
+        total = sum(count for count, _, _ in scaled)
+        middle = sum(count * m for count, m, _ in scaled) / total
+        square = sum(count * (s * s + (m - middle) ** 2) for count, m, s in scaled) / total
+        mean.append(middle)
+        std.append(math.sqrt(square) or 1.0)
+    return Proposal(len(all_channels), pairs, tuple(mean), tuple(std), nodata, outside)
+
+
+def _pair(channel: Channel) -> tuple[float, float]:
+    """(low, high) of one channel; see `propose`."""
+    least, most = channel.quantile(0.001), channel.quantile(0.999)
+    if channel.dtype.kind != "f":
+        low = -next(bottom for bottom in BOTTOMS if bottom >= -least)
+        return low, next(top for top in TOPS if top >= max(most, low + 1))
+    distance = most - least
+    if distance == 0:
+        return (0.0, most) if most > 0 else (least, least + 1)
+    unit = 10.0 ** (math.floor(math.log10(distance)) - 1)
+    # To four digits more: 0.93 of float32 is a little more than 0.93.
+    low, high = math.floor(round(least / unit, 4)) * unit, math.ceil(round(most / unit, 4)) * unit
+    if 0 < low < distance / 2:
+        low = 0.0
+    # Ten digits are more than float32 has; they take away what binary fractions add.
+    return float(f"{low:.10g}"), float(f"{high:.10g}")
+
+
+def _together(pairs: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """One pair for all channels, unless their ranges differ much."""
+    extents = [high - low for low, high in pairs]
+    if max(extents) > APART * min(extents):
+        return tuple(pairs)
+    return ((min(low for low, _ in pairs), max(high for _, high in pairs)),)
+
+
+def _extending(
+    source: str, overrides: Sequence[str], file: Path, proposal: Proposal, count: int, total: int
+) -> str:
+    """The text of a recipe that extends another by overrides and proposal."""
+    kind = Recipe if task_of(RecipeText.read(source, overrides)) == "pretrain" else FinetuneRecipe
+    before, after = (RecipeText.read(source, given).values(kind) for given in ((), overrides))
+    layer, found = _difference(before, after), proposal.layer()
+    layer["data"] = {**layer.get("data", {}), **found["data"]}
+    base = source
+    if os.path.exists(source):
+        # Beside the new file, wherever both are moved to.
+        base = os.path.relpath(source, file.absolute().parent)
+    values = {EXTENDS: base, **layer, "in_chans": found["in_chans"]}
+    return f"# By `etpp inspect`, of {count:,} of {images_of(total)}.\n{dump_yaml(values, compact=True)}"
+
+
+def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What to put above `before` to have `after`."""
+    changed: dict[str, Any] = {}
+    for key, value in after.items():
+        old = before.get(key)
+        if key in before and old == value:
+            continue
+        same = isinstance(old, dict) and isinstance(value, dict) and old.get("name") == value.get("name")
+        changed[key] = _difference(old, value) if same else value  # type: ignore[arg-type]
+    return changed
+
+
+def print_inspection(found: Inspection, console: Console) -> None:
+    """What was found, for people; last the lines for a recipe."""
+    values = found.values
+    total = sum(values.num_images.values())
+    console.print(f"{total:,} read of {found.source.describe()}", markup=False)
+    (width, height), _ = values.sizes.most_common(1)[0]
+    widths, heights = zip(*values.sizes, strict=True)
+    size = f"{width} x {height} pixels"
+    if len(values.sizes) > 1:
+        size = f"{min(widths)} to {max(widths)} x {min(heights)} to {max(heights)} pixels, most {size}"
+    kinds = ", ".join(f"{number:,} of {name}" for name, number in values.num_images.items())
+    console.print(f"{by_extension(values.extensions)}; {size}; {kinds}", markup=False)
+    if values.num_missing:
+        share = values.num_missing / values.num_pixels
+        console.print(f"without data: {_percent(share)} of the pixels", markup=False)
+    for reason, names in values.unreadable.items():
+        more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+        named = ", ".join(map(repr, names[:NAMED]))
+        console.print(f"cannot be read: {named}{more}: {reason}", markup=False)
+    for name, channels in values.channels.items():
+        if channels:
+            _print_channels(name, channels, console)
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False)
+    if found.proposal is not None:
+        print(f"\n{yaml_of(found.proposal)}", end="")
+
+
+def _print_channels(name: str, channels: Sequence[Channel], console: Console) -> None:
+    quantiles = Table(box=box.SIMPLE, title=f"{name}: values", title_justify="left")
+    depth = Table(box=box.SIMPLE, title=f"{name}: depth", title_justify="left")
+    for column in ("channel", "least", *(f"{share:.4g}".rstrip("%") for share in QUANTILES), "most"):
+        quantiles.add_column(column.replace("0.5", "median") if column == "0.5" else column, justify="right")
+    for column in ("channel", "mean", "std", "bits used", "levels", "at the top"):
+        depth.add_column(column, justify="right")
+    for number, channel in enumerate(channels):
+        marks = (channel.least, *(channel.quantile(share) for share in QUANTILES), channel.most)
+        quantiles.add_row(str(number), *map(_shown, marks))
+        mean, std = channel.moments()
+        levels = channel.levels()
+        depth.add_row(
+            str(number),
+            f"{mean:.5g}",
+            f"{std:.5g}",
+            _bits(channel),
+            "" if levels is None else f"{levels:,}",
+            _percent(channel.saturated),
+        )
+    console.print(quantiles)
+    console.print(depth)
+
+
+def yaml_of(proposal: Proposal) -> str:
+    """The lines for a recipe."""
+    text = dump_yaml(proposal.layer(), compact=True)
+    if proposal.range is None:
+        text += "# 8 bits need no data.range\n"
+    if proposal.outside:
+        text += (
+            f"# {_percent(proposal.outside)} of the values lie outside of the range; data.clip=true moves "
+            f"them to its ends\n"
+        )
+    return text
+
+
+def _bits(channel: Channel) -> str:
+    used = channel.used_bits
+    if used is None:
+        return ""
+    lowest, number = used
+    sign = " + sign" if channel.dtype.kind == "i" else ""
+    shifted = f" from bit {lowest}" if lowest else ""
+    return f"{number}{sign} of {8 * channel.dtype.itemsize}{shifted}"
+
+
+def _plain(value: float) -> int | float:
+    return int(value) if float(value).is_integer() and abs(value) < 1e15 else float(value)
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e9 else f"{value:.5g}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _and(names: Sequence[str] | dict[str, Any]) -> str:
+    return " and ".join(names)
