@@ -58,6 +58,8 @@ class Batch:
     """Unreadable images that were met and replaced."""
     cursor: dict[str, Any] | None = None
     """Where a stream's worker shard stands after it; None for images that are addressed by index."""
+    has_gaps: bool = False
+    """Whether `images` has NaN, pixels without data: the host knows without asking the device."""
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device; copies from pinned memory do not block."""
@@ -89,6 +91,11 @@ class Batch:
             key: change(getattr(self, key)) for key in ("images", "labels", "sample_ids")
         }
         return replace(self, **tensors)
+
+
+def has_gaps(images: Tensor) -> bool:
+    """Whether images on the host have NaN, pixels without data; of uint8 no pixel is looked at."""
+    return images.is_floating_point() and bool(images.isnan().any())
 
 
 class Candidate(NamedTuple):
@@ -138,13 +145,15 @@ class Builder(Dataset[Batch], ABC):
             labels.append(label)
             bad.extend(broken)
         note(f"\n{described}")
+        images = torch.stack(views)
         return Batch(
-            images=torch.stack(views),
+            images=images,
             labels=torch.tensor(labels, dtype=torch.int64),
             sample_ids=torch.tensor(request.sample_ids, dtype=torch.int64),
             first_sample_id=request.sample_ids[0],
             request=request,
             bad=tuple(bad),
+            has_gaps=has_gaps(images),
         )
 
     def _sample(

@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from etpp_ssl.data.loader import BadImage, Batch
+from etpp_ssl.data.loader import BadImage, Batch, has_gaps
 from etpp_ssl.data.sampler import BatchRequest, StepPlan, micro_batch_of, process_part
 from etpp_ssl.randomness import keyed_torch
 
@@ -208,6 +208,7 @@ class Replay:
                     last=first + size >= len(slots),
                 ),
                 bad=self._bad,
+                has_gaps=has_gaps(images),
             )
             self._bad = ()
             yield self._pinned(batch)
