@@ -16,8 +16,7 @@ from etpp_ssl.config import MAX_SIDE, UserError, show_size
 from etpp_ssl.curriculum.frequency import low_frequency_crop, pixels_with_data
 from etpp_ssl.data.formats.base import Reading
 from etpp_ssl.data.given import AnyImage, each, viewed
-from etpp_ssl.data.loader import has_gaps
-from etpp_ssl.data.views import EvalView, Normalise, by_lanczos
+from etpp_ssl.data.views import EvalView, Normalise, by_lanczos, has_gaps
 from etpp_ssl.evaluation.feature_maps import check_whole, map_of, map_stride, tokens_of
 from etpp_ssl.evaluation.features import (
     Pool,

@@ -22,7 +22,7 @@ from etpp_ssl.data.loader_faults import note, note_reading
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, safe_name
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import check_label
-from etpp_ssl.data.views import View
+from etpp_ssl.data.views import View, has_gaps
 from etpp_ssl.data.workers import MonitoredLoader
 
 MAX_ATTEMPTS = 100
@@ -91,11 +91,6 @@ class Batch:
             key: change(getattr(self, key)) for key in ("images", "labels", "sample_ids")
         }
         return replace(self, **tensors)
-
-
-def has_gaps(images: Tensor) -> bool:
-    """Whether images on the host have NaN, pixels without data; of uint8 no pixel is looked at."""
-    return images.is_floating_point() and bool(images.isnan().any())
 
 
 class Candidate(NamedTuple):

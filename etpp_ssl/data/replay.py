@@ -24,8 +24,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from etpp_ssl.data.loader import BadImage, Batch, has_gaps
+from etpp_ssl.data.loader import BadImage, Batch
 from etpp_ssl.data.sampler import BatchRequest, StepPlan, micro_batch_of, process_part
+from etpp_ssl.data.views import has_gaps
 from etpp_ssl.randomness import keyed_torch
 
 SUB_BATCHES = 32

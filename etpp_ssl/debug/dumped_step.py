@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from etpp_ssl.config import Config, UserError, show_size
-from etpp_ssl.data.loader import Batch, has_gaps
+from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.sampler import BatchRequest
+from etpp_ssl.data.views import has_gaps
 from etpp_ssl.messages import validation_sentence
 from etpp_ssl.recipe import FinetuneRecipe, Recipe, load_any
 from etpp_ssl.run_folder import MODEL_FILE

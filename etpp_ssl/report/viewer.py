@@ -19,11 +19,10 @@ from etpp_ssl.curriculum.cost import area_share
 from etpp_ssl.curriculum.frequency import low_frequency_crop, pixels_with_data
 from etpp_ssl.data.formats.base import Reading, UnreadableImage
 from etpp_ssl.data.given import viewed
-from etpp_ssl.data.loader import has_gaps
 from etpp_ssl.data.sources.base import printable
 from etpp_ssl.data.sources.found import find_images
 from etpp_ssl.data.sources.splits import keyed_indices
-from etpp_ssl.data.views import EvalView, Normalise, by_lanczos
+from etpp_ssl.data.views import EvalView, Normalise, by_lanczos, has_gaps
 from etpp_ssl.report.panels import ChannelView, Panel, target_panels
 from etpp_ssl.report.reconstruction import Decoding, Reconstruction, check_bandwidth
 from etpp_ssl.run_folder import Checkpoint, RunFolder

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from etpp_ssl.data.formats.base import ArrayPicture, Reading, UnreadableImage, ValuePicture
-from etpp_ssl.data.loader import Batch, BatchBuilder, has_gaps
+from etpp_ssl.data.loader import Batch, BatchBuilder
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
 from etpp_ssl.data.sources.folder import FolderConfig
 from etpp_ssl.data.views import (
@@ -24,6 +24,7 @@ from etpp_ssl.data.views import (
     ProbeView,
     TrainView,
     by_lanczos,
+    has_gaps,
 )
 
 SIZE = (20, 28)
@@ -102,9 +103,13 @@ def test_a_picture_without_enough_data_is_unreadable() -> None:
 
 
 def test_eight_bits_are_never_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "isnan", None)
+    images = torch.zeros(1, 3, 4, 4)
+    assert not has_gaps(images)
+    images[0, 2, 3, 3] = torch.nan
+    assert has_gaps(images)
     monkeypatch.setattr(Tensor, "isnan", None)
-    assert not has_gaps(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+    monkeypatch.setattr(Tensor, "min", None)
+    assert not has_gaps(images.nan_to_num().to(torch.uint8))
 
 
 def test_a_crop_of_a_probe_shows_data() -> None:
