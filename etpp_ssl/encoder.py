@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from etpp_ssl.config import MAX_SIDE, UserError, show_size
-from etpp_ssl.curriculum.frequency import low_frequency_crop
+from etpp_ssl.curriculum.frequency import low_frequency_crop, pixels_with_data
 from etpp_ssl.data.formats.base import Reading
 from etpp_ssl.data.given import AnyImage, each, viewed
-from etpp_ssl.data.views import EvalView, Normalise, by_lanczos
+from etpp_ssl.data.views import EvalView, Normalise, by_lanczos, has_gaps
 from etpp_ssl.evaluation.feature_maps import check_whole, map_of, map_stride, tokens_of
 from etpp_ssl.evaluation.features import (
     Pool,
@@ -233,16 +233,22 @@ class Encoder:
         at = self._size(bandwidth, "bandwidth")
         check_bandwidth(at, self.image_size, self.patch_size)
         image = _one(image)
-        if decoding.lanczos and at != self.image_size and not isinstance(image, Tensor):
-            crop = self._normalised(by_lanczos(self._view(image, 0, self.image_size), at))
-        else:
+        has_data = None
+        if isinstance(image, Tensor):
             seen = self._seen(image, 0, self.image_size)
             if tuple(seen.shape[-2:]) != self.image_size:
                 wanted = (self.in_chans, *self.image_size)
                 raise UserError(f"the tensor is {tuple(seen.shape)}; to be reconstructed it must be {wanted}")
-            crop = low_frequency_crop(seen, at)
+        else:
+            view = self._view(image, 0, self.image_size)
+            if decoding.lanczos and at != self.image_size:
+                view = by_lanczos(view, at)
+            seen = self._normalised(view)
+            if has_gaps(view):
+                has_data = pixels_with_data(view[None].to(self.device), at)
+        crop = low_frequency_crop(seen, at)
         with evaluating(decoding.model):
-            return decoding.reconstruct(crop, seed, self.mean, self.std)
+            return decoding.reconstruct(crop, seed, self.mean, self.std, has_data)
 
     def _size(self, size: Any, name: str = "size") -> tuple[int, int]:
         """(H, W) of what a caller gives for it; `image_size` of None."""

@@ -11,7 +11,7 @@ Im(A)[m, n] = (-1)^m sin(pi B n / H) / H. The second product is then one scalar 
 checkerboard, and the crop costs two plain matrix products on any device, with no FFT. The test keeps
 the definition beside it.
 
-Legend: H, W image size; Bh, Bw bandwidth; m, n output and input positions on one axis.
+Legend: C channels, H, W image size; Bh, Bw bandwidth; m, n output and input positions on one axis.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ import torch
 from torch import Tensor
 
 from etpp_ssl.config import UserError, as_pair
+
+MOST_MISSING = 0.001
+"""Share of a crop's pixel that may come from pixels without data, for it to count."""
 
 
 def low_frequency_crop(images: Tensor, bandwidth: int | tuple[int, int]) -> Tensor:
@@ -57,6 +60,36 @@ def low_frequency_crop(images: Tensor, bandwidth: int | tuple[int, int]) -> Tens
     # Reduced-precision products (autocast, TF32) would cost the crop its exactness.
     with torch.autocast(device_type=images.device.type, enabled=False), _exact_products(images.device):
         return _crop(images, out_height, out_width)
+
+
+def pixels_with_data(images: Tensor, bandwidth: int | tuple[int, int]) -> Tensor:
+    """Which pixels of a low-frequency crop count, of images in which NaN stands for missing data.
+
+    On each axis a pixel of the crop is a sum over the whole image, with weights that have one main lobe: it
+    lies around n = m H / B and is 2 H / B wide. A pixel counts if everything under its lobe has data. The
+    lobe is taken as a triangle, at whose faint ends data may be missing (`MOST_MISSING`). The crop is
+    periodic, and so is the lobe: at a border it reaches over to the other side. At full bandwidth it is the
+    pixel itself. Outside of the lobe the weights are small and of both signs, and missing pixels, filled
+    with the channel's mean before the crop, add nothing to its difference from that mean.
+
+    Args:
+        images: floating point (..., C, H, W); a pixel that is NaN in any channel has no data.
+        bandwidth: as for `low_frequency_crop`.
+
+    Returns:
+        bool (..., 1, Bh, Bw).
+    """
+    missing = images.isnan().any(dim=-3, keepdim=True)
+    (height, width), (out_height, out_width) = images.shape[-2:], as_pair(bandwidth)
+    if (out_height, out_width) == (height, width):
+        return ~missing
+    share = missing.float()
+    with torch.autocast(device_type=images.device.type, enabled=False), _exact_products(images.device):
+        if out_height < height:
+            share = _main_lobe(height, out_height, images.device) @ share
+        if out_width < width:
+            share = share @ _main_lobe(width, out_width, images.device).mT
+    return share < MOST_MISSING
 
 
 @contextmanager
@@ -127,3 +160,13 @@ def _checkerboard(height: int, width: int, dtype: torch.dtype, device: torch.dev
     rows = torch.arange(height)[:, None]
     columns = torch.arange(width)[None, :]
     return (1 - 2 * ((rows + columns) % 2)).to(device=device, dtype=dtype)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _main_lobe(size: int, bandwidth: int, device: torch.device) -> Tensor:
+    """Shares of the input pixels in an output pixel, float32 (bandwidth, size), rows that add up to 1."""
+    out = torch.arange(bandwidth, dtype=torch.float64)[:, None] / bandwidth * size
+    distance = (torch.arange(size, dtype=torch.float64) - out).abs()
+    triangle = (1 - torch.minimum(distance, size - distance) * bandwidth / size).clamp(min=0)
+    return (triangle / triangle.sum(dim=1, keepdim=True)).to(device=device, dtype=torch.float32)

@@ -22,7 +22,7 @@ from etpp_ssl.data.loader_faults import note, note_reading
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, safe_name
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import check_label
-from etpp_ssl.data.views import View
+from etpp_ssl.data.views import View, has_gaps
 from etpp_ssl.data.workers import MonitoredLoader
 
 MAX_ATTEMPTS = 100
@@ -60,6 +60,8 @@ class Batch:
     """Images with values outside `data.range` that were read for it."""
     cursor: dict[str, Any] | None = None
     """Where a stream's worker shard stands after it; None for images that are addressed by index."""
+    has_gaps: bool = False
+    """Whether `images` has NaN, pixels without data: the host knows without asking the device."""
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device; copies from pinned memory do not block."""
@@ -141,14 +143,16 @@ class Builder(Dataset[Batch], ABC):
             bad.extend(broken)
             num_outside += outside
         note(f"\n{described}")
+        images = torch.stack(views)
         return Batch(
-            images=torch.stack(views),
+            images=images,
             labels=torch.tensor(labels, dtype=torch.int64),
             sample_ids=torch.tensor(request.sample_ids, dtype=torch.int64),
             first_sample_id=request.sample_ids[0],
             request=request,
             bad=tuple(bad),
             num_outside=num_outside,
+            has_gaps=has_gaps(images),
         )
 
     def _sample(

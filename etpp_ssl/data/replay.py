@@ -26,6 +26,7 @@ from torch import Tensor
 
 from etpp_ssl.data.loader import BadImage, Batch
 from etpp_ssl.data.sampler import BatchRequest, StepPlan, micro_batch_of, process_part
+from etpp_ssl.data.views import has_gaps
 from etpp_ssl.randomness import keyed_torch
 
 SUB_BATCHES = 32
@@ -212,6 +213,7 @@ class Replay:
                 ),
                 bad=self._bad,
                 num_outside=self._num_outside,
+                has_gaps=has_gaps(images),
             )
             self._bad, self._num_outside = (), 0
             yield self._pinned(batch)

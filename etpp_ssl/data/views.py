@@ -26,6 +26,7 @@ from etpp_ssl.data.formats.base import (
     Picture,
     Reading,
     Region,
+    UnreadableImage,
     pixels_of,
     require_library,
 )
@@ -40,6 +41,19 @@ SMALLEST_INTERMEDIATE = 96
 """Pixels per axis; below, the resize no longer takes most of the time."""
 LARGEST_RESIZED = 64
 """Pixels of a resized picture per pixel of its centre crop, beyond which only the crop is resized."""
+MAX_CROPS = 32
+"""Random crops of an image that are tried for one with data."""
+
+
+def has_gaps(images: Tensor) -> bool:
+    """Whether images on the host have NaN, pixels without data; of uint8 no pixel is looked at."""
+    # A minimum is NaN where a value is, and found in a sixth of the time of `isnan`.
+    return images.is_floating_point() and bool(images.min().isnan())
+
+
+def shows_nothing(view: Tensor) -> bool:
+    """Whether a view (C, H, W) has no pixel with data."""
+    return has_gaps(view) and bool(view.isnan().any(dim=0).all())
 
 
 class View(Protocol):
@@ -67,6 +81,8 @@ class TrainView:
     intermediate size, from a JPEG that need not be decoded at full resolution. Then comes `augment`. Its
     operations that count pixels (sharpness, blur) act on coarser pixels with `reduced`.
 
+    A crop of a deep picture that shows too little data is drawn again, by the next key.
+
     With `lanczos`, the result is then resized to the bandwidth by Lanczos, the published code's approximation
     of the low-frequency crop. Otherwise it stays as it is, and the device crops.
 
@@ -86,6 +102,8 @@ class TrainView:
     """Whether the pictures are deep, and a view's values so of 4 bytes instead of 1."""
     augment: Callable[[Tensor, int, float], Tensor] | None = None
     """From (uint8 (C, H, W), sample_id, progress) to a distorted copy."""
+    enough: Callable[[Tensor, tuple[int, int], float], bool] | None = None
+    """From (view with NaN, bandwidth, progress) to whether it shows enough data; None asks for one pixel."""
 
     def __post_init__(self) -> None:
         if self.decoder != "pillow":
@@ -94,7 +112,22 @@ class TrainView:
     def __call__(
         self, image: Picture, sample_id: int, bandwidth: tuple[int, int], progress: float = 1.0
     ) -> Tensor:
-        draw = keyed_random(self.seed, "crop", sample_id)
+        def crop(*attempt: int) -> Tensor:
+            draw = keyed_random(self.seed, "crop", sample_id, *attempt)
+            return self._crop(image, draw, sample_id, bandwidth, progress)
+
+        return first_with_data(
+            crop, lambda view: self.enough is None or self.enough(view, bandwidth, progress)
+        )
+
+    def _crop(
+        self,
+        image: Picture,
+        draw: random.Random,
+        sample_id: int,
+        bandwidth: tuple[int, int],
+        progress: float,
+    ) -> Tensor:
         box = random_crop_box(image.size, self.crop_scale, draw)
         mirror = self.flip and draw.random() < 0.5
         if self.decode == "reduced":
@@ -108,6 +141,23 @@ class TrainView:
         if self.lanczos and bandwidth != self.image_size:
             return by_lanczos(view, bandwidth, fast=self.decode == "reduced")
         return view
+
+
+def first_with_data(crop: Callable[..., Tensor], enough: Callable[[Tensor], bool]) -> Tensor:
+    """The first of an image's random crops that shows data.
+
+    Args:
+        crop: draws one, by the key of a sample; called again with 1, 2, ..., which the key then ends in.
+        enough: whether a crop that has both pixels with data and pixels without will do.
+
+    Raises:
+        UnreadableImage: if `MAX_CROPS` of them do not.
+    """
+    for attempt in range(MAX_CROPS):
+        view = crop(*([attempt] if attempt else []))
+        if not has_gaps(view) or (not shows_nothing(view) and enough(view)):
+            return view
+    raise UnreadableImage(f"none of {MAX_CROPS} random crops of it has enough pixels with data")
 
 
 @dataclass(frozen=True)
@@ -132,8 +182,12 @@ class EvalView:
         if image.deep:
             whole = image.region((0, 0, *image.size), image.size)
             if oversize:
-                return resize(whole._replace(box=part), (width, height), "bicubic")
-            return resize(whole, size, "bicubic")[:, box[1] : box[3], box[0] : box[2]]
+                view = resize(whole._replace(box=part), (width, height), "bicubic")
+            else:
+                view = resize(whole, size, "bicubic")[:, box[1] : box[3], box[0] : box[2]]
+            if shows_nothing(view):
+                raise UnreadableImage("its centre crop has no pixel with data")
+            return view
         channels, kernel = image.channels(), Image.Resampling.BICUBIC
         if oversize:
             return to_tensor(tuple(channel.resize((width, height), kernel, box=part) for channel in channels))
@@ -233,7 +287,10 @@ def by_lanczos(view: Tensor, bandwidth: tuple[int, int], *, fast: bool = False) 
         if view.is_floating_point():
             gaps = np.isnan(pixels)
             if gaps.any():
-                pixels, valid = np.where(gaps, 0, pixels), ~gaps.any(axis=2)
+                valid = ~gaps.any(axis=2)
+                # Pixels without data must not end in a step: they take the mean of those that have some.
+                fill = pixels[valid].mean(axis=0) if valid.any() else np.float32(0)
+                pixels = np.where(valid[:, :, None], pixels, fill)
         return resize(Region(pixels, whole, valid), size, "lanczos")
     return to_tensor(tuple(channel.resize(size, KERNELS["lanczos"]) for channel in to_channels(view)))
 
@@ -277,17 +334,20 @@ class Normalise:
     def __call__(self, images: Tensor) -> Tensor:
         """((x - low) / (high - low) - mean) / std: uint8 or float32 (B, C, H, W) to float32.
 
-        Pixels without data, NaN, become 0, their channel's mean.
+        Pixels without data, NaN in any channel, become 0, the channel's mean.
         """
         if not images.is_floating_point():
             return torch.addcmul(self._shift, images.float(), self._scale)
         normalised = torch.addcmul(self._shift, images - self._low, self._scale)
-        return normalised.where(~images.isnan(), 0)
+        return normalised.where(~images.isnan().any(dim=1, keepdim=True), 0)
 
 
 @dataclass(frozen=True)
 class ProbeView:
-    """Random resized crop (one draw, bicubic, at full resolution) and mirror, by (seed, sample_id) alone."""
+    """Random resized crop (one draw, bicubic, at full resolution) and mirror, by (seed, sample_id) alone.
+
+    A crop of a deep picture without any data is drawn again.
+    """
 
     image_size: tuple[int, int]
     crop_scale: tuple[float, float]
@@ -298,11 +358,15 @@ class ProbeView:
         self, image: Picture, sample_id: int, bandwidth: tuple[int, int], progress: float = 1.0
     ) -> Tensor:
         """(C, H, W) of `image_size`, whatever the bandwidth; see `View`."""
-        draw = keyed_random(self.seed, "probe-crop", sample_id)
-        box = single_draw_crop_box(image.size, self.crop_scale, draw)
-        mirror = self.flip and draw.random() < 0.5
-        view = _resized_crop(image, box, self.image_size, "bicubic")
-        return view.flip(2) if mirror else view
+
+        def crop(*attempt: int) -> Tensor:
+            draw = keyed_random(self.seed, "probe-crop", sample_id, *attempt)
+            box = single_draw_crop_box(image.size, self.crop_scale, draw)
+            mirror = self.flip and draw.random() < 0.5
+            view = _resized_crop(image, box, self.image_size, "bicubic")
+            return view.flip(2) if mirror else view
+
+        return first_with_data(crop, lambda view: True)
 
 
 def single_draw_crop_box(

@@ -16,6 +16,7 @@ from torch import Tensor
 from etpp_ssl.config import Config, UserError, show_size
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.sampler import BatchRequest
+from etpp_ssl.data.views import has_gaps
 from etpp_ssl.messages import validation_sentence
 from etpp_ssl.recipe import FinetuneRecipe, Recipe, load_any
 from etpp_ssl.run_folder import MODEL_FILE
@@ -111,7 +112,9 @@ def _process(
             weight=own.weight,
             last=own.last,
         )
-        batch = Batch(images, labels, positions, own.first_position, request, bad=())
+        batch = Batch(
+            images, labels, positions, own.first_position, request, bad=(), has_gaps=has_gaps(images)
+        )
         found.append(DumpedBatch(rank, number, batch, tuple(escaped(name) for name in own.names)))
     return tuple(found)
 

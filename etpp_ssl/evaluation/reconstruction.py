@@ -2,7 +2,8 @@
 
 The images, their masks and the resolution are fixed, and every masked patch is predicted whatever subset
 training predicts, so the number is comparable across the stages of a curriculum and of a mask-ratio
-schedule (its last ratio is taken), where the training loss is not.
+schedule (its last ratio is taken), where the training loss is not. Images with too few patches that have
+data (`Masker.enough`) are left out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pydantic import Field
 from torch import nn
 
 from etpp_ssl.config import UserError
+from etpp_ssl.curriculum.frequency import pixels_with_data
 from etpp_ssl.data.sources.splits import Subset, keyed_indices
 from etpp_ssl.evaluation.base import ProbeConfig, ProbeContext
 from etpp_ssl.evaluation.features import evaluating, readable_rows
@@ -69,11 +71,19 @@ class ReconstructionProbe:
                 rows = readable_rows(batch)
                 if not len(rows):
                     continue
+                valid = None
+                if batch.has_gaps:
+                    has_data = pixels_with_data(batch.images[rows], context.view.image_size)
+                    valid = self.masker.counted(has_data)
+                    enough = self.masker.enough(valid, 1.0)
+                    rows, valid = rows[enough], valid[enough]
+                    if not len(rows):
+                        continue
                 images = context.normalise(batch.images[rows])
-                mask = self.masker.everything(batch.sample_ids[rows], context.view.image_size)
+                mask = self.masker.everything(batch.sample_ids[rows], context.view.image_size, valid)
                 # The class's own forward: accelerate wraps the instance's in autocast.
                 values, ids_predicted = MaskedAutoencoder.forward(model, images, *mask)
-                for name, loss in self.objective.losses(values, ids_predicted, images).items():
+                for name, loss in self.objective.losses(values, ids_predicted, images, valid).items():
                     sums[name] = sums.get(name, 0.0) + loss.item() * len(rows)
                 count += len(rows)
         shares = gather_object([(sums, count)])

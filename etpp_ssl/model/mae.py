@@ -95,9 +95,9 @@ class ModelConfig(EncoderConfig):
         """The mask ratio at the end of the run."""
         return self.mask_ratio.end if isinstance(self.mask_ratio, MaskRatioRamp) else self.mask_ratio
 
-    def masker(self, *, patch_size: tuple[int, int], seed: int) -> Masker:
+    def masker(self, *, patch_size: tuple[int, int], seed: int, min_valid: float = 0.0) -> Masker:
         """The masks of a run."""
-        return Masker(self.masking, self.mask_ratio, self.decoder.predict_ratio, patch_size, seed)
+        return Masker(self.masking, self.mask_ratio, self.decoder.predict_ratio, patch_size, seed, min_valid)
 
     def check_compiled(
         self, masker: Masker, stages: Iterable[tuple[tuple[int, int], tuple[float, float]]]

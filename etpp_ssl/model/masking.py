@@ -4,11 +4,16 @@ A mask is drawn in three steps: the counts follow from the mask ratio, which may
 pattern chooses the visible patches (`mask_patterns`); all removed patches, or a subset of them, are
 predicted. Every mask is a function of (seed, sample) and exact in number.
 
-Legend: B batch, N patches, K kept (visible) patches, R = N - K removed patches, M <= R predicted patches.
+Patches without data come last: they are visible, or predicted, only where the others do not suffice, and
+`Masker.enough` tells which images have so few.
+
+Legend: B batch, N patches, K kept (visible) patches, R = N - K removed patches, M <= R predicted patches,
+h, w pixels.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -18,11 +23,14 @@ from torch import Tensor
 
 from etpp_ssl import moved
 from etpp_ssl.config import Config, UserError
-from etpp_ssl.model.patches import grid_of
+from etpp_ssl.model.patches import grid_of, patchify, unpatchify
 from etpp_ssl.randomness import keyed_words
 
 _TOLERANCE = 1e-9
 """Ratios of a schedule are computed in floating point."""
+LEAST_HIDDEN = 0.25
+"""Share of the removed patches that must have data. The weight of an image in the loss does not depend on
+their number, so it should not be a handful."""
 
 
 class MaskRatioRamp(Config):
@@ -121,8 +129,41 @@ def removed_ids(ids_keep: Tensor, num_patches: int) -> Tensor:
     return order_BN[:, ids_keep.shape[1] :]
 
 
+def with_data_first(ids_keep: Tensor, sample_ids_B: Tensor, has_data_BN: Tensor, seed: int) -> Tensor:
+    """The visible patches, with others in the place of those that have no data.
+
+    A visible patch that has data stays. The rest is drawn from the removed patches with data, by the words
+    that `random_masking` draws by: so its masks become uniform over the subsets of the patches with data.
+
+    Args:
+        ids_keep: int64 (B, K), ascending in each row.
+        sample_ids_B: int64 (B,), the samples' numbers in the run.
+        has_data_BN: bool (B, N).
+        seed: the run's seed.
+
+    Returns:
+        int64 (B, K), ascending in each row; where fewer than K patches have data, others are among them.
+    """
+    num_patches = has_data_BN.shape[1]
+    removed_BN = torch.ones_like(has_data_BN).scatter(1, ids_keep, False)
+    words_BN = keyed_words(seed, "mask", sample_ids_B, num_patches)
+    order_BN = _ordered(removed_BN.int() + 2 * ~has_data_BN, words_BN)
+    return order_BN[:, : ids_keep.shape[1]].sort(dim=1).values
+
+
+def _ordered(groups_BN: Tensor, words_BN: Tensor) -> Tensor:
+    """Columns by group, and by word within a group; int64 (B, N)."""
+    order_BN = words_BN.argsort(dim=1)
+    return order_BN.gather(1, groups_BN.gather(1, order_BN).argsort(dim=1, stable=True))
+
+
 def predicted_ids(
-    sample_ids_B: Tensor, ids_removed: Tensor, num_predict: int, num_patches: int, seed: int
+    sample_ids_B: Tensor,
+    ids_removed: Tensor,
+    num_predict: int,
+    num_patches: int,
+    seed: int,
+    has_data_BN: Tensor | None = None,
 ) -> Tensor:
     """A uniform subset of the masked patches, a function of (seed, sample) and the mask alone.
 
@@ -132,14 +173,19 @@ def predicted_ids(
         num_predict: M, 0 < M <= R; the subset of a smaller M is part of a larger one's.
         num_patches: N.
         seed: the run's seed.
+        has_data_BN: bool (B, N), patches that come before others; None where all have data.
 
     Returns:
         int64 (B, M), ascending in each row.
     """
     if num_predict == ids_removed.shape[1]:
         return ids_removed
-    words_BN = keyed_words(seed, "predict", sample_ids_B, num_patches)
-    chosen_BM = words_BN.gather(1, ids_removed).argsort(dim=1)[:, :num_predict]
+    words_BR = keyed_words(seed, "predict", sample_ids_B, num_patches).gather(1, ids_removed)
+    if has_data_BN is None:
+        order_BR = words_BR.argsort(dim=1)
+    else:
+        order_BR = _ordered((~has_data_BN.gather(1, ids_removed)).int(), words_BR)
+    chosen_BM = order_BR[:, :num_predict]
     return ids_removed.gather(1, chosen_BM).sort(dim=1).values
 
 
@@ -169,6 +215,8 @@ class Masker:
     """Share of all patches that is predicted; None predicts every masked one."""
     patch_size: tuple[int, int]
     seed: int
+    min_valid: float = 0.0
+    """Share of a patch's pixels that must have data, and one at least; see `data.min_valid`."""
 
     def mask_ratio(self, progress: float) -> float:
         """The share of patches to remove when a share `progress`, in [0, 1], of the compute is spent."""
@@ -195,26 +243,77 @@ class Masker:
         for progress in span:
             self.counts(bandwidth, progress)
 
-    def __call__(self, sample_ids_B: Tensor, bandwidth: tuple[int, int], progress: float) -> Mask:
+    def __call__(
+        self,
+        sample_ids_B: Tensor,
+        bandwidth: tuple[int, int],
+        progress: float,
+        valid: Tensor | None = None,
+    ) -> Mask:
         """The masks of a step.
 
         Args:
             sample_ids_B: int64 (B,), the samples' numbers in the run; the masks are on their device.
             bandwidth: (height, width) of the low-frequency crop in pixels.
             progress: share of the run's compute that is spent, in [0, 1].
+            valid: of `counted`; None where all pixels have data.
         """
-        return self._draw(sample_ids_B, bandwidth, self.counts(bandwidth, progress))
+        return self._draw(sample_ids_B, bandwidth, self.counts(bandwidth, progress), valid)
 
-    def everything(self, sample_ids_B: Tensor, bandwidth: tuple[int, int]) -> Mask:
+    def everything(
+        self, sample_ids_B: Tensor, bandwidth: tuple[int, int], valid: Tensor | None = None
+    ) -> Mask:
         """The masks at the end of the run, with every masked patch predicted: for evaluation."""
-        return self._draw(sample_ids_B, bandwidth, self.counts(bandwidth, 1.0).everything)
+        return self._draw(sample_ids_B, bandwidth, self.counts(bandwidth, 1.0).everything, valid)
 
-    def _draw(self, sample_ids_B: Tensor, bandwidth: tuple[int, int], counts: MaskCounts) -> Mask:
+    def counted(self, valid: Tensor) -> Tensor:
+        """The pixels that count: those with data, in patches in which enough pixels have it.
+
+        Args:
+            valid: bool (B, 1, h, w), whether a pixel of the crop has data.
+
+        Returns:
+            bool (B, 1, h, w).
+        """
+        grid = grid_of((valid.shape[-2], valid.shape[-1]), self.patch_size)
+        patches = patchify(valid, self.patch_size)
+        least = max(1, math.ceil(self.min_valid * patches.shape[-1] - _TOLERANCE))
+        enough = patches.sum(dim=-1, keepdim=True) >= least
+        return unpatchify(patches & enough, grid, self.patch_size)
+
+    def enough(self, valid: Tensor, progress: float) -> Tensor:
+        """Whether an image has as many patches with data as its mask needs, bool (B,).
+
+        Args:
+            valid: of `counted`.
+            progress: share of the run's compute that is spent, in [0, 1].
+        """
+        num_patches, num_keep, _ = self.counts((valid.shape[-2], valid.shape[-1]), progress)
+        needed = num_keep + math.ceil(LEAST_HIDDEN * (num_patches - num_keep))
+        return self._has_data(valid).sum(dim=1) >= needed
+
+    def _has_data(self, valid: Tensor) -> Tensor:
+        """bool (B, N): patches in which a pixel counts."""
+        return patchify(valid, self.patch_size).any(dim=-1)
+
+    def _draw(
+        self,
+        sample_ids_B: Tensor,
+        bandwidth: tuple[int, int],
+        counts: MaskCounts,
+        valid: Tensor | None,
+    ) -> Mask:
         num_patches, num_keep, num_predict = counts
         grid = grid_of(bandwidth, self.patch_size)
         ids_keep = self.pattern.visible_ids(sample_ids_B, grid, num_keep, self.seed)
+        has_data_BN = None if valid is None else self._has_data(valid)
+        if has_data_BN is not None:
+            ids_keep = with_data_first(ids_keep, sample_ids_B, has_data_BN, self.seed)
         ids_removed = removed_ids(ids_keep, num_patches)
-        return Mask(ids_keep, predicted_ids(sample_ids_B, ids_removed, num_predict, num_patches, self.seed))
+        ids_predict = predicted_ids(
+            sample_ids_B, ids_removed, num_predict, num_patches, self.seed, has_data_BN
+        )
+        return Mask(ids_keep, ids_predict)
 
 
 if not TYPE_CHECKING:

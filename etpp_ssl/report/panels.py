@@ -17,14 +17,8 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from etpp_ssl.report.reconstruction import (
-    Reconstruction,
-    parts_of,
-    patch_statistics,
-    predicted_pixels,
-    unnormalise,
-)
-from etpp_ssl.targets.pixels import PixelsConfig
+from etpp_ssl.report.reconstruction import Reconstruction, parts_of, predicted_pixels, unnormalise
+from etpp_ssl.targets.pixels import PixelsConfig, patch_statistics
 
 GLYPH_PIXELS = 16
 """Side of a histogram cell in a picture."""
@@ -122,7 +116,8 @@ def _pixel_panels(target: PixelsConfig, shown: Reconstruction, view: ChannelView
     assert honest is not None
     if not target.norm_pix:
         return _two_panels(shown, view, honest, "prediction", "")
-    leaking = unnormalise(shown.values_BMV, patch_statistics(shown.pixels_at(shown.ids_removed)))
+    ids = shown.ids_removed
+    leaking = unnormalise(shown.values_BMV, patch_statistics(shown.pixels_at(ids), shown.counts_at(ids)))
     note = "brightness and contrast estimated from visible neighbours"
     leak = "leaks the answer: brightness and contrast of the removed patches"
     return [

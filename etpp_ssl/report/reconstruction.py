@@ -20,6 +20,7 @@ from etpp_ssl.config import UserError, show_size
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.masking import Masker
 from etpp_ssl.model.patches import gather_patches, grid_of, patchify, unpatchify
+from etpp_ssl.targets.pixels import PatchStatistics, patch_statistics, values_that_count
 
 RADIUS = 1.0
 """Standard deviation, in patches, of the Gaussian that weighs visible neighbours."""
@@ -42,6 +43,8 @@ class Reconstruction:
     """The target, float32 (1, M, V)."""
     loss: float
     """The training loss of this image under this mask."""
+    valid: Tensor | None = None
+    """bool (1, 1, H, W): pixels that count; None where all do."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -51,6 +54,12 @@ class Reconstruction:
     def pixels_at(self, ids: Tensor) -> Tensor:
         """The image's own pixels in some patches, (1, n, p q C) for int64 (1, n)."""
         return gather_patches(patchify(self.images, self.patch_size), ids)
+
+    def counts_at(self, ids: Tensor) -> Tensor | None:
+        """Which of `pixels_at` count, bool of its shape; None where all do."""
+        if self.valid is None:
+            return None
+        return values_that_count(self.valid, ids, self.patch_size, self.pixels_at(ids).shape[-1])
 
     def visible(self) -> Tensor:
         """The masked input: (C, H, W), NaN where patches are removed."""
@@ -88,27 +97,12 @@ def place(patches_BKV: Tensor, ids: Tensor, grid: tuple[int, int], patch_size: t
     return unpatchify(canvas_BNV, grid, patch_size)
 
 
-class PatchStatistics(NamedTuple):
-    """What normalising a patch takes away, float32 (B, M, 1) each."""
-
-    mean: Tensor
-    std: Tensor
-
-
-def patch_statistics(patches: Tensor) -> PatchStatistics:
-    """Mean and sqrt(var + 1e-6) over the last axis, the variance unbiased.
-
-    These are the numbers that `etpp_ssl.targets.pixels.normalise_patches` uses.
-
-    Args:
-        patches: float (B, M, V), V >= 2.
-    """
-    variance, mean = torch.var_mean(patches.float(), dim=-1, keepdim=True, unbiased=True)
-    return PatchStatistics(mean, (variance + 1e-6).sqrt())
-
-
 def neighbour_statistics(
-    visible_BKV: Tensor, ids_keep: Tensor, ids_removed: Tensor, grid: tuple[int, int]
+    visible_BKV: Tensor,
+    ids_keep: Tensor,
+    ids_removed: Tensor,
+    grid: tuple[int, int],
+    counts_BKV: Tensor | None = None,
 ) -> PatchStatistics:
     """Statistics of masked patches, estimated from the visible patches alone.
 
@@ -123,8 +117,9 @@ def neighbour_statistics(
         ids_keep: int64 (B, K), where they are.
         ids_removed: int64 (B, M), the patches to estimate.
         grid: (h, w), patches per axis.
+        counts_BKV: bool (B, K, V), the visible pixels that count; None where all do.
     """
-    visible = patch_statistics(visible_BKV)
+    visible = patch_statistics(visible_BKV, counts_BKV)
     distance_BMK = torch.cdist(_centres(ids_removed, grid), _centres(ids_keep, grid))
     # A softmax divides by the sum without underflow, however far the nearest patch is.
     weights_BMK = (-(distance_BMK**2) / (2 * RADIUS**2)).softmax(dim=-1)
@@ -159,8 +154,8 @@ def predicted_pixels(target: Any, shown: Reconstruction) -> Tensor | None:
         return None
     if not target.norm_pix:
         return shown.values_BMV
-    visible = shown.pixels_at(shown.ids_keep)
-    honest = neighbour_statistics(visible, shown.ids_keep, shown.ids_removed, shown.grid)
+    visible, counts = shown.pixels_at(shown.ids_keep), shown.counts_at(shown.ids_keep)
+    honest = neighbour_statistics(visible, shown.ids_keep, shown.ids_removed, shown.grid, counts)
     return unnormalise(shown.values_BMV, honest)
 
 
@@ -236,31 +231,41 @@ class Decoding:
     lanczos: bool = False
     """Whether an image is brought to a bandwidth by a Lanczos resize instead of a low-frequency crop."""
 
-    def predict(self, images: Tensor, number: int) -> Reconstruction:
+    def predict(self, images: Tensor, number: int, has_data: Tensor | None = None) -> Reconstruction:
         """Hide patches of an image, and predict them in float32.
 
         Args:
             images: the normalised low-frequency crop, float32 (1, C, H, W), whole patches. The model moves to
                 its device.
             number: of the sample whose mask is taken.
+            has_data: bool (1, 1, H, W), pixels with data; None where all have.
 
         Raises:
             UserError: if no patch would be visible or hidden.
         """
         model, device = self.model.to(images.device), images.device
         size = (images.shape[-2], images.shape[-1])
-        ids_keep = self.masker.everything(torch.tensor([number]), size).ids_keep.to(device)
+        valid = None if has_data is None else self.masker.counted(has_data)
+        ids_keep = self.masker.everything(torch.tensor([number], device=device), size, valid).ids_keep
         objective = self.target.build(patch_size=model.patch_size, in_chans=images.shape[1])
         with torch.inference_mode():
             values_BMV, ids_removed = model(images, ids_keep)
-            loss = objective(values_BMV, ids_removed, images).item()
-            target_BMV = objective.target(images, ids_removed)
+            loss = objective(values_BMV, ids_removed, images, valid).item()
+            if valid is None:
+                target_BMV = objective.target(images, ids_removed)
+            else:
+                target_BMV, _ = objective.target_with_gaps(images, ids_removed, valid)
         return Reconstruction(
-            images, model.patch_size, ids_keep, ids_removed, values_BMV.float(), target_BMV, loss
+            images, model.patch_size, ids_keep, ids_removed, values_BMV.float(), target_BMV, loss, valid
         )
 
     def reconstruct(
-        self, image: Tensor, seed: int, mean: tuple[float, ...], std: tuple[float, ...]
+        self,
+        image: Tensor,
+        seed: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        has_data: Tensor | None = None,
     ) -> Reconstructed:
         """The pictures of `predict`.
 
@@ -268,11 +273,12 @@ class Decoding:
             image: the normalised low-frequency crop, float32 (C, H, W), whole patches.
             seed: of the mask, which is that of sample 0.
             mean, std: of the normalisation, per channel.
+            has_data: see `predict`.
 
         Raises:
             UserError: if the model does not predict pixels, or no patch would be visible or hidden.
         """
-        shown = replace(self, masker=replace(self.masker, seed=seed)).predict(image[None], 0)
+        shown = replace(self, masker=replace(self.masker, seed=seed)).predict(image[None], 0, has_data)
         pixels = predicted_pixels(self.target, shown)
         if pixels is None:
             raise UserError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.curriculum.cost import area_share
-from etpp_ssl.curriculum.frequency import low_frequency_crop
+from etpp_ssl.curriculum.frequency import low_frequency_crop, pixels_with_data
 from etpp_ssl.data.formats.base import Reading, UnreadableImage
 from etpp_ssl.data.given import viewed
 from etpp_ssl.data.sources.base import printable
 from etpp_ssl.data.sources.found import find_images
 from etpp_ssl.data.sources.splits import keyed_indices
-from etpp_ssl.data.views import EvalView, Normalise, by_lanczos
+from etpp_ssl.data.views import EvalView, Normalise, by_lanczos, has_gaps
 from etpp_ssl.report.panels import ChannelView, Panel, target_panels
 from etpp_ssl.report.reconstruction import Decoding, Reconstruction, check_bandwidth
 from etpp_ssl.run_folder import Checkpoint, RunFolder
@@ -76,11 +76,11 @@ class Viewer(Decoding):
         recipe = run.recipe()
         with torch.random.fork_rng(devices=[]):
             model = recipe.build_model().eval()
-        seed = recipe.seed if seed is None else seed
+        masker = recipe.build_masker()
         return cls(
             model=model,
             target=recipe.target,
-            masker=recipe.model.masker(patch_size=recipe.patch_size, seed=seed),
+            masker=masker if seed is None else replace(masker, seed=seed),
             normalise=recipe.normaliser(torch.device("cpu")),
             channels=ChannelView(*recipe.data.statistics(recipe.in_chans)),
             image_size=recipe.size,
@@ -108,7 +108,7 @@ class Viewer(Decoding):
         """
         bandwidth = bandwidth or self.image_size
         check_bandwidth(bandwidth, self.image_size, self.model.patch_size)
-        found = self.predict(self.crop(image, bandwidth), image.number)
+        found = self.predict(self.crop(image, bandwidth), image.number, self._has_data(image, bandwidth))
         note = f"{found.ids_removed.shape[1]} of {found.grid[0] * found.grid[1]} patches removed"
         at = "" if bandwidth == self.image_size else f", bandwidth {show_size(bandwidth)}"
         return ImagePanels(
@@ -120,10 +120,17 @@ class Viewer(Decoding):
 
     def crop(self, image: InputImage, bandwidth: tuple[int, int]) -> Tensor:
         """What the model sees of an image at a bandwidth, normalised: float32 (1, C, Bh, Bw)."""
-        pixels = image.pixels
-        if self.lanczos and bandwidth != self.image_size:
-            pixels = by_lanczos(pixels, bandwidth)
-        return low_frequency_crop(self.normalise(pixels[None]), bandwidth)
+        return low_frequency_crop(self.normalise(self._resized(image, bandwidth)[None]), bandwidth)
+
+    def _resized(self, image: InputImage, bandwidth: tuple[int, int]) -> Tensor:
+        """The view as a worker gives it, (C, H, W) or, with Lanczos, (C, Bh, Bw)."""
+        resize = self.lanczos and bandwidth != self.image_size
+        return by_lanczos(image.pixels, bandwidth) if resize else image.pixels
+
+    def _has_data(self, image: InputImage, bandwidth: tuple[int, int]) -> Tensor | None:
+        """bool (1, 1, Bh, Bw), pixels of the crop with data; None where all have."""
+        pixels = self._resized(image, bandwidth)[None]
+        return pixels_with_data(pixels, bandwidth) if has_gaps(pixels) else None
 
     def crops(self, image: InputImage) -> list[Panel]:
         """The image at every bandwidth of the curriculum; last the image itself."""

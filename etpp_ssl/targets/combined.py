@@ -96,17 +96,26 @@ class CombinedObjective(Objective):
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
+        self.patch_size = parts[0].objective.patch_size
         self.num_values = sum(part.objective.num_values for part in parts)
 
     def target(self, images: Tensor, ids_removed: Tensor) -> Tensor:
         """The parts' targets in their order, float32 (B, M, V); V is the sum of theirs."""
         return torch.cat([part.objective.target(images, ids_removed) for part in self.parts], dim=-1)
 
-    def losses(self, values_BMV: Tensor, ids_removed: Tensor, images: Tensor) -> dict[str, Tensor]:
+    def target_with_gaps(self, images: Tensor, ids_removed: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Each part's own; see `Objective.target_with_gaps`."""
+        own = [part.objective.target_with_gaps(images, ids_removed, valid) for part in self.parts]
+        targets, counts = zip(*own, strict=True)
+        return torch.cat(targets, dim=-1), torch.cat(counts, dim=-1)
+
+    def losses(
+        self, values_BMV: Tensor, ids_removed: Tensor, images: Tensor, valid: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """`loss`, the weighted sum, and each part's own loss without its weight, as `loss_<part>`."""
         shares = values_BMV.split([part.objective.num_values for part in self.parts], dim=-1)
         own = {
-            part.log_name: part.objective(values, ids_removed, images)
+            part.log_name: part.objective(values, ids_removed, images, valid)
             for part, values in zip(self.parts, shares, strict=True)
         }
         weighted = [part.weight * own[part.log_name] for part in self.parts]

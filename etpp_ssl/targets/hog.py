@@ -85,6 +85,14 @@ class HogObjective(Objective):
         windows = _windows(images.float(), ids_removed, self.patch_size)
         return rearrange(_histograms(windows, self.cell, self.bins), "b m c i j k -> b m (i j c k)")
 
+    def target_with_gaps(self, images: Tensor, ids_removed: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """A cell counts if all of its pixels do and all that their gradients need, its frame of one pixel."""
+        missing = _windows((~valid).float(), ids_removed, self.patch_size)
+        frame = (self.cell[0] + 2, self.cell[1] + 2)
+        cells = F.max_pool2d(missing.flatten(0, 1), frame, stride=self.cell).flatten(1) == 0
+        counts = cells.repeat_interleave(self.num_values // cells.shape[1], dim=1)
+        return self.target(images, ids_removed), counts.unflatten(0, ids_removed.shape)
+
 
 @torch.no_grad()
 def hog_features(images: Tensor, cell: int | tuple[int, int], bins: int = 9) -> Tensor:

@@ -6,7 +6,7 @@ Legend: B batch, C channels, M masked patches, V = p q C values per patch.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,8 +51,47 @@ class PixelObjective(Objective):
         patches = gather_patches(patchify(images.float(), self.patch_size), ids_removed)
         return normalise_patches(patches) if self.norm_pix else patches
 
+    @torch.no_grad()
+    def target_with_gaps(self, images: Tensor, ids_removed: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """The pixels that count, normalised by their own mean and standard deviation."""
+        patches = gather_patches(patchify(images.float(), self.patch_size), ids_removed)
+        counts = values_that_count(valid, ids_removed, self.patch_size, self.num_values)
+        return normalise_patches(patches, counts) if self.norm_pix else patches, counts
 
-def normalise_patches(patches: Tensor) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-6) over the last axis, the variance unbiased, as in MAE."""
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, unbiased=True)
-    return (patches - mean) / (variance + 1e-6).sqrt()
+
+def values_that_count(valid: Tensor, ids: Tensor, patch_size: tuple[int, int], num_values: int) -> Tensor:
+    """Which values of patches are of pixels that count: bool (B, 1, H, W) and int64 (B, M) to (B, M, V)."""
+    pixels = gather_patches(patchify(valid, patch_size), ids)
+    return pixels.repeat_interleave(num_values // pixels.shape[-1], dim=-1)
+
+
+class PatchStatistics(NamedTuple):
+    """What normalising a patch takes away, float32 (B, M, 1) each."""
+
+    mean: Tensor
+    std: Tensor
+
+
+def patch_statistics(patches: Tensor, counts: Tensor | None = None) -> PatchStatistics:
+    """Mean and sqrt(var + 1e-6) over the last axis, the variance unbiased, as in MAE.
+
+    Args:
+        patches: float (B, M, V), V >= 2.
+        counts: bool (B, M, V), the values that count; None where all do. The variance of one is 0, and so are
+            mean and variance of none.
+    """
+    patches = patches.float()
+    if counts is None:
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, unbiased=True)
+    else:
+        number = counts.sum(dim=-1, keepdim=True)
+        mean = (patches * counts).sum(dim=-1, keepdim=True) / number.clamp(min=1)
+        squares = ((patches - mean) * counts).square()
+        variance = squares.sum(dim=-1, keepdim=True) / (number - 1).clamp(min=1)
+    return PatchStatistics(mean, (variance + 1e-6).sqrt())
+
+
+def normalise_patches(patches: Tensor, counts: Tensor | None = None) -> Tensor:
+    """(x - mean) / sqrt(var + 1e-6) over the last axis, float32 (B, M, V); see `patch_statistics`."""
+    mean, std = patch_statistics(patches, counts)
+    return (patches - mean) / std

@@ -7,6 +7,8 @@ patch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from etpp_ssl.config import show_size
 from etpp_ssl.curriculum.base import Stage
 from etpp_ssl.curriculum.cost import Cost, count_cost
-from etpp_ssl.curriculum.frequency import low_frequency_crop
+from etpp_ssl.curriculum.frequency import low_frequency_crop, pixels_with_data
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.evaluation.base import Probe, ProbeContext
@@ -24,7 +26,7 @@ from etpp_ssl.messages import members_at, name_of
 from etpp_ssl.model.attention import AttentionName, choose_kernel
 from etpp_ssl.model.decoders import CrossDecoder
 from etpp_ssl.model.mae import AnyDecoder, MaskedAutoencoder, ModelConfig
-from etpp_ssl.model.masking import MaskCounts, MaskRatioRamp
+from etpp_ssl.model.masking import MaskCounts, Masker, MaskRatioRamp
 from etpp_ssl.model.patches import grid_of
 from etpp_ssl.randomness import ShapesOnly
 from etpp_ssl.recipe import ProbedClassifier, Recipe
@@ -46,9 +48,9 @@ class MaskedAutoencoding(Task):
 
     def __init__(self, recipe: Recipe, model: MaskedAutoencoder, device: torch.device) -> None:
         self.model = self.net = model
-        self.view = recipe.crop_view()
         self.normalise = recipe.normaliser(device)
         self.masker = recipe.build_masker()
+        self.view = replace(recipe.crop_view(), enough=partial(shows_enough, self.masker))
         self.objective = recipe.build_objective()
         self.config = recipe.model
         self.image_size = recipe.size
@@ -57,10 +59,17 @@ class MaskedAutoencoding(Task):
         self.kernels = f"attention {recipe.model.attention}{compiled}"
 
     def inputs(self, batch: Batch, stage: Shown) -> Inputs:
-        """`images`, `ids_keep` int64 (B, K) and `ids_predict` int64 (B, M)."""
+        """`images`, `ids_keep` int64 (B, K) and `ids_predict` int64 (B, M).
+
+        Of a batch with NaN also `valid`, bool (B, 1, h, w): the pixels that count.
+        """
         images = low_frequency_crop(self.normalise(batch.images), stage.bandwidth)
-        mask = self.masker(batch.sample_ids, stage.bandwidth, stage.progress)
-        return {"images": images, "ids_keep": mask.ids_keep, "ids_predict": mask.ids_predict}
+        valid = None
+        if batch.has_gaps:
+            valid = self.masker.counted(pixels_with_data(batch.images, stage.bandwidth))
+        mask = self.masker(batch.sample_ids, stage.bandwidth, stage.progress, valid)
+        inputs = {"images": images, "ids_keep": mask.ids_keep, "ids_predict": mask.ids_predict}
+        return inputs if valid is None else {**inputs, "valid": valid}
 
     def forward(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """The predicted values, (B, M, V)."""
@@ -69,11 +78,14 @@ class MaskedAutoencoding(Task):
 
     def losses(self, output: Tensor, inputs: Inputs) -> dict[str, Tensor]:
         """See `Objective.losses`."""
-        return self.objective.losses(output, inputs["ids_predict"], inputs["images"])
+        return self.objective.losses(output, inputs["ids_predict"], inputs["images"], inputs.get("valid"))
 
     def target(self, inputs: Inputs) -> Tensor:
         """The values to predict, float32 (B, M, V)."""
-        return self.objective.target(inputs["images"], inputs["ids_predict"])
+        images, ids_predict = inputs["images"], inputs["ids_predict"]
+        if "valid" in inputs:
+            return self.objective.target_with_gaps(images, ids_predict, inputs["valid"])[0]
+        return self.objective.target(images, ids_predict)
 
     def blank_inputs(self, stage: Shown) -> Inputs:
         """See `Task.blank_inputs`."""
@@ -148,6 +160,12 @@ class MaskedAutoencoding(Task):
 
     def _decoder_flops(self, config: AnyDecoder, grid: tuple[int, int], counts: MaskCounts) -> int:
         return decoder_flops(config, self.model, grid, counts, self.objective.num_values)
+
+
+def shows_enough(masker: Masker, view: Tensor, bandwidth: tuple[int, int], progress: float) -> bool:
+    """Whether a view (C, H, W) with NaN has as many patches with data as its mask needs."""
+    valid = masker.counted(pixels_with_data(view[None], bandwidth))
+    return bool(masker.enough(valid, progress))
 
 
 def build_probe(

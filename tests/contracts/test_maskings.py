@@ -125,3 +125,65 @@ def test_every_patch_is_visible_sometimes_and_predicted_sometimes(config: type[B
         share = torch.zeros(3000, 120).scatter(1, ids, 1.0).mean(dim=0)
         assert share.min() > 0.05
         assert share.max() < 0.95
+
+
+def masks_with_gaps(
+    config: type[BaseModel], num_images: int, share: float, predict: float | None = None
+) -> tuple[Any, Any, torch.Tensor]:
+    """Masks without and with gaps on 6 x 20 patches, and which of these have data, bool (B, N)."""
+    masker = make_masker(config, predict=predict)
+    has_data = torch.rand(num_images, 120, generator=torch.Generator().manual_seed(0)) < share
+    valid = has_data.view(num_images, 1, 6, 20).repeat_interleave(16, 2).repeat_interleave(8, 3)
+    samples = torch.arange(num_images)
+    return masker(samples, (96, 160), 0.0), masker(samples, (96, 160), 0.0, valid), has_data
+
+
+@every_pattern
+@pytest.mark.parametrize("predict", [None, 0.3])
+def test_patches_without_data_are_not_visible_and_predicted_last(
+    config: type[BaseModel], predict: float | None
+) -> None:
+    whole, mask, has_data = masks_with_gaps(config, 200, 0.5, predict)
+    assert has_data.sum(dim=1).min() > 30
+    for ids, plain in zip(mask, whole, strict=True):
+        assert ids.shape == plain.shape
+        assert ids.dtype == torch.int64
+        assert (ids.diff(dim=1) > 0).all()
+    both = torch.cat(list(mask), dim=1).sort(dim=1).values
+    assert (both.diff(dim=1) > 0).all()
+    assert has_data.gather(1, mask.ids_keep).all()
+    predicted = has_data.gather(1, mask.ids_predict).sum(dim=1)
+    assert torch.equal(predicted, (has_data.sum(dim=1) - 30).clamp(max=mask.ids_predict.shape[1]))
+    # What was visible and has data stays so.
+    stays = torch.zeros(200, 120, dtype=torch.bool).scatter(1, whole.ids_keep, True) & has_data
+    assert stays.any()
+    assert not (stays & ~torch.zeros_like(stays).scatter(1, mask.ids_keep, True)).any()
+
+
+@every_pattern
+def test_a_whole_image_keeps_its_mask_among_others_with_gaps(config: type[BaseModel]) -> None:
+    masker = make_masker(config, predict=0.4)
+    valid = torch.rand(5, 1, 96, 160, generator=torch.Generator().manual_seed(0)) < 0.01
+    valid[::2] = True
+    for plain, ids in zip(
+        masker(POSITIONS, (96, 160), 0.2), masker(POSITIONS, (96, 160), 0.2, valid), strict=True
+    ):
+        assert torch.equal(plain[::2], ids[::2])
+        assert not torch.equal(plain[1::2], ids[1::2])
+
+
+@every_pattern
+def test_too_few_patches_with_data_still_give_a_whole_mask_and_are_told(config: type[BaseModel]) -> None:
+    masker = make_masker(config)
+    valid = torch.zeros(3, 1, 96, 160, dtype=torch.bool)
+    # 30 of 120 patches are visible, and a quarter of the others is 22.5: 53 must have data.
+    valid[0, :, :16] = True
+    valid[1, :, :, :72] = True
+    valid[2, :, :, :72] = valid[2, :, 80:] = valid[2, :, :, 80:88] = True
+    assert [int(masker._has_data(v[None]).sum()) for v in valid] == [20, 54, 70]
+    assert masker.enough(valid, 0.0).tolist() == [False, True, True]
+    valid[1, :, :32, 64:72] = False
+    assert masker.enough(valid, 0.0).tolist() == [False, False, True]
+    mask = masker(torch.arange(3), (96, 160), 0.0, valid)
+    assert mask.ids_keep.shape == (3, 30)
+    assert set(range(20)) <= set(mask.ids_keep[0].tolist())

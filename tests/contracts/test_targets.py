@@ -176,6 +176,29 @@ def test_images_that_are_not_finite_give_a_loss_that_is_not(config: Any) -> None
 
 
 @every_objective
+@every_bandwidth
+def test_values_that_count_do_not_depend_on_pixels_that_do_not(
+    config: Any, bandwidth: tuple[int, int]
+) -> None:
+    objective = config.build(patch_size=PATCH, in_chans=3)
+    images, ids_removed = crop_and_mask(bandwidth)
+    valid = torch.ones(3, 1, *bandwidth, dtype=torch.bool)
+    target, counts = objective.target_with_gaps(images, ids_removed, valid)
+    assert counts.dtype == torch.bool
+    assert counts.all()
+    torch.testing.assert_close(target, objective.target(images, ids_removed), rtol=0, atol=2e-5)
+    valid[1, :, : bandwidth[0] // 2 + 3] = False
+    target, counts = objective.target_with_gaps(images, ids_removed, valid)
+    other = torch.where(valid, images, 9 * torch.randn(images.shape))
+    assert target.shape == counts.shape == (*ids_removed.shape, objective.num_values)
+    assert counts[[0, 2]].all()
+    assert 0 < counts[1].float().mean() < 1
+    again, counts_again = objective.target_with_gaps(other, ids_removed, valid)
+    assert torch.equal(counts, counts_again)
+    assert torch.equal(target[counts], again[counts])
+
+
+@every_objective
 def test_operations_can_be_counted_on_the_meta_device(config: Any) -> None:
     objective = config.build(patch_size=PATCH, in_chans=3)
     images, ids_removed = crop_and_mask(IMAGE_SIZE)

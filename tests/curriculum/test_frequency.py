@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fft import fft2, fftshift, ifft2, ifftshift
 
 from etpp_ssl.config import UserError
-from etpp_ssl.curriculum.frequency import low_frequency_crop
+from etpp_ssl.curriculum.frequency import low_frequency_crop, pixels_with_data
 
 AXES = (-2, -1)
 LEADING = [(), (3,), (2, 3), (2, 1, 3)]
@@ -224,3 +224,56 @@ def test_a_first_use_in_inference_mode_does_not_spoil_training() -> None:
     crop.square().sum().backward()
     assert torch.equal(crop.detach(), shown)
     assert images.grad is not None
+
+
+@given(sizes(), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=60)
+def test_a_pixel_counts_where_its_main_lobe_has_data(
+    size: tuple[tuple[int, int], tuple[int, int]], seed: int
+) -> None:
+    (height, width), bandwidth = size
+    images = random_images(2, 3, height, width, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    missing = torch.rand(2, height, width, generator=generator) < 0.02
+    images[:, 1][missing] = torch.nan
+    expected = torch.ones(2, 1, *bandwidth, dtype=torch.bool)
+    for b, n, m in missing.nonzero().tolist():
+        for y in range(bandwidth[0]):
+            for x in range(bandwidth[1]):
+                # Distances from the middle of the lobe, round the image, in pixels of the crop.
+                dy, dx = (
+                    min((at * to / of - out) % to, (out - at * to / of) % to)
+                    for at, out, of, to in ((n, y, height, bandwidth[0]), (m, x, width, bandwidth[1]))
+                )
+                if dy < 0.9 and dx < 0.9:
+                    expected[b, 0, y, x] = False
+    found = pixels_with_data(images, bandwidth)
+    assert not (found & ~expected).any()
+    if bandwidth == (height, width):
+        assert torch.equal(found, ~missing[:, None])
+    # Beyond the lobe nothing is left out.
+    assert found[~missing.flatten(1).any(dim=1)].all()
+
+
+def test_without_gaps_every_pixel_counts_and_a_gap_reaches_over_the_border() -> None:
+    images = torch.zeros(1, 2, 28, 42)
+    for bandwidth in [(28, 42), (12, 42), (28, 9), (13, 18), (1, 1)]:
+        assert pixels_with_data(images, bandwidth).all()
+    images[:, 0, :, 41] = torch.nan
+    found = pixels_with_data(images, (28, 18))[0, 0]
+    # 42 to 18 pixels: the last column lies 0.43 pixels before the first of the crop and 0.57 after the last.
+    assert found.all(dim=0).tolist() == [False, *[True] * 16, False]
+
+
+@pytest.mark.parametrize("bandwidth", [(24, 40), (33, 96), (64, 51)])
+def test_filled_with_the_mean_a_gap_hardly_moves_the_pixels_that_count(bandwidth: tuple[int, int]) -> None:
+    image = random_images(1, 64, 96)
+    gap = image.clone()
+    gap[:, :40, :30] = torch.nan
+    counts = pixels_with_data(gap, bandwidth)
+    whole = low_frequency_crop(image, bandwidth)
+    moved = low_frequency_crop(gap.nan_to_num(0.0), bandwidth) - whole
+    # Of noise of deviation 1, in which nothing tells of what is missing.
+    error, missed = (moved[at].square().mean().sqrt() for at in (counts, ~counts))
+    assert error < 0.07
+    assert missed > 8 * error

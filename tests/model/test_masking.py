@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etpp_ssl.config import UserError
-from etpp_ssl.model.masking import num_visible, random_masking, removed_ids
+from etpp_ssl.model.mask_patterns import UniformMaskingConfig
+from etpp_ssl.model.masking import Masker, num_visible, random_masking, removed_ids
 
 
 @st.composite
@@ -136,3 +139,27 @@ def test_a_ratio_that_leaves_nothing_on_one_side_gets_a_sentence(
 ) -> None:
     with pytest.raises(UserError, match=message):
         num_visible(num_patches, mask_ratio)
+
+
+def test_among_patches_with_data_uniform_masks_are_uniform() -> None:
+    num_images, has_data = 6000, torch.tensor([True, True, False, True, False, True])
+    valid = has_data.view(1, 1, 2, 3).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    masker = Masker(UniformMaskingConfig(), 2 / 3, None, (4, 4), 0)
+    keep = masker(torch.arange(num_images), (8, 12), 0.0, valid.expand(num_images, -1, -1, -1)).ids_keep
+    subsets = Counter(map(tuple, keep.tolist()))
+    assert set(subsets) == set(itertools.combinations((0, 1, 3, 5), 2))
+    # Six subsets, each of 1000 on average with a deviation of 29.
+    assert max(abs(count - 1000) for count in subsets.values()) < 120
+
+
+@pytest.mark.parametrize(("min_valid", "least"), [(0.0, 1), (0.25, 4), (0.26, 5), (0.3, 5), (1.0, 16)])
+def test_a_patch_counts_from_a_share_of_pixels_on(min_valid: float, least: int) -> None:
+    masker = Masker(UniformMaskingConfig(), 0.5, None, (2, 8), 0, min_valid)
+    valid = torch.zeros(17, 1, 4, 8, dtype=torch.bool)
+    for number in range(17):
+        valid[number, 0, :2].view(-1)[:number] = True
+    valid[:, 0, 2:] = True
+    found = masker.counted(valid)
+    assert found[:, 0, 2:].all()
+    assert found[:, 0, :2].flatten(1).sum(dim=1).tolist() == [n if n >= least else 0 for n in range(17)]
+    assert not (found & ~valid).any()

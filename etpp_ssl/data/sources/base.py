@@ -92,6 +92,9 @@ class DataConfig(Config, ABC):
     such are counted."""
     nodata: float | None = None
     """The value of pixels without data, beside NaN and what a file itself states; needs `range`."""
+    min_valid: float = Field(default=0.25, ge=0, le=1)
+    """Pre-training: share of a patch's pixels that must have data for the patch to be shown or predicted, one
+    pixel at least, counted at the stage's bandwidth. Crops with too few such patches are drawn again."""
     axes: str | None = Field(default=None, pattern="^[a-z]{2,6}$")
     """Axes of a file's array, a letter each, such as `chw`: h, w, c for channels, another for one of length 1; or
     `pages`: pages, frames or the entries of a stack are the channels. None: as the file says; (height, width,
