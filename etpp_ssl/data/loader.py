@@ -158,8 +158,8 @@ class Builder(Dataset[Batch], ABC):
     def _sample(
         self, sample_id: int, index: int, request: BatchRequest, described: str
     ) -> tuple[Tensor, int, list[BadImage], bool]:
-        """View and label of the first image that can be read, those before it, and whether it has values outside
-        `data.range`."""
+        """View and label of the first image that can be read, those before it, and whether it has values
+        outside `data.range`."""
         bad: list[BadImage] = []
         for candidate in islice(self.candidates(sample_id, index, request), MAX_ATTEMPTS):
             note_reading(sample_id, candidate.name, described)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etpp_ssl.dist.signals import StopRequest
 from PIL import Image
 from tiny_runs import TINY
 
@@ -17,7 +18,6 @@ from etpp_ssl.data.formats.base import Picture, Reading
 from etpp_ssl.data.sampler import KeyedOrder
 from etpp_ssl.data.sources.folder import open_folder
 from etpp_ssl.data.training import open_training
-from etpp_ssl.dist.signals import StopRequest
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.train.depth import check_depth
 from etpp_ssl.train.launch import pretrain

@@ -96,9 +96,9 @@ class DataConfig(Config, ABC):
     """Pre-training: share of a patch's pixels that must have data for the patch to be shown or predicted, one
     pixel at least, counted at the stage's bandwidth. Crops with too few such patches are drawn again."""
     axes: str | None = Field(default=None, pattern="^[a-z]{2,6}$")
-    """Axes of a file's array, a letter each, such as `chw`: h, w, c for channels, another for one of length 1; or
-    `pages`: pages, frames or the entries of a stack are the channels. None: as the file says; (height, width,
-    channels) where it says nothing."""
+    """Axes of a file's array, a letter each, such as `chw`: h, w, c for channels, another for one of length
+    1; or `pages`: pages, frames or the entries of a stack are the channels. None: as the file says, and
+    (height, width, channels) where it says nothing."""
     channels: tuple[int | str, ...] | None = None
     """Which channels of a file are taken, in this order, as many as `in_chans`: by number from 0, or by the
     names that the file has for them. A number may stand more than once."""
