@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 from pydantic import Field, field_validator, model_validator
 
 from etpp_ssl.config import Config, NotAtHand, UserError, listed, may_change
-from etpp_ssl.data.formats.base import MAX_PIXELS, Decoder, Interpolation, Picture, Reading
+from etpp_ssl.data.formats.base import MAX_PIXELS, Decoder, Interpolation, Picture, Reader, Reading
 
 
 class ImageSource(Protocol):
@@ -98,7 +98,7 @@ class DataConfig(Config, ABC):
     channels: tuple[int | str, ...] | None = None
     """Which channels of a file are taken, in this order, as many as `in_chans`: by number from 0, or by the
     names that the file has for them. A number may stand more than once."""
-    reader: Literal["auto", "rasterio"] = "auto"
+    reader: Reader = "auto"
     """Who reads files: each format its own library, or GDAL through `rasterio` whatever it can read."""
     max_bad_share: float = may_change(0.01, ge=0, le=1)
     """The run stops once more than this share of the data set turned out to be unreadable."""

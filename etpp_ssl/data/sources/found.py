@@ -46,8 +46,12 @@ class Found(NamedTuple):
         return f"left out: {', '.join(parts)}" if parts else ""
 
 
-def find_images(folder: Path) -> Found:
+def find_images(folder: Path, extensions: frozenset[str] = EXTENSIONS) -> Found:
     """All images below a folder; links are followed, loops are not.
+
+    Args:
+        folder: where to look.
+        extensions: of names that count as images, in lower case.
 
     Raises:
         OSError: if a folder below it cannot be read.
@@ -70,7 +74,7 @@ def find_images(folder: Path) -> Found:
                 is_hidden = is_hidden_name(entry.name)
                 if _leads_to_folder(entry):
                     (found.hidden if is_hidden else folders).append(name)
-                elif extension_of(name) not in EXTENSIONS:
+                elif extension_of(name) not in extensions:
                     found.others[extension_of(name)] += not is_hidden
                 elif is_hidden:
                     found.others[f"hidden {extension_of(name)}"] += 1
