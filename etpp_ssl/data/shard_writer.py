@@ -80,7 +80,7 @@ class Converter:
             if self.decode:
                 decode(data, reading)
             else:
-                check_header(data, reading.max_pixels)
+                check_header(data, reading.max_pixels, reading.reader)
         except UnreadableImage as error:
             return Stored(data, extension, str(error))
         return Stored(data, extension, None)

@@ -7,7 +7,19 @@ from __future__ import annotations
 
 import os
 
-from etpp_ssl.data.formats import dicom, hdf5, jpeg, nifti, npy, npz, pillow, tiff, zarr
+from etpp_ssl.data.formats import (
+    dicom,
+    hdf5,
+    jpeg,
+    jpeg2000,
+    nifti,
+    npy,
+    npz,
+    pillow,
+    rasterio,
+    tiff,
+    zarr,
+)
 from etpp_ssl.data.formats.base import (
     MAX_PIXELS,
     ArrayPicture,
@@ -15,6 +27,7 @@ from etpp_ssl.data.formats.base import (
     DecodedPicture,
     Format,
     Picture,
+    Reader,
     Reading,
     UnreadableImage,
     ValuePicture,
@@ -27,6 +40,7 @@ FORMATS = (
     npy.FORMAT,
     jpeg.FORMAT,
     tiff.FORMAT,
+    jpeg2000.FORMAT,
     npz.FORMAT,
     hdf5.FORMAT,
     zarr.FORMAT,
@@ -40,6 +54,11 @@ EXTENSIONS = frozenset().union(*(form.extensions for form in FORMATS))
 """File names that count as images, in lower case: of every format that can be read."""
 FOLDER_EXTENSIONS = frozenset().union(*(form.extensions for form in FORMATS if form.is_folder))
 """Those of them that are names of folders."""
+
+
+def extensions_of(reader: Reader) -> frozenset[str]:
+    """File names that count as images for a `data.reader`, in lower case."""
+    return EXTENSIONS | rasterio.FORMAT.extensions if reader == "rasterio" else EXTENSIONS
 
 
 def open_picture(data: bytes, reading: Reading) -> Picture:
@@ -59,7 +78,7 @@ def open_picture(data: bytes, reading: Reading) -> Picture:
         UnreadableImage: for anything that cannot be read so, with the reason.
     """
     with one_line_reasons():
-        return finished(_format_of(data).open(data, reading), reading)
+        return finished(_format_of(data, reading.reader).open(data, reading), reading)
 
 
 def finished(picture: Picture, reading: Reading) -> Picture:
@@ -81,17 +100,21 @@ def finished(picture: Picture, reading: Reading) -> Picture:
     return DecodedPicture(npy.eight_bits(whole.pixels))
 
 
-def check_header(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
+def check_header(data: bytes, max_pixels: int = MAX_PIXELS, reader: Reader = "auto") -> None:
     """Check that a file's bytes begin as those of an image do; no pixel is decoded.
+
+    `reader` is that of `Reading`.
 
     Raises:
         UnreadableImage: for what is not an image, or claims more than `max_pixels`.
     """
     with one_line_reasons():
-        _format_of(data).check(data, max_pixels)
+        _format_of(data, reader).check(data, max_pixels)
 
 
-def _format_of(data: bytes) -> Format:
+def _format_of(data: bytes, reader: Reader) -> Format:
+    if reader == "rasterio":
+        return rasterio.FORMAT
     return next(form for form in FORMATS if data.startswith(form.signatures, form.signature_at))
 
 

@@ -39,6 +39,10 @@ Decoder = Literal["pillow", "simplejpeg"]
 """Library that decodes JPEGs; both stand on libjpeg-turbo."""
 
 
+Reader = Literal["auto", "rasterio"]
+"""Who reads files; see `data.reader`."""
+
+
 class UnreadableImage(Exception):
     """An image that cannot be decoded; the message says why, without the image's name."""
 
@@ -67,7 +71,7 @@ class Reading:
     """See `data.channels`."""
     array: str | None = None
     """See `data.array`."""
-    reader: Literal["auto", "rasterio"] = "auto"
+    reader: Reader = "auto"
     """See `data.reader`."""
 
     @property

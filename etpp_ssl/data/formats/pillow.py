@@ -177,7 +177,7 @@ def _sixteen_bits(image: Image.Image, data: bytes) -> np.ndarray | None:
 
 _EXTENSIONS = (
     ".png", ".apng", ".webp", ".gif", ".avif", ".avifs", ".bmp", ".dib", ".tga", ".pcx",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
+    ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
 """Not those that are more often something else (.icb, .vda and .vst, for Targa), nor .pfm (floats)."""
 

@@ -58,7 +58,7 @@ _PLAIN: dict[int, set[tuple[int, tuple[int, ...]]]] = {
     8: {(3, ())},
 }
 """What Pillow reads right of 8 bits: by PhotometricInterpretation (samples, ExtraSamples)."""
-_NAMED = re.compile(rb"<\?xml|<OME|ImageJ=|\{\"shape\"")
+_NAMED = re.compile(rb"<\?xml|<OME|ImageJ=|\{")
 """Begin descriptions that tell what the pages are."""
 _ITEM = re.compile(r"<Item\b([^>]*)>([^<]*)</Item>")
 _ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')

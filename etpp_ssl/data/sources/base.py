@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 from pydantic import Field, field_validator, model_validator
 
 from etpp_ssl.config import Config, NotAtHand, UserError, listed, may_change
-from etpp_ssl.data.formats.base import MAX_PIXELS, Decoder, Interpolation, Picture, Reading
+from etpp_ssl.data.formats.base import MAX_PIXELS, Decoder, Interpolation, Picture, Reader, Reading
 
 
 class ImageSource(Protocol):
@@ -105,7 +105,7 @@ class DataConfig(Config, ABC):
     array: str | None = Field(default=None, min_length=1)
     """Name of the array in files that can hold several: .npz, .h5 (`group/name`), .zarr. None: the only one
     of two or more axes."""
-    reader: Literal["auto", "rasterio"] = "auto"
+    reader: Reader = "auto"
     """Who reads files: each format its own library, or GDAL through `rasterio` whatever it can read."""
     max_bad_share: float = may_change(0.01, ge=0, le=1)
     """The run stops once more than this share of the data set turned out to be unreadable."""

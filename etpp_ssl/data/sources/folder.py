@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from etpp_ssl.config import NotAtHand, UserError, listed, may_change
-from etpp_ssl.data.formats import EXTENSIONS, most_bytes, open_picture, read_file
+from etpp_ssl.data.formats import extensions_of, most_bytes, open_picture, read_file
 from etpp_ssl.data.formats.base import Picture, Reading
 from etpp_ssl.data.sources.base import (
     DataConfig,
@@ -264,8 +264,9 @@ def open_folder(
     Raises:
         UserError: if there is no image, or a folder cannot be read: a run must not take the rest for all.
     """
+    extensions = extensions_of(reading.reader)
     try:
-        found = find_images(folder)
+        found = find_images(folder, extensions)
     except OSError as error:
         where = error.filename or folder
         raise UserError(
@@ -276,7 +277,7 @@ def open_folder(
     if not files:
         raise UserError(
             f"{key}: no image below {str(folder)!r} ({left_out or 'it is empty'}; looked for "
-            f"{', '.join(sorted(EXTENSIONS))})"
+            f"{', '.join(sorted(extensions))})"
         )
     classes, labels = class_folders(files, least_classes) if labelled else (None, None)
     notes = [left_out] if left_out else []

@@ -46,8 +46,12 @@ class Found(NamedTuple):
         return f"left out: {', '.join(parts)}" if parts else ""
 
 
-def find_images(folder: Path) -> Found:
+def find_images(folder: Path, extensions: frozenset[str] = EXTENSIONS) -> Found:
     """All images below a folder; links are followed, loops are not. A folder can be one image (.zarr).
+
+    Args:
+        folder: where to look.
+        extensions: of names that count as images, in lower case.
 
     Raises:
         OSError: if a folder below it cannot be read.
@@ -71,7 +75,7 @@ def find_images(folder: Path) -> Found:
                 extension = extension_of(name)
                 if _leads_to_folder(entry) and extension not in FOLDER_EXTENSIONS:
                     (found.hidden if is_hidden else folders).append(name)
-                elif extension not in EXTENSIONS:
+                elif extension not in extensions:
                     found.others[extension] += not is_hidden
                 elif is_hidden:
                     found.others[f"hidden {extension}"] += 1
