@@ -49,6 +49,7 @@ class StoredArray:
         names: of the channels, where the file names them.
         nodata: what the file stores where there is no data.
         scale: of the values.
+        on_disk: whether it is read when a region is asked for, and not in memory.
 
     Raises:
         UnreadableImage: for an array of other axes, of other channels, too large, or not of numbers.
@@ -65,8 +66,10 @@ class StoredArray:
         names: Sequence[str] = (),
         nodata: float | None = None,
         scale: Scale = (1.0, 0.0),
+        on_disk: bool = False,
     ) -> None:
         self._array = array
+        self.reads_parts = on_disk
         self._axes = axes_of(array.shape, reading, own_axes)
         self._nodata = nodata
         self._scale = scale

@@ -24,13 +24,13 @@ def _open_path(path: str | os.PathLike[str], reading: Reading) -> Picture:
 def _picture(source: str | os.PathLike[str] | io.BytesIO, reading: Reading) -> Picture:
     file = _opened(source)
     try:
-        return _picture_in(file, reading)
+        return _picture_in(file, reading, on_disk=not isinstance(source, io.BytesIO))
     except BaseException:
         file.close()
         raise
 
 
-def _picture_in(file: Any, reading: Reading) -> Picture:
+def _picture_in(file: Any, reading: Reading, *, on_disk: bool) -> Picture:
     h5py, name = _library(), reading.array
     if name is None or not isinstance(file.get(name), h5py.Dataset):
         arrays: list[str] = []
@@ -49,7 +49,7 @@ def _picture_in(file: Any, reading: Reading) -> Picture:
     nodata, scale = conventions(dataset.attrs)
     # netCDF names axes by a data set of coordinates for each.
     dimensions = [d.label or (d[0].name.rpartition("/")[2] if len(d) else "") for d in dataset.dims]
-    return StoredArray(dataset, reading, letters_of(dimensions), nodata=nodata, scale=scale)
+    return StoredArray(dataset, reading, letters_of(dimensions), nodata=nodata, scale=scale, on_disk=on_disk)
 
 
 def _require_filters(h5py: ModuleType, dataset: Any) -> None:

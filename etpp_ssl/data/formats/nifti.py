@@ -89,7 +89,7 @@ def _require(shape: tuple[int, ...], dtype: np.dtype, header: Any, there: int) -
         raise UnreadableImage(f"its values, of shape {shape}, take {claimed:,} bytes, but it has {left:,}")
 
 
-def _picture(values: np.ndarray, header: Any, reading: Reading) -> Picture:
+def _picture(values: np.ndarray, header: Any, reading: Reading, *, on_disk: bool = False) -> Picture:
     orientations = imported("nibabel.orientations", "NIfTI", "nifti")
     colours = ""
     if header.get_data_dtype().names:
@@ -98,9 +98,8 @@ def _picture(values: np.ndarray, header: Any, reading: Reading) -> Picture:
     num_axes = values.ndim - len(colours)
     for axis in range(num_axes, 3):
         values = np.expand_dims(values, axis)
-    ornt = orientations.io_orientation(header.get_best_affine())
-    values = orientations.apply_orientation(values, ornt)
-    # A copy would be read from the file: these are views.
+    # Of views, so that no value is read here.
+    values = orientations.apply_orientation(values, orientations.io_orientation(header.get_best_affine()))
     long = [axis for axis in range(3) if values.shape[axis] > 1]
     width, height = (*long, *(axis for axis in range(3) if axis not in long))[:2]
     names = list("xyztuvs"[: values.ndim - len(colours)] + colours)
@@ -108,7 +107,7 @@ def _picture(values: np.ndarray, header: Any, reading: Reading) -> Picture:
         names[axis] = letter
     slope, intercept = header.get_slope_inter()
     scale: Scale = (1.0, 0.0) if slope is None or colours else (slope, intercept)
-    return StoredArray(values, reading, "".join(names), scale=scale)
+    return StoredArray(values, reading, "".join(names), scale=scale, on_disk=on_disk)
 
 
 def _check_packed(data: bytes, max_pixels: int) -> None:

@@ -13,7 +13,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
-from etpp_ssl.data.formats.arrays import StoredArray, check_numbers
+from etpp_ssl.data.formats.arrays import StoredArray, axes_of, check_numbers
 from etpp_ssl.data.formats.base import (
     Channels,
     Format,
@@ -24,17 +24,18 @@ from etpp_ssl.data.formats.base import (
 )
 
 
-def from_array(array: np.ndarray, reading: Reading) -> Picture:
+def from_array(array: np.ndarray, reading: Reading, *, on_disk: bool = False) -> Picture:
     """An array as a picture.
 
     Args:
         array: (H, W) or (H, W, C), or as `reading.axes` says.
         reading: says how many channels, and whether values keep their depth.
+        on_disk: whether it is a file that is mapped.
 
     Raises:
         UnreadableImage: for another shape, or values that cannot be read so.
     """
-    return StoredArray(array, reading)
+    return StoredArray(array, reading, on_disk=on_disk)
 
 
 def eight_bits(values: np.ndarray) -> Channels:
@@ -103,7 +104,9 @@ def _open_path(path: str | os.PathLike[str], reading: Reading) -> Picture:
     with open(path, "rb") as file:
         shape, dtype = read_header(file)
         check_length(shape, dtype, os.fstat(file.fileno()).st_size - file.tell())
-    return from_array(np.load(path, mmap_mode="r", allow_pickle=False), reading)
+    # numpy maps no file without values.
+    axes_of(shape, reading)
+    return from_array(np.load(path, mmap_mode="r", allow_pickle=False), reading, on_disk=True)
 
 
 FORMAT = Format(frozenset({".npy"}), (b"\x93NUMPY",), _open, _check, _open_path)

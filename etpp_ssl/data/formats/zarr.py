@@ -36,10 +36,11 @@ def _open_path(path: str | os.PathLike[str], reading: Reading) -> Picture:
             node = _member(node, ome["multiscales"][0]["datasets"][0]["path"])
         else:
             node = _only_array(zarr, node, ome)
-    names = getattr(node.metadata, "dimension_names", None) or node.attrs.get("_ARRAY_DIMENSIONS") or ()
-    axes = _ome_axes(ome["multiscales"][0], node.ndim) if ome.get("multiscales") else letters_of(names)
+    own = getattr(node.metadata, "dimension_names", None) or node.attrs.get("_ARRAY_DIMENSIONS") or ()
+    axes = _ome_axes(ome["multiscales"][0], node.ndim) if ome.get("multiscales") else letters_of(own)
     nodata, scale = conventions(node.attrs)
-    return StoredArray(node, reading, axes, names=_channel_names(ome), nodata=nodata, scale=scale)
+    names = _channel_names(ome)
+    return StoredArray(node, reading, axes, names=names, nodata=nodata, scale=scale, on_disk=True)
 
 
 def _ome(group: Any) -> Mapping[str, Any]:

@@ -126,6 +126,8 @@ def test_axes(write: Writer, tmp_path: Path, rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(values(path, deep(axes="hw")), array[:, :, 2:3])
     np.testing.assert_array_equal(values(path, deep(axes="chzw")), array[:, :, 2:3])
     assert "its shape is (1, 21, 1, 34), not (height, width, 1)" in refusal(path, deep())
+    path = write(tmp_path, array[:, :0])
+    assert "its shape is (21, 0, 5)" in refusal(path, deep(5))
     path = write(tmp_path, array[:, :, 2])
     np.testing.assert_array_equal(values(path, deep()), array[:, :, 2:3])
     assert "its shape is (21, 34), not (height, width, 3)" in refusal(path, deep(3))
@@ -391,6 +393,7 @@ def test_only_the_region_is_read(write: Writer, tmp_path: Path) -> None:
     assert picture.size == (50000, 40000)
     found = picture.region((49998, 39999, 50000, 40000), (1, 1)).pixels
     assert found.tolist() == [[[0, 0], [7, 8]]]
+    assert getattr(picture, "reads_parts", False)
 
 
 def test_a_folder_of_zarr_is_one_image(tmp_path: Path, rng: np.random.Generator) -> None:
