@@ -105,6 +105,15 @@ def test_own_data_then_finetune_and_probe_run_as_written(
     assert Path("runs/photos_finetuned/export/timm/model.safetensors").is_file()
 
 
+def test_scientific_images_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page(TUTORIALS / "scientific-images.md")
+    assert Path("seen/sheet.png").is_file()
+    assert "range: [0, 10000]" in Path("mine.yaml").read_text()
+    assert Path("runs/tiles/export/timm/model.safetensors").is_file()
+    assert Path("runs/dim/status.json").is_file()
+
+
 def test_many_gpus_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: Server) -> None:
     monkeypatch.chdir(tmp_path)
     Path("recipes").symlink_to(ROOT / "recipes")

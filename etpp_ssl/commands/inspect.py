@@ -172,6 +172,10 @@ def inspect(
         notes.append("more channels than pixels on a side: data.axes=chw reads (channels, height, width)")
     given = recipe.data.reading(recipe.in_chans).range if in_chans == recipe.in_chans else None
     proposal = propose(values, given, nodata)
+    own = propose(values, None, nodata)
+    if given is not None and own is not None and proposal is not None and own.range != proposal.range:
+        text = "none" if own.range is None else str(own.layer()["data"]["range"])
+        notes.append(f"data.range is the recipe's; data.range=null would have {text} proposed")
     if proposal is None:
         notes.append(
             f"images of {_and(values.channels)} have no common range: train on them apart, or convert them"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from etpp_ssl.dist.signals import StopRequest
 from PIL import Image
 from tiny_runs import TINY
 
@@ -18,6 +17,7 @@ from etpp_ssl.data.formats.base import Picture, Reading
 from etpp_ssl.data.sampler import KeyedOrder
 from etpp_ssl.data.sources.folder import open_folder
 from etpp_ssl.data.training import open_training
+from etpp_ssl.dist.accelerator import StopRequest
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.train.depth import check_depth
 from etpp_ssl.train.launch import pretrain
@@ -178,8 +178,15 @@ def test_images_that_leave_the_range_are_counted_and_told_once(
     assert capsys.readouterr().err.count(line) == 1
 
 
-def test_a_resumed_run_has_counted_the_same(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole, _ = outside(images)
+REPLAY = (
+    "curriculum.stages=[{bandwidth: [8, 12], share: 0.5, replay: {times: 2, buffer: 20}}, "
+    "{bandwidth: [16, 24], share: 0.5}]"
+)
+
+
+@pytest.mark.parametrize("stages", [[], [REPLAY]], ids=["plain", "replay"])
+def test_a_resumed_run_has_counted_the_same(images: Path, stages: list[str]) -> None:
+    whole, _ = outside(images, *stages)
     for halted in (1, 4):
         stop = StopRequest()
 
@@ -187,7 +194,9 @@ def test_a_resumed_run_has_counted_the_same(images: Path, capsys: pytest.Capture
             if run.state.step == at:
                 request.signum = 15
 
-        again = recipe("data.range=[0,1]", "budget_epochs=4", "data.crop_scale=[1,1]", f"output=run{halted}")
+        again = recipe(
+            "data.range=[0,1]", "budget_epochs=4", "data.crop_scale=[1,1]", f"output=run{halted}", *stages
+        )
         run = open_run(again)
         on_step_end.append(halt)
         try:
