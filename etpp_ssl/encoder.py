@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from etpp_ssl.config import MAX_SIDE, UserError, show_size
 from etpp_ssl.curriculum.frequency import low_frequency_crop, pixels_with_data
+from etpp_ssl.data.channels import mean_over_channels, stacked
 from etpp_ssl.data.formats.base import Reading
 from etpp_ssl.data.given import AnyImage, each, viewed
 from etpp_ssl.data.views import EvalView, Normalise, by_lanczos, has_gaps
@@ -167,13 +168,25 @@ class Encoder:
             raise UserError(f"batch_size is {batch_size}; it must be at least 1")
         check_pool(self.model, pool)
         rows: list[Tensor] = []
+
+        def features_of(images: Tensor) -> Tensor:
+            return pooled(self.model, tokens_of(self.model, images, self.image_size), pool).float()
+
         numbered = enumerate(each(images))
         with forward_pass(self.model, self.device, self.precision):
             while chunk := list(itertools.islice(numbered, batch_size)):
+                most = images_per_pass(batch_size, self.device)
+                if self.reading.sampled and not any(isinstance(image, Tensor) for _, image in chunk):
+                    views = stacked([self._view(image, number, self.image_size) for number, image in chunk])
+                    for part in views.to(self.device).split(most):
+                        rows.append(
+                            mean_over_channels(
+                                part, self.in_chans, lambda raw: features_of(self._normalise(raw))
+                            ).cpu()
+                        )
+                    continue
                 batch = _stacked([self._seen(image, number, self.image_size) for number, image in chunk])
-                for part in batch.split(images_per_pass(batch_size, self.device)):
-                    tokens = tokens_of(self.model, part, self.image_size)
-                    rows.append(pooled(self.model, tokens, pool).float().cpu())
+                rows += [features_of(part).cpu() for part in batch.split(most)]
         if not rows:
             raise UserError("there is no image to embed")
         # Outside of the inference mode, whose tensors no head can be trained on.
@@ -216,7 +229,8 @@ class Encoder:
             image: one image; see the class. A float tensor must have `image_size`.
             bandwidth: (H, W) in pixels, or one number, of the low-frequency crop that the model is shown:
                 whole patches, at most `image_size`, which None stands for.
-            seed: of the mask, which is the one that `etpp reconstruct --seed` draws for its first image.
+            seed: of the mask, which is the one that `etpp reconstruct --seed` draws for its first image, and
+                of the channels where the run samples them.
 
         Returns:
             Pictures as float arrays in [0, 1], for `plt.imshow(shown.reconstruction)` for instance.
@@ -240,7 +254,7 @@ class Encoder:
                 wanted = (self.in_chans, *self.image_size)
                 raise UserError(f"the tensor is {tuple(seen.shape)}; to be reconstructed it must be {wanted}")
         else:
-            view = self._view(image, 0, self.image_size)
+            view = self._view(image, 0, self.image_size, seed)
             if decoding.lanczos and at != self.image_size:
                 view = by_lanczos(view, at)
             seen = self._normalised(view)
@@ -266,7 +280,13 @@ class Encoder:
     def _seen(self, image: AnyImage, number: int, size: tuple[int, int]) -> Tensor:
         """Normalised float32 (C, H, W) on the model's device."""
         if not isinstance(image, Tensor):
-            return self._normalised(self._view(image, number, size))
+            pixels = self._view(image, number, size)
+            if len(pixels) != self.in_chans:
+                raise UserError(
+                    f"image {number} has {len(pixels)} channels, and the encoder takes {self.in_chans} at "
+                    f"once: embed gives the mean over all"
+                )
+            return self._normalised(pixels)
         shape, dtype = tuple(image.shape), str(image.dtype).removeprefix("torch.")
         if not image.is_floating_point():
             raise UserError(
@@ -277,13 +297,17 @@ class Encoder:
             raise UserError(f"image {number} is a tensor {shape}; the encoder takes ({self.in_chans}, H, W)")
         return image.detach().to(self.device, torch.float32)
 
-    def _view(self, image: AnyImage, number: int, size: tuple[int, int]) -> Tensor:
-        """The evaluation view of what has to be read, (C, H, W)."""
-        view = EvalView(size, self.crop_pct)
+    def _view(self, image: AnyImage, number: int, size: tuple[int, int], seed: int | None = None) -> Tensor:
+        """The evaluation view of what has to be read, (C, H, W): all channels, or those that a seed draws."""
+        drawn = self.in_chans if self.reading.sampled and seed is not None else None
+        view = EvalView(size, self.crop_pct, drawn, seed or 0)
         return viewed(image, number, view, self.reading)
 
     def _normalised(self, pixels: Tensor) -> Tensor:
-        return Normalise(self.mean, self.std, self.device, self.reading)(pixels[None].to(self.device))[0]
+        return self._normalise(pixels[None].to(self.device))[0]
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        return Normalise(self.mean, self.std, self.device, self.reading)(pixels)
 
 
 def _one(image: AnyImage) -> AnyImage:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from etpp_ssl import moved
 from etpp_ssl.config import Config, UserError, may_change
@@ -20,6 +20,7 @@ from etpp_ssl.evaluation.knn import KnnConfig
 from etpp_ssl.evaluation.linear import LinearConfig
 from etpp_ssl.evaluation.linear_cached import LinearCachedConfig
 from etpp_ssl.evaluation.reconstruction import ReconstructionConfig
+from etpp_ssl.evaluation.training import HeadConfig
 from etpp_ssl.model.classifier import Classifier, ClassifierConfig
 from etpp_ssl.model.encoders import EncoderConfig
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
@@ -71,6 +72,15 @@ class Recipe(RunRecipe):
         NoProbeConfig()
     )
     """How the encoder is evaluated during the run and at its end."""
+
+    @model_validator(mode="after")
+    def _probe_on_all_channels(self) -> Recipe:
+        if self.data.channel_sampling is not None and isinstance(self.probe, HeadConfig):
+            raise ValueError(
+                f"probe.name is {self.probe.name}, whose head is trained on images of in_chans channels, but "
+                f"with data.channel_sampling images have any number: use knn, linear_cached or reconstruction"
+            )
+        return self
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -128,6 +138,14 @@ class FinetuneRecipe(RunRecipe):
     """Optimizer and learning rate."""
     evaluate: EvaluateConfig = may_change(EvaluateConfig())
     """When the validation images are evaluated, and how."""
+
+    @model_validator(mode="after")
+    def _all_channels(self) -> FinetuneRecipe:
+        if self.data.channel_sampling is not None:
+            raise ValueError(
+                "data.channel_sampling is for etpp pretrain; a classifier is shown all of its channels"
+            )
+        return self
 
     @classmethod
     def with_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:

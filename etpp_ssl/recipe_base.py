@@ -234,6 +234,7 @@ class RunRecipe(Config, ABC):
             interpolation=self.data.interpolation,
             decoder=self.data.decoder,
             deep=self.data.range is not None,
+            num_channels=self.data.channel_sampling,
         )
 
     def open_split(self, split: str) -> ImageSource:

@@ -68,7 +68,7 @@ def _picture(image: AnyImage, number: int, reading: Reading) -> Picture:
     if isinstance(image, str | os.PathLike):
         return open_file(os.path.expanduser(image), reading)
     if isinstance(image, Image.Image):
-        return finished(DecodedPicture(from_picture(image, reading)), reading)
+        return finished(DecodedPicture(from_picture(image, reading.stored)), reading)
     if isinstance(image, np.ndarray):
         return _of_array(image, reading)
     raise UserError(f"image {number} is of type {type(image).__name__}; {KINDS}")
@@ -76,7 +76,7 @@ def _picture(image: AnyImage, number: int, reading: Reading) -> Picture:
 
 def _of_array(array: np.ndarray, reading: Reading) -> Picture:
     try:
-        return finished(from_array(array, reading), reading)
+        return finished(from_array(array, reading.stored), reading)
     except UnreadableImage as error:
         hint = ""
         if array.dtype.kind == "f":

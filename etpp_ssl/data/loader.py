@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from etpp_ssl.config import UserError
+from etpp_ssl.data.channels import stacked
 from etpp_ssl.data.formats.base import Picture, UnreadableImage
 from etpp_ssl.data.loader_faults import note, note_reading
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, safe_name
@@ -143,7 +144,7 @@ class Builder(Dataset[Batch], ABC):
             bad.extend(broken)
             num_outside += outside
         note(f"\n{described}")
-        images = torch.stack(views)
+        images = stacked(views)
         return Batch(
             images=images,
             labels=torch.tensor(labels, dtype=torch.int64),

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from etpp_ssl.data.channels import SomeChannels
 from etpp_ssl.data.formats.base import (
     Channels,
     Decoder,
@@ -100,6 +101,8 @@ class TrainView:
     decoder: Decoder = "pillow"
     deep: bool = False
     """Whether the pictures are deep, and a view's values so of 4 bytes instead of 1."""
+    num_channels: int | None = None
+    """Channels of a deep picture that are shown, drawn by sample; None shows all."""
     augment: Callable[[Tensor, int, float], Tensor] | None = None
     """From (uint8 (C, H, W), sample_id, progress) to a distorted copy."""
     enough: Callable[[Tensor, tuple[int, int], float], bool] | None = None
@@ -112,6 +115,9 @@ class TrainView:
     def __call__(
         self, image: Picture, sample_id: int, bandwidth: tuple[int, int], progress: float = 1.0
     ) -> Tensor:
+        if self.num_channels is not None:
+            image = SomeChannels(image, self.num_channels, self.seed, sample_id)
+
         def crop(*attempt: int) -> Tensor:
             draw = keyed_random(self.seed, "crop", sample_id, *attempt)
             return self._crop(image, draw, sample_id, bandwidth, progress)
@@ -166,10 +172,16 @@ class EvalView:
 
     image_size: tuple[int, int]
     crop_pct: float
+    num_channels: int | None = None
+    """As in `TrainView`."""
+    seed: int = 0
+    """Of their draw."""
 
     def __call__(
         self, image: Picture, sample_id: int, bandwidth: tuple[int, int], progress: float = 1.0
     ) -> Tensor:
+        if self.num_channels is not None:
+            image = SomeChannels(image, self.num_channels, self.seed, sample_id)
         height, width = self.image_size
         covered = (math.floor(width / self.crop_pct), math.floor(height / self.crop_pct))
         size = covering_size(image.size, covered)
@@ -330,6 +342,11 @@ class Normalise:
         self._low = torch.tensor(low, dtype=torch.float32).view(1, -1, 1, 1).to(device)
         self._scale = scale.view(1, -1, 1, 1).to(device)
         self._shift = shift.view(1, -1, 1, 1).to(device)
+
+    @property
+    def num_channels(self) -> int:
+        """C."""
+        return self._low.shape[1]
 
     def __call__(self, images: Tensor) -> Tensor:
         """((x - low) / (high - low) - mean) / std: uint8 or float32 (B, C, H, W) to float32.

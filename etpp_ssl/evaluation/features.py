@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError
+from etpp_ssl.data.channels import mean_over_channels
 from etpp_ssl.data.loader import Batch, BatchBuilder, evaluation_requests, load_batches
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, process_part
 from etpp_ssl.data.sources.base import ImageSource
@@ -203,6 +204,10 @@ def extract_features(
     """
     accelerator = loader.accelerator
     device = accelerator.device
+
+    def features_of(images: Tensor) -> Tensor:
+        return pooled_features(encoder, loader.normalise(images), pool).float()
+
     most = images_per_pass(batch_size, device)
     features = [torch.empty(0, num_features(encoder), device=device)]
     labels = [torch.empty(0, dtype=torch.int64, device=device)]
@@ -211,8 +216,8 @@ def extract_features(
         for batch in loader.batches(source, indices, batch_size):
             readable = readable_rows(batch)
             for rows in readable.split(most):
-                images = loader.normalise(batch.images[rows])
-                features.append(pooled_features(encoder, images, pool).float())
+                images = batch.images[rows]
+                features.append(mean_over_channels(images, loader.normalise.num_channels, features_of))
             labels.append(batch.labels[readable])
             positions.append(batch.sample_ids[readable])
     return Features(*(gather_rows(torch.cat(rows), accelerator) for rows in (features, labels, positions)))

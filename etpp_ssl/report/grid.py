@@ -71,7 +71,8 @@ def write_grids(
     if bandwidth is not None:
         check_bandwidth(bandwidth, recipe.size, recipe.patch_size)
     if images:
-        view = EvalView(recipe.size, recipe.data.crop_pct)
+        mask_seed = recipe.seed if seed is None else seed
+        view = EvalView(recipe.size, recipe.data.crop_pct, recipe.data.channel_sampling, mask_seed)
         reading = recipe.data.reading(recipe.in_chans)
         inputs = images_of_files(
             [Path(image) for image in images], count, view=view, reading=reading, say=say

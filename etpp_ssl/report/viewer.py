@@ -159,7 +159,7 @@ def images_of_run(run: RunFolder, count: int) -> tuple[list[InputImage], str]:
         source, split = recipe.open_split("eval"), "evaluation"
     except UserError:
         source, split = recipe.open_split("train"), "training"
-    view = EvalView(recipe.size, recipe.data.crop_pct)
+    view = EvalView(recipe.size, recipe.data.crop_pct, recipe.data.channel_sampling, recipe.seed)
     images: list[InputImage] = []
     # As many again in reserve for unreadable ones.
     for index in keyed_indices(len(source), 2 * count, recipe.seed, "pictures"):

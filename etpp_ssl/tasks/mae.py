@@ -187,11 +187,13 @@ def build_probe(
     """
     if recipe.probe.name == "none":
         return None
+    # A decoder predicts as many channels as training shows; features are those of all.
+    sampled = recipe.data.channel_sampling if recipe.probe.name == "reconstruction" else None
     return recipe.probe.build(
         ProbeContext(
             accelerator=accelerator,
             open_split=recipe.open_split,
-            view=EvalView(recipe.size, recipe.data.crop_pct),
+            view=EvalView(recipe.size, recipe.data.crop_pct, sampled, recipe.seed),
             normalise=normalise,
             objective=objective,
             masker=recipe.build_masker() if isinstance(recipe, Recipe) else None,

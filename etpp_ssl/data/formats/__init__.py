@@ -78,7 +78,7 @@ def open_picture(data: bytes, reading: Reading) -> Picture:
         UnreadableImage: for anything that cannot be read so, with the reason.
     """
     with one_line_reasons():
-        return finished(_format_of(data, reading.reader).open(data, reading), reading)
+        return finished(_format_of(data, reading.reader).open(data, reading.stored), reading)
 
 
 def finished(picture: Picture, reading: Reading) -> Picture:

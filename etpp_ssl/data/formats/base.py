@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -73,11 +73,18 @@ class Reading:
     """See `data.array`."""
     reader: Reader = "auto"
     """See `data.reader`."""
+    sampled: bool = False
+    """Whether a file may have more channels, of which a view shows C; see `data.channel_sampling`."""
 
     @property
     def deep(self) -> bool:
         """Whether values keep their depth."""
         return self.range is not None
+
+    @property
+    def stored(self) -> Reading:
+        """What a format is asked for: all channels of the file, where the view chooses among them."""
+        return replace(self, in_chans=0) if self.sampled else self
 
     def settings(self) -> dict[str, Any]:
         """What turns raw values into a model's input, for the config of an export; empty for 8 bits."""
@@ -113,7 +120,7 @@ class Reading:
         return low, high
 
 
-_OF_VALUES = ("range", "clip", "nodata", "axes", "channels", "array", "reader")
+_OF_VALUES = ("range", "clip", "nodata", "axes", "channels", "array", "reader", "sampled")
 
 
 class Region(NamedTuple):
@@ -273,6 +280,15 @@ class ValuePicture:
         if reading.range == "dtype":
             values /= np.float32(largest_of(pixels.dtype))
         low, high = (bound.astype(np.float32) for bound in reading.bounds())
+        if reading.sampled:
+            # One range for all, however many there are.
+            low, high = low[:1], high[:1]
+            if values.shape[2] < reading.in_chans:
+                plural = "s" if values.shape[2] > 1 else ""
+                raise UnreadableImage(
+                    f"it has {values.shape[2]} channel{plural}, but data.channel_sampling is "
+                    f"{reading.in_chans}"
+                )
         inside = values[~missing] if has_gaps else values.reshape(-1, values.shape[2])
         if not len(inside) and box == (0, 0, *self.size):
             raise UnreadableImage("it has no pixel with data")

@@ -105,6 +105,10 @@ class DataConfig(Config, ABC):
     array: str | None = Field(default=None, min_length=1)
     """Name of the array in files that can hold several: .npz, .h5 (`group/name`), .zarr. None: the only one
     of two or more axes."""
+    channel_sampling: int | None = Field(default=None, ge=1)
+    """For images that differ in channels: pre-training shows so many of each, which is `in_chans`, drawn by
+    sample among those that its file has (or `channels` names). Embeddings, and probes on them, are the mean
+    over all. Needs one `range` for all channels."""
     reader: Reader = "auto"
     """Who reads files: each format its own library, or GDAL through `rasterio` whatever it can read."""
     max_bad_share: float = may_change(0.01, ge=0, le=1)
@@ -153,9 +157,19 @@ class DataConfig(Config, ABC):
             for low, high in self._pairs:
                 if not (math.isfinite(low) and math.isfinite(high) and low < high):
                     raise ValueError(f"range has {[low, high]}: use [low, high], low < high")
-        for key, given in (("clip", self.clip), ("nodata", self.nodata is not None)):
+        sampled = self.channel_sampling is not None
+        for key, given in (
+            ("clip", self.clip),
+            ("nodata", self.nodata is not None),
+            ("channel_sampling", sampled),
+        ):
             if self.range is None and given:
                 raise ValueError(f"{key} needs range: without one, values are 8 bits (`etpp inspect`)")
+        if sampled and self.range not in (None, "dtype") and len(self._pairs) > 1:
+            raise ValueError(
+                f"range has {len(self._pairs)} pairs, but with channel_sampling any channel takes any place: "
+                f"give one"
+            )
         return self
 
     @property
@@ -177,7 +191,14 @@ class DataConfig(Config, ABC):
             raise UserError(
                 f"data.range has {len(pairs)} pairs, but in_chans is {in_chans}: give one, or one each"
             )
-        if self.channels is not None and len(self.channels) != in_chans:
+        if self.channel_sampling not in (None, in_chans):
+            raise UserError(
+                f"data.channel_sampling is {self.channel_sampling}, but in_chans is {in_chans}: the encoder "
+                f"takes as many channels as it is shown"
+            )
+        few = self.channels is not None and len(self.channels) < in_chans
+        if few or (self.channels is not None and not self.channel_sampling and len(self.channels) > in_chans):
+            assert self.channels is not None
             raise UserError(f"data.channels has {len(self.channels)} entries, but in_chans is {in_chans}")
         return Reading(
             in_chans=in_chans,
@@ -185,11 +206,12 @@ class DataConfig(Config, ABC):
             range=pairs,
             clip=self.clip,
             nodata=self.nodata,
-            fill=self.statistics(in_chans)[0],
+            fill=self.statistics(in_chans)[0][:1] if self.channel_sampling else self.statistics(in_chans)[0],
             axes=self.axes,
             channels=self.channels,
             array=self.array,
             reader=self.reader,
+            sampled=self.channel_sampling is not None,
         )
 
     @abstractmethod
@@ -212,6 +234,9 @@ class DataConfig(Config, ABC):
             UserError: if their number is not that of the channels.
         """
         default_mean, default_std = default_statistics(in_chans)
+        if self.channel_sampling is not None:
+            # Any channel takes any place.
+            default_mean, default_std = (0.5,) * in_chans, (0.25,) * in_chans
         for key, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) != in_chans:
                 raise UserError(f"data.{key} has {len(values)} numbers, but in_chans is {in_chans}")

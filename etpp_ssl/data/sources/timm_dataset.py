@@ -141,7 +141,7 @@ class TimmSource:
                 with picture:
                     data = picture.read(most_bytes(self.reading))
                 return open_picture(data, self.reading)
-            return finished(DecodedPicture(from_picture(picture, self.reading)), self.reading)
+            return finished(DecodedPicture(from_picture(picture, self.reading.stored)), self.reading)
 
     def label(self, index: int) -> int:
         """Class index, or -1."""

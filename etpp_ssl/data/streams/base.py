@@ -133,7 +133,9 @@ class StreamConfig(DataConfig):
                 f"takes them from a folder"
             )
         # Values mean the same in both parts.
-        alike = {key: getattr(self, key) for key in ("range", "clip", "nodata", "mean", "std")}
+        alike = {
+            key: getattr(self, key) for key in ("range", "clip", "nodata", "mean", "std", "channel_sampling")
+        }
         config = self.eval.model_copy(update=alike)
         return open_split(config, split, in_chans=in_chans, image_size=image_size, seed=seed)
 
