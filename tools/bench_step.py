@@ -36,7 +36,7 @@ from etpp_ssl.config import UserError, show_size
 from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.model.attention import AttentionName, BlockRunner
 from etpp_ssl.model.patches import grid_of
-from etpp_ssl.model.timm_layers import use_attention
+from etpp_ssl.model.timm_net import use_attention
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.tasks.mae import MaskedAutoencoding
 from etpp_ssl.train.plan import cost_of

@@ -19,12 +19,11 @@ from torch.utils.data import Dataset
 from etpp_ssl.config import UserError
 from etpp_ssl.data.channels import stacked
 from etpp_ssl.data.formats.base import Picture, UnreadableImage
-from etpp_ssl.data.loader_faults import note, note_reading
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, safe_name
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import check_label
 from etpp_ssl.data.views import View, has_gaps
-from etpp_ssl.data.workers import MonitoredLoader
+from etpp_ssl.data.workers import MonitoredLoader, note, note_reading
 
 MAX_ATTEMPTS = 100
 """Images tried for one sample before the data set counts as unreadable altogether."""

@@ -21,11 +21,10 @@ from torch.utils.data import Dataset
 
 from etpp_ssl.data.formats.base import Picture, UnreadableImage, without_data
 from etpp_ssl.data.loader import evaluation_requests
-from etpp_ssl.data.loader_faults import note, note_reading
 from etpp_ssl.data.sampler import BatchRequest, safe_name
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.found import extension_of
-from etpp_ssl.data.workers import MonitoredLoader
+from etpp_ssl.data.workers import MonitoredLoader, note, note_reading
 
 AT_ONCE = 4
 """Images of a request to a worker."""

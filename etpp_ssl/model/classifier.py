@@ -141,8 +141,7 @@ class ClassifierConfig(EncoderConfig):
         Raises:
             UserError: as `timm_args` and, for the full resolution, `check`.
         """
-        from etpp_ssl.model.timm_layers import use_attention
-        from etpp_ssl.model.timm_net import build_net
+        from etpp_ssl.model.timm_net import build_net, use_attention
 
         self.check(image_size=image_size, in_chans=in_chans, bandwidths=())
         net = build_net(*self.timm_args(image_size, in_chans, num_classes))
@@ -230,7 +229,7 @@ class Classifier(nn.Module):
     """
 
     def __init__(self, net: nn.Module, *, seed: int, grad_checkpointing: bool = False) -> None:
-        from etpp_ssl.model.timm_layers import key_drop_path
+        from etpp_ssl.model.timm_net import key_drop_path
 
         super().__init__()
         self.net = net

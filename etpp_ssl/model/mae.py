@@ -154,7 +154,7 @@ class ModelConfig(EncoderConfig):
 
     def around(self, encoder: VisionTransformer, num_values: int) -> MaskedAutoencoder:
         """The model around an encoder of its own, for V values per patch, with a new decoder; see `build`."""
-        from etpp_ssl.model.timm_layers import use_attention
+        from etpp_ssl.model.timm_net import use_attention
 
         position_grid = self.position_grid or tuple(encoder.patch_embed.grid_size)
         decoder = self.decoder.build(

@@ -1,20 +1,43 @@
-"""A training run around its loop: signals, status, rewinds, and faults as sentences."""
+"""A training run around its loop: opening it, signals, status, rewinds, and faults as sentences.
+
+Opening resolves a recipe into components, once. Everything is checked before anything is written.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
 
 from etpp_ssl.config import Interrupted, UserError
-from etpp_ssl.dist.accelerator import StopRequest, process_as_found
+from etpp_ssl.data.training import TrainingImages
+from etpp_ssl.dist.accelerator import StopRequest, open_accelerator, process_as_found
 from etpp_ssl.dist.peers import finish_trackers, leave, leave_words, lost_peer, with_peers, words_of
+from etpp_ssl.dist.sharding import check_sharded, prepare, sharding_in_use
+from etpp_ssl.evaluation.measured_on import measured_on
+from etpp_ssl.files import flush
+from etpp_ssl.model.encoders import unused_weights
+from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
+from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.tasks.base import Evaluation, Task
+from etpp_ssl.tasks.classify import Classification, open_evaluation
+from etpp_ssl.tasks.mae import MaskedAutoencoding, build_probe
+from etpp_ssl.train.checkpoint import clear_leftovers
+from etpp_ssl.train.depth import check_depth
+from etpp_ssl.train.log import MetricsFile, Progress
 from etpp_ssl.train.loop import train
-from etpp_ssl.train.memory import freed_memory_kept
+from etpp_ssl.train.memory import check_host_memory, check_replay, freed_memory_kept, replay_notes
 from etpp_ssl.train.nonfinite import NonFinite, rewind
-from etpp_ssl.train.open import open_run, prepare_run
 from etpp_ssl.train.records import write_status
-from etpp_ssl.train.run import Run
-from etpp_ssl.train.summary import tell_end
+from etpp_ssl.train.run import Run, weight_average
+from etpp_ssl.train.start import check_room, starting_point, write_plan
+from etpp_ssl.train.summary import tell_end, tell_start
 from etpp_ssl.train.time_budget import decide_steps
 
 
@@ -24,7 +47,7 @@ def pretrain(recipe: Recipe, fork: Path | None = None) -> Run:
 
     Args:
         recipe: the run; a finished one is left as it is.
-        fork: a run folder to start from instead; see `etpp_ssl.train.open.open_run`.
+        fork: a run folder to start from instead; see `etpp_ssl.train.launch.open_run`.
 
     Returns:
         The finished run.
@@ -109,3 +132,210 @@ def _train_through(run: Run, stop_request: StopRequest) -> int:
         finally:
             if run.batches is not None:
                 run.batches.close()
+
+
+@with_peers()
+def open_run(recipe: Recipe | FinetuneRecipe, fork: Path | None = None) -> Run:
+    """Open a recipe's run folder: a new run, or the newest checkpoint of the one that is there.
+
+    Nothing is written; see `prepare_run`.
+
+    Args:
+        recipe: the run.
+        fork: another run folder to start from: its newest checkpoint's weights, optimizer and step go
+            into a new folder under this recipe, whose schedules hold from that step on.
+
+    Raises:
+        UserError: for anything wrong with recipe, data, folder or checkpoint.
+    """
+    accelerator = open_accelerator(recipe)
+    source = recipe.open_training()
+    other_count = recipe.compare_count(len(source))
+    if other_count:
+        # Recorded with the run, whose reports and plans count by it where the data is not at hand.
+        data = recipe.data.model_copy(update={"num_images": len(source)})
+        recipe = recipe.model_copy(update={"data": data})
+    curriculum = recipe.build_curriculum(len(source))
+    progress = Progress(curriculum, visible=accelerator.is_main_process)
+    recipe.check_curriculum(curriculum)
+    task, classes = _open_task(recipe, source, accelerator)
+    if task.evaluation is not None:
+        progress.evaluation = task.evaluation.name
+    folder = RunFolder(recipe.output)
+    start, state = starting_point(recipe, folder, source, curriculum, fork, progress.say)
+    if other_count:
+        progress.say(other_count)
+    if start is None and (kept := check_depth(source, recipe.data.reading(recipe.in_chans))):
+        progress.say(kept)
+    if recipe.init is not None and start is None:
+        task.load_init(recipe.init, progress.say)
+    if state.plan is not None:
+        curriculum = progress.curriculum = curriculum.laid_out(state.plan.segments)
+    for stage in curriculum.stages:
+        if stage.batch_size < accelerator.num_processes:
+            raise UserError(
+                f"batch_size {stage.batch_size} (stage {stage.index + 1}) is smaller than the "
+                f"{accelerator.num_processes} processes; each needs at least one image per step"
+            )
+    if state.step > curriculum.num_steps:
+        raise UserError(
+            f"checkpoint of step {state.step} is beyond this recipe's {curriculum.num_steps} steps"
+        )
+    check_replay(recipe.crop_view(), recipe.in_chans, curriculum, accelerator.num_processes, state.step)
+    if accelerator.is_fsdp2:
+        check_sharded(
+            curriculum.stages,
+            micro_batch_size=recipe.micro_batch_size,
+            batch_size=recipe.batch_size,
+            num_processes=accelerator.num_processes,
+            compiled=isinstance(recipe, Recipe) and recipe.model.compiled,
+        )
+    optimizer = recipe.optim.build(task.net, accelerator.device)
+    model, prepared_optimizer, copies = prepare(accelerator, task.model, optimizer)
+    average = None
+    if isinstance(recipe, FinetuneRecipe) and recipe.optim.ema is not None:
+        averaged = task.model if copies is None else copies.parts(task.model)
+        average = weight_average(averaged, recipe.optim.ema, warmup=recipe.optim.ema_warmup)
+    run = Run(
+        recipe=recipe,
+        folder=folder,
+        accelerator=accelerator,
+        curriculum=curriculum,
+        source=source,
+        task=task,
+        model=model,
+        copies=copies,
+        optimizer=prepared_optimizer,
+        average=average,
+        state=state,
+        metrics=MetricsFile(folder, accelerator, progress.say),
+        progress=progress,
+        kernels=task.kernels + sharding_in_use(accelerator),
+        data_fingerprint=source.fingerprint(),
+        classes=classes,
+    )
+    run.check_stream()
+    if start is not None:
+        run.load(start)
+    return run
+
+
+def bare_task(
+    recipe: Recipe | FinetuneRecipe,
+    device: torch.device,
+    num_classes: int | None,
+    build: Callable[[Callable[[], nn.Module]], Any],
+) -> MaskedAutoencoding | Classification:
+    """A recipe's task with nothing to evaluate.
+
+    Args:
+        recipe: of any task.
+        device: of the images.
+        num_classes: of a classifier; None for a masked autoencoder.
+        build: called with a function that builds the model; returns the model.
+    """
+    if isinstance(recipe, FinetuneRecipe):
+        assert num_classes is not None
+        return Classification(recipe, build(partial(recipe.build_model, num_classes)), device, num_classes)
+    return MaskedAutoencoding(recipe, build(recipe.build_model), device)
+
+
+def _open_task(
+    recipe: Recipe | FinetuneRecipe,
+    source: TrainingImages,
+    accelerator: Accelerator,
+) -> tuple[Task, list[str] | None]:
+    """A recipe's task with its evaluation, and the class names of a classifier."""
+    num_classes = None
+    if isinstance(recipe, FinetuneRecipe):
+        num_classes = recipe.num_classes(source.classes)
+        source.check_labels(num_classes)
+
+    def build(model: Callable[[], nn.Module]) -> nn.Module:
+        check_host_memory(
+            recipe.model.name,
+            model,
+            image_shape=(recipe.in_chans, *recipe.size),
+            batch_size=recipe.batch_size,
+            micro_batch_size=recipe.micro_batch_size,
+        )
+        return freshly_initialised(recipe.seed, model)
+
+    task = bare_task(recipe, accelerator.device, num_classes, build)
+    if isinstance(recipe, Recipe):
+        assert isinstance(task, MaskedAutoencoding)
+        probe = build_probe(recipe, accelerator, task.normalise, task.objective)
+        if probe is not None:
+            how, every = f"probe {recipe.probe.name}", getattr(recipe.probe, "every_steps", None)
+            data = measured_on(recipe, "eval", probe.evaluation, [(recipe, None)])
+            task.evaluation = Evaluation("probe", how, probe.run, probe.evaluation, data, every)
+        return task, None
+    assert isinstance(task, Classification)
+    images = open_evaluation(recipe, accelerator, task.normalise, source.classes, task.num_classes)
+    if images is not None:
+        numbers = images.run
+        task.evaluation = Evaluation(
+            "evaluation",
+            "accuracy",
+            lambda model: numbers(model).numbers(),
+            images.source,
+            measured_on(recipe, recipe.evaluate.split or "eval", images.source, [(recipe, None)]),
+            recipe.evaluate.every_steps,
+        )
+    # A stream may not tell class names; its evaluation images may.
+    named = source.classes or (images.source.classes if images is not None else None)
+    return task, named or [str(number) for number in range(task.num_classes)]
+
+
+def prepare_run(run: Run) -> None:
+    """Create the folder of a run that is about to train, or bring it back to where the run stands.
+
+    Raises:
+        UserError: on all processes, if the disk is too full, the folder cannot be written to, or another
+            process trains in it.
+    """
+    # The other processes may still be reading what the main one is about to change.
+    run.accelerator.wait_for_everyone()
+    fault = ""
+    if run.accelerator.is_main_process:
+        try:
+            prepare_folder(run)
+        except UserError as error:
+            fault = str(error)
+        except OSError as error:
+            fault = f"output {str(run.folder.path)!r} cannot be written to: {error.strerror or error}"
+    fault = run.agreement.main_says(fault)
+    if fault:
+        raise UserError(fault)
+    tell_start(run)
+    recipe, stages = run.recipe, run.curriculum.stages
+    for note in (
+        *recipe.notes,
+        *(unused_weights(recipe.model.name, recipe.init) if run.state.step == 0 else ()),
+        *replay_notes(recipe.crop_view(), recipe.in_chans, stages),
+        *run.task.start_notes(stages, recipe.precision),
+    ):
+        run.progress.say(note)
+    if recipe.tracker.name != "none":
+        run.accelerator.init_trackers(recipe.tracker.project)
+
+
+def prepare_folder(run: Run) -> None:
+    """The main process's part of `prepare_run`.
+
+    Raises:
+        OSError: if the folder cannot be written to.
+        UserError: for what else keeps the run from it.
+    """
+    folder, state = run.folder, run.state
+    run.lock.acquire()
+    clear_leftovers(folder, state.step)
+    num_parameters = sum(parameter.numel() for parameter in run.bare_model.parameters())
+    check_room(folder, run.recipe.checkpoint.keep, num_parameters)
+    # First, since it makes a folder a run.
+    run.recipe.save(folder.recipe_file)
+    run.lock.acquire()
+    folder.checkpoint_folder.mkdir(exist_ok=True)
+    run.metrics.cut_back(state.step)
+    write_plan(folder, state.plan)
+    flush(folder.path)

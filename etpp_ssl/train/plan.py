@@ -24,8 +24,8 @@ from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.tasks.base import Shown, Task
 from etpp_ssl.train.depth import check_depth
+from etpp_ssl.train.launch import bare_task
 from etpp_ssl.train.memory import replay_bytes, replay_notes
-from etpp_ssl.train.open import bare_task
 from etpp_ssl.train.summary import short_run_warnings
 
 BYTES_PER_PARAMETER = 16

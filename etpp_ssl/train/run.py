@@ -1,4 +1,4 @@
-"""A run: the components that a recipe is resolved into, once; see `etpp_ssl.train.open`."""
+"""A run: the components that a recipe is resolved into, once; see `etpp_ssl.train.launch`."""
 
 from __future__ import annotations
 

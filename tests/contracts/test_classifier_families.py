@@ -11,7 +11,7 @@ from classifier_families import FAMILIES
 from torch import Tensor, nn
 
 from etpp_ssl.model.classifier import Classifier, ClassifierConfig
-from etpp_ssl.model.timm_layers import drop_path_rates
+from etpp_ssl.model.timm_net import drop_path_rates
 
 BASE = (128, 128)
 BANDWIDTHS = [(64, 64), (96, 96), (96, 160), (128, 64)]

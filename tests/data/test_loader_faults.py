@@ -28,13 +28,13 @@ from loader_scenes import Trapped, run_aside
 from torch.utils.data import Dataset
 
 from etpp_ssl.config import RunFault, UserError
-from etpp_ssl.data import loader_faults as worker
+from etpp_ssl.data import workers as worker
 from etpp_ssl.data.formats.base import one_line_reasons
 from etpp_ssl.data.loader import Batch, BatchBuilder, evaluation_requests, load_batches
-from etpp_ssl.data.loader_faults import LoaderFault, death, machine_fault, stall
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
 from etpp_ssl.data.sources.synthetic import SyntheticConfig
 from etpp_ssl.data.views import EvalView
+from etpp_ssl.data.workers import LoaderFault, death, machine_fault, stall
 
 # More workers than cores are wanted here.
 pytestmark = [

@@ -26,7 +26,7 @@ from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.train.launch import finetune
 from etpp_ssl.train.launch import pretrain
 from etpp_ssl.train.records import save
-from etpp_ssl.train.open import open_run
+from etpp_ssl.train.launch import open_run
 
 CUT = 4
 """Step of the checkpoint from which other runs go on, within the second of three stages."""

@@ -167,8 +167,7 @@ def _meet(file: Path, rank: int, count: int) -> None:
 
 def _run(order: dict[str, Any]) -> None:
     from etpp_ssl.recipe import load_any
-    from etpp_ssl.train.launch import launch
-    from etpp_ssl.train.open import open_run
+    from etpp_ssl.train.launch import launch, open_run
 
     recipe = load_any(order["recipe"], order["overrides"])
     # Data workers are forked from here, and are not what is killed.

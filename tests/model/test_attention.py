@@ -21,7 +21,7 @@ from etpp_ssl.model.attention import (
 )
 from etpp_ssl.model.decoders import MAEDecoderConfig
 from etpp_ssl.model.mae import ModelConfig
-from etpp_ssl.model.timm_layers import SelfAttention, use_attention
+from etpp_ssl.model.timm_net import SelfAttention, use_attention
 
 SHAPES = [(1, 1, 1, 1), (2, 5, 3, 4), (3, 10, 2, 7), (2, 37, 4, 8)]
 """(B, N, H, D)."""

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from etpp_ssl.config import UserError
 from etpp_ssl.model.attention import BlockRunner, compiled_call
-from etpp_ssl.model.timm_layers import use_attention
+from etpp_ssl.model.timm_net import use_attention
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.train.open import open_run
+from etpp_ssl.train.launch import open_run
 from etpp_ssl.train.plan import plan_run
 
 

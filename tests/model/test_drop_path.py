@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from etpp_ssl.config import UserError
 from etpp_ssl.model.classifier import Classifier, ClassifierConfig
-from etpp_ssl.model.timm_layers import KeyedDropPath, drop_path_rates, key_drop_path
+from etpp_ssl.model.timm_net import KeyedDropPath, drop_path_rates, key_drop_path
 from etpp_ssl.randomness import keyed_words
 
 TINY: dict[str, Any] = {

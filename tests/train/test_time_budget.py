@@ -17,9 +17,8 @@ from etpp_ssl.config import UserError
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.run_state import TrainState
-from etpp_ssl.train.launch import launch, pretrain
+from etpp_ssl.train.launch import launch, open_run, pretrain
 from etpp_ssl.train.loop import on_step_end
-from etpp_ssl.train.open import open_run
 from etpp_ssl.train.plan import plan_run
 from etpp_ssl.train.run import Run
 from etpp_ssl.train.time_budget import train_step

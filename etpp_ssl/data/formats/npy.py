@@ -1,4 +1,6 @@
-"""numpy's file format (.npy), and arrays in memory: (H, W), (H, W, C), or as `data.axes` says.
+"""numpy's files, and arrays in memory: (H, W), (H, W, C), or as `data.axes` says.
+
+Of an archive (.npz), the only array of two or more axes, or the one that `data.array` names.
 
 Legend: C channels, H, W pixels.
 """
@@ -8,12 +10,13 @@ from __future__ import annotations
 import io
 import math
 import os
+import zipfile
 from typing import IO
 
 import numpy as np
 from PIL import Image
 
-from etpp_ssl.data.formats.arrays import StoredArray, axes_of, check_numbers
+from etpp_ssl.data.formats.arrays import StoredArray, axes_of, check_claim, check_numbers, named_array
 from etpp_ssl.data.formats.base import (
     Channels,
     Format,
@@ -110,3 +113,35 @@ def _open_path(path: str | os.PathLike[str], reading: Reading) -> Picture:
 
 
 FORMAT = Format(frozenset({".npy"}), (b"\x93NUMPY",), _open, _check, _open_path)
+
+
+def _open_archive(data: bytes, reading: Reading) -> Picture:
+    with _archive(data) as archive:
+        shapes = {}
+        for member in archive.namelist():
+            if member.endswith(".npy"):
+                with archive.open(member) as stream:
+                    shapes[member.removesuffix(".npy")] = read_header(stream)[0]
+        name = named_array([n for n, shape in shapes.items() if len(shape) > 1], reading.array, "an .npz")
+        with archive.open(f"{name}.npy") as stream:
+            shape, dtype = read_header(stream)
+            check_claim(shape, reading)
+            check_length(shape, dtype, archive.getinfo(stream.name).file_size - stream.tell())
+        with archive.open(f"{name}.npy") as stream:
+            return from_array(np.lib.format.read_array(stream, allow_pickle=False), reading)
+
+
+def _check_archive(data: bytes, max_pixels: int) -> None:
+    with _archive(data) as archive:
+        if not any(name.endswith(".npy") for name in archive.namelist()):
+            raise UnreadableImage("it is a ZIP archive without arrays of numpy")
+
+
+def _archive(data: bytes) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(io.BytesIO(data))
+    except zipfile.BadZipFile as error:
+        raise UnreadableImage("it is a ZIP archive that is damaged or incomplete") from error
+
+
+ARCHIVE = Format(frozenset({".npz"}), (b"PK\x03\x04",), _open_archive, _check_archive)
