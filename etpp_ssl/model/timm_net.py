@@ -4,7 +4,7 @@ Everything is found out on torch's meta device, where a network has shapes and n
 tenth of a second, whatever the network's size.
 
 Two of its layers are changed: attention has a kernel of choice, and drop-path is keyed by the sample. timm
-draws it from torch's global generator, so that its draws depend on all draws before: on the batch size, on the
+draws it from torch's global generator, so that a draw depends on all draws before: on the batch size, on the
 process, on where a run was resumed. Here a decision is a function of the seed, the module's number in the
 network and the sample's number in the run. Rates and scaling are timm's.
 
