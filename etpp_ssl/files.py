@@ -311,9 +311,27 @@ def read_regular(path: str | os.PathLike[str], at_most: int) -> bytes:
     descriptor = open_regular(path)
     try:
         size = os.fstat(descriptor).st_size
-        if size > at_most:
-            raise OSError(errno.EFBIG, f"its {size:,} bytes are more than {at_most:,}")
+        _check_size(size, at_most)
         return _all(descriptor, size, at_most)
+    finally:
+        os.close(descriptor)
+
+
+def read_head(path: str | os.PathLike[str], num_bytes: int, at_most: int | None) -> bytes:
+    """The first bytes of a file, fewer where it has fewer.
+
+    Args:
+        path: the file; links are followed.
+        num_bytes: how many.
+        at_most: bytes of the whole file; None is any number.
+
+    Raises:
+        OSError, ValueError: as `read_regular`.
+    """
+    descriptor = open_regular(path)
+    try:
+        _check_size(os.fstat(descriptor).st_size, at_most)
+        return os.read(descriptor, num_bytes)
     finally:
         os.close(descriptor)
 
@@ -355,6 +373,11 @@ def require_regular(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
         raise OSError(errno.EINVAL, f"it is {kind}, not a file")
+
+
+def _check_size(size: int, at_most: int | None) -> None:
+    if at_most is not None and size > at_most:
+        raise OSError(errno.EFBIG, f"its {size:,} bytes are more than {at_most:,}")
 
 
 def _all(descriptor: int, size: int, at_most: int) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 from etpp_ssl.commands.trained import trained_model
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.data.sources.base import existing_folder, printable
+from etpp_ssl.data.sources.windows import WindowSource
 from etpp_ssl.data.views import EvalView
 from etpp_ssl.dist.accelerator import open_accelerator, process_as_found
 from etpp_ssl.dist.peers import leave, with_peers
@@ -18,6 +19,7 @@ from etpp_ssl.evaluation.features import (
     EvaluationLoader,
     Features,
     Pool,
+    Windows,
     extract_features,
     pool_of,
     run_precision,
@@ -116,9 +118,10 @@ def embed(
             named = ", ".join(repr(printable(source.name(index))) for index in lost[:NAMED])
             more = f" and {unreadable - NAMED} more" if unreadable > NAMED else ""
             say(f"left out: {unreadable} of {len(source)} images cannot be read: {named}{more}")
+        numbers = features.indices.tolist()
         embeddings = Embeddings(
             rows=Features(*(rows.cpu() for rows in features)),
-            names=[source.name(index) for index in features.indices.tolist()],
+            names=[source.name(index) for index in numbers],
             classes=source.classes,
             notes={
                 **{key: str(value) for key, value in measured.items()},
@@ -129,6 +132,7 @@ def embed(
                 "crop_pct": f"{recipe.data.crop_pct:g}",
                 "num_unreadable": str(unreadable),
             },
+            windows=Windows.of(source, numbers) if isinstance(source, WindowSource) else None,
         )
         write_embeddings(out, embeddings)
     leave(accelerator)

@@ -7,6 +7,12 @@ In fp32 they are what an export gives, to the last bit. Those of a data set are 
     indices     int64 (n,), the images' numbers in their split
     names       uint8, the images' names in UTF-8 with a zero byte between two
 
+and, where images are windows of files (`data.tile`), whose names are `file#row,column`:
+
+    corners     int64 (n, 2), row and column of the window's upper left pixel in its file
+    transforms  float64 (n, 6), GDAL's geotransform of the window, NaN where the file has none
+    crs         int64 (n,), which coordinate system of the JSON list `crs_names` in the metadata
+
 The names are a tensor because the metadata of the format ends at 100 MB, which the names of a large data
 set exceed. Without this package, this reads them:
 
@@ -21,6 +27,7 @@ Legend: B batch, D width, n images.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,9 +41,11 @@ from torch import Tensor, nn
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.channels import mean_over_channels
+from etpp_ssl.data.formats.base import Place
 from etpp_ssl.data.loader import Batch, BatchBuilder, evaluation_requests, load_batches
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, process_part
 from etpp_ssl.data.sources.base import ImageSource
+from etpp_ssl.data.sources.windows import WindowSource
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.files import replaced_file, save_tensors
 from etpp_ssl.messages import shown
@@ -285,6 +294,36 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 TENSORS = ("features", "labels", "indices", "names")
+WINDOW_TENSORS = ("corners", "transforms", "crs")
+
+
+class Windows(NamedTuple):
+    """Where n windows of files lie."""
+
+    corners: Tensor
+    """int64 (n, 2), row and column in pixels of the file."""
+    transforms: Tensor
+    """float64 (n, 6), see `etpp_ssl.data.formats.base.Place`; NaN where the file does not tell."""
+    crs: Tensor
+    """int64 (n,), numbers in `crs_names`."""
+    crs_names: list[str]
+
+    @classmethod
+    def of(cls, source: WindowSource, indices: Sequence[int]) -> Windows:
+        """Those of some images of a source."""
+        known: dict[str, int] = {}
+        corners = torch.zeros(len(indices), 2, dtype=torch.int64)
+        transforms = torch.full((len(indices), 6), torch.nan, dtype=torch.float64)
+        crs = torch.zeros(len(indices), dtype=torch.int64)
+        for n, index in enumerate(indices):
+            place = source.place(index) or _NOWHERE
+            corners[n] = torch.tensor(source.window(index)[1:])
+            transforms[n] = torch.tensor(place.transform, dtype=torch.float64)
+            crs[n] = known.setdefault(place.crs, len(known))
+        return cls(corners, transforms, crs, list(known))
+
+
+_NOWHERE = Place((math.nan,) * 6, "")
 
 
 @dataclass(frozen=True)
@@ -298,6 +337,8 @@ class Embeddings:
     """Class names, in the order of the labels."""
     notes: dict[str, str]
     """How the features were made."""
+    windows: Windows | None = None
+    """Of images that are windows of files."""
 
 
 def write_embeddings(file: Path, embeddings: Embeddings) -> None:
@@ -314,6 +355,10 @@ def write_embeddings(file: Path, embeddings: Embeddings) -> None:
         "names": torch.from_numpy(names),
     }
     metadata = {"format": "pt", **embeddings.notes, "classes": json.dumps(embeddings.classes)}
+    if embeddings.windows is not None:
+        *places, crs_names = embeddings.windows
+        tensors.update(zip(WINDOW_TENSORS, places, strict=True))
+        metadata["crs_names"] = json.dumps(crs_names)
     with replaced_file(file) as aside:
         save_tensors(tensors, aside, metadata)
 
@@ -326,14 +371,18 @@ def read_embeddings(file: str | Path) -> Embeddings:
     """
     try:
         with safe_open(file, framework="pt") as opened:
-            missing = sorted(set(TENSORS) - set(opened.keys()))
+            there = set(opened.keys())
+            missing = sorted(set(TENSORS) - there)
             if missing:
                 raise UserError(f"{str(file)!r} holds no embeddings: it lacks {', '.join(missing)}")
             tensors: dict[str, Tensor] = {key: opened.get_tensor(key) for key in TENSORS}
+            places = {key: opened.get_tensor(key) for key in WINDOW_TENSORS if key in there}
             notes = dict(opened.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise UserError(f"{str(file)!r} cannot be read: {error}") from error
     text = tensors.pop("names").numpy().tobytes().decode(errors="surrogateescape")
     classes = json.loads(notes.pop("classes", "null"))
     notes.pop("format", None)
-    return Embeddings(Features(**tensors), text.split("\0"), classes, notes)
+    crs_names = json.loads(notes.pop("crs_names", "[]"))
+    windows = Windows(**places, crs_names=crs_names) if len(places) == len(WINDOW_TENSORS) else None
+    return Embeddings(Features(**tensors), text.split("\0"), classes, notes, windows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from etpp_ssl.config import UserError
 from etpp_ssl.data.sources.base import DataConfig, ImageSource
 from etpp_ssl.data.sources.folder import FileSource, SplitFoldersConfig
 from etpp_ssl.data.sources.splits import Subset
+from etpp_ssl.data.sources.windows import WindowSource
 from etpp_ssl.data.streams.base import StreamConfig
 
 
@@ -98,7 +100,7 @@ def _root(data: Any, split: str, source: ImageSource) -> str:
 
 
 def _whole(source: ImageSource) -> ImageSource:
-    while isinstance(source, Subset):
+    while isinstance(source, Subset | WindowSource):
         source = source.source
     return source
 
@@ -119,7 +121,8 @@ def _num_trained_on(
     if chosen and fingerprint not in (None, training.fingerprint()):
         # The data has changed since, and another draw of it than now was trained on.
         return len(source) if split == "train" else None
-    return len(_identities(source) & _identities(training))
+    trained_on = _identities(training)
+    return sum(count for image, count in _identities(source).items() if image in trained_on)
 
 
 def _other_folder(recipe: HasImages, split: str, trained: HasImages) -> bool:
@@ -134,8 +137,16 @@ def _other_folder(recipe: HasImages, split: str, trained: HasImages) -> bool:
         return False
 
 
-def _identities(source: ImageSource) -> set[tuple[str, str]]:
-    """What makes each image itself: its place and its name there."""
+def _identities(source: ImageSource) -> Counter[tuple[str, str]]:
+    """What makes each image itself, its place and its name there; of windows, which overlap, their file's."""
     whole = _whole(source)
     place = str(whole.folder.resolve()) if isinstance(whole, FileSource) else whole.fingerprint()
-    return {(place, source.name(index)) for index in range(len(source))}
+    return Counter((place, _file_name(source, index)) for index in range(len(source)))
+
+
+def _file_name(source: ImageSource, index: int) -> str:
+    if isinstance(source, Subset):
+        return _file_name(source.source, source.indices[index])
+    if isinstance(source, WindowSource):
+        return source.source.name(source.window(index).file)
+    return source.name(index)

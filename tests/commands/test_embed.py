@@ -8,14 +8,18 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.numpy
 import torch
 from PIL import Image
+from pyramids import know_pyramids, write_pyramid
 from safetensors.torch import save_file
 
+import etpp_ssl
 from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
+from etpp_ssl.data.formats.base import Place
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.evaluation.features import read_embeddings
 from etpp_ssl.recipe import Recipe
@@ -88,6 +92,55 @@ def test_a_run_is_embedded_and_read_back(
     names = tensors["names"].tobytes().decode(errors="surrogateescape").split("\0")
     assert names == found.names
     assert tensors["features"].shape == (6, 16)
+
+
+def test_windows_are_rows_with_their_places(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    know_pyramids(monkeypatch)
+    scenes, rng = tmp_path / "scenes", np.random.default_rng(0)
+    place = Place((500_000.0, 10.0, 0.0, 5_600_000.0, 0.0, -10.0), "EPSG:32633")
+    for name, size, where in (("a", (40, 50), place), ("b", (30, 40), None), ("c", (32, 30), place)):
+        values = rng.integers(0, 4000, (*size, 3), dtype=np.uint16)
+        write_pyramid(scenes / f"{name}.pyr", values, None, where)
+    (scenes / "d.pyr").write_bytes(b"PK broken")
+    data = ["data=folder", f"data.root={scenes}", "data.range=[0,4000]", "data.tile=[30,30]"]
+    every = ["data.num_images=null", "data.num_workers=0", "data.max_bad_share=1", "budget_epochs=4"]
+    recipe = tiny_recipe(*data, *every, "batch_size=4")
+    pretrain(recipe)
+    assert run(["embed", str(tmp_path / "run"), "--split=train"]) == 0
+    found = read_embeddings(tmp_path / "run" / "embeddings" / "train.safetensors")
+    assert found.names == [
+        "a.pyr#0,0", "a.pyr#0,20", "a.pyr#10,0", "a.pyr#10,20", "b.pyr#0,0", "b.pyr#0,10",
+        "c.pyr#0,0", "c.pyr#2,0",
+    ]  # fmt: skip
+    assert found.windows is not None
+    assert found.windows.corners.tolist() == [
+        [0, 0], [0, 20], [10, 0], [10, 20], [0, 0], [0, 10], [0, 0], [2, 0],
+    ]  # fmt: skip
+    names = [found.windows.crs_names[number] for number in found.windows.crs.tolist()]
+    assert names == ["EPSG:32633"] * 4 + [""] * 2 + ["EPSG:32633"] * 2
+    assert found.windows.transforms[3].tolist() == list(place.at(20, 10).transform)
+    assert found.windows.transforms[4:6].isnan().all()
+    assert not found.windows.transforms[[0, 1, 2, 3, 6, 7]].isnan().any()
+    # What a reader without this package finds.
+    tensors = safetensors.numpy.load_file(tmp_path / "run" / "embeddings" / "train.safetensors")
+    assert tensors["corners"].tolist() == found.windows.corners.tolist()
+    # A file's windows have their own pixels, and their own features.
+    source, view = recipe.open_split("train"), EvalView(recipe.size, recipe.data.crop_pct)
+    views = torch.stack([view(source.open(index), index, recipe.size) for index in range(8)])
+    encoder = etpp_ssl.load(tmp_path / "run")
+    assert found.rows.indices.tolist() == list(range(8))
+    assert len(found.rows.features.unique(dim=0)) == 8
+    with torch.inference_mode():
+        normalised = recipe.normaliser(torch.device("cpu"))(views)
+    torch.testing.assert_close(encoder.embed(normalised), found.rows.features)
+    # Whole files have no corners.
+    assert (
+        run(["embed", str(tmp_path / "run"), "--split=train", "data.tile=null", f"--out={tmp_path / 'w'}"])
+        == 0
+    )
+    assert read_embeddings(tmp_path / "w").windows is None
 
 
 def test_other_splits_pools_and_places(

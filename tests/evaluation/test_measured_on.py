@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from probe_data import write_coloured
 
@@ -73,6 +74,37 @@ def test_data_that_has_moved_or_changed(photos: Path, tiny_recipe: Build, tmp_pa
     for split, expected in (("train", 25), ("eval", None)):
         record = measured_on(run, split, run.open_split(split), [(run, fingerprint)])
         assert record["trained_on"] == expected
+
+
+def test_windows_of_a_file_that_was_trained_on_are_counted(tiny_recipe: Build, tmp_path: Path) -> None:
+    for number in range(4):
+        np.save(tmp_path / f"{number}.npy", np.zeros((40, 40 + 20 * number, 3), np.uint16))
+    data = [
+        "data=folder",
+        f"data.root={tmp_path}",
+        "data.range=dtype",
+        "data.tile=40",
+        "data.num_images=null",
+    ]
+    run = tiny_recipe(*data, "data.holdout=2")
+    training = run.open_split("train")
+    fingerprint = training.fingerprint()
+    record = measured_on(run, "eval", run.open_split("eval"), [(run, fingerprint)])
+    assert (record["root"], record["trained_on"]) == (str(tmp_path), 0)
+    # Other windows show what those of training do.
+    shifted = tiny_recipe(*data, "data.stride=20")
+    source = shifted.open_split("train")
+    counts = {0: 1, 1: 2, 2: 3, 3: 4}
+    expected = sum(
+        counts[int(name[0])]
+        for name in {training.name(index) for index in range(len(training))}
+        if name.endswith("#0,0")
+    )
+    record = measured_on(shifted, "train", source, [(run, fingerprint)])
+    assert (record["num_images"], record["trained_on"]) == (10, expected)
+    # Without windows, too.
+    whole = tiny_recipe(*data, "data.tile=null")
+    assert measured_on(whole, "train", whole.open_split("train"), [(run, fingerprint)])["trained_on"] == 2
 
 
 def test_a_mark_and_a_phrase() -> None:

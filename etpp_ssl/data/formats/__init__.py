@@ -6,6 +6,7 @@ The bytes may be anyone's: what they claim is checked before it is decoded, and 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from etpp_ssl.data.formats import (
     dicom,
@@ -21,7 +22,6 @@ from etpp_ssl.data.formats import (
 )
 from etpp_ssl.data.formats.base import (
     MAX_PIXELS,
-    ArrayPicture,
     Channels,
     DecodedPicture,
     Format,
@@ -31,9 +31,8 @@ from etpp_ssl.data.formats.base import (
     UnreadableImage,
     ValuePicture,
     one_line_reasons,
-    pixels_of,
 )
-from etpp_ssl.files import read_regular
+from etpp_ssl.files import read_head, read_regular
 
 FORMATS = (
     npy.FORMAT,
@@ -53,6 +52,10 @@ EXTENSIONS = frozenset().union(*(form.extensions for form in FORMATS))
 """File names that count as images, in lower case: of every format that can be read."""
 FOLDER_EXTENSIONS = frozenset().union(*(form.extensions for form in FORMATS if form.is_folder))
 """Those of them that are names of folders."""
+ANY_PIXELS = 1 << 62
+"""More than any file has."""
+_HEAD_BYTES = 1 << 12
+"""Of a file, which tell its format."""
 
 
 def extensions_of(reader: Reader) -> frozenset[str]:
@@ -89,8 +92,7 @@ def finished(picture: Picture, reading: Reading) -> Picture:
     if reading.range == "raw":
         return picture
     if reading.deep:
-        values = picture if picture.deep else ArrayPicture(pixels_of(picture.channels()))
-        return ValuePicture(values, reading)
+        return ValuePicture(picture, reading)
     if not picture.deep:
         return picture
     whole = picture.region((0, 0, *picture.size), picture.size)
@@ -130,9 +132,38 @@ def read_file(path: str | os.PathLike[str], at_most: int) -> bytes:
         raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from error
 
 
-def open_file(path: str | os.PathLike[str], reading: Reading) -> Picture:
-    """A file as a picture; see `open_picture` and `read_file`."""
-    return open_picture(read_file(path, most_bytes(reading)), reading)
+def open_file(path: str | os.PathLike[str], reading: Reading, *, in_parts: bool = False) -> Picture:
+    """A file, or a folder of a format whose images are folders, as a picture; see `open_picture`.
+
+    Where values are deep, formats that can read only what is asked for do so.
+
+    Args:
+        path: of the file.
+        reading: how it becomes a picture.
+        in_parts: whether only parts of it will be asked for, of at most `reading.max_pixels`: a file of a
+            format that reads those alone may then have any number of pixels and bytes.
+
+    Raises:
+        UnreadableImage: for anything that cannot be read so, a named pipe or a device among it.
+    """
+    at_most = None if in_parts else most_bytes(reading)
+    form = _format_at(path, at_most, reading.reader) if reading.deep else None
+    if form is None or form.open_path is None:
+        return open_picture(read_file(path, most_bytes(reading)), reading)
+    with one_line_reasons():
+        reading_parts = replace(reading, max_pixels=ANY_PIXELS) if in_parts else reading
+        return finished(form.open_path(path, reading_parts.stored), reading)
+
+
+def _format_at(path: str | os.PathLike[str], at_most: int | None, reader: Reader) -> Format | None:
+    """The format of a file with at most so many bytes, or of a folder; None for another folder."""
+    try:
+        if os.path.isdir(path):
+            extension = os.path.splitext(os.path.normpath(path))[1].lower()
+            return next((form for form in FORMATS if form.is_folder and extension in form.extensions), None)
+        return _format_of(read_head(path, _HEAD_BYTES, at_most), reader)
+    except (OSError, ValueError) as error:
+        raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from error
 
 
 def decode(data: bytes, reading: Reading) -> Channels:

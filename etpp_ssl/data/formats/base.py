@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -75,6 +76,8 @@ class Reading:
     """See `data.reader`."""
     sampled: bool = False
     """Whether a file may have more channels, of which a view shows C; see `data.channel_sampling`."""
+    overviews: bool = False
+    """Whether a file's smaller copies of itself may serve regions that need few pixels; see `level_for`."""
 
     @property
     def deep(self) -> bool:
@@ -134,8 +137,27 @@ class Region(NamedTuple):
     """bool (H, W): False where there is no data; None where there is everywhere."""
 
 
+class Place(NamedTuple):
+    """Where a picture lies on the earth."""
+
+    transform: tuple[float, float, float, float, float, float]
+    """GDAL's order: the upper left corner's x, x per column, x per row; its y, y per column, y per row."""
+    crs: str
+    """Coordinate system of x and y: `EPSG:32633`, or WKT; empty where the file does not tell."""
+
+    def at(self, column: float, row: float) -> Place:
+        """That of a part whose upper left corner is that of a pixel."""
+        x, x_column, x_row, y, y_column, y_row = self.transform
+        corner = (x + column * x_column + row * x_row, y + column * y_column + row * y_row)
+        return Place((corner[0], x_column, x_row, corner[1], y_column, y_row), self.crs)
+
+
 class Picture(Protocol):
-    """An image whose size is known before it is decoded."""
+    """An image whose size is known before it is decoded.
+
+    Pictures of files that say where they lie have a `place`, too, and those that read only what is asked for
+    have `reads_parts`; see the functions of these names.
+    """
 
     size: tuple[int, int]
     """(width, height) in pixels, upright."""
@@ -219,6 +241,17 @@ class ArrayPicture:
         return Region(self._values[part], (0, 0, right - left, bottom - top), valid)
 
 
+def place_of(picture: Picture) -> Place | None:
+    """Where a picture lies on the earth, if its file says so."""
+    place: Place | None = getattr(picture, "place", None)
+    return place
+
+
+def reads_parts(picture: Picture) -> bool:
+    """Whether a picture reads only what is asked for, so that it is small and worth keeping."""
+    return bool(getattr(picture, "reads_parts", False))
+
+
 def level_for(
     levels: Sequence[tuple[int, int]], box: tuple[int, int, int, int], at_least: tuple[int, int]
 ) -> tuple[int, Box]:
@@ -231,14 +264,21 @@ def level_for(
     Returns:
         The number of the copy, and the box in its pixels, which may lie between them.
     """
-    (full_width, full_height), (left, top, right, bottom) = levels[0], box
-    found, found_width = (0, (float(left), float(top), float(right), float(bottom))), full_width
-    for number, (width, height) in enumerate(levels):
-        x, y = width / full_width, height / full_height
-        enough = (right - left) * x >= at_least[0] and (bottom - top) * y >= at_least[1]
-        if enough and width < found_width:
-            found, found_width = (number, (left * x, top * y, right * x, bottom * y)), width
-    return found
+    number, part = 0, (float(box[0]), float(box[1]), float(box[2]), float(box[3]))
+    for other, size in enumerate(levels):
+        # Divided last, which is exact where the result is a number of pixels.
+        left, top, right, bottom = (box[i] * size[i % 2] / levels[0][i % 2] for i in range(4))
+        enough = right - left >= at_least[0] and bottom - top >= at_least[1]
+        if enough and size[0] < levels[number][0]:
+            number, part = other, (left, top, right, bottom)
+    return number, part
+
+
+def whole_pixels(box: Box) -> tuple[tuple[int, int, int, int], Box]:
+    """The whole pixels around a box (left, top, right, bottom), and the box in them."""
+    left, top, right, bottom = box
+    x, y = math.floor(left), math.floor(top)
+    return (x, y, math.ceil(right), math.ceil(bottom)), (left - x, top - y, right - x, bottom - y)
 
 
 class ValuePicture:
@@ -258,6 +298,8 @@ class ValuePicture:
         self._picture = picture
         self._reading = reading
         self.size = picture.size
+        self.place = place_of(picture)
+        self.reads_parts = reads_parts(picture)
         self.outside = False
         """Whether a value outside the range has been read."""
 
@@ -289,11 +331,11 @@ class ValuePicture:
                     f"it has {values.shape[2]} channel{plural}, but data.channel_sampling is "
                     f"{reading.in_chans}"
                 )
-        inside = values[~missing] if has_gaps else values.reshape(-1, values.shape[2])
-        if not len(inside) and box == (0, 0, *self.size):
+        inside = values[~missing][None] if has_gaps else values
+        if not inside.size and box == (0, 0, *self.size):
             raise UnreadableImage("it has no pixel with data")
-        if len(inside):
-            least, most = inside.min(axis=0), inside.max(axis=0)
+        if inside.size:
+            least, most = extremes(inside)
             if not np.isfinite([least, most]).all():
                 raise UnreadableImage("it has values that float32 does not reach")
             if (least < low).any() or (most > high).any():
@@ -315,14 +357,34 @@ def without_data(values: np.ndarray, nodata: float | None) -> np.ndarray:
     if dtype.kind not in "uifb":
         raise UnreadableImage(f"its values are {dtype}: integers and floats are read")
     missing = np.zeros(values.shape[:2], bool)
-    if dtype.kind == "f":
+    if dtype.kind == "f" and values.size and not np.isfinite([values.min(), values.max()]).all():
         missing = ~np.isfinite(values).all(axis=2)
     if nodata is not None and not np.isnan(nodata):
         # In the values' own type: -3.4e38 in a tag is not the same number as a double.
         with np.errstate(over="ignore"):
             own = dtype.type(nodata) if dtype.kind == "f" else nodata
-        missing |= (values == own).any(axis=2)
+        found = values == own
+        if found.any():
+            missing |= found.any(axis=2)
     return missing
+
+
+_ROWS = 64
+
+
+def extremes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(least, most) of each channel of (H, W, C), none of them 0: (C,) each, NaN where a value is NaN."""
+    if not values.flags.c_contiguous:
+        return values.min(axis=(0, 1)), values.max(axis=(0, 1))
+    # Along rows of a few channels numpy takes ten times as long as along rows of many.
+    flat = values.reshape(-1, values.shape[2])
+    whole = max(len(flat) // _ROWS, 1) * min(_ROWS, len(flat))
+    rows = flat[:whole].reshape(-1, min(_ROWS, len(flat)) * flat.shape[1])
+    least, most = (
+        np.concatenate([found.reshape(-1, flat.shape[1]), flat[whole:]])
+        for found in (rows.min(axis=0), rows.max(axis=0))
+    )
+    return least.min(axis=0), most.max(axis=0)
 
 
 def largest_of(dtype: np.dtype) -> int:
@@ -350,15 +412,22 @@ def laid_out(values: np.ndarray, axes: str, reading: Reading, names: Sequence[st
     Raises:
         UnreadableImage: for an array of other axes, without pixels, or with other channels.
     """
+    values = chosen(in_order(values, axes), reading, names)
+    return np.ascontiguousarray(values).astype(values.dtype.newbyteorder("="), copy=False)
+
+
+def in_order(values: np.ndarray, axes: str) -> np.ndarray:
+    """An array with named axes as (H, W, channels), without a copy; see `laid_out`.
+
+    Raises:
+        UnreadableImage: for an array of other axes, or without pixels.
+    """
     shape = values.shape
     if len(shape) != len(axes) or 0 in shape:
         raise UnreadableImage(f"its shape is {shape}, and data.axes {axes} are {len(axes)}")
     if "c" not in axes:
         values, axes = values[..., None], f"{axes}c"
-    values = values.transpose([axes.index(axis) for axis in "hwc"])
-    return np.ascontiguousarray(chosen(values, reading, names)).astype(
-        values.dtype.newbyteorder("="), copy=False
-    )
+    return values.transpose([axes.index(axis) for axis in "hwc"])
 
 
 def chosen(values: np.ndarray, reading: Reading, names: Sequence[str] = ()) -> np.ndarray:

@@ -6,8 +6,6 @@ which is cheaper than all of them and aliases less than dropping pixels.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from PIL import Image
 
@@ -23,6 +21,7 @@ from etpp_ssl.data.formats.base import (
     one_line_reasons,
     pixels_of,
     starts_or_ends_on_pixels,
+    whole_pixels,
 )
 from etpp_ssl.data.formats.pillow import from_picture, open_image, orientation
 
@@ -64,9 +63,7 @@ class JpegPicture:
     ) -> Region:
         """At the lowest resolution that serves; see `Picture.region`."""
         factor, reduced_box = self._reduced(box, at_least)
-        left, top, right, bottom = reduced_box
-        outer = (math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
-        inner = (left - outer[0], top - outer[1], right - outer[0], bottom - outer[1])
+        outer, inner = whole_pixels(reduced_box)
         if decoder == "simplejpeg" and self._orientation == 1:
             pixels = self._by_simplejpeg(factor)
             if pixels is not None:

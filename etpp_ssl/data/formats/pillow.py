@@ -111,14 +111,34 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
-def orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an opened picture, 1 (upright) to 8."""
+def orientation(image: Image.Image, data: bytes | None = None) -> int:
+    """The EXIF orientation of an opened picture, 1 (upright) to 8.
+
+    Args:
+        image: the picture.
+        data: its file. A PNG may tell of its orientation behind its pixels, which Pillow decodes to look
+            there; with the file this is done only if there is anything to find.
+    """
     try:
-        value = image.getexif().get(_ORIENTATION, 1)
+        before = data is not None and image.format == "PNG" and not _tells_behind_pixels(data)
+        exif = Image.Image.getexif(image) if before else image.getexif()
+        value = exif.get(_ORIENTATION, 1)
         return int(value) if value in _UPRIGHT else 1
     except Exception:
         # Broken metadata around a sound picture: the picture counts, as it lies.
         return 1
+
+
+def _tells_behind_pixels(png: bytes) -> bool:
+    """Whether metadata follows the pixels of a PNG."""
+    place, pixels = 8, False
+    while place + 8 <= len(png):
+        kind = png[place + 4 : place + 8]
+        if pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            return True
+        pixels |= kind == b"IDAT"
+        place += 12 + int.from_bytes(png[place : place + 4], "big")
+    return False
 
 
 class _RawPicture:
@@ -142,16 +162,55 @@ class _RawPicture:
         return DecodedPicture(self.channels()).region(box, at_least)
 
 
+class UndecodedPicture:
+    """A file whose header has been read, and whose values keep their depth once they are asked for.
+
+    Args:
+        data: the file.
+        image: Pillow's picture of it, not yet loaded.
+        reading: its header has been checked against it.
+    """
+
+    deep = True
+
+    def __init__(self, data: bytes, image: Image.Image, reading: Reading) -> None:
+        self._data = data
+        self._image = image
+        self._reading = reading
+        self._decoded: Picture | None = None
+        self.size = image.size[::-1] if orientation(image, data) >= 5 else image.size
+
+    def channels(self) -> Channels:
+        """Not of 8 bits."""
+        raise TypeError("a deep picture has regions only")
+
+    def region(
+        self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
+    ) -> Region:
+        """Always full resolution; see `Picture.region`."""
+        if self._decoded is None:
+            with one_line_reasons():
+                self._decoded = _decoded(self._data, self._image, self._reading)
+        return self._decoded.region(box, at_least, decoder)
+
+
 def _open(data: bytes, reading: Reading) -> Picture:
     image = open_image(data, reading.max_pixels)
-    if reading.deep:
-        values = _sixteen_bits(image, data)
-        if values is not None:
-            return ArrayPicture(chosen(values, reading))
     if reading.range == "raw":
-        return _RawPicture(image, reading)
+        values = _sixteen_bits(image, data)
+        return _RawPicture(image, reading) if values is None else ArrayPicture(chosen(values, reading))
+    # The pages of a TIFF may be channels, which do not follow its orientation.
+    if reading.deep and image.format != "TIFF":
+        return UndecodedPicture(data, image, reading)
     with image:
-        return DecodedPicture(_from_image(image, reading))
+        return _decoded(data, image, reading)
+
+
+def _decoded(data: bytes, image: Image.Image, reading: Reading) -> Picture:
+    values = _sixteen_bits(image, data) if reading.deep else None
+    if values is not None:
+        return ArrayPicture(chosen(values, reading))
+    return DecodedPicture(_from_image(image, reading))
 
 
 def _sixteen_bits(image: Image.Image, data: bytes) -> np.ndarray | None:
@@ -171,7 +230,7 @@ def _sixteen_bits(image: Image.Image, data: bytes) -> np.ndarray | None:
         raise UnreadableImage("it is a colour PPM of 16 bits, of which only 8 are read: convert it to PNG")
     else:
         return None
-    turn = ROTATED.get(orientation(image))
+    turn = ROTATED.get(orientation(image, data))
     return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
 

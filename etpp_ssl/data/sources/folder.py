@@ -7,11 +7,12 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from etpp_ssl.config import NotAtHand, UserError, listed, may_change
-from etpp_ssl.data.formats import extensions_of, most_bytes, open_picture, read_file
+from etpp_ssl.data.formats import extensions_of, most_bytes, open_file, read_file
 from etpp_ssl.data.formats.base import Picture, Reading
 from etpp_ssl.data.sources.base import (
     DataConfig,
@@ -22,6 +23,8 @@ from etpp_ssl.data.sources.base import (
     printable,
 )
 from etpp_ssl.data.sources.found import by_extension, class_folders, extension_of, find_images
+from etpp_ssl.data.sources.overviews import overviews_are_averages
+from etpp_ssl.data.sources.windows import TiledConfig
 from etpp_ssl.files import read_regular
 from etpp_ssl.messages import shown
 
@@ -69,7 +72,7 @@ class SplitFoldersConfig(DataConfig):
         )
 
 
-class FolderConfig(SplitFoldersConfig):
+class FolderConfig(SplitFoldersConfig, TiledConfig):
     """Images below a folder.
 
     `root` may hold a sub-folder per split (`train`, `val`, ...), as timm expects, or be the training
@@ -83,16 +86,20 @@ class FolderConfig(SplitFoldersConfig):
 
     def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> FileSource:
         """Open the "train" or the "eval" split; see `DataConfig.open`."""
-        return open_folder(
+        source = open_folder(
             "data.root",
             self.folder(split),
             self.reading(in_chans),
             labelled=self.labels == "folders",
             least_classes=2 if split == "train" else 1,
+            in_parts=self.tile is not None,
         )
+        if split == "train" and self.reads_overviews:
+            source.check_overviews(seed)
+        return source
 
 
-class FileListConfig(DataConfig):
+class FileListConfig(TiledConfig):
     """One image per line: a path, then optionally a tab and a class name.
 
     Paths are relative to `root`; empty lines and lines that start with # are skipped. Either all
@@ -131,7 +138,11 @@ class FileListConfig(DataConfig):
                 raise UserError(f"{key} {str(path)!r} names a class on some lines but not on all")
             index = {name: i for i, name in enumerate(classes)}
             labels = [index[name] for _, name in rows if name is not None]
-        return FileSource(root, [file for file, _ in rows], labels, classes, self.reading(in_chans))
+        files, reading = [file for file, _ in rows], self.reading(in_chans)
+        source = FileSource(root, files, labels, classes, reading, in_parts=self.tile is not None)
+        if split == "train" and self.reads_overviews:
+            source.check_overviews(seed)
+        return source
 
     @staticmethod
     def _rows(key: str, path: Path) -> list[tuple[str, str | None]]:
@@ -171,6 +182,7 @@ class FileSource:
         classes: class names, or None.
         reading: how they become pictures.
         notes: what else there is to say of them.
+        in_parts: whether they are shown window by window; see `etpp_ssl.data.formats.open_file`.
     """
 
     def __init__(
@@ -181,6 +193,7 @@ class FileSource:
         classes: list[str] | None,
         reading: Reading,
         notes: Sequence[str] = (),
+        in_parts: bool = False,
     ) -> None:
         self.folder = folder
         self.files = files
@@ -188,6 +201,7 @@ class FileSource:
         self.classes = None if classes is None else [printable(name) for name in classes]
         self.reading = reading
         self.notes = notes
+        self.in_parts = in_parts
 
     @property
     def max_bytes(self) -> int:
@@ -198,8 +212,18 @@ class FileSource:
         return len(self.files)
 
     def open(self, index: int) -> Picture:
-        """Read a file; see `ImageSource.open`."""
-        return open_picture(self.read(index), self.reading)
+        """Read a file, or its header; see `ImageSource.open`."""
+        return open_file(self.folder / self.files[index], self.reading, in_parts=self.in_parts)
+
+    def check_overviews(self, seed: int) -> None:
+        """Let regions come from the files' overviews if those of a keyed sample are averages."""
+        without, self.reading = self.reading, replace(self.reading, overviews=True)
+        averages = overviews_are_averages(self.open, len(self), seed)
+        if averages is not None:
+            what = "serve small crops" if averages else "are not read: they are no averages of the pixels"
+            self.notes = (*self.notes, f"their overviews {what}")
+        if not averages:
+            self.reading = without
 
     def read(self, index: int) -> bytes:
         """A file's bytes, as they are stored; see `etpp_ssl.data.formats.read_file`."""
@@ -251,6 +275,7 @@ def open_folder(
     *,
     labelled: bool = True,
     least_classes: int = 2,
+    in_parts: bool = False,
 ) -> FileSource:
     """All images below one folder, in the order of their paths' bytes.
 
@@ -260,6 +285,7 @@ def open_folder(
         reading: how the files become pictures.
         labelled: whether the first folder level may name classes.
         least_classes: fewer folders are not classes.
+        in_parts: see `FileSource`.
 
     Raises:
         UserError: if there is no image, or a folder cannot be read: a run must not take the rest for all.
@@ -289,4 +315,4 @@ def open_folder(
         loose = next((printable(file) for file in files if "/" not in file), None)
         if loose is not None:
             notes.append(f"no labels, as {loose!r} lies beside the folders")
-    return FileSource(folder, files, labels, classes, reading, notes)
+    return FileSource(folder, files, labels, classes, reading, notes, in_parts)

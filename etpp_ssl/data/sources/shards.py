@@ -9,7 +9,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
-from etpp_ssl.data.formats.base import Reading, UnreadableImage
+from etpp_ssl.data.formats import open_picture
+from etpp_ssl.data.formats.base import Picture, Reading, UnreadableImage
 from etpp_ssl.data.sources.folder import FileSource, SplitFoldersConfig
 from etpp_ssl.data.sources.found import by_extension
 from etpp_ssl.data.sources.shard_index import ShardIndex, open_index
@@ -61,6 +62,10 @@ class ShardSource(FileSource):
         # A file descriptor means nothing to a spawned worker. A forked one may share it: positioned
         # reads leave no trace in it.
         return {**self.__dict__, "_open": {}}
+
+    def open(self, index: int) -> Picture:
+        """Read an image; see `ImageSource.open`."""
+        return open_picture(self.read(index), self.reading)
 
     def read(self, index: int) -> bytes:
         """An image's bytes, as they are stored.

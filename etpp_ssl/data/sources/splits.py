@@ -16,6 +16,7 @@ from etpp_ssl.data.sources.folder import FileListConfig, FolderConfig
 from etpp_ssl.data.sources.shards import ShardsConfig
 from etpp_ssl.data.sources.synthetic import SyntheticConfig
 from etpp_ssl.data.sources.timm_dataset import TimmConfig
+from etpp_ssl.data.sources.windows import TiledConfig
 from etpp_ssl.randomness import keyed_torch
 
 AnyIndexedData = FolderConfig | FileListConfig | TimmConfig | SyntheticConfig | ShardsConfig
@@ -94,17 +95,18 @@ def open_split(
 
     With `data.holdout`, a keyed draw of that many training images is the evaluation part, and
     training never sees them. Of the others, `data.label_share` or `data.labels_per_class` takes some of
-    each class.
+    each class. With `data.tile` all of these are files, whose windows are then the images.
 
     Raises:
         UserError: if the data is not there or has no images, the holdout leaves nothing to train on, or
             a draw per class is asked for and the labels do not allow it.
     """
     source = _open_whole(config, split, in_chans=in_chans, image_size=image_size, seed=seed)
-    if split != "train" or (config.label_share is None and config.labels_per_class is None):
-        return source
-    indices = label_subset(source, share=config.label_share, per_class=config.labels_per_class, seed=seed)
-    return Subset(source, indices, hash_indices=True)
+    share, per_class = config.label_share, config.labels_per_class
+    if split == "train" and (share is not None or per_class is not None):
+        indices = label_subset(source, share=share, per_class=per_class, seed=seed)
+        source = Subset(source, indices, hash_indices=True)
+    return config.windows(source) if isinstance(config, TiledConfig) else source
 
 
 def _open_whole(
