@@ -9,6 +9,7 @@ import io
 import os
 import re
 import struct
+from importlib.util import find_spec
 from typing import Any, BinaryIO
 
 from etpp_ssl.data.formats import pillow
@@ -22,12 +23,12 @@ from etpp_ssl.data.formats.tiff_pages import MASK, REDUCED, by_tifffile, is_copy
 from etpp_ssl.files import read_regular
 
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _COLOURS, _DESCRIPTION = 254, 256, 257, 258, 259, 262, 270
-_SAMPLES, _STRIP_BYTES, _TILE_BYTES, _EXTRA, _SAMPLE_FORMAT = 277, 279, 325, 338, 339
+_SAMPLES, _STRIP_BYTES, _PLANES, _TILE_BYTES, _EXTRA, _SAMPLE_FORMAT = 277, 279, 284, 325, 338, 339
 _GDAL_METADATA, _GDAL_NODATA = 42112, 42113
 _READ = frozenset(
     (
         _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _COLOURS, _DESCRIPTION, _SAMPLES, _STRIP_BYTES,
-        _TILE_BYTES, _EXTRA, _SAMPLE_FORMAT, _GDAL_METADATA,
+        _PLANES, _TILE_BYTES, _EXTRA, _SAMPLE_FORMAT, _GDAL_METADATA,
     )
 )  # fmt: skip
 """Tags whose values the choice of a reader needs."""
@@ -59,10 +60,9 @@ def _open(data: bytes, reading: Reading) -> Picture:
 
 def _open_path(path: str | os.PathLike[str], reading: Reading) -> Picture:
     with open(path, "rb") as file:
-        plain = _is_plain(file, reading)
-    if plain:
-        return pillow.FORMAT.open(read_regular(path, 1 << 40), reading)
-    return by_tifffile(lambda: open(path, "rb"), reading)
+        if not _is_plain(file, reading) or (_tifffile_has_the_same(file, reading) and find_spec("tifffile")):
+            return by_tifffile(lambda: open(path, "rb"), reading)
+    return pillow.FORMAT.open(read_regular(path, 1 << 40), reading)
 
 
 def _check(data: bytes, max_pixels: int) -> None:
@@ -116,6 +116,18 @@ def _all_plain(pages: list[Tags], reading: Reading) -> bool:
     as_channels = samples == 1 and len(images) == 3 == reading.in_chans
     named = _NAMED.match(first.get(_DESCRIPTION, (b"",))[0])
     return not (is_narrow(size) or as_channels or named or any(is_copy(size, other) for other in sizes))
+
+
+def _tifffile_has_the_same(file: BinaryIO, reading: Reading) -> bool:
+    """Whether tifffile gives what Pillow gives of a plain file, and not all of it at once."""
+    try:
+        (page,) = _directories(file, 2)
+        colours, samples = page.get(_COLOURS, (1,))[0], page.get(_SAMPLES, (1,))[0]
+        as_stored = colours in (1, 2) or (colours, page.get(_COMPRESSION)) == (6, (7,))
+        whole = page.get(_PLANES, (1,)) == (1,) and page.get(_BITS) == (8,) * samples
+        return as_stored and whole and samples == reading.in_chans
+    except (struct.error, LookupError, ValueError):
+        return False
 
 
 def _directories(file: BinaryIO, most: int) -> list[Tags]:

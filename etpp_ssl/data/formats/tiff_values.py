@@ -60,6 +60,7 @@ class TiffPicture:
     """
 
     deep = True
+    reads_parts = True
 
     def __init__(
         self,
