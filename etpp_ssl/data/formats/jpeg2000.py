@@ -27,7 +27,9 @@ MOST_BITS = 24
 _ALPHA = 1
 
 
-class _Header(NamedTuple):
+class Header(NamedTuple):
+    """What is known before anything is decoded."""
+
     size: tuple[int, int]
     """(width, height)."""
     bits: list[int]
@@ -39,7 +41,7 @@ class _Header(NamedTuple):
 
 
 def _open(data: bytes, reading: Reading) -> Picture:
-    header = _header(data)
+    header = header_of(data)
     if header.signed and not reading.deep:
         raise UnreadableImage("its values have signs, which 8 bits cannot tell: data.range reads them")
     eight_bits = set(header.bits) == {8} and not header.signed and len(header.bits) <= 4
@@ -57,7 +59,12 @@ def _open(data: bytes, reading: Reading) -> Picture:
     return ArrayPicture(chosen(values, reading))
 
 
-def _header(data: bytes) -> _Header:
+def header_of(data: bytes) -> Header:
+    """What a file says of itself, or a compressed image within another file.
+
+    Raises:
+        ValueError, struct.error: if it is none.
+    """
     start = data.index(_STREAM)
     right, bottom, left, top = struct.unpack_from(">4I", data, start + 8)
     (number,) = struct.unpack_from(">H", data, start + 40)
@@ -67,7 +74,7 @@ def _header(data: bytes) -> _Header:
     kinds = dict(
         struct.unpack_from(">HH", data, place + 6 + 6 * i) for i in range(number if place > 0 else 0)
     )
-    return _Header(
+    return Header(
         (right - left, bottom - top),
         [(depth & 0x7F) + 1 for depth in depths],
         any(depth & 0x80 for depth in depths),
@@ -76,7 +83,7 @@ def _header(data: bytes) -> _Header:
 
 
 def _check(data: bytes, max_pixels: int) -> None:
-    check_pixels(_header(data).size, max_pixels)
+    check_pixels(header_of(data).size, max_pixels)
 
 
 _EXTENSIONS = frozenset({".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"})

@@ -39,6 +39,7 @@ class GdalPicture:
     """
 
     deep = True
+    reads_parts = True
 
     def __init__(self, dataset: Any, reading: Reading, memory: Any = None) -> None:
         if dataset.count == 0:

@@ -6,13 +6,10 @@ Legend: C channels, H, W pixels.
 from __future__ import annotations
 
 import io
-import itertools
-import logging
-import math
 import os
 import re
 import struct
-from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, BinaryIO
 
 from etpp_ssl.data.formats import pillow
@@ -20,32 +17,22 @@ from etpp_ssl.data.formats.base import (
     Format,
     Picture,
     Reading,
-    UnreadableImage,
-    channel_numbers,
     check_pixels,
-    imported,
 )
-from etpp_ssl.data.formats.tiff_values import PALETTE, Page, TiffPicture, prepare
+from etpp_ssl.data.formats.tiff_pages import MASK, REDUCED, by_tifffile, is_copy, is_narrow
 from etpp_ssl.files import read_regular
 
-MOST_PAGES = 10_000
-"""Of a file: each costs a tenth of a millisecond."""
-NARROW = 16
-"""Columns of a page, up to which they may be channels that were taken for columns."""
-
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _COLOURS, _DESCRIPTION = 254, 256, 257, 258, 259, 262, 270
-_SAMPLES, _STRIP_BYTES, _TILE_BYTES, _EXTRA, _SAMPLE_FORMAT = 277, 279, 325, 338, 339
+_SAMPLES, _STRIP_BYTES, _PLANES, _TILE_BYTES, _EXTRA, _SAMPLE_FORMAT = 277, 279, 284, 325, 338, 339
 _GDAL_METADATA, _GDAL_NODATA = 42112, 42113
 _READ = frozenset(
     (
         _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _COLOURS, _DESCRIPTION, _SAMPLES, _STRIP_BYTES,
-        _TILE_BYTES, _EXTRA, _SAMPLE_FORMAT, _GDAL_METADATA,
+        _PLANES, _TILE_BYTES, _EXTRA, _SAMPLE_FORMAT, _GDAL_METADATA,
     )
 )  # fmt: skip
 """Tags whose values the choice of a reader needs."""
 _LETTERS = {1: "B", 2: "s", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
-_REDUCED, _MASK = 1, 4
-"""Bits of `_SUBFILE`."""
 _PILLOWS = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 32771, 32773, 32946, 50000, 50001))
 """Compressions."""
 _PLAIN: dict[int, set[tuple[int, tuple[int, ...]]]] = {
@@ -60,8 +47,6 @@ _PLAIN: dict[int, set[tuple[int, tuple[int, ...]]]] = {
 """What Pillow reads right of 8 bits: by PhotometricInterpretation (samples, ExtraSamples)."""
 _NAMED = re.compile(rb"<\?xml|<OME|ImageJ=|\{")
 """Begin descriptions that tell what the pages are."""
-_ITEM = re.compile(r"<Item\b([^>]*)>([^<]*)</Item>")
-_ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
 
 Tags = dict[int, tuple[Any, ...]]
 """By number; values of those not read are ()."""
@@ -70,15 +55,14 @@ Tags = dict[int, tuple[Any, ...]]
 def _open(data: bytes, reading: Reading) -> Picture:
     if _is_plain(io.BytesIO(data), reading):
         return pillow.FORMAT.open(data, reading)
-    return _by_tifffile(lambda: io.BytesIO(data), reading)
+    return by_tifffile(lambda: io.BytesIO(data), reading)
 
 
 def _open_path(path: str | os.PathLike[str], reading: Reading) -> Picture:
     with open(path, "rb") as file:
-        plain = _is_plain(file, reading)
-    if plain:
-        return pillow.FORMAT.open(read_regular(path, 1 << 40), reading)
-    return _by_tifffile(lambda: open(path, "rb"), reading)
+        if not _is_plain(file, reading) or (_tifffile_has_the_same(file, reading) and find_spec("tifffile")):
+            return by_tifffile(lambda: open(path, "rb"), reading)
+    return pillow.FORMAT.open(read_regular(path, 1 << 40), reading)
 
 
 def _check(data: bytes, max_pixels: int) -> None:
@@ -107,7 +91,7 @@ def _all_plain(pages: list[Tags], reading: Reading) -> bool:
     colours = first.get(_COLOURS, (1,))[0]
     size = (first[_WIDTH][0], first[_HEIGHT][0])
     kinds = [page.get(_SUBFILE, (0,))[0] for page in pages]
-    images = [page for page, kind in zip(pages, kinds, strict=True) if not kind & (_REDUCED | _MASK)]
+    images = [page for page, kind in zip(pages, kinds, strict=True) if not kind & (REDUCED | MASK)]
     if (
         bits not in ({8}, {1}, *(() if reading.deep else ({2}, {4})))
         or not set(first.get(_SAMPLE_FORMAT, (1,))) <= {1, 4}
@@ -115,7 +99,7 @@ def _all_plain(pages: list[Tags], reading: Reading) -> bool:
         or first.get(_COMPRESSION, (1,))[0] not in _PILLOWS
         or any(0 in page.get(tag, ()) for page in images for tag in (_STRIP_BYTES, _TILE_BYTES))
         or _GDAL_NODATA in first
-        or any(kind & _MASK for kind in kinds)
+        or any(kind & MASK for kind in kinds)
         or images[:1] != pages[:1]
         # Pillow knows colours only: it divides them by alpha, drops a fourth band, shows a palette's.
         or reading.channels is not None
@@ -128,17 +112,22 @@ def _all_plain(pages: list[Tags], reading: Reading) -> bool:
         return False
     if len(images) == 1:
         return True
-    narrow = size[0] <= NARROW and size[0] < size[1]
     sizes = [(page[_WIDTH][0], page[_HEIGHT][0]) for page in images]
     as_channels = samples == 1 and len(images) == 3 == reading.in_chans
     named = _NAMED.match(first.get(_DESCRIPTION, (b"",))[0])
-    return not (narrow or as_channels or named or any(_is_copy(size, other) for other in sizes))
+    return not (is_narrow(size) or as_channels or named or any(is_copy(size, other) for other in sizes))
 
 
-def _is_copy(size: tuple[int, int], of: tuple[int, int]) -> bool:
-    """Whether a size is another one, reduced to two thirds or less."""
-    (width, height), (full_width, full_height) = size, of
-    return 3 * width <= 2 * full_width and abs(width * full_height - height * full_width) <= max(of)
+def _tifffile_has_the_same(file: BinaryIO, reading: Reading) -> bool:
+    """Whether tifffile gives what Pillow gives of a plain file, and not all of it at once."""
+    try:
+        (page,) = _directories(file, 2)
+        colours, samples = page.get(_COLOURS, (1,))[0], page.get(_SAMPLES, (1,))[0]
+        as_stored = colours in (1, 2) or (colours, page.get(_COMPRESSION)) == (6, (7,))
+        whole = page.get(_PLANES, (1,)) == (1,) and page.get(_BITS) == (8,) * samples
+        return as_stored and whole and samples == reading.in_chans
+    except (struct.error, LookupError, ValueError):
+        return False
 
 
 def _directories(file: BinaryIO, most: int) -> list[Tags]:
@@ -175,156 +164,6 @@ def _directories(file: BinaryIO, most: int) -> list[Tags]:
         # The last page of a file that breaks off here is found broken by its reader.
         offset = struct.unpack(order + pointer, following)[0] if following else 0
     return pages
-
-
-def _by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, overviews: bool = False) -> TiffPicture:
-    tifffile = imported("tifffile", "this kind of TIFF", "tiff")
-    imported("imagecodecs", "this kind of TIFF", "tiff")
-    # It writes about broken metadata around a sound picture.
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
-    with opened() as file, tifffile.TiffFile(file, _multifile=False) as found:
-        pages = list(itertools.islice(found.pages, MOST_PAGES + 1))
-        if len(pages) > MOST_PAGES:
-            raise UnreadableImage(f"it has more than {MOST_PAGES:,} pages")
-        # A thumbnail may come first, and the picture behind it.
-        below = [sub for page in pages if page.subfiletype & _REDUCED and page.subifds for sub in page.pages]
-        images = _whole([page for page in (*pages, *below) if not page.subfiletype & (_REDUCED | _MASK)])
-        for page in images:
-            prepare(page, reading)
-        size = _size(images[0])
-        check_pixels(size, reading.max_pixels)
-        images, names = _as_channels(found, images, reading)
-        bands, alpha = _bands(images, reading, names)
-        masks = [page for page in pages if page.subfiletype & (_REDUCED | _MASK) == _MASK]
-        return TiffPicture(
-            opened,
-            [images, *_levels(images, pages)],
-            bands,
-            reading,
-            [_scale(images[page], sample) for page, sample in bands],
-            mask=next((page for page in masks if _size(page) == size), None),
-            alpha=alpha,
-            overviews=overviews,
-        )
-
-
-def _size(page: Page) -> tuple[int, int]:
-    return page.imagewidth, page.imagelength
-
-
-def _whole(images: list[Page]) -> list[Page]:
-    """The pages that are not a smaller copy of another one."""
-    if not images:
-        raise UnreadableImage("it holds reduced copies of an image, and not the image")
-    largest = max(map(_size, images), key=math.prod)
-    images = [page for page in images if not _is_copy(_size(page), largest)]
-    sizes = list(dict.fromkeys(map(_size, images)))
-    if len(sizes) > 1:
-        some = ", ".join(f"{width:,} x {height:,}" for width, height in sizes[:3])
-        raise UnreadableImage(f"its pages differ in size ({some}), and no tag says which one is the image")
-    if len({(str(page.dtype), page.samplesperpixel, int(page.photometric)) for page in images}) > 1:
-        raise UnreadableImage("its pages differ in the type of their values, in channels or in colours")
-    return images
-
-
-def _as_channels(found: Any, images: list[Page], reading: Reading) -> tuple[list[Page], list[str]]:
-    """The pages in the order of their channels, and the channels' names, [] for none.
-
-    Raises:
-        UnreadableImage: for several pages that need not be channels.
-    """
-    number, page = len(images), images[0]
-    extents: dict[str, int] = {}
-    if (number > 1 and found.is_ome) or found.is_imagej or found.is_shaped or found.is_stk:
-        # Whoever wrote it describes what the pages are.
-        series = found.series[0]
-        extents = {a: n for a, n in zip(series.axes, series.shape, strict=True) if a not in "YXS" and n > 1}
-    planes = math.prod(extents.values())
-    if extents and planes != number and reading.axes is None:
-        plural = "s" * (number > 1)
-        raise UnreadableImage(
-            f"its description tells of {planes} planes, and it has {number} page{plural}: write each plane "
-            f"to a page"
-        )
-    if number == 1:
-        return images, _described(page, "description")
-    if page.samplesperpixel > 1:
-        raise UnreadableImage(
-            f"it has {number} pages of {page.samplesperpixel} channels: write each page to a file of its own"
-        )
-    out = "data.axes=pages takes them as channels, of which data.channels chooses"
-    if reading.axes not in (None, "pages", "chw"):
-        raise UnreadableImage(f"it has {number} pages, and data.axes is {reading.axes}: {out}")
-    if reading.axes is None and extents.keys() == {"C"}:
-        by_index = {page.index: page for page in images}
-        names = re.findall(r'<Channel\b[^>]*\bName="([^"]*)"', found.ome_metadata or "")
-        return [by_index[page.index] for page in series.pages], names if len(names) == number else []
-    if reading.axes is None and not extents.keys() <= {"I", "Q"}:
-        stack = ", ".join(f"{axis} {extent}" for axis, extent in extents.items())
-        raise UnreadableImage(f"it is a stack of {number} pages ({stack}) and not one image: {out}")
-    if reading.axes is None and number != reading.in_chans:
-        width, height = _size(page)
-        narrow = width <= NARROW and width < height
-        reason = f"it has 1 channel and {number} pages, but in_chans is {reading.in_chans}"
-        if narrow:
-            reason = (
-                f"it has {number} pages of {height} x {width} values, as an array whose channels come last "
-                f"is written without planarconfig='contig'"
-            )
-        raise UnreadableImage(f"{reason}: {'if that is meant, ' if narrow else ''}{out}")
-    return images, []
-
-
-def _levels(images: list[Page], pages: list[Page]) -> list[list[Page]]:
-    """Smaller copies of the images, by powers of two, in lists like theirs."""
-    below = [list(page.pages) if page.subifds else [] for page in images]
-    if len(images) == 1:
-        below[0] += [page for page in pages if page.subfiletype & (_REDUCED | _MASK) == _REDUCED]
-    full, found = images[0], []
-    for copies in zip(*below, strict=False):
-        factor = round(full.imagewidth / max(1, copies[0].imagewidth))
-        size = (math.ceil(full.imagewidth / max(1, factor)), math.ceil(full.imagelength / max(1, factor)))
-        kinds = {(_size(c), c.dtype, c.samplesperpixel, c.photometric) for c in copies}
-        same = kinds == {(size, full.dtype, full.samplesperpixel, full.photometric)}
-        if factor > 1 and factor.bit_count() == 1 and same:
-            found.append(list(copies))
-    return found
-
-
-def _bands(
-    images: list[Page], reading: Reading, names: list[str]
-) -> tuple[list[tuple[int, int]], int | None]:
-    """(page, sample) of each channel that is taken, and the sample that is alpha and is not.
-
-    Raises:
-        UnreadableImage: if they are others in number than `Reading.in_chans`.
-    """
-    page = images[0]
-    bands = [(i, sample) for i in range(len(images)) for sample in range(page.samplesperpixel)]
-    if reading.channels is None:
-        # For colours: those of a palette, and without a range gray.
-        if len(bands) == 1 and reading.in_chans == 3 and (page.photometric == PALETTE or not reading.deep):
-            return bands if page.photometric == PALETTE else bands * 3, None
-        if tuple(page.extrasamples) == (2,) and len(bands) == reading.in_chans + 1:
-            return bands[:-1], bands[-1][1] if reading.deep else None
-    numbers = channel_numbers(len(bands), reading, names)
-    return bands if numbers is None else [bands[number] for number in numbers], None
-
-
-def _described(page: Page, role: str, default: str = "") -> list[str]:
-    """What GDAL's metadata say of each band; [] where they say nothing of it."""
-    found = {}
-    for attributes, text in _ITEM.findall(str(page.tags.valueof(_GDAL_METADATA) or "")):
-        own = dict(_ATTRIBUTE.findall(attributes))
-        if own.get("role") == role and own.get("sample", "").isdigit():
-            found[int(own["sample"])] = text
-    return [found.get(sample, default) for sample in range(page.samplesperpixel)] if found else []
-
-
-def _scale(page: Page, sample: int) -> tuple[float, float]:
-    """(scale, offset) of a band."""
-    scales, offsets = _described(page, "scale", "1"), _described(page, "offset", "0")
-    return float(scales[sample] if scales else 1), float(offsets[sample] if offsets else 0)
 
 
 _EXTENSIONS = frozenset({".tif", ".tiff", ".btf", ".tf8", ".svs"})

@@ -6,11 +6,13 @@ Legend: C channels, H, W pixels.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from etpp_ssl.data.formats import jpeg2000
 from etpp_ssl.data.formats.base import (
     MAX_PIXELS,
     Channels,
@@ -35,7 +37,7 @@ _KNOWN_COLOURS = frozenset((WHITE_IS_ZERO, 1, 2, PALETTE, 4, 5))
 _YCBCR = 6
 _COLOUR_CODECS = frozenset((6, 7, 33003, 33005))
 """Compressions whose decoders make RGB of YCbCr."""
-_JPEG_2000 = frozenset((33003, 33004, 33005, 34712))
+_JPEGS, _JPEG_2000, _LERC = frozenset((6, 7)), frozenset((33003, 33004, 33005, 34712)), 34887
 _ORIENTATION, _COLOUR_MAP, _NODATA = 274, 320, 42113
 
 
@@ -58,6 +60,7 @@ class TiffPicture:
     """
 
     deep = True
+    reads_parts = True
 
     def __init__(
         self,
@@ -260,6 +263,27 @@ def _decoded(file: BinaryIO, page: Page, index: int, rows: tuple[int, int]) -> n
     if plain:
         stored = page.dtype.newbyteorder(page.parent.byteorder)
         return np.frombuffer(data, stored).reshape(rows[1] - rows[0], page.imagewidth, depth)
+    claimed = _claimed(page, data)
+    if math.prod(claimed) > 2 * math.prod(_segment(page)):
+        raise UnreadableImage(
+            f"strip or tile {index} claims {claimed[0]:,} x {claimed[1]:,} pixels, not its own"
+        )
     own = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
     values: np.ndarray = page.decode(data, index, **own)[0][0]
     return values[rows[0] : rows[1]]
+
+
+def _claimed(page: Page, data: bytes) -> tuple[int, int]:
+    """(width, height) by a compressed strip's or tile's own header, where its codec makes room for that."""
+    if page.compression in _JPEG_2000:
+        return jpeg2000.header_of(data).size
+    if page.compression == _LERC and data.startswith(b"Lerc2 "):
+        rows, columns = struct.unpack_from("<2i", data, 14 if data[6] > 2 else 10)
+        return columns, rows
+    place = 2
+    while page.compression in _JPEGS and place + 9 <= len(data) and data[place] == 0xFF:
+        if 0xC0 <= data[place + 1] <= 0xCF and data[place + 1] not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", data, place + 5)
+            return width, height
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return 0, 0

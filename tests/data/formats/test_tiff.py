@@ -17,6 +17,7 @@ from PIL import Image
 
 from etpp_ssl.data.formats import decode, open_picture, tiff
 from etpp_ssl.data.formats.base import DecodedPicture, Picture, Reading, Region, UnreadableImage, pixels_of
+from etpp_ssl.data.formats.tiff_pages import by_tifffile
 from etpp_ssl.data.formats.tiff_values import TiffPicture
 
 tifffile = pytest.importorskip("tifffile")
@@ -504,7 +505,7 @@ def test_a_region_reads_what_it_touches(options: dict[str, Any]) -> None:
         files.append(Counted(data))
         return files[-1]
 
-    picture = tiff._by_tifffile(again, Reading(4, range=RANGE))
+    picture = by_tifffile(again, Reading(4, range=RANGE))
     assert files.pop().num_bytes < 20_000
     for box in ((200, 100, 232, 132), (0, 0, 1, 1), (511, 511, 512, 512)):
         part = picture.region(box, (1, 1)).pixels
@@ -515,19 +516,24 @@ def test_a_region_reads_what_it_touches(options: dict[str, Any]) -> None:
 def test_files_on_disk(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     assert tiff.FORMAT.open_path is not None
-    cases = [(drawn("uint16", 5), {"tile": (16, 16), "compression": "lzw"}), (drawn("uint8", 3), {}),
-             (drawn("float32"), {"compression": "zlib", "predictor": 3})]  # fmt: skip
-    for values, options in cases:
-        colours = "rgb" if values.shape[2] == 3 else "minisblack"
-        tifffile.imwrite(path, values.squeeze(), photometric=colours, planarconfig="contig", **options)
+    for values, options in (
+        (drawn("uint16", 5), {"tile": (16, 16), "compression": "lzw"}),
+        (drawn("float32"), {"compression": "zlib", "predictor": 3}),
+        (drawn("uint8", 3), {"photometric": "rgb"}),
+        (drawn("uint8"), {"compression": "packbits"}),
+        (drawn("uint8"), {"photometric": "miniswhite"}),
+        (drawn("uint8", 3), {"photometric": "rgb", "compression": "jpeg", "tile": (16, 16)}),
+        (drawn("uint8", 3), {"photometric": "rgb", "compression": "jpeg", "subsampling": (2, 2)}),
+    ):  # fmt: skip
+        colours = {"photometric": "minisblack", "planarconfig": "contig" if values.shape[2] > 1 else None}
+        path.write_bytes(written(values.squeeze(), **{**colours, **options}))
         picture = tiff.FORMAT.open_path(path, Reading(values.shape[2], range=RANGE))
         assert picture.size == (WIDTH, HEIGHT)
-        found = (
-            pixels_of(picture.channels())
-            if not picture.deep
-            else picture.region((3, 4, 33, 30), (1, 1)).pixels
-        )
-        np.testing.assert_array_equal(found, values if not picture.deep else values[4:30, 3:33])
+        assert picture.deep == (options.get("photometric") != "miniswhite")
+        # The same as of bytes, which Pillow decodes where it can.
+        wanted, _ = read(path.read_bytes(), values.shape[2])
+        found = picture.region((3, 4, 33, 30), (1, 1)).pixels
+        np.testing.assert_array_equal(found, wanted[4:30, 3:33])
 
 
 @pytest.mark.parametrize("size", [(128, 192), (101, 67)])
@@ -543,7 +549,7 @@ def test_overviews(size: tuple[int, int], tmp_path: Path) -> None:
     box = (8, 16, 64, 96)
     plain = tiff.FORMAT.open(data, Reading(2, range=RANGE)).region(box, (3, 3))
     assert plain.pixels.shape == (80, 56, 2)
-    picture = tiff._by_tifffile(lambda: io.BytesIO(data), Reading(2, range=RANGE), overviews=True)
+    picture = by_tifffile(lambda: io.BytesIO(data), Reading(2, range=RANGE), overviews=True)
     for factor, at_least in ((1, (29, 40)), (2, (28, 40)), (2, (14, 21)), (4, (13, 19))):
         region = picture.region(box, at_least)
         height, width = (-(-side // factor) for side in size)
@@ -560,7 +566,7 @@ def test_overviews(size: tuple[int, int], tmp_path: Path) -> None:
         planes = drawn("uint16", 3, *size).transpose(2, 0, 1)
         tif.write(planes, subifds=1, photometric="minisblack", metadata={"axes": "CYX"})
         tif.write(planes[:, ::2, ::2], subfiletype=1, photometric="minisblack")
-    picture = tiff._by_tifffile(lambda: io.BytesIO(file.getvalue()), Reading(3, range=RANGE), overviews=True)
+    picture = by_tifffile(lambda: io.BytesIO(file.getvalue()), Reading(3, range=RANGE), overviews=True)
     region = picture.region((0, 0, 64, 96), (10, 10))
     half = planes[:, ::2, ::2].transpose(1, 2, 0)
     np.testing.assert_array_equal(region.pixels, half[: region.pixels.shape[0], : region.pixels.shape[1]])
@@ -633,3 +639,25 @@ def test_a_picture_of_tifffile_can_be_asked_again() -> None:
     assert isinstance(picture, TiffPicture)
     for _ in range(2):
         np.testing.assert_array_equal(picture.region((1, 2, 9, 8), (1, 1)).pixels, values[2:8, 1:9])
+
+
+def test_a_description_that_does_not_fit_says_nothing() -> None:
+    values = drawn("uint16")
+    data = written(values.squeeze()).replace(b'"shape": [37, 50]', b'"shape": [99, 50]')
+    assert b"[99, 50]" in data
+    same(data, values)
+
+
+@pytest.mark.parametrize("compression", ["jpeg", "jpeg2000", "lerc"])
+def test_a_tile_cannot_claim_more_than_its_place(compression: str) -> None:
+    dtype = "uint8" if compression == "jpeg" else "uint16"
+    data = bytearray(written(drawn(dtype).squeeze(), compression=compression, metadata=None))
+    start = tifffile.TiffFile(io.BytesIO(bytes(data))).pages[0].dataoffsets[0]
+    if compression == "jpeg":
+        place, size = data.index(b"\xff\xc0", start) + 5, struct.pack(">HH", 60_000, 60_000)
+    elif compression == "jpeg2000":
+        place, size = data.index(b"\xff\x4f\xff\x51", start) + 8, struct.pack(">II", 60_000, 60_000)
+    else:
+        place, size = data.index(b"Lerc2 ", start) + 14, struct.pack("<ii", 60_000, 60_000)
+    data[place : place + len(size)] = size
+    assert "claims 60,000 x 60,000 pixels" in refusal(bytes(data), 1, channels=(0,))
