@@ -157,11 +157,9 @@ def inspect(
 
     found = inspect_images(source, overrides or (), images=images, nodata=nodata, write=write, out=out)
     print_inspection(found, table_console())
-    if out is not None and found.proposal is not None:
-        proposal = found.proposal
-        write_sheet(
-            out / SHEET, found.source, found.indices, found.values, proposal.bounds(), proposal.nodata
-        )
+    if out is not None:
+        bounds = found.proposal.bounds() if found.proposal is not None else ()
+        write_sheet(out / SHEET, found.source, found.indices, found.values, bounds, found.nodata)
         say(f"sheet: {out / SHEET}")
 
 

@@ -90,6 +90,8 @@ class Inspection:
     indices: list[int]
     """Those that were read, or are not readable."""
     values: Values
+    nodata: float | None
+    """The value of pixels without data."""
     proposal: Proposal | None
     """None where the images have no common range."""
     notes: list[str]
@@ -182,7 +184,7 @@ def inspect(
         )
     if write is not None and proposal is not None:
         write_text(write, _extending(source, overrides, write, proposal, len(indices), len(found)))
-    return Inspection(raw, indices, values, proposal, notes)
+    return Inspection(raw, indices, values, nodata, proposal, notes)
 
 
 def _recipe(source: str, overrides: Sequence[str]) -> Recipe | FinetuneRecipe:
@@ -370,8 +372,8 @@ def print_inspection(found: Inspection, console: Console) -> None:
 def _print_channels(name: str, channels: Sequence[Channel], console: Console) -> None:
     quantiles = Table(box=box.SIMPLE, title=f"{name}: values", title_justify="left")
     depth = Table(box=box.SIMPLE, title=f"{name}: depth", title_justify="left")
-    for column in ("channel", "least", *(f"{share:.4g}".rstrip("%") for share in QUANTILES), "most"):
-        quantiles.add_column(column.replace("0.5", "median") if column == "0.5" else column, justify="right")
+    for column in ("channel", "least", *(f"{100 * share:g} %" for share in QUANTILES), "most"):
+        quantiles.add_column(column.replace("50 %", "median"), justify="right")
     for column in ("channel", "mean", "std", "bits used", "levels", "at the top"):
         depth.add_column(column, justify="right")
     for number, channel in enumerate(channels):

@@ -93,7 +93,9 @@ class Binning:
             return (bins + self._lowest).astype(np.float64)
         ordered = ((bins << (32 - FLOAT_BITS)) + (1 << (31 - FLOAT_BITS))).astype(np.uint32)
         bits = np.where(ordered >> 31, ordered & np.uint32((1 << 31) - 1), ~ordered)
-        return bits.astype(np.uint32).view(np.float32).astype(np.float64)
+        found = bits.astype(np.uint32).view(np.float32).astype(np.float64)
+        found[np.abs(found) < np.finfo(np.float32).tiny] = 0
+        return found
 
 
 class Channel:

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from etpp_ssl.data.formats.base import UnreadableImage, without_data
 from etpp_ssl.data.resize import resize
@@ -50,7 +51,7 @@ def write_sheet(
         source: raw images.
         indices: those that were read, of which a few are shown.
         values: what they hold.
-        bounds: (low, high) of each channel, marked below the histograms.
+        bounds: (low, high) of each channel, marked in the histogram; unused for several types.
         nodata: the value of pixels without data.
 
     Raises:
@@ -99,7 +100,8 @@ def _heading(values: Values) -> str:
         names = ", ".join(str(min(channel, count - 1)) for channel in range(3))
         shown = f"channels {names} of {count} as red, green, blue"
     low, high = (f"{100 * share:g} %" for share in STRETCH)
-    return f"{shown}, each from its {low} to its {high} quantile over all images that were read"
+    gaps = "; checkered: no data" if values.num_missing else ""
+    return f"{shown}, each from its {low} to its {high} quantile over all images that were read{gaps}"
 
 
 def _picture(source: ImageSource, index: int, values: Values, nodata: float | None) -> np.ndarray:
@@ -132,21 +134,33 @@ def _histogram(
     *,
     marked: bool,
 ) -> None:
-    """Share of the values in each of `BINS` equal parts of the range, channel by channel."""
+    """Share of the values in each of `BINS` equal parts of the range, channel by channel.
+
+    Of a range of which the values take less than a quarter, that part is shown.
+    """
     common = not marked or len(set(bounds)) == 1
+    least = min(channel.quantile(0.001) for channel in channels)
+    most = max(channel.quantile(0.999) for channel in channels)
+    narrow = common and marked and most - least < (bounds[0][1] - bounds[0][0]) / 4
     for number, channel in enumerate(channels):
         low, high = bounds[number] if marked else (channel.least, channel.most)
         values, counts = channel.filled()
+        values = values.clip(channel.least, channel.most)  # The middle of the outermost bins may lie beyond.
         left, right = min(low, channel.quantile(0.001)), max(high, channel.quantile(0.999))
+        if narrow:
+            left, right = least - 0.1 * (most - least), most + 0.1 * (most - least)
         edges = np.linspace(left, max(right, left + 1e-9), BINS + 1)
-        if channel.binning.exact and right - left < BINS:
-            edges = np.arange(left - 0.5, right + 1)
+        if channel.binning.exact and right - left < 2 * BINS:
+            edges = np.arange(math.floor(left) - 0.5, right + 1)
         shares = np.histogram(values, edges, weights=counts)[0] / counts.sum()
         if not common:
             edges = (edges - low) / (high - low)
         colour = COLOURS[number] if len(channels) <= len(COLOURS) else _colour(number, len(channels))
         axes.stairs(shares, edges, color=colour, linewidth=1, label=f"channel {number}")
     axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, high / 1000))
     axes.set_xlabel(
         f"{name} value" if common else f"{name} value, as its share of the channel's own range",
         size=FONT_SIZE,
@@ -155,9 +169,13 @@ def _histogram(
     axes.set_ylabel("share of the pixels", size=FONT_SIZE, color=INK)
     dress(axes)
     if marked:
-        for end in set(bounds[0] if common else (0.0, 1.0)):
+        ends = bounds[0] if common else (0.0, 1.0)
+        note = "dashed: the range"
+        if narrow:
+            note = f"the range, {ends[0]:g} to {ends[1]:g}, goes on"
+        for end in () if narrow else ends:
             axes.axvline(end, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-        axes.set_title("dashed: the range", size=FONT_SIZE - 1, color=INK, loc="right", pad=3)
+        axes.set_title(note, size=FONT_SIZE - 1, color=INK, loc="right", pad=3)
     if len(channels) <= len(COLOURS):
         axes.legend(fontsize=FONT_SIZE - 1, frameon=False, labelcolor=INK)
     else:

@@ -163,6 +163,7 @@ def test_floats_beside_integers_have_no_common_range(
     assert "2 of uint16, 2 of float32" in text
     assert "no common range" in text
     assert "data:" not in text
+    assert (tmp_path / "out" / "sheet.png").is_file()
 
 
 RECIPE = """

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from pathlib import Path
 
 import pytest
 
 from etpp_ssl.cli import main
 from etpp_ssl.commands.keys import purpose
+from etpp_ssl.recipe import load_any
 from etpp_ssl.recipe_file import shipped_recipes
 
 
@@ -63,3 +67,41 @@ def test_a_name_is_trained_in_its_own_output_folder(
     few = ["data.num_images=64", "data.num_workers=0", "budget_epochs=1", "probe=none", "batch_size=16"]
     assert run(["pretrain", "quickstart", *few]) == 0
     assert (tmp_path / "runs" / "quickstart" / "recipe.yaml").is_file()
+
+
+STAND_INS = {
+    name: re.findall(r"data[.\w]*=\S+", line)
+    for name, file in shipped_recipes().items()
+    for line in file.read_text().splitlines()
+    if line.startswith("# Stand-in:")
+}
+SMALL = ["image_size=32", "model.patch_size=8", "model.embed_dim=24", "model.depth=1", "model.num_heads=2",
+         "model.decoder={embed_dim: 16, depth: 1, num_heads: 2}", "precision=fp32", "budget_epochs=1",
+         "batch_size=16", "curriculum.stages=[{bandwidth: 16, share: 0.5}, {bandwidth: 32, share: 0.5}]",
+         "data.num_images=48", "data.num_eval_images=16", "data.num_workers=0", "data.range=null",
+         "probe.every_steps=null"]  # fmt: skip
+
+
+def test_there_are_stand_ins() -> None:
+    assert sorted(STAND_INS) == ["dicom_xray_vit_small", "eurosat_ms_vit_small", "microscopy_5ch_vit_small"]
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_a_stand_in_is_inspected_and_trained(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["inspect", name, *STAND_INS[name], *SMALL, "--write", "mine.yaml"]) == 0
+    assert run(["pretrain", "mine.yaml", "output=run"]) == 0
+    assert "outside data.range" not in capsys.readouterr().err
+    recipe = load_any("run")
+    own = load_any(name)
+    assert recipe.in_chans == own.in_chans
+    assert recipe.data.range is not None
+    assert recipe.data.mean is not None
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(row["loss"]) for row in rows if "loss" in row)
+    # Without a range 8 bits would lose them.
+    assert run(["pretrain", name, *STAND_INS[name], *SMALL, "output=other"]) == 2
+    assert "etpp inspect" in capsys.readouterr().err
+    assert not Path("other").exists()

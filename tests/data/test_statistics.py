@@ -72,6 +72,13 @@ def test_other_types_are_within_a_4096th(dtype: str) -> None:
         assert channel.levels() is None
 
 
+def test_zeros_of_floats_are_zeros() -> None:
+    image = np.repeat(np.array([-2, 0, 0, -0.0, 1], np.float32), 20).reshape(5, 20, 1)
+    (channel,) = counted([image]).channels["float32"]
+    assert channel.quantile(0.5) == 0
+    assert channel.quantile(0.3) == 0
+
+
 def test_every_bin_of_floats_stands_for_a_value_of_its_own() -> None:
     channel = Channel(np.dtype(np.float32))
     bits = np.random.default_rng(0).integers(0, 2**32, 20_000, dtype=np.uint64).astype(np.uint32)
