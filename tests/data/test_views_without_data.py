@@ -99,6 +99,8 @@ def test_a_picture_without_enough_data_is_unreadable() -> None:
         with pytest.raises(UnreadableImage, match="enough pixels with data"):
             view(picture(scene(0.0)), 0, (10, 14))
     with pytest.raises(UnreadableImage, match="its centre crop has no pixel with data"):
+        EvalView(SIZE, 0.5)(picture(scene(0.1)), 0, SIZE)
+    with pytest.raises(UnreadableImage, match="no pixel with data"):
         EvalView(SIZE, 0.875)(picture(scene(0.0)), 0, SIZE)
 
 
