@@ -16,28 +16,23 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from etpp_ssl.config import UserError, as_pair, show_size
+from etpp_ssl.config import UserError, show_size
 from etpp_ssl.model.encoders import encode_visible, fixed_positions_at, num_prefix_positions
 from etpp_ssl.model.patches import grid_of
 from etpp_ssl.model.pos_embed import sincos_table
+from etpp_ssl.model.timm_net import stride_of
 
 
 def map_stride(net: Any) -> tuple[int, int]:
-    """(p, q) pixels per entry of a map: a ViT's patch, otherwise the network's total stride.
+    """(p, q) pixels per entry of a map; see `stride_of`.
 
     Raises:
         UserError: if the network does not tell its stride.
     """
-    info = getattr(net, "feature_info", None)
-    patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
-    own = as_pair(patch if isinstance(patch, int) else tuple(patch)) if patch else None
-    total = int(info[-1]["reduction"]) if info else 0
-    # Networks with stages have a patch embedding too, finer than their total stride.
-    if own is not None and max(own) >= total:
-        return own
-    if not total:
+    stride = stride_of(net)
+    if stride is None:
         raise UserError(f"a {type(net).__name__} does not tell its stride, so it has no map of patches")
-    return total, total
+    return stride
 
 
 def check_whole(size: tuple[int, int], patch: tuple[int, int]) -> None:

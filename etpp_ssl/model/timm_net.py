@@ -88,14 +88,23 @@ def stride(architecture: str, args: dict[str, Any]) -> tuple[int, int]:
         UserError: if the network does not tell its stride.
     """
     net = meta_net(architecture, args)
-    info = getattr(net, "feature_info", None)
-    if not info:
+    found = stride_of(net)
+    if found is None or not getattr(net, "feature_info", None):
         raise UserError(f"model.name {architecture} does not tell its stride: take another network")
-    total = int(info[-1]["reduction"])
-    patch = getattr(getattr(net, "patch_embed", None), "patch_size", total)
+    return found
+
+
+def stride_of(net: Any) -> tuple[int, int] | None:
+    """Pixels per entry of a network's last map, and axis: a ViT's patch, otherwise the total stride.
+
+    None where the network does not tell it.
+    """
+    info = getattr(net, "feature_info", None)
+    total = int(info[-1]["reduction"]) if info else 0
+    patch = getattr(getattr(net, "patch_embed", None), "patch_size", None) or total
     pair = as_pair(patch if isinstance(patch, int) else tuple(patch))
     # Networks with stages have a patch embedding too, finer than their total stride.
-    return pair if max(pair) >= total else (total, total)
+    return (pair if max(pair) >= total else (total, total)) if max(pair) else None
 
 
 def check_sizes(
