@@ -113,17 +113,27 @@ def finetune(recipe: RecipeArgument, overrides: Overrides = None, fork: Fork = N
 
 
 @app.command()
-def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time a few steps of each stage here, and print hours.")
+    ] = False,
+) -> None:
     """Print stages, learning rate, memory and cost, without training."""
-    only_main_process()
+    if not measure:
+        only_main_process()
     with short_process():
         from etpp_ssl.recipe import load_any
         from etpp_ssl.run_folder import RunFolder
         from etpp_ssl.train.plan import plan_run, print_plan
+        from etpp_ssl.train.time_budget import measured_speed
 
         chosen = load_any(recipe, overrides or ())
         folder = RunFolder(recipe) if os.path.isdir(recipe) else None
-        print_plan(plan_run(chosen, folder), table_console())
+        speed = measured_speed(chosen) if measure else None
+        if is_main_process():
+            print_plan(plan_run(chosen, folder, speed), table_console())
 
 
 @app.command()
