@@ -213,7 +213,6 @@ def prepare_run(run: Run) -> None:
         *recipe.notes,
         *(unused_weights(recipe.model.name, recipe.init) if run.state.step == 0 else ()),
         *replay_notes(recipe.crop_view(), recipe.in_chans, stages),
-        *run.task.start_notes(stages, recipe.precision),
     ):
         run.progress.say(note)
     if recipe.tracker.name != "none":

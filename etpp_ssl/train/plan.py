@@ -241,6 +241,7 @@ def cost_of(task: Task, shown: Shown) -> Cost:
     return count_cost(lambda: task.losses(task.forward(task.model, inputs), inputs)["loss"], task.model)
 
 
+UNITS = ("", "k", "M", "G", "T", "P", "E")
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 60
 
@@ -319,12 +320,15 @@ def _stage_tables(plan: Plan, width: int) -> Iterator[Table]:
 
 
 def _compute(plan: Plan) -> str:
-    """Operations of the whole run, and how they compare with the baseline."""
-    key = " (baseline_epochs)" if plan.recipe.baseline_epochs else ""
+    """Operations of the whole run, and how they compare with the baseline where the recipe has one."""
+    digits = min(6, max(3, (len(str(plan.total_flops)) - 1) // 3))
+    compute = f"compute: {plan.total_flops / 1000**digits:.4g} {UNITS[digits]}FLOP"
+    if plan.recipe.baseline_epochs is None:
+        return compute
     return (
-        f"compute: {plan.total_flops / 1e18:.4g} EFLOP; computed speed-up over "
-        f"{plan.baseline_epochs:.4g} epochs{key} at full resolution: {plan.speedup_by_area:.2f}x by the area "
-        f"rule, {plan.speedup_by_flops:.2f}x by counted FLOPs"
+        f"{compute}; computed speed-up over {plan.baseline_epochs:.4g} epochs (baseline_epochs) at full "
+        f"resolution: {plan.speedup_by_area:.2f}x by the area rule, {plan.speedup_by_flops:.2f}x by counted "
+        f"FLOPs"
     )
 
 
