@@ -194,7 +194,7 @@ def _draw(axes: Axes, x: np.ndarray, y: np.ndarray, index: int, count: int, step
         axes.plot(x, y, **style, ls=turns(index, count), zorder=3)
     if len(x) <= FEW_POINTS:
         # Marks that coincide, like rings around each other.
-        axes.plot(x, y, color=colour, ls="", marker="o", markersize=3 + 2 * (count - 1 - index))
+        axes.plot(x, y, color=colour, ls="", marker="o", markersize=3 + 2 * min(count - 1 - index, 3))
     return len(x) > 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -143,6 +144,17 @@ def test_the_plan_is_printed_with_its_learning_rate_and_speedup(
     text = out.getvalue()
     for words in ("8x12", "16x24", "rounded to 8x12", "half-cosine", "▁", "over 6 epochs", "GB"):
         assert words in text
+
+
+def test_compute_is_told_in_a_unit_that_fits_and_a_speed_up_needs_a_baseline(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    out = io.StringIO()
+    plan = plan_run(tiny_recipe())
+    for flops, told in ((2.5e8, "0.25 GFLOP"), (3.969e13, "39.69 TFLOP"), (4.2e18, "4.2 EFLOP")):
+        print_plan(replace(plan, total_flops=int(flops)), Console(file=out, width=140))
+        assert f"compute: {told}" in out.getvalue()
+    assert "speed-up" not in out.getvalue()
 
 
 def test_weights_that_a_name_asks_for_and_nothing_loads_are_told(
