@@ -113,17 +113,27 @@ def finetune(recipe: RecipeArgument, overrides: Overrides = None, fork: Fork = N
 
 
 @app.command()
-def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time a few steps of each stage here, and print hours.")
+    ] = False,
+) -> None:
     """Print stages, learning rate, memory and cost, without training."""
-    only_main_process()
+    if not measure:
+        only_main_process()
     with short_process():
         from etpp_ssl.recipe import load_any
         from etpp_ssl.run_folder import RunFolder
+        from etpp_ssl.train.launch import measured_speed
         from etpp_ssl.train.plan import plan_run, print_plan
 
         chosen = load_any(recipe, overrides or ())
         folder = RunFolder(recipe) if os.path.isdir(recipe) else None
-        print_plan(plan_run(chosen, folder), table_console())
+        speed = measured_speed(chosen) if measure else None
+        if is_main_process():
+            print_plan(plan_run(chosen, folder, speed), table_console())
 
 
 @app.command()
@@ -203,35 +213,42 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a run's classifier: accuracy, calibration, recall of each class, confusion matrix."""
-    from etpp_ssl.commands.evaluate import evaluate_run, place_of
-    from etpp_ssl.evaluation.measured_on import in_words, training_mark
-    from etpp_ssl.recipe import FinetuneRecipe
+    from etpp_ssl.commands.evaluate import classifier_of, evaluate_run, place_of
+    from etpp_ssl.evaluation.measured_on import in_words, shown_number, training_mark
     from etpp_ssl.report.confusion import check_evaluation_place, write_evaluation
     from etpp_ssl.run_folder import RunFolder
 
-    folder, recipe = RunFolder(run), FinetuneRecipe.load(run, overrides or ())
+    folder, recipe = RunFolder(run), classifier_of(run, overrides or ())
     place = check_evaluation_place(place_of(recipe, folder) if out is None else out)
     evaluated = evaluate_run(recipe, folder, say)
     if is_main_process():
         # Before they are written: what has been computed is not lost with a disk.
-        print(f"images: {in_words(evaluated.data)}")
+        beside = f"; {evaluated.without_looking}" if evaluated.without_looking else ""
+        print(f"images: {in_words(evaluated.data)}{beside}")
         mark = f" ({training_mark(evaluated.data)})" if training_mark(evaluated.data) else ""
         for name, value in evaluated.result.numbers().items():
             if value is not None:
-                print(f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4f}{mark}")
+                print(f"{name} {shown_number(name, value)}{'' if isinstance(value, int) else mark}")
         sys.stdout.flush()
         write_evaluation(place, evaluated.result, evaluated.classes, evaluated.protocol, evaluated.data)
         print(f"evaluation: {place}")
 
 
 @app.command()
-def probe(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def probe(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    untrained: Annotated[
+        bool,
+        typer.Option("--untrained", help="Probe the encoder with initial weights, too, for comparison."),
+    ] = False,
+) -> None:
     """Evaluate an encoder as it stands: a run's, or with a recipe the weights of init=FILE-or-RUN."""
     from etpp_ssl.commands.probe import probe_run
     from etpp_ssl.recipe import load_probed
 
     with stops("probe"):
-        probe_run(load_probed(recipe, overrides or ()), recipe, say)
+        probe_run(load_probed(recipe, overrides or ()), recipe, say, untrained=untrained)
 
 
 @app.command()
@@ -253,6 +270,10 @@ def embed(
         Pool | None, typer.Option(help="cls token or mean of the patch tokens; by default the encoder's own.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that are loaded together.")] = 256,
+    precision: Annotated[
+        Literal["fp32", "bf16"],
+        typer.Option(help="fp32 gives an export's features; bf16 is faster on a GPU."),
+    ] = "fp32",
 ) -> None:
     """Write features, labels and file names of a data set, from a run or from a recipe with init=WEIGHTS."""
     from etpp_ssl.commands.embed import embed as write_features
@@ -269,6 +290,7 @@ def embed(
         split=split,
         pool=pool,
         batch_size=batch_size,
+        precision=precision,
         say=say,
     )
     if is_main_process():
@@ -299,6 +321,8 @@ def export(
         write = official.export_mae if to == "mae" else official.export_transformers
         folder = write(run, out, license_name=license, say=say)
     print(f"{to}: {folder}")
+    if to == "timm":
+        say(f'in Python: timm.create_model("local-dir:{folder}", pretrained=True)')
 
 
 @app.command()
@@ -390,7 +414,10 @@ def reconstruct(
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Folders of runs.")],
     out: Annotated[
-        Path | None, typer.Option(help="HTML file to write; by default RUN/report/index.html of the first.")
+        Path | None,
+        typer.Option(
+            help="HTML file to write; by default RUN/report/index.html, of several runs comparison.html."
+        ),
     ] = None,
 ) -> None:
     """Write one HTML page about a run, or about several side by side."""

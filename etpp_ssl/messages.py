@@ -95,7 +95,15 @@ def _first_mistake(error: ValidationError, root: type[BaseModel]) -> str:
         return f"{key}: {first['msg'].removeprefix('Value error, ')}"
     quotes = "; put it in quotes" if kind == "string_type" and isinstance(value, int | float) else ""
     message = first["msg"].removeprefix("Input ")
-    return f"{key} is {shown(value)}: it {message}{quotes}"
+    default = _default_instead(models, path[-1]) if value is None else ""
+    return f"{key} is {shown(value)}: it {message}{quotes}{default}"
+
+
+def _default_instead(models: list[type[BaseModel]], key: str) -> str:
+    """What to give in the place of a null, which often means that somebody wants nothing of it."""
+    fields = [model.model_fields[key] for model in models if key in model.model_fields]
+    defaults = {field.default for field in fields if isinstance(field.default, bool | int | float | str)}
+    return f"; its default is {shown(defaults.pop())}" if len(defaults) == 1 else ""
 
 
 def _meant(word: str, root: type[BaseModel]) -> list[str]:

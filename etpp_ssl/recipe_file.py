@@ -44,8 +44,8 @@ def shipped_recipes() -> dict[str, Path]:
     return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 
-def find_recipe(source: str | Path, folder: Path = Path(), what: str = "recipe") -> Path:
-    """The file of a recipe: a path that exists, or else the name of a recipe that comes with the package.
+def find_recipe(source: str | Path, folder: Path = Path(), what: str = "recipe or run") -> Path:
+    """A path that exists, a recipe's or a run's, or else the file of a recipe that comes with the package.
 
     Args:
         source: path or name.

@@ -272,6 +272,7 @@ def test_a_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
             ["probe=knn", "probe.select_on=eval"],
             ["probe.select_on: settings are not chosen on 'eval'", "use holdout", "training images"],
         ),
+        (["data.holdout=null"], ["data.holdout is null: it should be a valid integer; its default is 0"]),
         (["probe=linear_cached", "probe.select_on=test"], ["not chosen on 'test'", "use holdout"]),
         (["probe=linear_cached", "probe.holdout_share=1"], ["probe.holdout_share is 1", "less than 1"]),
         (["probe=linear_cached", "probe.base_lrs=[0.1, 0]"], ["probe.base_lrs: [0.1, 0.0] is not a list"]),

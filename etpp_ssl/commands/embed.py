@@ -19,10 +19,10 @@ from etpp_ssl.evaluation.features import (
     EvaluationLoader,
     Features,
     Pool,
+    Precision,
     Windows,
     extract_features,
     pool_of,
-    run_precision,
     write_embeddings,
 )
 from etpp_ssl.evaluation.measured_on import measured_on
@@ -67,11 +67,10 @@ def embed(
     split: str,
     pool: Pool | None,
     batch_size: int,
+    precision: Precision = "fp32",
     say: Callable[[str], None],
 ) -> Path:
     """Write features of all readable images of a split; see `etpp_ssl.evaluation.features`.
-
-    The forward pass is in bf16 if that is the recipe's precision.
 
     Args:
         recipe: the data and the model, of any task; a classifier's features are what its head reads.
@@ -80,6 +79,7 @@ def embed(
         split: "train" or "eval".
         pool: cls token or mean of the patch tokens; None is the encoder's own.
         batch_size: images that are loaded together.
+        precision: of the forward pass. In fp32 features are what an export gives, to the last bit.
         say: told of damaged checkpoints, of the number of images and of those that are left out.
 
     Returns:
@@ -106,7 +106,9 @@ def embed(
         stall_seconds=recipe.data.stall_seconds,
     )
     images = range(len(source))
-    features = extract_features(loader, encoder, source, images, pool=pool, batch_size=batch_size)
+    features = extract_features(
+        loader, encoder, source, images, pool=pool, batch_size=batch_size, precision=precision
+    )
     unreadable = len(source) - len(features.indices)
     if unreadable == len(source):
         raise UserError(f"none of the {unreadable} images of the {split} split can be read")
@@ -127,7 +129,7 @@ def embed(
                 **{key: str(value) for key, value in measured.items()},
                 "weights": trained.source,
                 "pool": pool or pool_of(encoder),
-                "precision": run_precision(accelerator),
+                "precision": precision,
                 "image_size": show_size(recipe.size),
                 "crop_pct": f"{recipe.data.crop_pct:g}",
                 "num_unreadable": str(unreadable),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +13,10 @@ from etpp_ssl.config import UserError
 from etpp_ssl.dist.accelerator import open_accelerator, process_as_found
 from etpp_ssl.dist.peers import leave, with_peers
 from etpp_ssl.evaluation.classification import ClassificationResult
-from etpp_ssl.evaluation.measured_on import measured_on
+from etpp_ssl.evaluation.measured_on import measured_on, without_looking
 from etpp_ssl.recipe import FinetuneRecipe
+from etpp_ssl.recipe_base import task_of
+from etpp_ssl.recipe_file import RecipeText
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.tasks.classify import open_evaluation
 
@@ -35,6 +37,23 @@ class Evaluated(NamedTuple):
     """Checkpoint, weights, split and size that the numbers are of."""
     data: dict[str, Any]
     """The images; see `etpp_ssl.evaluation.measured_on`."""
+    without_looking: str
+    """See there."""
+
+
+def classifier_of(run: str, overrides: Sequence[str]) -> FinetuneRecipe:
+    """The recipe of a classifier's run, with overrides.
+
+    Raises:
+        UserError: if there is no run, or it is of another task.
+    """
+    text = RecipeText.read(run, overrides)
+    if task_of(text) != "finetune":
+        raise UserError(
+            f"run {run!r} is of a masked autoencoder, which has no classes to get right; `etpp probe {run}` "
+            f"measures its encoder"
+        )
+    return FinetuneRecipe.of_text(text)
 
 
 def place_of(recipe: FinetuneRecipe, folder: RunFolder) -> Path:
@@ -92,4 +111,4 @@ def evaluate_run(recipe: FinetuneRecipe, folder: RunFolder, say: Callable[[str],
     result = evaluation.run(trained.model.to(accelerator.device))
     data = measured_on(recipe, recipe.evaluate.split, evaluation.source, trained.trainings)
     leave(accelerator)
-    return Evaluated(result, classes, protocol, data)
+    return Evaluated(result, classes, protocol, data, without_looking(evaluation.source))

@@ -11,11 +11,17 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from etpp_ssl.commands.trained import trained_model
+from etpp_ssl.commands.trained import trained_model, untrained_model
 from etpp_ssl.config import Interrupted, UserError
 from etpp_ssl.dist.accelerator import StopRequest, open_accelerator, process_as_found
 from etpp_ssl.dist.peers import Agreement, leave, with_peers
-from etpp_ssl.evaluation.measured_on import in_words, measured_on, training_mark
+from etpp_ssl.evaluation.measured_on import (
+    in_words,
+    measured_on,
+    shown_number,
+    training_mark,
+    without_looking,
+)
 from etpp_ssl.files import append_line, check_place, disk_fault
 from etpp_ssl.recipe import ProbedClassifier, Recipe
 from etpp_ssl.run_folder import RunFolder
@@ -24,7 +30,9 @@ from etpp_ssl.tasks.mae import build_probe
 
 @process_as_found()
 @with_peers()
-def probe_run(recipe: Recipe | ProbedClassifier, source: str, say: Callable[[str], None]) -> dict[str, float]:
+def probe_run(
+    recipe: Recipe | ProbedClassifier, source: str, say: Callable[[str], None], *, untrained: bool = False
+) -> dict[str, float]:
     """Run the recipe's probe on a run's newest checkpoint, or on the weights that `init` names.
 
     The result is printed, and then appended, with its protocol and a record of its images, to
@@ -35,6 +43,7 @@ def probe_run(recipe: Recipe | ProbedClassifier, source: str, say: Callable[[str
         source: the run's folder or a recipe's file. With a recipe, the weights are those of `init`, or where
             that is null those of the run in the recipe's output folder.
         say: told what is probed, and about the progress of a long probe.
+        untrained: whether the encoder is probed with the recipe's initial weights, too.
 
     Returns:
         The probe's named numbers.
@@ -68,13 +77,20 @@ def probe_run(recipe: Recipe | ProbedClassifier, source: str, say: Callable[[str
     assert probe is not None
     try:
         numbers = probe.run(trained.model.to(accelerator.device))
+        reference = {}
+        if untrained:
+            classes = trained.classes or recipe.open_split("train").classes
+            initial = untrained_model(recipe, classes).to(accelerator.device)
+            reference = {f"untrained_{name}": value for name, value in probe.run(initial).items()}
     except Interrupted:
         leave(accelerator)
         raise
     if accelerator.is_main_process:
         data = measured_on(recipe, "eval", probe.evaluation, [*trained.trainings, (recipe, None)])
-        _print(recipe, numbers, data)
+        _print(recipe, numbers, reference, data, without_looking(probe.evaluation))
         row = {**trained.weights, "protocol": recipe.probe.model_dump(), "data": data, **numbers}
+        if reference:
+            row["untrained"] = reference
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             append_line(file, json.dumps(row))
@@ -93,12 +109,25 @@ def _fault_of(file: Path) -> str:
     return ""
 
 
-def _print(recipe: Recipe | ProbedClassifier, numbers: dict[str, float], data: dict[str, Any]) -> None:
-    protocol = " ".join(f"{k}={v}" for k, v in recipe.probe.model_dump().items() if v is not None)
-    print(f"probe: {protocol}\nimages: {in_words(data)}")
+def _print(
+    recipe: Recipe | ProbedClassifier,
+    numbers: dict[str, float],
+    reference: dict[str, float],
+    data: dict[str, Any],
+    without_looking: str,
+) -> None:
+    """The protocol and the images in a line each, then the values."""
+    # When a run probes says nothing of this probe.
+    protocol = recipe.probe.model_dump(exclude={"every_steps"}, exclude_none=True)
+    print("probe: " + " ".join(f"{key}={value}" for key, value in protocol.items()))
+    accuracy = any(name.endswith("top1") for name in numbers)
+    beside = f"; {without_looking}" if accuracy and without_looking else ""
+    print(f"images: {in_words(data)}{beside}")
     mark = training_mark(data)
     for name, value in numbers.items():
-        print(f"{name} {value:.6g}" + (f" ({mark})" if mark else ""), flush=True)
+        print(f"{name} {shown_number(name, value, 6)}" + (f" ({mark})" if mark else ""), flush=True)
+    for name, value in reference.items():
+        print(f"{name} {shown_number(name, value, 6)}", flush=True)
 
 
 def _takes_init(recipe: Recipe | ProbedClassifier, source: str, folder: RunFolder) -> bool:

@@ -47,7 +47,7 @@ def trained_model(
     if folder is not None:
         checkpoint = folder.trained(say)
         classes = checkpoint.classes()
-        model = _built(recipe, classes or None)
+        model = untrained_model(recipe, classes or None)
         load_trained(model, checkpoint)
         weights = {
             "step": checkpoint.step,
@@ -57,17 +57,19 @@ def trained_model(
     if recipe.init is None:
         raise UserError("there are no weights: give the folder of a run, or init=WEIGHTS with the recipe")
     if isinstance(recipe, FinetuneRecipe):
-        model = _built(recipe, recipe.open_split("train").classes)
+        model = untrained_model(recipe, recipe.open_split("train").classes)
         load_classifier_init(model.encoder, recipe.init, say)
     else:
-        model = _built(recipe, None)
+        model = untrained_model(recipe, None)
         load_init(model, recipe.init, say)
     origin = RunFolder(Path(recipe.init).expanduser())
     trainings = [_training(origin, origin.trained(say))] if origin.exists() else []
     return Trained(model, {"init": recipe.init}, recipe.init, trainings, [])
 
 
-def _built(recipe: Recipe | FinetuneRecipe, classes: list[str] | None) -> Any:
+def untrained_model(recipe: Recipe | FinetuneRecipe, classes: list[str] | None) -> Any:
+    """The recipe's model with its initial weights, on the CPU; `classes` are those of a classifier."""
+
     def build() -> nn.Module:
         if isinstance(recipe, FinetuneRecipe):
             return recipe.build_model(recipe.num_classes(classes))

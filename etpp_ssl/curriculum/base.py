@@ -299,6 +299,7 @@ def legal_bandwidth(
         if rounded[axis] < 2 * multiple[axis]:
             raise UserError(
                 f"curriculum bandwidth {asked} leaves fewer than two patches of "
-                f"{show_size(multiple)} px per axis; use at least {2 * multiple[axis]} there"
+                f"{show_size(multiple)} px per axis; use at least {2 * multiple[axis]} there, in "
+                f"curriculum.stages, or curriculum=constant"
             )
     return rounded

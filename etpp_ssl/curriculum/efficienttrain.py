@@ -158,7 +158,8 @@ class EfficientTrain(Curriculum):
         if merged[-1].bandwidth != size:
             raise UserError(
                 f"curriculum.stages: the last stage shows {show_size(merged[-1].bandwidth)}, "
-                f"but a run ends at the full image, {show_size(size)}"
+                f"but a run ends at the full image, {show_size(size)}; curriculum.stages=null takes the "
+                f"published table, which is scaled to it"
             )
         super().__init__(merged, image_size=size, num_images=num_images, budget_epochs=budget_epochs)
 

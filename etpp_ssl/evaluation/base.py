@@ -21,7 +21,8 @@ from etpp_ssl import moved
 from etpp_ssl.config import Config, UserError, may_change
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import Subset, keyed_indices, with_classes
-from etpp_ssl.evaluation.features import EvaluationLoader, Features, Pool, Precision, extract_features
+from etpp_ssl.evaluation.feature_cache import kept_features
+from etpp_ssl.evaluation.features import EvaluationLoader, Features, Pool, Precision
 from etpp_ssl.model.masking import Masker
 from etpp_ssl.randomness import keyed_words
 from etpp_ssl.targets.base import Objective
@@ -46,7 +47,8 @@ class ProbeContext(EvaluationLoader):
     masker: Masker | None
     seed: int
     folder: Path | None = None
-    """Where a long probe keeps its state, so that an interrupted one can be resumed; None keeps none."""
+    """Where a long probe keeps its state, so that an interrupted one can be resumed, and others keep features
+    for the next probe; None keeps none."""
     stop_signal: Callable[[], AbstractContextManager[Callable[[], int]]] = _never
     """Entered by a long probe that has a `folder`. Inside, signals are recorded instead of acted on, and the
     function that it yields returns the one that any process received, or 0. That is a collective, which
@@ -174,7 +176,8 @@ class LabelledImages:
             ("eval", self.evaluation, config.num_eval),
         ):
             indices = drawn_indices(source, split, count, context.seed)
-            features = extract_features(
+            features = kept_features(
+                None if context.folder is None else context.folder / "features",
                 context,
                 cast("nn.Module", model.encoder),
                 source,

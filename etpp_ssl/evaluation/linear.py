@@ -28,6 +28,7 @@ from etpp_ssl.config import Interrupted, UserError, may_change, may_change_on_re
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.views import ProbeView
 from etpp_ssl.evaluation.base import LabelledImages, ProbeContext
+from etpp_ssl.evaluation.feature_cache import state_key
 from etpp_ssl.evaluation.features import Pool, evaluating, gather_rows, num_features, pooled_features
 from etpp_ssl.evaluation.training import (
     EpochSteps,
@@ -36,7 +37,6 @@ from etpp_ssl.evaluation.training import (
     epoch_steps,
     evaluated,
     frozen,
-    state_key,
     training_batches,
 )
 from etpp_ssl.optim.optimizers import Lars

@@ -60,6 +60,29 @@ def measured_on(
     }
 
 
+def shown_number(name: str, value: float, digits: int = 4) -> str:
+    """A result as people read it: accuracies and recalls are in per cent."""
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.{digits}g}" + (" %" if name.endswith(("top1", "top5", "recall")) else "")
+
+
+def without_looking(source: ImageSource) -> str:
+    """What a classifier gets right without looking at the images; empty where labels are not known.
+
+    Args:
+        source: the evaluation images, under the classes of training.
+    """
+    labels = source.all_labels() if source.classes else None
+    if not labels or not source.classes:
+        return ""
+    label, count = Counter(labels).most_common(1)[0]
+    return (
+        f"without looking: {shown_number('top1', 100 / len(source.classes))} by chance, "
+        f"{shown_number('top1', 100 * count / len(labels))} by class {source.classes[label]} alone"
+    )
+
+
 def training_mark(record: dict[str, Any] | None) -> str:
     """What has to stand beside a number of such a record: empty unless training images are among them."""
     count = (record or {}).get("trained_on")

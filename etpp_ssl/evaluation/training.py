@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -236,17 +234,3 @@ class ProbeState:
         for number, slots in self.optimizer.state_dict()["state"].items():
             found |= {f"optimizer.{number}.{slot}": tensor for slot, tensor in slots.items()}
         return {name: tensor.detach().contiguous() for name, tensor in found.items()}
-
-
-def state_key(encoder: nn.Module, **protocol: Any) -> str:
-    """Hash of what a state belongs to, the encoder's tensors and a protocol, as 12 hexadecimal digits.
-
-    Args:
-        encoder: every tensor of its state dict counts, to the last bit.
-        protocol: what JSON can hold.
-    """
-    digest = hashlib.blake2b(json.dumps(protocol, sort_keys=True).encode(), digest_size=6)
-    for name, tensor in encoder.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

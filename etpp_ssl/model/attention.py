@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from einops import rearrange
@@ -37,14 +37,7 @@ GRAPHS_PER_SHAPE = 6
 """Graphs of one: of encoder and decoder, for whole micro-batches, the last one of a batch, and evaluation."""
 
 
-class Choice(NamedTuple):
-    """A kernel and why it was taken."""
-
-    fused: bool
-    reason: str
-
-
-def choose_kernel(name: AttentionName, device: str, dtype: torch.dtype, num_tokens: int) -> Choice:
+def is_fused(name: AttentionName, device: str, dtype: torch.dtype, num_tokens: int) -> bool:
     """The attention kernel to use: torch's `scaled_dot_product_attention` (fused) or plain products.
 
     Args:
@@ -54,16 +47,11 @@ def choose_kernel(name: AttentionName, device: str, dtype: torch.dtype, num_toke
         num_tokens: N.
     """
     if name != "auto":
-        return Choice(name == "fused", "model.attention says so")
-    if device != "cpu":
-        return Choice(True, f"kernels for {device} are made for it")
-    if num_tokens > UNFUSED_TOKENS:
-        return Choice(True, f"more than {UNFUSED_TOKENS} tokens: memory")
-    if dtype != torch.float32:
-        return Choice(False, "the fused backward pass is slow in half precision on a CPU")
-    if num_tokens <= FLOAT32_UNFUSED_TOKENS:
-        return Choice(False, f"no slower on a CPU up to {FLOAT32_UNFUSED_TOKENS} tokens, faster with AVX2")
-    return Choice(True, f"faster on a CPU beyond about {FLOAT32_UNFUSED_TOKENS} tokens")
+        return name == "fused"
+    if device != "cpu" or num_tokens > UNFUSED_TOKENS:
+        return True
+    # The fused backward pass is slow in half precision on a CPU.
+    return dtype == torch.float32 and num_tokens > FLOAT32_UNFUSED_TOKENS
 
 
 class CrossAttention(nn.Module):
@@ -89,7 +77,7 @@ class CrossAttention(nn.Module):
         q = rearrange(self.q(queries), "b m (h d) -> b h m d", h=self.num_heads)
         k, v = rearrange(self.kv(memory), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
         longest = max(queries.shape[1], memory.shape[1])
-        if choose_kernel(self.kernel, q.device.type, q.dtype, longest).fused:
+        if is_fused(self.kernel, q.device.type, q.dtype, longest):
             mixed = F.scaled_dot_product_attention(q, k, v)
         else:
             mixed = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(dim=-1) @ v

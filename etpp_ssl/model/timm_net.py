@@ -32,7 +32,7 @@ import etpp_ssl.model.zoo.cswin
 import etpp_ssl.model.zoo.pvt  # noqa: F401  These two register what timm lacks.
 from etpp_ssl.config import UserError, as_pair, show_size
 from etpp_ssl.messages import close_names, shown
-from etpp_ssl.model.attention import AttentionName, CrossAttention, choose_kernel, unfused_attention
+from etpp_ssl.model.attention import AttentionName, CrossAttention, is_fused, unfused_attention
 from etpp_ssl.model.zoo.swin import make_resizable
 from etpp_ssl.randomness import ShapesOnly, keyed_words
 
@@ -353,7 +353,7 @@ class SelfAttention(Attention):
         if not self.training or not no_mask or not self._has_no_extras():
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         qkv = self.qkv(x)
-        if choose_kernel(self.kernel, qkv.device.type, qkv.dtype, qkv.shape[1]).fused:
+        if is_fused(self.kernel, qkv.device.type, qkv.dtype, qkv.shape[1]):
             q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
             mixed = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
         else:

@@ -6,7 +6,7 @@ Sizes on paper are in inches; the fonts are chosen for a page that shows one inc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -50,6 +50,8 @@ class Quantity:
     from_zero: bool = False
     broken: bool = False
     """Whether the curve is interrupted between stages, because their values are not comparable."""
+    task: str | None = None
+    """Runs of other tasks are left out."""
 
 
 QUANTITIES = (
@@ -72,12 +74,17 @@ class XAxis:
 
 
 def quantities(histories: Sequence[History]) -> list[Quantity]:
-    """All quantities in the runs' logs, including the losses of a combined target's parts."""
+    """All quantities in the runs' logs, including the losses of a combined target's parts.
+
+    The losses of masked autoencoders and of classifiers do not compare, so they have a figure each.
+    """
     keys = dict.fromkeys(key for history in histories for row in history.rows for key in row)
     parts = [key for key in keys if key.startswith("loss_")]
     whole, *others = QUANTITIES
+    tasks = sorted({history.recipe.task for history in histories}, reverse=True)
+    wholes = [replace(whole, label=f"{whole.label} ({task})", task=task) for task in tasks]
     return [
-        whole,
+        *(wholes if len(tasks) > 1 else [whole]),
         *(Quantity(key, f"part of the loss: {key[5:]}", whole.note, broken=True) for key in parts),
         *others,
     ]
@@ -109,8 +116,9 @@ def curve_figure(histories: Sequence[History], quantity: Quantity, x_axis: XAxis
     figure, axes = _empty(x_axis.label)
     drawn = False
     for index, history in enumerate(histories):
-        x, y = points(history.rows, quantity, x_axis)
-        drawn |= _draw(axes, x, y, index, stepped=quantity.key == "bandwidth")
+        if quantity.task in (None, history.recipe.task):
+            x, y = points(history.rows, quantity, x_axis)
+            drawn |= _draw(axes, x, y, index, len(histories), stepped=quantity.key == "bandwidth")
     if quantity.from_zero and drawn:
         axes.set_ylim(bottom=0)
     return figure if drawn else None
@@ -126,7 +134,7 @@ def probe_figures(histories: Sequence[History], x_axis: XAxis) -> dict[str, Figu
         for index, history in enumerate(histories):
             rows = [row for row in history.probes if number(row.get(key)) is not None]
             x = _probe_positions(history, rows, x_axis)
-            _draw(axes, x, np.array([row[key] for row in rows], dtype=float), index)
+            _draw(axes, x, np.array([row[key] for row in rows], dtype=float), index, len(histories))
             longest = max(longest, len(rows))
         if longest >= 2:
             figures[key] = figure
@@ -176,16 +184,17 @@ def _probe_positions(history: History, rows: list[dict[str, Any]], x_axis: XAxis
     return np.asarray(np.interp(steps, at, there)) / x_axis.divisor
 
 
-def _draw(axes: Axes, x: np.ndarray, y: np.ndarray, index: int, stepped: bool = False) -> bool:
-    # Lines that coincide: the first is drawn wider, so that it shows on both sides of the others.
+def _draw(axes: Axes, x: np.ndarray, y: np.ndarray, index: int, count: int, stepped: bool = False) -> bool:
     colour, is_dashed = line_of(index)
-    (line,) = axes.plot(x, y, color=colour, lw=1.5 if index else 2.0)
-    if is_dashed:
-        line.set_linestyle("--")
+    style: dict[str, Any] = {"color": colour, "lw": 1.5}
     if stepped:
-        line.set_drawstyle("steps-pre")
+        style["drawstyle"] = "steps-pre"
+    axes.plot(x, y, **style, ls="--" if is_dashed else "-")
+    if count > 1 and not is_dashed:
+        axes.plot(x, y, **style, ls=turns(index, count), zorder=3)
     if len(x) <= FEW_POINTS:
-        line.set(marker="o", markersize=3)
+        # Marks that coincide, like rings around each other.
+        axes.plot(x, y, color=colour, ls="", marker="o", markersize=3 + 2 * min(count - 1 - index, 3))
     return len(x) > 0
 
 
@@ -199,7 +208,7 @@ def _empty(x_label: str) -> tuple[Figure, Axes]:
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
     return figure, axes
 
 
@@ -240,9 +249,10 @@ def stages_figure(
     rates = learning_rate if isinstance(learning_rate, Mapping) else {"": learning_rate}
     for index, rate in enumerate(rates.values()):
         colour = colours[index % len(colours)] if rates is learning_rate else INK
-        # The first is wider, so that it shows on both sides of one that coincides.
-        width = 1.8 if index or len(rates) == 1 else 2.6
-        rate_axes.plot(100 * shares, [rate(share) for share in shares.tolist()], color=colour, lw=width)
+        rate_axes.plot(100 * shares, [rate(share) for share in shares.tolist()], color=colour, lw=1.8)
+    for index, line in enumerate(rate_axes.lines if len(rates) > 1 else ()):
+        dashes = turns(index, len(rates))
+        rate_axes.plot(*line.get_data(), color=line.get_color(), lw=1.8, linestyle=dashes, zorder=3)
     for index, (name, curriculum) in enumerate(curricula.items()):
         colour = colours[index % len(colours)]
         label = f"{name} ({images_gained(curriculum):.3g}× the images)"
@@ -264,9 +274,8 @@ def stages_figure(
         seen = [stage.first_slot for stage in curriculum.stages] + [curriculum.num_slots]
         images_axes.plot(starts, seen, color=colour, lw=1.8)
         if len(curricula) > 1:
-            # Dashes that take turns, above all solid lines: runs that coincide all stay visible.
-            turns = (4 * index, (4, 4 * (len(curricula) - 1)))
-            images_axes.plot(starts, seen, color=colour, lw=1.8, linestyle=turns, zorder=3)
+            dashes = turns(index, len(curricula))
+            images_axes.plot(starts, seen, color=colour, lw=1.8, linestyle=dashes, zorder=3)
     _dress_stages(figure, list(curricula.values()))
     if legend:
         figure.legend(
@@ -297,7 +306,7 @@ def _dress_stages(figure: Figure, curricula: list[Curriculum]) -> None:
     rate_axes.set_ylabel("learning rate")
     rate_axes.set_ylim(bottom=0)
     rate_axes.yaxis.set_major_locator(MaxNLocator(3))
-    rate_axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    rate_axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
     rate_axes.set_xlabel("share of the run's compute (%)")
     rate_axes.set_xlim(0, 100)
     changes = {100 * stage.progress for curriculum in curricula for stage in curriculum.stages[1:]}
@@ -315,6 +324,19 @@ def dress(axes: Axes, font_size: float = FONT_SIZE) -> None:
     """Draw the frame faintly, and the numbers along it in ink."""
     axes.tick_params(labelsize=font_size, color=FAINT, labelcolor=INK)
     axes.spines[:].set_color(FAINT)
+
+
+def turns(index: int, count: int) -> tuple[float, tuple[float, float]]:
+    """Dashes of the line at `index` of `count`, which take turns where lines coincide.
+
+    Drawn above all solid lines; over its own one the dashes do not show.
+    """
+    return 4.0 * index, (4.0, 4.0 * (count - 1))
+
+
+def plain(value: float) -> str:
+    """A number along an axis, as one reads it beside its neighbours: 0.00008 below 0.00016, not 8e-05."""
+    return f"{value:,.12f}".rstrip("0").rstrip(".")
 
 
 def _far_enough(values: list[int], distance: float) -> bool:

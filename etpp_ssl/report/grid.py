@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from etpp_ssl.config import UserError, show_size
+from etpp_ssl.data.sources.base import images_of
 from etpp_ssl.data.views import EvalView
 from etpp_ssl.files import check_place, replaced_file
 from etpp_ssl.recipe import FinetuneRecipe
@@ -24,7 +25,7 @@ SIDE = 224
 """Images are enlarged, by a whole number, to about this many dots."""
 DPI = 100
 MARGIN, GAP, NARROWEST = 14, 18, 168
-LINE, LETTER = 15, 6.9
+LINE, LETTER, BOLD_LETTER = 15, 6.9, 8.0
 """Height of a line and mean width of a letter, in dots, at `FONT_SIZE` and `DPI`."""
 
 
@@ -79,7 +80,7 @@ def write_grids(
         )
     else:
         inputs, split = images_of_run(run, count)
-        say(f"{len(inputs)} images of the {split} data")
+        say(f"{images_of(len(inputs))} of the {split} data")
     check_place(folder / "picture.png")
     viewer = Viewer.of_run(run, seed)
     viewer.load(checkpoint)
@@ -161,7 +162,7 @@ def grid_figure(rows: Sequence[Sequence[Panel]], heading: str, times: int) -> Fi
     ]
     width = 2 * MARGIN + max(sum(row) + GAP * (len(row) - 1) for row in slots)
     head = textwrap.wrap(heading, int((width - 2 * MARGIN) / LETTER))
-    caption_lines = [max(1 + len(notes) for _, notes in row) for row in captions]
+    caption_lines = [max(len(titles) + len(notes) for titles, notes in row) for row in captions]
     row_heights = [
         LINE * lines + 6 + max(picture.shape[0] for picture in row)
         for lines, row in zip(caption_lines, pictures, strict=True)
@@ -180,10 +181,9 @@ def grid_figure(rows: Sequence[Sequence[Panel]], heading: str, times: int) -> Fi
         pictures, slots, captions, caption_lines, row_heights, strict=True
     ):
         left = MARGIN
-        for picture, slot, (title, notes) in zip(row, places, texts, strict=True):
-            write(title, left, top, "bold")
-            for number, line in enumerate(notes):
-                write(line, left, top + LINE * (number + 1))
+        for picture, slot, (titles, notes) in zip(row, places, texts, strict=True):
+            for number, line in enumerate((*titles, *notes)):
+                write(line, left, top + LINE * number, "bold" if number < len(titles) else "normal")
             picture_top = top + LINE * lines + 6
             figure.figimage(picture, left, height - picture_top - picture.shape[0], origin="upper")
             left += slot + GAP
@@ -197,5 +197,9 @@ def _enlarged(panel: Panel, times: int) -> np.ndarray:
     return panel.picture.repeat(times, axis=0).repeat(times, axis=1)
 
 
-def _caption(panel: Panel, slot: int) -> tuple[str, list[str]]:
-    return panel.title, textwrap.wrap(panel.note, int(slot / LETTER))
+def _caption(panel: Panel, slot: int) -> tuple[list[str], list[str]]:
+    """The lines of its title and of its note."""
+    return (
+        textwrap.wrap(panel.title, int(slot / BOLD_LETTER)),
+        textwrap.wrap(panel.note, int(slot / LETTER)),
+    )

@@ -43,7 +43,8 @@ def write_report(
 
     Args:
         run_dirs: run folders, finished or not.
-        out: the file to write; by default `report/index.html` in the first run's folder.
+        out: the file to write; by default `report/index.html` in the run's folder, of several runs
+            `report/comparison.html` in the first one's.
         say: told of damaged checkpoints and of the steps that take time.
 
     Returns:
@@ -53,7 +54,8 @@ def write_report(
         UserError: if a folder is not a run, or the file cannot be written.
     """
     histories = read_histories(run_dirs, say)
-    file = Path(out) if out is not None else Path(run_dirs[0]) / "report" / "index.html"
+    name = "index.html" if len(histories) == 1 else "comparison.html"
+    file = Path(out) if out is not None else Path(run_dirs[0]) / "report" / name
     check_place(file)
     text = page(histories, say)
     with replaced_file(file) as aside:

@@ -54,7 +54,9 @@ def _summary_of(history: History) -> dict[str, str]:
         "data": recipe.data.name,
     }
     if history.curriculum is not None and len(history.curriculum.stages) > 1:
-        values["images gained"] = f"{images_gained(history.curriculum):.3g} x those at full size"
+        values["images for its compute"] = (
+            f"{images_gained(history.curriculum):.3g} times as many as at full size"
+        )
     epochs, images, seconds = (number(last.get(k)) for k in ("equivalent_epochs", "images_seen", "seconds"))
     if epochs is not None:
         whole = f" of {history.curriculum.equivalent_epochs:.4g}" if history.curriculum is not None else ""

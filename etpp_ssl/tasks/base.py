@@ -9,14 +9,13 @@ Legend: B batch, C channels, h, w pixels at the bandwidth.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from etpp_ssl.curriculum.base import Stage
 from etpp_ssl.curriculum.cost import Cost
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.sources.base import ImageSource
@@ -119,10 +118,6 @@ class Task(ABC):
 
     def plan_notes(self, full: Cost) -> list[str]:
         """Sentences below the table of `etpp plan`; `full` is an image's cost at full resolution."""
-        return []
-
-    def start_notes(self, stages: Sequence[Stage], precision: str) -> list[str]:
-        """Sentences about the device's kernels, for the start of a run."""
         return []
 
 

@@ -6,7 +6,7 @@ patch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,15 +16,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from etpp_ssl.config import show_size
-from etpp_ssl.curriculum.base import Stage
 from etpp_ssl.curriculum.cost import Cost, count_cost
 from etpp_ssl.curriculum.frequency import low_frequency_crop, pixels_with_data
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.evaluation.base import Probe, ProbeContext
 from etpp_ssl.messages import members_at, name_of
-from etpp_ssl.model.attention import AttentionName, choose_kernel
-from etpp_ssl.model.decoders import CrossDecoder
 from etpp_ssl.model.mae import AnyDecoder, MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.masking import MaskCounts, Masker, MaskRatioRamp
 from etpp_ssl.model.patches import grid_of
@@ -152,12 +149,6 @@ class MaskedAutoencoding(Task):
         )
         return notes
 
-    def start_notes(self, stages: Sequence[Stage], precision: str) -> list[str]:
-        """See `attention_notes`."""
-        counts = [self.masker.counts(stage.bandwidth, stage.progress) for stage in stages]
-        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        return attention_notes(self.model, counts, self.config.attention, dtype)
-
     def _decoder_flops(self, config: AnyDecoder, grid: tuple[int, int], counts: MaskCounts) -> int:
         return decoder_flops(config, self.model, grid, counts, self.objective.num_values)
 
@@ -251,29 +242,3 @@ def other_decoders(config: AnyDecoder) -> list[AnyDecoder]:
     shape = {"embed_dim": config.embed_dim, "depth": config.depth, "num_heads": config.num_heads}
     kinds = members_at(ModelConfig, ["decoder"])
     return [kind.model_validate(shape) for kind in kinds if name_of(kind) != config.name]  # type: ignore[misc]
-
-
-def attention_notes(
-    model: MaskedAutoencoder, counts: Iterable[MaskCounts], attention: AttentionName, dtype: torch.dtype
-) -> list[str]:
-    """One sentence per attention kernel in use: the numbers of tokens it serves, and the reason.
-
-    Args:
-        model: on its device.
-        counts: patches of the images of each stage.
-        attention: the recipe's choice.
-        dtype: that the model computes in.
-    """
-    device, lengths = next(model.parameters()).device, set()
-    for patches in counts:
-        encoded = model.encoder.num_prefix_tokens + patches.num_keep
-        crossed = isinstance(model.decoder, CrossDecoder)
-        lengths |= {encoded, max(encoded, patches.num_predict) if crossed else encoded + patches.num_predict}
-    served: dict[tuple[bool, str], list[str]] = {}
-    for length in sorted(lengths):
-        choice = choose_kernel(attention, device.type, dtype, length)
-        served.setdefault((choice.fused, choice.reason), []).append(str(length))
-    return [
-        f"attention over {', '.join(tokens)} tokens: {'fused' if fused else 'unfused'} ({reason})"
-        for (fused, reason), tokens in served.items()
-    ]

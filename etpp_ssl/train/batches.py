@@ -147,7 +147,9 @@ class BadImages:
         for image in batch.bad:
             if image.index not in self.known:
                 self.known[image.index] = image.name
-                self.progress.say(f"unreadable image {image.name!r}: {image.reason}; replaced")
+                self.progress.say(
+                    f"unreadable image {image.name!r}: {image.reason}; another one takes its place"
+                )
                 self._check(image.reason)
 
     def share(self, num_processes: int, gather: Callable[[Any], Any] = gather_object) -> None:
@@ -162,7 +164,8 @@ class BadImages:
                 for index in known.keys() - self.known.keys():
                     self.known[index] = known[index]
                     self.progress.say(
-                        f"unreadable image {known[index]!r}, met by process {process}; replaced"
+                        f"unreadable image {known[index]!r}, met by process {process}; another one "
+                        f"takes its place"
                     )
             self._check("see the messages above")
 

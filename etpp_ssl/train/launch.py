@@ -5,6 +5,7 @@ Opening resolves a recipe into components, once. Everything is checked before an
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,8 +38,8 @@ from etpp_ssl.train.nonfinite import NonFinite, rewind
 from etpp_ssl.train.records import write_status
 from etpp_ssl.train.run import Run, weight_average
 from etpp_ssl.train.start import check_room, starting_point, write_plan
-from etpp_ssl.train.summary import tell_end, tell_start
-from etpp_ssl.train.time_budget import decide_steps
+from etpp_ssl.train.summary import counted, tell_end, tell_start
+from etpp_ssl.train.time_budget import Speed, decide_steps, measure
 
 
 @process_as_found()
@@ -313,7 +314,6 @@ def prepare_run(run: Run) -> None:
         *recipe.notes,
         *(unused_weights(recipe.model.name, recipe.init) if run.state.step == 0 else ()),
         *replay_notes(recipe.crop_view(), recipe.in_chans, stages),
-        *run.task.start_notes(stages, recipe.precision),
     ):
         run.progress.say(note)
     if recipe.tracker.name != "none":
@@ -339,3 +339,21 @@ def prepare_folder(run: Run) -> None:
     run.metrics.cut_back(state.step)
     write_plan(folder, state.plan)
     flush(folder.path)
+
+
+@process_as_found()
+@with_peers()
+def measured_speed(recipe: Recipe | FinetuneRecipe) -> Speed:
+    """How fast a recipe's run is here. It is opened anew, and leaves nothing; every process must call it.
+
+    Raises:
+        UserError: for anything that keeps the run from starting.
+    """
+    with tempfile.TemporaryDirectory() as nowhere:
+        run = open_run(recipe.model_copy(update={"output": nowhere}))
+        evaluation = f" and one {run.task.evaluation.how}" if run.task.evaluation is not None else ""
+        run.progress.say(f"measuring {counted(len(run.curriculum.stages), 'stage')}{evaluation} ...")
+        with freed_memory_kept(run.accelerator.device):
+            speed = measure(run)
+        leave(run.accelerator)
+    return speed

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from etpp_ssl.config import RunFault, show_size
 from etpp_ssl.curriculum.base import Curriculum
+from etpp_ssl.evaluation.measured_on import shown_number
 from etpp_ssl.files import append_line, disk_fault, flush
 from etpp_ssl.run_folder import RunFolder, parse_row
 from etpp_ssl.run_state import TrainState
@@ -342,7 +343,5 @@ def clock(seconds: float) -> str:
 def shown_numbers(numbers: Mapping[str, float | None]) -> str:
     """Named numbers in one line, without those that are None."""
     return ", ".join(
-        f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}"
-        for name, value in numbers.items()
-        if value is not None
+        f"{name} {shown_number(name, value)}" for name, value in numbers.items() if value is not None
     )

@@ -1,4 +1,7 @@
-"""What a recipe would cost, computed without training, data or memory, and printed."""
+"""What a recipe would cost, computed without training, data or memory, and printed.
+
+Only time has to be measured, by `etpp_ssl.train.launch.measured_speed`.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,10 @@ from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.tasks.base import Shown, Task
 from etpp_ssl.train.depth import check_depth
 from etpp_ssl.train.launch import bare_task
+from etpp_ssl.train.log import clock
 from etpp_ssl.train.memory import replay_bytes, replay_notes
-from etpp_ssl.train.summary import short_run_warnings
+from etpp_ssl.train.summary import described_evaluation, short_run_warnings
+from etpp_ssl.train.time_budget import Speed
 
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and AdamW's two moments, in float32."""
@@ -79,11 +84,22 @@ class Plan:
     speedup_by_area: float
     """Area-rule compute of `baseline_epochs` at full resolution over this run's."""
     speedup_by_flops: float
+    speed: Speed | None
+    """Of this machine, where it was measured."""
     notes: list[str]
     warnings: list[str]
 
+    @property
+    def seconds(self) -> float:
+        """That the whole run takes at the measured speed, evaluations included."""
+        assert self.speed is not None
+        steps = [row.stage.num_steps for row in self.stages]
+        return sum(n * s for n, s in zip(steps, self.speed.pace, strict=True)) + self.speed.evaluation
 
-def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -> Plan:
+
+def plan_run(
+    recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None, speed: Speed | None = None
+) -> Plan:
     """Compute the plan of a recipe.
 
     Images at hand are counted; `data.num_images` stands for those that are not.
@@ -91,6 +107,7 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
     Args:
         recipe: the run.
         folder: its folder, which knows what a budget in hours has become.
+        speed: of this machine, which tells what a budget in hours would become.
 
     Raises:
         UserError: for anything that would keep the run from starting, as far as it shows without data.
@@ -118,6 +135,8 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
         curriculum.portions,
     ):
         recorded = None
+    if recorded is None and speed is not None and recipe.budget_hours is not None:
+        recorded = speed.plan(curriculum, recipe.budget_hours)
     if recorded is not None:
         curriculum = curriculum.laid_out(recorded.segments)
     if isinstance(recipe, Recipe):
@@ -184,6 +203,7 @@ def plan_run(recipe: Recipe | FinetuneRecipe, folder: RunFolder | None = None) -
         baseline_epochs=baseline_epochs,
         speedup_by_area=baseline_images / sum(area),
         speedup_by_flops=baseline_images * at_full.flops / sum(flops),
+        speed=speed,
         notes=[
             *recipe.notes,
             *unused_weights(recipe.model.name, recipe.init),
@@ -210,7 +230,7 @@ def _found(recipe: Recipe | FinetuneRecipe, training: TrainingImages) -> list[st
             images = recipe.open_split(split)
             if training.classes and images.classes:
                 images = with_classes(images, training.classes)
-            lines.append(f"evaluation: {images.describe()}")
+            lines.append(f"evaluation: {described_evaluation(recipe, images)}")
     except UserError as error:
         lines.append(f"warning: training would not start here: {error}")
     return lines
@@ -227,6 +247,7 @@ def cost_of(task: Task, shown: Shown) -> Cost:
     return count_cost(lambda: task.losses(task.forward(task.model, inputs), inputs)["loss"], task.model)
 
 
+UNITS = ("", "k", "M", "G", "T", "P", "E")
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 60
 
@@ -246,6 +267,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.decided:
         console.print(_compute(plan))
     console.print(_memory(plan))
+    if plan.speed is not None:
+        console.print(_time(plan, plan.speed))
     for warning in plan.warnings:
         console.print(f"warning: {warning}")
 
@@ -281,6 +304,7 @@ def _stage_tables(plan: Plan, width: int) -> Iterator[Table]:
             "FLOP share": f"{row.flops_share:.1%}",
             **row.columns,
             "memory": f"{row.memory_bytes / 1e9:.2f} GB",
+            **_timed(plan.speed, row.stage),
         }
         for row in plan.stages
     ]
@@ -302,12 +326,15 @@ def _stage_tables(plan: Plan, width: int) -> Iterator[Table]:
 
 
 def _compute(plan: Plan) -> str:
-    """Operations of the whole run, and how they compare with the baseline."""
-    key = " (baseline_epochs)" if plan.recipe.baseline_epochs else ""
+    """Operations of the whole run, and how they compare with the baseline where the recipe has one."""
+    digits = min(6, max(3, (len(str(plan.total_flops)) - 1) // 3))
+    compute = f"compute: {plan.total_flops / 1000**digits:.4g} {UNITS[digits]}FLOP"
+    if plan.recipe.baseline_epochs is None:
+        return compute
     return (
-        f"compute: {plan.total_flops / 1e18:.4g} EFLOP; computed speed-up over "
-        f"{plan.baseline_epochs:.4g} epochs{key} at full resolution: {plan.speedup_by_area:.2f}x by the area "
-        f"rule, {plan.speedup_by_flops:.2f}x by counted FLOPs"
+        f"{compute}; computed speed-up over {plan.baseline_epochs:.4g} epochs (baseline_epochs) at full "
+        f"resolution: {plan.speedup_by_area:.2f}x by the area rule, {plan.speedup_by_flops:.2f}x by counted "
+        f"FLOPs"
     )
 
 
@@ -315,6 +342,22 @@ def _memory(plan: Plan) -> str:
     at_a_time = " / ".join(str(size) for size in dict.fromkeys(row.micro_batch for row in plan.stages))
     return f"memory is estimated per process, for {at_a_time} images at a time in {plan.recipe.precision}" + (
         "" if plan.recipe.micro_batch_size else " (set micro_batch_size to accumulate smaller ones)"
+    )
+
+
+def _timed(speed: Speed | None, stage: Stage) -> dict[str, str]:
+    if speed is None:
+        return {}
+    seconds = speed.steps[stage.index]
+    return {"images/s": f"{stage.batch_size / seconds:,.4g}", "time": clock(seconds * stage.num_steps)}
+
+
+def _time(plan: Plan, speed: Speed) -> str:
+    """Hours of the whole run at the measured speed."""
+    evaluation = f", {clock(speed.evaluation)} for each evaluation included" if speed.evaluation else ""
+    return (
+        f"time: {clock(plan.seconds)} at the speed of a few steps of each stage, measured on "
+        f"{speed.machine}{evaluation}"
     )
 
 

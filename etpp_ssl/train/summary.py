@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
+from functools import partial
 
 import torch
 
 from etpp_ssl.curriculum.base import Curriculum
+from etpp_ssl.data.sources.base import ImageSource, images_of
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.train.log import clock, shown_numbers
 from etpp_ssl.train.run import Run
 
 FEWEST_STEPS, FEWEST_WARMUP_STEPS = 10, 2
 """Fewer are warned of: nothing much can be learned in them."""
+INDENT = 14 * " "
+COPIED = ("output", "weights", "next")
+"""Lines of paths and commands."""
 
 
 def short_run_warnings(recipe: Recipe | FinetuneRecipe, curriculum: Curriculum) -> list[str]:
@@ -41,9 +47,7 @@ def short_run_warnings(recipe: Recipe | FinetuneRecipe, curriculum: Curriculum) 
 
 def tell_start(run: Run) -> None:
     """Say in one block what is about to be trained, on what, and where it goes."""
-    recipe, curriculum, accelerator = run.recipe, run.curriculum, run.accelerator
-    device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    curriculum = run.curriculum
     batches = " / ".join(dict.fromkeys(f"{stage.batch_size:,}" for stage in curriculum.stages))
     done = f", of which {run.state.step:,} are done" if run.state.step else ""
     _tell(
@@ -53,12 +57,21 @@ def tell_start(run: Run) -> None:
         evaluation=_evaluation(run),
         steps=f"{curriculum.num_steps:,}{done}; batches of {batches} images, "
         f"{curriculum.equivalent_epochs:.4g} equivalent epochs",
-        on=f"{name} in {recipe.precision}, {counted(accelerator.num_processes, 'process')} with "
-        f"{counted(recipe.data.num_workers, 'data worker')}",
+        on=machine_of(run),
         output=str(run.folder.path),
     )
-    for warning in short_run_warnings(recipe, curriculum):
+    for warning in short_run_warnings(run.recipe, curriculum):
         run.progress.say(f"warning: {warning}")
+
+
+def machine_of(run: Run) -> str:
+    """Device, precision, processes and data workers."""
+    device = run.accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return (
+        f"{name} in {run.recipe.precision}, {counted(run.accelerator.num_processes, 'process')} with "
+        f"{counted(run.recipe.data.num_workers, 'data worker')}"
+    )
 
 
 def _evaluation(run: Run) -> str:
@@ -67,7 +80,16 @@ def _evaluation(run: Run) -> str:
     if evaluation is None:
         return "none"
     every = f"every {counted(evaluation.every_steps, 'step')} and " if evaluation.every_steps else ""
-    return f"{evaluation.images.describe()}; {evaluation.how} {every}after the last step"
+    images = described_evaluation(run.recipe, evaluation.images)
+    return f"{images}; {evaluation.how} {every}after the last step"
+
+
+def described_evaluation(recipe: Recipe | FinetuneRecipe, images: ImageSource) -> str:
+    """The evaluation images of a recipe, for people who have read of its training images."""
+    split = recipe.evaluate.split if isinstance(recipe, FinetuneRecipe) else "eval"
+    if recipe.data.holdout and split != "train":
+        return f"{images_of(len(images))} kept from training (data.holdout)"
+    return images.describe()
 
 
 def tell_end(run: Run) -> None:
@@ -97,10 +119,15 @@ def tell_end(run: Run) -> None:
 
 
 def _tell(run: Run, **lines: str) -> None:
-    """Lines of text, each under its name."""
+    """Lines of text, each under its name; on a terminal they are folded, but for what is to be copied."""
+    console = run.progress.console
     for name, text in lines.items():
-        for number, line in enumerate(text.splitlines()):
-            run.progress.say(f"  {'' if number else name:<10}  {line}")
+        rows = text.splitlines()
+        if console.is_terminal and name not in COPIED:
+            fold = partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
+            rows = [part for row in rows for part in fold(row, width=max(console.width - len(INDENT), 20))]
+        for number, row in enumerate(rows):
+            run.progress.say(INDENT[:2] + f"{'' if number else name:<{len(INDENT) - 2}}{row}")
 
 
 def counted(count: int, what: str) -> str:

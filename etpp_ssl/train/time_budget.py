@@ -1,4 +1,4 @@
-"""A budget in hours: how fast each stage is, and how many steps it gets for that.
+"""How fast each stage is on this machine, and how many steps a budget in hours gives it for that.
 
 `decide_steps` measures before the first step, `replan_steps` corrects at every end of a segment. The
 arithmetic is in `curriculum/hours.py`. All processes take the main one's clock, so that all have the same
@@ -8,13 +8,13 @@ plan. A plan is recorded with every checkpoint: between two plans a run is a fun
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate.utils import broadcast_object_list
 
 from etpp_ssl.config import UserError
-from etpp_ssl.curriculum.base import Stage
+from etpp_ssl.curriculum.base import Curriculum, Stage
 from etpp_ssl.curriculum.hours import TimePlan, first_plan, replan, shortest_seconds
 from etpp_ssl.dist.sharding import own_parts
 from etpp_ssl.optim.optimizers import set_learning_rate
@@ -22,11 +22,51 @@ from etpp_ssl.tasks.base import forward_backward
 from etpp_ssl.train.batches import TrainingBatches
 from etpp_ssl.train.run import Run
 from etpp_ssl.train.start import write_plan
+from etpp_ssl.train.summary import machine_of
 
 FEWEST_STEPS, MOST_STEPS = 3, 1000
 MOST_SECONDS = 10.0
 MOST_SHARE = 0.01
-"""Measuring a stage ends, between these steps, once it took `MOST_SECONDS` or this share of the budget."""
+"""Measuring a stage ends, between these steps, once it took `MOST_SECONDS` or this share of a budget in
+hours."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a run is on a machine, in seconds."""
+
+    steps: tuple[float, ...]
+    """Of one training step of each stage."""
+    evaluation: float
+    """Of one evaluation; 0 where there is none."""
+    every_steps: int | None
+    """Steps between two evaluations, beside the last one."""
+    elapsed: float
+    """That measuring took."""
+    machine: str
+    """For people."""
+
+    @property
+    def pace(self) -> list[float]:
+        """Seconds per step of each stage, evaluations between steps included."""
+        between = self.evaluation / self.every_steps if self.every_steps else 0.0
+        return [seconds + between for seconds in self.steps]
+
+    def plan(self, curriculum: Curriculum, hours: float) -> TimePlan:
+        """The steps that a new run has in `hours`.
+
+        Raises:
+            UserError: if they are too short for one step of each segment.
+        """
+        need = self.elapsed + self.evaluation + shortest_seconds(curriculum, self.pace)
+        if 3600 * hours < need:
+            raise UserError(
+                f"budget_hours {hours:g} is too short: measuring, one step of each segment and the last "
+                f"evaluation take {_shown(need)}, so give more than {need / 3600:.2g}"
+            )
+        return first_plan(
+            curriculum, hours=hours, pace=self.pace, elapsed=self.elapsed, reserve=self.evaluation
+        )
 
 
 def decide_steps(run: Run) -> None:
@@ -41,19 +81,10 @@ def decide_steps(run: Run) -> None:
     if hours is None or run.state.plan is not None:
         return
     run.progress.say(f"measuring the stages' speed, to fill {_shown(3600 * hours)}")
-    start = run.clock()
-    pace, evaluation_seconds = _measure(run)
-    elapsed = _agreed(run.clock() - start)
-    need = elapsed + evaluation_seconds + shortest_seconds(run.curriculum, pace)
-    if 3600 * hours < need:
-        raise UserError(
-            f"budget_hours {hours:g} is too short: measuring, one step of each segment and the last "
-            f"evaluation take {_shown(need)}, so give more than {need / 3600:.2g}"
-        )
-    run.state.elapsed = elapsed
-    _adopt(
-        run, first_plan(run.curriculum, hours=hours, pace=pace, elapsed=elapsed, reserve=evaluation_seconds)
-    )
+    speed = measure(run)
+    plan = speed.plan(run.curriculum, hours)
+    run.state.elapsed = speed.elapsed
+    _adopt(run, plan)
 
 
 def replan_due(run: Run) -> bool:
@@ -86,12 +117,13 @@ def _adopt(run: Run, plan: TimePlan) -> None:
     )
 
 
-def _measure(run: Run) -> tuple[list[float], float]:
-    """Seconds per step of each stage, evaluations included, and seconds of one evaluation.
+def measure(run: Run) -> Speed:
+    """Time a few steps of each stage, and one evaluation; every process must call it.
 
     Trains with a learning rate of zero on real batches, and leaves no trace: weights, optimizer, loss
     scale and random generators are as before, and the order of samples has no memory.
     """
+    began = run.clock()
     device, scaler = run.accelerator.device, run.accelerator.scaler
     weights = {name: value.to("cpu", copy=True) for name, value in own_parts(run.bare_model).items()}
     scale = scaler.state_dict() if scaler is not None else None
@@ -99,21 +131,20 @@ def _measure(run: Run) -> tuple[list[float], float]:
     untouched = deepcopy(run.optimizer.state_dict())
     run.model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        pace = [_step_seconds(run, stage) for stage in run.curriculum.stages]
-        evaluation_seconds = _evaluation_seconds(run)
+        steps = tuple(_step_seconds(run, stage) for stage in run.curriculum.stages)
+        evaluation = _evaluation_seconds(run)
     for name, value in own_parts(run.bare_model).items():
         value.copy_(weights[name])
     run.optimizer.load_state_dict(untouched)
     if scaler is not None:
         scaler.load_state_dict(scale)
-    every = run.task.evaluation and run.task.evaluation.every_steps
-    return [seconds + (evaluation_seconds / every if every else 0.0) for seconds in pace], evaluation_seconds
+    every_steps = run.task.evaluation.every_steps if run.task.evaluation is not None else None
+    return Speed(steps, evaluation, every_steps, _agreed(run.clock() - began), machine_of(run))
 
 
 def _step_seconds(run: Run, stage: Stage) -> float:
-    assert run.recipe.budget_hours is not None
-    streams = run.state.streams
-    enough = min(MOST_SECONDS, MOST_SHARE * 3600 * run.recipe.budget_hours)
+    hours, streams = run.recipe.budget_hours, run.state.streams
+    enough = MOST_SECONDS if hours is None else min(MOST_SECONDS, MOST_SHARE * 3600 * hours)
     # The first step allocates and tunes; and every worker has a batch ready when the first one arrives,
     # so that only later batches show how fast they come.
     warm_up = 1 + run.recipe.data.num_workers

@@ -144,7 +144,7 @@ def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") 
     tensors: dict[str, Tensor] = {}
     heads = sorted(name for name in names if name.partition(".")[0] in _HEADS)
     if heads:
-        notes.append(f"what follows the encoder is dropped ({listed(heads)})")
+        notes.append(f"what follows the encoder is dropped ({_in_short(heads)})")
     table = None
     if "decoder_pos_embed" in names:
         registers = state_dict["reg_token"].shape[1] if "reg_token" in names else 0
@@ -199,7 +199,7 @@ def in_timm_names(
     has_decoder = "decoder_embed.weight" in tensors
     dropped = {k for k in tensors if k.startswith("pooler.") or (has_decoder and k.startswith(_MAE_DECODER))}
     if dropped:
-        notes.append(f"{_DROPPED} ({listed(sorted(dropped))})")
+        notes.append(f"{_DROPPED} ({_in_short(dropped)})")
     kept = {name: value for name, value in tensors.items() if name not in dropped}
     if is_ours:
         layout = "a masked autoencoder of etpp_ssl"
@@ -212,8 +212,14 @@ def _below(tensors: Mapping[str, Tensor], prefix: str, notes: list[str]) -> dict
     """What stands below a prefix; a note names the rest."""
     dropped = sorted(name for name in tensors if not name.startswith(prefix))
     if dropped:
-        notes.append(f"{_DROPPED} ({listed(dropped)})")
+        notes.append(f"{_DROPPED} ({_in_short(dropped)})")
     return below(tensors, prefix)
+
+
+def _in_short(names: Collection[str]) -> str:
+    """Names of tensors; of more than two those of the parts that they belong to."""
+    parts = {name if len(names) <= 2 or "." not in name else f"{name.partition('.')[0]}.*" for name in names}
+    return listed(sorted(parts))
 
 
 def _others_names(

@@ -13,7 +13,7 @@ from tiny_runs import written
 
 from etpp_ssl.cli import main
 from etpp_ssl.evaluation.features import read_embeddings
-from etpp_ssl.recipe import FinetuneRecipe
+from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
 
 Write = Callable[..., Path]
@@ -48,6 +48,18 @@ def test_each_split_and_data_set_has_its_result(write_run: Write, capsys: pytest
         "data": "synthetic", "root": "synthetic eval", "split": "eval", "holdout": 0, "num_images": 24,
         "fingerprint": "", "trained_on": 0,
     }  # fmt: skip
+
+
+def test_a_run_without_classes_is_told_what_measures_it(
+    tiny_recipe: Callable[..., Recipe], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe()
+    recipe.save(Path(recipe.output) / "recipe.yaml")
+    for overrides in ([], ["evaluate.split=train"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["evaluate", recipe.output, *overrides])
+        assert ended.value.code == 2
+        assert f"`etpp probe {recipe.output}` measures its encoder" in capsys.readouterr().err
 
 
 def test_training_images_are_marked_and_stand_in_no_card(

@@ -55,7 +55,8 @@ def test_an_unknown_name_is_one_sentence_with_close_names(
     monkeypatch.chdir(tmp_path)
     assert run([command, "cifar10_vit_mirco"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "recipe 'cifar10_vit_mirco' does not exist; " in line
+    what = "recipe" if command == "recipes" else "recipe or run"
+    assert f"error: {what} 'cifar10_vit_mirco' does not exist; " in line
     assert "cifar10_vit_micro" in line
     assert list(tmp_path.iterdir()) == []
 

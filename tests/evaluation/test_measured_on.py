@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from probe_data import write_coloured
 
-from etpp_ssl.evaluation.measured_on import in_words, measured_on, training_mark
+from etpp_ssl.evaluation.measured_on import (
+    in_words,
+    measured_on,
+    shown_number,
+    training_mark,
+    without_looking,
+)
 from etpp_ssl.recipe import Recipe
 
 Build = Callable[..., Recipe]
@@ -21,6 +27,33 @@ def photos(tmp_path: Path) -> Path:
     """36 training images and 18 of validation, whose names are among those of training."""
     write_coloured(tmp_path / "photos")
     return tmp_path / "photos"
+
+
+def test_what_guessing_gets_right_is_told(tiny_recipe: Build, tmp_path: Path) -> None:
+    write_coloured(tmp_path / "photos")
+    for file in sorted((tmp_path / "photos" / "val" / "red").iterdir())[2:]:
+        file.unlink()
+    recipe = tiny_recipe("data=folder", f"data.root={tmp_path}/photos", "data.labels=folders")
+    images = recipe.open_split("eval")
+    labels = images.all_labels()
+    assert labels is not None
+    assert images.classes is not None
+    most = max(range(len(images.classes)), key=labels.count)
+    share = 100 * labels.count(most) / len(labels)
+    assert without_looking(images) == (
+        f"without looking: {100 / len(images.classes):.4g} % by chance, {share:.4g} % by class "
+        f"{images.classes[most]} alone"
+    )
+    assert without_looking(tiny_recipe(*UNLABELLED, f"data.root={tmp_path}/photos").open_split("eval")) == ""
+
+
+def test_accuracies_and_recalls_are_in_per_cent() -> None:
+    numbers = {"knn_top1": 12.5, "top5": 8 / 3, "mean_recall": 50.0, "eval_loss": 2.25, "knn_k": 20}
+    shown = [shown_number(name, value) for name, value in numbers.items()]
+    assert shown == ["12.5 %", "2.667 %", "50 %", "2.25", "20"]
+
+
+UNLABELLED = ["data=folder", "data.labels=none"]
 
 
 @pytest.mark.parametrize(

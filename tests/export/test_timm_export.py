@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_runs import TINY
 
+from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
 from etpp_ssl.evaluation.features import pooled_features
 from etpp_ssl.export.card import final_norm
@@ -183,6 +185,19 @@ def test_the_card_has_the_probes_results_and_no_place_of_this_machine(
     assert "99.5" not in card
     assert str(tmp_path) not in card
     assert "root: images" in card
+
+
+def test_the_command_prints_the_line_that_loads_it(
+    tiny_recipe: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = pretrain(tiny_recipe("budget_epochs=0.3"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(run.folder.path)])
+    assert not ended.value.code
+    line = capsys.readouterr().err.splitlines()[-1]
+    model = eval(line.removeprefix("in Python: "), {"timm": timm})
+    assert torch.equal(model.state_dict()["pos_embed"], run.bare_model.encoder.state_dict()["pos_embed"])
 
 
 def test_exporting_again_replaces_and_other_folders_are_left_alone(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.report.figures import (
     INK,
     MOST_POINTS,
@@ -19,6 +23,7 @@ from etpp_ssl.report.figures import (
     XAxis,
     curve_figure,
     line_of,
+    plain,
     points,
     probe_figures,
     quantities,
@@ -26,6 +31,7 @@ from etpp_ssl.report.figures import (
 )
 from etpp_ssl.report.history import read_histories
 from etpp_ssl.report.markup import inline_svg
+from etpp_ssl.train.launch import finetune
 
 BY_KEY = {quantity.key: quantity for quantity in QUANTITIES}
 STEPS = XAxis("step", "steps", "optimizer steps")
@@ -77,6 +83,45 @@ def test_runs_have_colours_of_their_own_and_then_dashes() -> None:
     assert len(looks) == 2 * len(PALETTE)
 
 
+@pytest.mark.parametrize("key", ["loss", "bandwidth"])
+def test_curves_that_coincide_are_all_seen(key: str, run: Path, tmp_path: Path) -> None:
+    for name in ("second", "third"):
+        shutil.copytree(run, tmp_path / name)
+    histories = read_histories([run, tmp_path / "second", tmp_path / "third"], print)
+    figure = curve_figure(histories, BY_KEY[key], STEPS)
+    assert figure is not None
+    figure.set_dpi(300)
+    figure.axes[0].set_axis_off()
+    figure.canvas = FigureCanvasAgg(figure)
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].reshape(-1, 3)
+    for index in range(3):
+        colour = np.round(255 * np.array(to_rgb(line_of(index)[0])))
+        # A line of its own covers more than a thousand pixels.
+        assert (np.abs(pixels - colour).max(axis=1) < 8).sum() > 100, index
+
+
+def test_losses_of_classifiers_and_of_masked_autoencoders_have_a_figure_each(
+    run: Path, tiny_classifier: Callable[..., FinetuneRecipe], tmp_path: Path
+) -> None:
+    classifier = finetune(tiny_classifier(f"output={tmp_path / 'classifier'}", "budget_epochs=0.5"))
+    alone = read_histories([run], print)
+    both = read_histories([run, classifier.folder.path], print)
+    assert [quantity.label for quantity in quantities(alone)][:2] == ["training loss", "learning rate"]
+    losses = [quantity for quantity in quantities(both) if quantity.key == "loss"]
+    assert [quantity.label for quantity in losses] == ["training loss (pretrain)", "training loss (finetune)"]
+    for index, quantity in enumerate(losses):
+        figure = curve_figure(both, quantity, STEPS)
+        assert figure is not None
+        assert {line.get_color() for line in figure.axes[0].lines} == {line_of(index)[0]}
+
+
+def test_numbers_along_an_axis_are_written_alike() -> None:
+    assert [plain(value) for value in (0.0, 0.00008, 0.00016, 0.3, 12.0, 1_200_000.0)] == [
+        "0", "0.00008", "0.00016", "0.3", "12", "1,200,000",
+    ]  # fmt: skip
+
+
 def test_figures_overlay_all_runs_on_each_axis(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "other")
     histories = read_histories([run, tmp_path / "other"], print)
@@ -86,7 +131,8 @@ def test_figures_overlay_all_runs_on_each_axis(run: Path, tmp_path: Path) -> Non
         for quantity in QUANTITIES:
             figure = curve_figure(histories, quantity, axis)
             assert figure is not None
-            assert [line.get_color() for line in figure.axes[0].lines] == [line_of(0)[0], line_of(1)[0]]
+            whole = [line for line in figure.axes[0].lines if line.get_linestyle() == "-"]
+            assert [line.get_color() for line in whole] == [line_of(0)[0], line_of(1)[0]]
         (figure,) = probe_figures(histories, axis).values()
         x = figure.axes[0].lines[0].get_xdata()
         rows_at = {row["step"]: row[axis.key] for row in histories[0].rows}

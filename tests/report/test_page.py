@@ -154,6 +154,15 @@ def test_a_broken_run_beside_a_sound_one(run: Path, trained_run: Callable[[str],
     assert read.drawings == 3 * 5 + 1
 
 
+def test_a_page_about_several_runs_leaves_that_of_the_first_one(run: Path) -> None:
+    own = write_report([run], say=lambda _: None)
+    before = own.read_bytes()
+    shutil.copytree(run, run.parent / "other")
+    both = write_report([run, run.parent / "other"], say=lambda _: None)
+    assert both == run / "report" / "comparison.html"
+    assert own.read_bytes() == before
+
+
 def test_a_run_in_progress_may_remove_checkpoints_while_it_is_read(run: Path) -> None:
     remove_log(run)
     histories = read_histories([run], print)

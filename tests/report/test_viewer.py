@@ -179,7 +179,10 @@ def test_damaged_and_missing_checkpoints_are_named(run: Path) -> None:
 def test_panels_are_drawn_pixel_for_pixel_and_captions_stay_apart(size: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     note = "brightness and contrast estimated from visible neighbours"
-    panel, large = Panel("prediction, in place", note, pixels), Panel("glyphs", note, pixels, magnified=True)
+    panel, large = (
+        Panel("masked input, bandwidth 160x224", note, pixels),
+        Panel("glyphs", note, pixels, magnified=True),
+    )
     times = enlargement(size)
     figure = grid_figure([[panel, large], [panel]], "a heading that says what is shown", times)
     canvas = FigureCanvasAgg(figure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -21,9 +22,14 @@ SIZES = ("micro", "tiny", "s18", "small", "50", "s36", "base", "medium", "m36", 
 """Of models, as recipes are called, small ones first."""
 
 
+def loaded(path: Path) -> Recipe | FinetuneRecipe:
+    """A recipe; one for any folder with a number of images."""
+    return load_any(path, ["data.num_images=10000"] if path.stem == "photos_small" else [])
+
+
 def family(path: Path) -> str:
     """The same for recipes whose models are of one class and run at the same sizes, in the same stages."""
-    recipe = load_any(path)
+    recipe = loaded(path)
     model = recipe.model.model_dump()
     parts = {name: model.get(name) for name in ("decoder", "attention")}
     kind = re.sub(
@@ -46,12 +52,12 @@ FAMILIES = {name: smallest(p for p in RECIPES if family(p) == name) for name in 
 
 @cache
 def plan_of(path: Path) -> Plan:
-    return plan_run(load_any(path))
+    return plan_run(loaded(path))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_spends_its_budget_and_has_a_header_that_is_a_contract(path: Path) -> None:
-    recipe = load_any(path)
+    recipe = loaded(path)
     num_images = recipe.data.stated_images or len(recipe.open_split("train"))
     curriculum = recipe.build_curriculum(num_images)
     assert curriculum.equivalent_epochs == pytest.approx(recipe.budget_epochs, rel=2e-3)
@@ -78,7 +84,7 @@ def test_every_recipe_spends_its_budget_and_has_a_header_that_is_a_contract(path
 @pytest.mark.parametrize("path", FAMILIES.values(), ids=lambda path: path.stem)
 def test_a_recipe_of_every_family_is_planned(path: Path) -> None:
     plan = plan_of(path)
-    curriculum = load_any(path).build_curriculum(plan.num_images)
+    curriculum = loaded(path).build_curriculum(plan.num_images)
     assert [row.stage for row in plan.stages] == list(curriculum.stages)
     assert sum(stage.area_share for stage in plan.stages) == pytest.approx(1)
     assert sum(stage.flops_share for stage in plan.stages) == pytest.approx(1)
@@ -138,6 +144,17 @@ def test_the_plan_is_printed_with_its_learning_rate_and_speedup(
     text = out.getvalue()
     for words in ("8x12", "16x24", "rounded to 8x12", "half-cosine", "▁", "over 6 epochs", "GB"):
         assert words in text
+
+
+def test_compute_is_told_in_a_unit_that_fits_and_a_speed_up_needs_a_baseline(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    out = io.StringIO()
+    plan = plan_run(tiny_recipe())
+    for flops, told in ((2.5e8, "0.25 GFLOP"), (3.969e13, "39.69 TFLOP"), (4.2e18, "4.2 EFLOP")):
+        print_plan(replace(plan, total_flops=int(flops)), Console(file=out, width=140))
+        assert f"compute: {told}" in out.getvalue()
+    assert "speed-up" not in out.getvalue()
 
 
 def test_weights_that_a_name_asks_for_and_nothing_loads_are_told(

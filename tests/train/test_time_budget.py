@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from stream_sources import write_tars
 from torch import Tensor
 
+from etpp_ssl.cli import main
 from etpp_ssl.config import UserError
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.run_state import TrainState
 from etpp_ssl.train.launch import launch, open_run, pretrain
 from etpp_ssl.train.loop import on_step_end
-from etpp_ssl.train.plan import plan_run
+from etpp_ssl.train.plan import plan_run, print_plan
 from etpp_ssl.train.run import Run
-from etpp_ssl.train.time_budget import train_step
+from etpp_ssl.train.time_budget import decide_steps, measure, train_step
 
 SECONDS = {(8, 12): 1.0, (12, 16): 2.0, (16, 24): 4.0}
 BUDGET = 120.0
@@ -121,6 +124,55 @@ def test_it_ends_on_time_and_gives_stages_their_shares(
     run.folder.plan_file.write_text("{}")
     with pytest.raises(UserError, match=r"plan\.json' is not a plan"):
         plan_run(run.recipe, run.folder)
+
+
+def test_a_plan_tells_the_time_at_the_speed_that_was_measured(
+    clock: Clock,
+    tiny_recipe: Callable[..., Recipe],
+    hours_recipe: Callable[..., Recipe],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    speed = measure(clock.open(tiny_recipe()))
+    assert list(speed.steps) == pytest.approx(list(SECONDS.values()))
+    plan = plan_run(tiny_recipe(), speed=speed)
+    steps = [row.stage.num_steps for row in plan.stages]
+    assert plan.seconds == pytest.approx(sum(n * s for n, s in zip(steps, SECONDS.values(), strict=True)))
+    every = replace(speed, evaluation=3.0, every_steps=2)
+    assert plan_run(tiny_recipe(), speed=every).seconds == pytest.approx(plan.seconds + 1.5 * sum(steps) + 3)
+
+    # A budget in hours becomes the steps that its run would have.
+    recipe = hours_recipe()
+    planned = plan_run(recipe, speed=measure(clock.open(recipe)))
+    run = clock.open(recipe)
+    decide_steps(run)
+    assert planned.decided
+    assert planned.curriculum.segments == run.curriculum.segments
+
+    print_plan(plan, Console(width=140))
+    first, second, third = (n * s for n, s in zip(steps, SECONDS.values(), strict=True))
+    told = [f"0:{int(s) // 60:02}:{int(s) % 60:02}" for s in (first, second, third, first + second + third)]
+    text = capsys.readouterr().out
+    assert [time for time in told if time not in text] == []
+    assert "time: " in text
+
+
+def test_measuring_a_recipe_leaves_nothing(
+    tiny_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(tiny_recipe("output=runs/tiny").model_dump_json())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for stages, budget in (("3 stages and one probe knn", "probe=knn"), ("1 stage ", "curriculum=constant")):
+        with pytest.raises(SystemExit) as ended:
+            main(["plan", "tiny.yaml", "--measure", "budget_epochs=null", "budget_hours=0.0005", budget])
+        assert not ended.value.code
+        out, err = capsys.readouterr()
+        assert "time: 0:00:0" in out
+        assert f"measuring {stages}" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 
 
 @pytest.mark.parametrize("curriculum", ["efficienttrain", "constant"])

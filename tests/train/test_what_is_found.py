@@ -14,8 +14,9 @@ from rich.console import Console
 from etpp_ssl.commands.evaluate import evaluate_run
 from etpp_ssl.config import UserError
 from etpp_ssl.recipe import FinetuneRecipe, Recipe, load_any
-from etpp_ssl.train.launch import finetune, pretrain
+from etpp_ssl.train.launch import finetune, open_run, pretrain
 from etpp_ssl.train.plan import plan_run, print_plan
+from etpp_ssl.train.summary import tell_start
 
 LABELLED = [f"train/{name}/{n}.png" for name in ("ash", "elm", "oak") for n in range(4)]
 """And evaluation images without the first class: the indices of the others must not move up."""
@@ -59,6 +60,53 @@ def test_plan_and_run_say_what_was_found_and_left_out(
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no image below"):
         planned(tiny_recipe("data=folder", f"data.root={tmp_path}/empty", "data.num_images=64"))
+
+
+def test_what_was_left_out_is_said_once_where_evaluation_takes_from_the_same_images(
+    tiny_recipe: Callable[..., Recipe], tiny_classifier: Callable[..., FinetuneRecipe], tmp_path: Path
+) -> None:
+    write(tmp_path / "data", *LABELLED, "notes/readme.png", *LACKING)
+    (tmp_path / "data" / "train" / "list.txt").touch()
+    common = ["data=folder", f"data.root={tmp_path}/data", "data.num_workers=0", "batch_size=4"]
+    held_out = "3 images kept from training (data.holdout)"
+    recipe = tiny_recipe(*common, "probe=knn", "data.holdout=3")
+    text = planned(recipe)
+    assert text.count("left out: 1 .txt") == 1
+    assert f"training: 9 of 12 images in '{tmp_path}/data/train' " in text
+    assert f"evaluation: {held_out}\n" in text
+    assert f"  evaluation  {held_out}; probe knn after the last step\n" in started(recipe, 200)
+    # Other images are described, and so are training images where a classifier is evaluated on those.
+    other = tiny_recipe(*common, "probe=knn")
+    assert f"evaluation: 3 images in '{tmp_path}/data/val' " in planned(other)
+    train = tiny_classifier(*common, "data.holdout=3", "evaluate.split=train")
+    assert "  evaluation  9 of 12 images in " in started(train, 200)
+
+
+def test_the_first_block_fits_a_terminal_and_what_is_copied_stays_in_one_piece(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    write(tmp_path / "photos", *(f"{number}.png" for number in range(5)))
+    output = tmp_path / ("long-" * 20)
+    recipe = tiny_recipe(
+        "data=folder", f"data.root={tmp_path}/photos", "data.num_workers=0", "batch_size=4",
+        "probe=reconstruction", "data.holdout=2", f"output={output}", "budget_epochs=30",
+    )  # fmt: skip
+    lines = started(recipe, 80).splitlines()
+    assert f"  output      {output}" in lines
+    long = [line for line in lines if len(line) > 80 and str(tmp_path) not in line]
+    assert long == []
+    assert any(line.startswith(14 * " ") for line in lines)
+    words = [line[14:].split() for line in lines]
+    assert [word for line in words for word in line] == started(recipe, 800, names=False).split()
+
+
+def started(recipe: Recipe | FinetuneRecipe, width: int, names: bool = True) -> str:
+    """What a run says of itself on a terminal before its first step."""
+    run = open_run(recipe)
+    run.progress.console = Console(force_terminal=True, highlight=False, width=width, soft_wrap=True)
+    with run.progress.console.capture() as captured:
+        tell_start(run)
+    return "\n".join(line[0 if names else 14 :] for line in captured.get().splitlines()) + "\n"
 
 
 def test_images_at_hand_are_counted_and_the_recipes_number_is_an_expectation(

@@ -102,7 +102,7 @@ def test_a_runs_encoder_gives_its_features_to_the_last_bit(
     net = make_net(**TINY)
     said = start(net, run.folder.path)
     assert said[0] == f"is a run's checkpoint of step {run.state.step}"
-    assert said[1].startswith("what pre-training adds to the encoder is dropped (decoder.blocks.0.attn.")
+    assert said[1] == "what pre-training adds to the encoder is dropped (decoder.*)"
     assert said[2:] == ["the head is initialised anew: init has none"]
     with torch.inference_mode():
         expected = run.bare_model.eval().encoder(images(16, 24))
