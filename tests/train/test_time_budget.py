@@ -167,7 +167,7 @@ def test_measuring_a_recipe_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(time_budget, "MOST_SECONDS", 0.01)
-    for stages, override in (
+    for told, override in (
         ("3 stages and one probe knn", "probe=knn"),
         ("1 stage ", "curriculum=constant"),
     ):
