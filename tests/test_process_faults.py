@@ -253,32 +253,13 @@ def test_torchrun_told_to_stop_leaves_a_run_that_goes_on_to_the_same_bits(
 def test_the_agent_of_torchrun_ends_when_one_process_fails(
     command: list[str], ranks: Server, tmp_path: Path
 ) -> None:
-    agent = AGENT.format(command=command, sabotage=sabotage(1, "middle", "mistake"))
-    (job,) = ranks.start(None, 1, before=agent)
+    job = ranks.start_torchrun(command, before=sabotage(1, "middle", "mistake"))
     assert job.wait() == 1
     assert "etpp: error: [process 1] mine is the fault" in job.text
     assert status(tmp_path)["state"] == "failed"
     assert "process 1: mine is the fault" in status(tmp_path)["message"]
 
 
-AGENT = """
-import os, sys
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-def worker():
-    from etpp_ssl.cli import main
-    exec({sabotage!r}, {{"rank": int(os.environ["RANK"])}})
-    main({command!r})
-
-elastic_launch(
-    LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="test", max_restarts=0, start_method="fork",
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-    ),
-    worker,
-)()
-"""
-"""What torchrun runs, without the time that it takes to start."""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
@@ -294,9 +275,9 @@ except dist.DistError as error:
     print("lost:", error)
 """
 HOST = """
-import os, sys
+import os
 import torch.distributed as dist
-store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), 2, True, wait_for_workers=False)
+store = dist.TCPStore("127.0.0.1", {port}, 2, True, wait_for_workers=False)
 store.wait(["waiting"])
 os._exit(9)
 """
@@ -310,16 +291,16 @@ os._exit(9)
     ],
 )
 def test_torch_prints_no_stack_when_the_store_is_lost_in_a_wait_unless_asked_to(
-    environment: dict[str, str], told: bool
+    environment: dict[str, str], told: bool, ranks: Server
 ) -> None:
-    port = str(free_port())
+    port = free_port()
     clean = {name: value for name, value in ENVIRONMENT.items() if name != "TORCH_CPP_LOG_LEVEL"}
-    with subprocess.Popen([sys.executable, "-c", HOST, port], env=clean) as host:
-        waited = subprocess.run(
-            [sys.executable, "-c", WAITING, port],
-            env={**clean, **environment}, capture_output=True, text=True, timeout=LONG, check=True,
-        )  # fmt: skip
-    assert host.returncode == 9
+    (host,) = ranks.start(None, 1, before=HOST.format(port=port))
+    waited = subprocess.run(
+        [sys.executable, "-c", WAITING, str(port)],
+        env={**clean, **environment}, capture_output=True, text=True, timeout=LONG, check=True,
+    )  # fmt: skip
+    assert host.wait() == 9
     assert waited.stdout.startswith("lost: ")
     assert ("frame #" in waited.stderr) == told
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ranks import Server
 from tiny_runs import written
 
 from etpp_ssl.cli import main
@@ -82,16 +81,12 @@ def test_out_names_a_folder_or_a_file(write_run: Write, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [["evaluate"], ["export", "--out", "{tmp}/out"]])
 def test_two_at_once_do_not_destroy_each_others_files(
-    command: list[str], write_run: Write, tmp_path: Path
+    command: list[str], write_run: Write, tmp_path: Path, ranks: Server
 ) -> None:
     run = write_run()
     arguments = [argument.format(tmp=tmp_path) for argument in (command[0], str(run), *command[1:])]
-    jobs = [
-        subprocess.Popen([sys.executable, "-m", "etpp_ssl", *arguments], stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    told = [job.communicate()[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], told
+    jobs = [job for _ in range(2) for job in ranks.start(arguments, 1)]
+    assert [job.wait() for job in jobs] == [0, 0], [job.text for job in jobs]
     assert not [path for path in tmp_path.rglob(".*") if path.name.startswith((".writing-", ".old-"))]
 
 

@@ -475,13 +475,19 @@ class Nothing:
         return 0
 
 
+class NothingConfig(SyntheticConfig):
+    """Its settings."""
+
+    def open(self, split: str, **others: Any) -> Any:
+        return Nothing()
+
+
 @pytest.mark.parametrize(
     ("split", "holdout", "part"),
     [("train", 0, "training"), ("eval", 0, "evaluation"), ("eval", 3, "training")],
 )
 def test_a_source_that_does_not_notice_that_it_is_empty_is_found_out(
-    split: str, holdout: int, part: str, monkeypatch: pytest.MonkeyPatch
+    split: str, holdout: int, part: str
 ) -> None:
-    monkeypatch.setattr(SyntheticConfig, "open", lambda self, split, **others: Nothing())
     with pytest.raises(UserError, match=f"the {part} split has no images"):
-        open_split(SyntheticConfig(holdout=holdout), split, in_chans=3, image_size=SIZE, seed=SEED)
+        open_split(NothingConfig(holdout=holdout), split, in_chans=3, image_size=SIZE, seed=SEED)
