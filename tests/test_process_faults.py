@@ -222,7 +222,7 @@ def test_a_signal_counts_once_when_a_launcher_passes_it_on(monkeypatch: pytest.M
 def test_torchrun_told_to_stop_leaves_a_run_that_goes_on_to_the_same_bits(
     command: list[str], ranks: Server, tmp_path: Path
 ) -> None:
-    longer = ["budget_epochs=12", "probe=none", "checkpoint.every_steps=1000"]
+    longer = ["budget_epochs=7", "probe=none", "checkpoint.every_steps=1000"]
     with subprocess.Popen(
         [*TORCHRUN, "-m", "etpp_ssl", *command, *longer],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,

@@ -16,7 +16,8 @@ from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.run_folder import RunFolder
 
 Write = Callable[..., Path]
-RESNET = ["model={name: resnet18}", "image_size=32", "curriculum=constant"]
+RESNET = ["model={name: resnet18, args: {layers: [1, 1, 1, 1], channels: [8, 8, 16, 32]}}", "image_size=32",
+          "curriculum=constant"]  # fmt: skip
 
 
 def etpp(*arguments: object) -> int:
@@ -95,7 +96,7 @@ def test_probes_embeddings_and_reports_take_a_classifier(
     model: list[str], write_run: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = write_run(*model)
-    width = 512 if model else 16
+    width = 32 if model else 16
     for probe in (["knn"], ["linear_cached", "probe.epochs=2"], ["attentive", "probe.epochs=2"],
                   ["linear", "probe.epochs=2", "probe.warmup_epochs=1"]):  # fmt: skip
         assert etpp("probe", run, f"probe={probe[0]}", *probe[1:]) == 0
