@@ -223,18 +223,16 @@ def test_torchrun_told_to_stop_leaves_a_run_that_goes_on_to_the_same_bits(
     command: list[str], ranks: Server, tmp_path: Path
 ) -> None:
     longer = ["budget_epochs=7", "probe=none", "checkpoint.every_steps=1000"]
-    with subprocess.Popen(
-        [*TORCHRUN, "-m", "etpp_ssl", *command, *longer],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
-    ) as job:  # fmt: skip
-        run = RunFolder(tmp_path / "run")
-        deadline = time.monotonic() + LONG
-        while len(run.metrics()) < 5 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        job.send_signal(signal.SIGTERM)
-        output, _ = job.communicate(timeout=LONG)
-    assert job.returncode == 1, output
-    assert output.count("the same command resumes") == 1
+    words = ["--standalone", "--nproc_per_node=2", "-m", "etpp_ssl", *command, *longer]
+    torchrun = f"from torch.distributed.run import main; main({words!r})"
+    (job,) = ranks.start(None, 1, before=torchrun, env={"PYTHONPATH": ENVIRONMENT["PYTHONPATH"]})
+    run = RunFolder(tmp_path / "run")
+    deadline = time.monotonic() + LONG
+    while len(run.metrics()) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    job.send(signal.SIGTERM)
+    assert job.wait() == 1, job.text
+    assert job.text.count("the same command resumes") == 1
     assert status(tmp_path)["state"] == "stopped"
     assert status(tmp_path)["exit_code"] == 75
     assert run.checkpoints()[0].step == status(tmp_path)["step"] < status(tmp_path)["num_steps"]
@@ -260,7 +258,6 @@ def test_the_agent_of_torchrun_ends_when_one_process_fails(
     assert "process 1: mine is the fault" in status(tmp_path)["message"]
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
 WAITING = """
