@@ -101,6 +101,16 @@ class Server:
         port = free_port()
         return [self._start(arguments, rank, count, port, before, dict(env or {})) for rank in range(count)]
 
+    def start_torchrun(self, arguments: Sequence[str] | None, *, before: str = "") -> Rank:
+        """Start the agent of `torchrun --standalone --nproc_per_node=2`, which starts two ranks.
+
+        Args:
+            arguments: of the command line of each; None runs nothing but `before`.
+            before: Python that each runs first; `rank` is its number.
+        """
+        agent = AGENT.format(arguments=arguments and list(arguments), before=before)
+        return self.start(None, 1, before=agent)[0]
+
     def run(self, arguments: Sequence[str] | None, count: int, *, before: str = "") -> list[str]:
         """Start, and wait for success; returns what each has written."""
         ranks = self.start(arguments, count, before=before)
@@ -171,6 +181,26 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+AGENT = """
+import os
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+def worker():
+    exec({before!r}, {{"rank": int(os.environ["RANK"])}})
+    if {arguments!r} is not None:
+        from etpp_ssl.cli import main
+
+        main({arguments!r})
+
+elastic_launch(
+    LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="test", max_restarts=0, start_method="fork",
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+    ),
+    worker,
+)()
+"""
+"""What torchrun runs, without the time that it takes to start."""
 LINE = 32
 """Bytes of a line that the server writes, so that none is read by halves."""
 

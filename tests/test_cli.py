@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from ranks import Server
 
 import etpp_ssl
 from etpp_ssl.cli import main
@@ -121,17 +123,13 @@ def test_a_mistake_is_one_sentence_and_exit_code_2_and_writes_nothing(
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(
-    recipe_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import etpp_ssl.train.start as opening
-
-    usage = type(opening.shutil.disk_usage(tmp_path))(1000, 990, 10)
-    monkeypatch.setattr(opening.shutil, "disk_usage", lambda path: usage)
-    assert run(["pretrain", str(recipe_file)]) == 2
-    assert "has 10 bytes free, but 3 more checkpoints take" in capsys.readouterr().err
+    # As many checkpoints as no disk holds: 150 TB.
+    overrides = ["checkpoint.keep=1000000", "model.embed_dim=512", "model.depth=4"]
+    assert run(["pretrain", str(recipe_file), *overrides]) == 2
+    told = capsys.readouterr().err
+    assert re.search(r"has [\d.]+ [kMGT]?B free, but 1000001 more checkpoints take", told), told
     assert not (tmp_path / "run").exists()
 
 
@@ -261,8 +259,8 @@ def test_a_close_name_of_timms_is_not_refused_in_turn(
 
     def take(name: str) -> None:
         if task == "pretrain":
-            plain = [f"model={{name: {name}}}", "curriculum=efficienttrain"]
-            plan_run(tiny_recipe("image_size=224", "curriculum.stages=null", *plain))
+            # One block each: what is refused is the kind of network, or a size.
+            plan_run(tiny_recipe(*sizes, f"model={{name: {name}, depth: 1, decoder: {{depth: 1}}}}"))
         else:
             recipe = tiny_classifier(*sizes, f"model={{name: {name}}}")
             recipe.check_curriculum(recipe.build_curriculum(64))
@@ -279,40 +277,25 @@ def newest_step(folder: Path) -> int:
     return max((checkpoint.step for checkpoint in RunFolder(folder).checkpoints()), default=0)
 
 
-def start(recipe: Path, folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "etpp_ssl", "pretrain", str(recipe), f"output={folder}"]
-    return subprocess.Popen(
-        [*command, "budget_epochs=60", "checkpoint.every_steps=3", *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def wait_for_step(job: subprocess.Popen[str], folder: Path, step: int) -> None:
-    deadline = time.time() + 60
-    while newest_step(folder) < step and job.poll() is None and time.time() < deadline:
-        time.sleep(0.01)
-    assert job.poll() is None, job.stdout.read() if job.stdout else ""
-
-
 def test_sigkill_three_times_with_other_workers_ends_in_the_same_bits(
-    recipe_file: Path, tmp_path: Path
+    recipe_file: Path, tmp_path: Path, ranks: Server
 ) -> None:
-    whole = start(recipe_file, tmp_path / "whole")
-    assert whole.wait(120) == 0
-    cut = tmp_path / "cut"
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command = ["pretrain", str(recipe_file), "budget_epochs=20"]
+    assert run([*command, f"output={whole}"]) == 0
+    command.append("checkpoint.every_steps=4")
     for attempt, workers in enumerate((0, 2, 1)):
-        job = start(recipe_file, cut, f"data.num_workers={workers}")
-        wait_for_step(job, cut, newest_step(cut) + 20)
+        before = newest_step(cut)
+        (job,) = ranks.start([*command, f"output={cut}", f"data.num_workers={workers}"], 1)
+        deadline = time.monotonic() + 60
+        while newest_step(cut) < before + 12 and job.code is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert job.code is None, job.text
         os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
-        assert newest_step(cut) < newest_step(tmp_path / "whole"), f"attempt {attempt} came too late"
-    last = start(recipe_file, cut, "data.num_workers=3")
-    assert last.wait(120) == 0
-    a, b = (RunFolder(folder).checkpoints()[0] for folder in (tmp_path / "whole", cut))
+        assert job.wait() == -signal.SIGKILL
+        assert newest_step(cut) < newest_step(whole), f"attempt {attempt} came too late"
+    ranks.run([*command, f"output={cut}", "data.num_workers=3"], 1)
+    a, b = (RunFolder(folder).checkpoints()[0] for folder in (whole, cut))
     assert a.step == b.step
     for tensors in ("model", "optimizer"):
         x, y = getattr(a, tensors)(), getattr(b, tensors)()
@@ -320,7 +303,7 @@ def test_sigkill_three_times_with_other_workers_ends_in_the_same_bits(
         assert all(torch.equal(x[name], y[name]) for name in x)
     losses = [
         [(row["step"], row["loss"], row["lr"]) for row in RunFolder(folder).metrics()]
-        for folder in (tmp_path / "whole", cut)
+        for folder in (whole, cut)
     ]
     assert losses[0] == losses[1]
 
@@ -331,8 +314,15 @@ def test_a_signal_to_the_whole_group_ends_with_a_checkpoint_and_its_code(
 ) -> None:
     # A terminal's Ctrl-C and a scheduler's SIGTERM reach the data workers too.
     folder = tmp_path / "run"
-    job = start(recipe_file, folder, "data.num_workers=2", "checkpoint.every_steps=1000",
-                "checkpoint.every_minutes=null", "log_every_steps=1")  # fmt: skip
+    overrides = ["budget_epochs=60", "data.num_workers=2", "checkpoint.every_steps=1000", "log_every_steps=1"]
+    job = subprocess.Popen(
+        [sys.executable, "-m", "etpp_ssl", "pretrain", str(recipe_file), f"output={folder}", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     deadline = time.time() + 60
     while len(RunFolder(folder).metrics()) < 5 and time.time() < deadline:
         time.sleep(0.01)

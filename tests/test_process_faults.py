@@ -222,19 +222,17 @@ def test_a_signal_counts_once_when_a_launcher_passes_it_on(monkeypatch: pytest.M
 def test_torchrun_told_to_stop_leaves_a_run_that_goes_on_to_the_same_bits(
     command: list[str], ranks: Server, tmp_path: Path
 ) -> None:
-    longer = ["budget_epochs=12", "probe=none", "checkpoint.every_steps=1000"]
-    with subprocess.Popen(
-        [*TORCHRUN, "-m", "etpp_ssl", *command, *longer],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
-    ) as job:  # fmt: skip
-        run = RunFolder(tmp_path / "run")
-        deadline = time.monotonic() + LONG
-        while len(run.metrics()) < 5 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        job.send_signal(signal.SIGTERM)
-        output, _ = job.communicate(timeout=LONG)
-    assert job.returncode == 1, output
-    assert output.count("the same command resumes") == 1
+    longer = ["budget_epochs=7", "probe=none", "checkpoint.every_steps=1000"]
+    words = ["--standalone", "--nproc_per_node=2", "-m", "etpp_ssl", *command, *longer]
+    torchrun = f"from torch.distributed.run import main; main({words!r})"
+    (job,) = ranks.start(None, 1, before=torchrun, env={"PYTHONPATH": ENVIRONMENT["PYTHONPATH"]})
+    run = RunFolder(tmp_path / "run")
+    deadline = time.monotonic() + LONG
+    while len(run.metrics()) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    job.send(signal.SIGTERM)
+    assert job.wait() == 1, job.text
+    assert job.text.count("the same command resumes") == 1
     assert status(tmp_path)["state"] == "stopped"
     assert status(tmp_path)["exit_code"] == 75
     assert run.checkpoints()[0].step == status(tmp_path)["step"] < status(tmp_path)["num_steps"]
@@ -253,33 +251,13 @@ def test_torchrun_told_to_stop_leaves_a_run_that_goes_on_to_the_same_bits(
 def test_the_agent_of_torchrun_ends_when_one_process_fails(
     command: list[str], ranks: Server, tmp_path: Path
 ) -> None:
-    agent = AGENT.format(command=command, sabotage=sabotage(1, "middle", "mistake"))
-    (job,) = ranks.start(None, 1, before=agent)
+    job = ranks.start_torchrun(command, before=sabotage(1, "middle", "mistake"))
     assert job.wait() == 1
     assert "etpp: error: [process 1] mine is the fault" in job.text
     assert status(tmp_path)["state"] == "failed"
     assert "process 1: mine is the fault" in status(tmp_path)["message"]
 
 
-AGENT = """
-import os, sys
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-def worker():
-    from etpp_ssl.cli import main
-    exec({sabotage!r}, {{"rank": int(os.environ["RANK"])}})
-    main({command!r})
-
-elastic_launch(
-    LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="test", max_restarts=0, start_method="fork",
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-    ),
-    worker,
-)()
-"""
-"""What torchrun runs, without the time that it takes to start."""
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
 WAITING = """
@@ -294,9 +272,9 @@ except dist.DistError as error:
     print("lost:", error)
 """
 HOST = """
-import os, sys
+import os
 import torch.distributed as dist
-store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), 2, True, wait_for_workers=False)
+store = dist.TCPStore("127.0.0.1", {port}, 2, True, wait_for_workers=False)
 store.wait(["waiting"])
 os._exit(9)
 """
@@ -310,16 +288,16 @@ os._exit(9)
     ],
 )
 def test_torch_prints_no_stack_when_the_store_is_lost_in_a_wait_unless_asked_to(
-    environment: dict[str, str], told: bool
+    environment: dict[str, str], told: bool, ranks: Server
 ) -> None:
-    port = str(free_port())
+    port = free_port()
     clean = {name: value for name, value in ENVIRONMENT.items() if name != "TORCH_CPP_LOG_LEVEL"}
-    with subprocess.Popen([sys.executable, "-c", HOST, port], env=clean) as host:
-        waited = subprocess.run(
-            [sys.executable, "-c", WAITING, port],
-            env={**clean, **environment}, capture_output=True, text=True, timeout=LONG, check=True,
-        )  # fmt: skip
-    assert host.returncode == 9
+    (host,) = ranks.start(None, 1, before=HOST.format(port=port))
+    waited = subprocess.run(
+        [sys.executable, "-c", WAITING, str(port)],
+        env={**clean, **environment}, capture_output=True, text=True, timeout=LONG, check=True,
+    )  # fmt: skip
+    assert host.wait() == 9
     assert waited.stdout.startswith("lost: ")
     assert ("frame #" in waited.stderr) == told
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -79,23 +80,41 @@ def test_the_wheel_has_every_module_and_is_typed(installed: Path) -> None:
 FEW = ["image_size=64", "model.depth=1", "model.decoder.depth=1", "curriculum=constant"]
 
 
-def test_the_wheel_brings_the_recipes(installed: Path, tmp_path: Path) -> None:
-    def etpp(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "etpp_ssl", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(installed)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+COMMANDS = """
+import contextlib, io, json, sys
+from etpp_ssl.cli import main
 
-    names = [line.split()[0] for line in etpp("recipes").splitlines()]
-    assert names == sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml"))
+printed = []
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            main(words)
+        except SystemExit as ended:
+            assert ended.code in (0, None), words
+    printed.append(out.getvalue())
+print(json.dumps(printed))
+"""
+
+
+def test_the_wheel_brings_the_recipes(installed: Path, tmp_path: Path) -> None:
+    name = "in1k_vit_base_etpp400_hog"
+    text = (ROOT / "recipes" / f"{name}.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(text)
+    commands = [["recipes"], ["recipes", name], ["plan", "mine.yaml", *FEW], ["plan", name, *FEW]]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, json.dumps(commands)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    listed, copied, mine, its_own = json.loads(done.stdout)
+    assert [line.split()[0] for line in listed.splitlines()] == sorted(
+        file.stem for file in (ROOT / "recipes").glob("*.yaml")
+    )
     assert len(list((installed / "etpp_ssl" / "recipes" / "accelerate").iterdir())) > 4
     # A copy of a recipe that extends another one is a recipe as it is.
-    mine = etpp("recipes", "in1k_vit_base_etpp400_hog")
-    assert mine == (ROOT / "recipes" / "in1k_vit_base_etpp400_hog.yaml").read_text()
-    (tmp_path / "mine.yaml").write_text(mine)
-    assert etpp("plan", "mine.yaml", *FEW) == etpp("plan", "in1k_vit_base_etpp400_hog", *FEW)
+    assert copied == text
+    assert "speed-up" in mine
+    assert mine == its_own

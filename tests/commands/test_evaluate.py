@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ranks import Server
 from tiny_runs import written
 
 from etpp_ssl.cli import main
@@ -17,7 +16,8 @@ from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
 
 Write = Callable[..., Path]
-RESNET = ["model={name: resnet18}", "image_size=32", "curriculum=constant"]
+RESNET = ["model={name: resnet18, args: {layers: [1, 1, 1, 1], channels: [8, 8, 16, 32]}}", "image_size=32",
+          "curriculum=constant"]  # fmt: skip
 
 
 def etpp(*arguments: object) -> int:
@@ -94,16 +94,12 @@ def test_out_names_a_folder_or_a_file(write_run: Write, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [["evaluate"], ["export", "--out", "{tmp}/out"]])
 def test_two_at_once_do_not_destroy_each_others_files(
-    command: list[str], write_run: Write, tmp_path: Path
+    command: list[str], write_run: Write, tmp_path: Path, ranks: Server
 ) -> None:
     run = write_run()
     arguments = [argument.format(tmp=tmp_path) for argument in (command[0], str(run), *command[1:])]
-    jobs = [
-        subprocess.Popen([sys.executable, "-m", "etpp_ssl", *arguments], stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    told = [job.communicate()[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], told
+    jobs = [job for _ in range(2) for job in ranks.start(arguments, 1)]
+    assert [job.wait() for job in jobs] == [0, 0], [job.text for job in jobs]
     assert not [path for path in tmp_path.rglob(".*") if path.name.startswith((".writing-", ".old-"))]
 
 
@@ -112,7 +108,7 @@ def test_probes_embeddings_and_reports_take_a_classifier(
     model: list[str], write_run: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = write_run(*model)
-    width = 512 if model else 16
+    width = 32 if model else 16
     for probe in (["knn"], ["linear_cached", "probe.epochs=2"], ["attentive", "probe.epochs=2"],
                   ["linear", "probe.epochs=2", "probe.warmup_epochs=1"]):  # fmt: skip
         assert etpp("probe", run, f"probe={probe[0]}", *probe[1:]) == 0

@@ -123,7 +123,7 @@ def test_a_signal_ends_a_long_probe_with_its_state_and_the_same_command_goes_on(
     recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ranks: Server
 ) -> None:
     assert run(["pretrain", str(recipe_file)]) == 0
-    arguments = ["probe", str(tmp_path / "run"), *LINEAR, "probe.epochs=150", "probe.save_minutes=1e-4"]
+    arguments = ["probe", str(tmp_path / "run"), *LINEAR, "probe.epochs=80", "probe.save_minutes=1e-4"]
     (job,) = ranks.start([*arguments, "data.num_workers=1"], 1)
     report = tmp_path / "run" / "report"
     deadline = time.time() + 60

@@ -9,8 +9,6 @@ import importlib
 import inspect
 import pickle
 import pkgutil
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import Server
 
 import etpp_ssl.data
 from etpp_ssl.commands.prepare import PrepareConfig, prepare
@@ -347,7 +346,7 @@ def test_evaluation_images_are_not_training_images(example: Example, tmp_path: P
     assert not evaluation & contents(held_out, "train")
 
 
-def test_fingerprints_are_the_same_in_another_process(tmp_path: Path) -> None:
+def test_fingerprints_are_the_same_in_another_process(tmp_path: Path, ranks: Server) -> None:
     configs = []
     for number, example in enumerate(e for examples in EXAMPLES.values() for e in examples):
         root = tmp_path / str(number)
@@ -362,9 +361,9 @@ import pickle
 for config in pickle.load(open({str(tmp_path / "configs")!r}, "rb")):
     print(config.open("train", in_chans=3, image_size={SIZE}, seed={SEED}).fingerprint())
 """
-    # A new process also salts Python's hashes anew.
-    there = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert there.stdout.split() == here
+    # The ranks' server also salts Python's hashes anew.
+    (there,) = ranks.run(None, 1, before=program)
+    assert there.split() == here
 
 
 @every_example
@@ -475,13 +474,19 @@ class Nothing:
         return 0
 
 
+class NothingConfig(SyntheticConfig):
+    """Its settings."""
+
+    def open(self, split: str, **others: Any) -> Any:
+        return Nothing()
+
+
 @pytest.mark.parametrize(
     ("split", "holdout", "part"),
     [("train", 0, "training"), ("eval", 0, "evaluation"), ("eval", 3, "training")],
 )
 def test_a_source_that_does_not_notice_that_it_is_empty_is_found_out(
-    split: str, holdout: int, part: str, monkeypatch: pytest.MonkeyPatch
+    split: str, holdout: int, part: str
 ) -> None:
-    monkeypatch.setattr(SyntheticConfig, "open", lambda self, split, **others: Nothing())
     with pytest.raises(UserError, match=f"the {part} split has no images"):
-        open_split(SyntheticConfig(holdout=holdout), split, in_chans=3, image_size=SIZE, seed=SEED)
+        open_split(NothingConfig(holdout=holdout), split, in_chans=3, image_size=SIZE, seed=SEED)

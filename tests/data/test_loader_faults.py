@@ -277,9 +277,7 @@ def test_a_worker_that_dies_while_the_loader_is_opened_is_named() -> None:
 
 
 def test_no_file_stays_open() -> None:
-    def files_after_failing() -> int:
-        with pytest.raises(LoaderFault):
-            list(opened(kill_self))
+    def open_files() -> int:
         # torch's loader looks for dead workers every five seconds. Only then can the garbage collector, which
         # shall not come by chance here, have the last of it.
         deadline = time.monotonic() + 30
@@ -289,7 +287,11 @@ def test_no_file_stays_open() -> None:
         return len(os.listdir("/proc/self/fd"))
 
     def body() -> None:
-        assert files_after_failing() == files_after_failing()
+        list(opened(nothing))
+        before = open_files()
+        with pytest.raises(LoaderFault):
+            list(opened(kill_self))
+        assert open_files() == before
 
     ended = run_aside(body)
     assert ended.code == 0, ended.stderr
@@ -298,7 +300,7 @@ def test_no_file_stays_open() -> None:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_loader_that_stalls_is_named_with_the_image(num_workers: int) -> None:
     # The start of the workers counts.
-    limit = 5.0 if num_workers else 0.5
+    limit = 3.0 if num_workers else 0.5
     sentence = told(lambda: list(opened(sleep_long, num_workers, stall_seconds=limit)))
     who = "worker process 2 of 2" if num_workers else "the process"
     assert re.fullmatch(
@@ -326,20 +328,27 @@ def deaf() -> None:
 
 
 def test_workers_that_ignore_signals_are_ended_all_the_same() -> None:
-    sentence = told(lambda: list(opened(deaf, stall_seconds=5.0)))
+    sentence = told(lambda: list(opened(deaf, stall_seconds=3.0)))
     assert "worker process 2 of 2 is reading image 'photos/14.jpg'" in sentence
 
 
-def test_a_worker_that_hangs_before_its_last_batch_was_taken_over_is_named() -> None:
+def test_a_worker_that_hangs_before_its_last_batch_was_taken_over_is_named(tmp_path: Path) -> None:
+    hangs = tmp_path / "hangs"
+
+    def act() -> None:
+        hangs.touch()
+        deaf()
+
     def body() -> None:
-        with closing(opened(deaf, num_workers=1, index=9, stall_seconds=4.0)) as loader:
+        with closing(opened(act, num_workers=1, index=9, stall_seconds=3.0)) as loader:
             assert next(loader).request.step == 0
             # The next one is in the queue, but its files are still the worker's, who is at step 2 by then.
-            time.sleep(2.0)
+            while not hangs.exists():
+                time.sleep(0.01)
             list(loader)
 
     sentence = told(body)
-    assert sentence.startswith("data: no batch within data.stall_seconds 4 for step 1, samples 4, 5, 6, 7: ")
+    assert sentence.startswith("data: no batch within data.stall_seconds 3 for step 1, samples 4, 5, 6, 7: ")
     assert "1 of 1 is reading image 'photos/09.jpg' (sample 9), at work on step 2, samples 8, 9" in sentence
 
 
@@ -396,9 +405,9 @@ def test_nothing_is_armed_between_two_batches(num_workers: int) -> None:
 
 def test_only_waiting_counts() -> None:
     def body() -> None:
-        for batch in opened(nothing, stall_seconds=4.0):
+        for batch in opened(nothing, stall_seconds=3.0):
             if batch.request.step == 4:
-                time.sleep(5.0)
+                time.sleep(3.5)
 
     ended = run_aside(body)
     assert (ended.code, ended.stderr) == (0, "")
@@ -415,7 +424,7 @@ def test_time_in_which_the_process_is_suspended_does_not_count(tmp_path: Path) -
         while not started.exists():
             time.sleep(0.01)
         os.kill(pid, signal.SIGSTOP)
-        time.sleep(2.0)
+        time.sleep(1.5)
         os.kill(pid, signal.SIGCONT)
 
     ended = run_aside(lambda: list(opened(act, 0, stall_seconds=1.0)), during=suspend)

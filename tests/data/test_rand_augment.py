@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import Server
 from timm.data import auto_augment
 from timm.data.auto_augment import AugmentOp, rand_augment_transform
 from torch import Tensor
@@ -126,10 +127,14 @@ def in_another_process(position: int) -> list[int]:
     return augment()(picture(), position, 0.5).flatten().tolist()
 
 
-def test_another_process_draws_the_same() -> None:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        found = list(pool.map(in_another_process, range(4)))
-    assert found == [in_another_process(position) for position in range(4)]
+def test_another_process_draws_the_same(ranks: Server) -> None:
+    # The ranks' server also salts Python's hashes anew.
+    program = (
+        f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import test_rand_augment as here; "
+    )
+    program += "print([here.in_another_process(position) for position in range(4)])"
+    (printed,) = ranks.run(None, 1, before=program)
+    assert json.loads(printed) == [in_another_process(position) for position in range(4)]
 
 
 def test_the_global_generators_are_left_alone() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate_recipes import FOLDER, fsdp_environment
+from ranks import Server
 from safetensors.torch import load_file
 from sharded_runs import cut
 from tiny_runs import TINY, TINY_CLASSIFIER
@@ -44,7 +45,7 @@ Folder = Callable[[str], RunFolder]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+def folder(tmp_path_factory: pytest.TempPathFactory, ranks: Server) -> Folder:
     """Folders of runs, all trained by one launch of two processes; those called `one` by this process."""
     root = tmp_path_factory.mktemp("fsdp")
     recipes: dict[str, Recipe | FinetuneRecipe] = {}
@@ -60,6 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     assert isinstance(one, Recipe)
     pretrain(one)
     launch(
+        ranks,
         root,
         [(name, f"{name} {how}", None) for name in RUNS for how in ("ddp", "sharded")]
         + [
@@ -74,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     return lambda name: RunFolder(root / name)
 
 
-def launch(root: Path, runs: list[tuple[str, str, str | None]]) -> None:
+def launch(ranks: Server, root: Path, runs: list[tuple[str, str, str | None]]) -> None:
     """Train runs by two processes, each given as recipe, output and the run that it goes on from."""
     tasks = [
         {
@@ -88,14 +90,11 @@ def launch(root: Path, runs: list[tuple[str, str, str | None]]) -> None:
     ]
     file = root / "tasks.json"
     file.write_text(json.dumps(tasks))
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / "fsdp2_8gpu.yaml"),
-         "--num_processes=2", "--main_process_port=0", str(Path(__file__).with_name("sharded_runs.py")),
-         str(file)],
-        capture_output=True, text=True, check=False, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    words = ["accelerate-launch", "--config_file", str(FOLDER / "fsdp2_8gpu.yaml"), "--num_processes=2",
+             "--main_process_port=0", str(Path(__file__).with_name("sharded_runs.py")), str(file)]  # fmt: skip
+    command = f"import sys; sys.argv = {words!r}; from accelerate.commands.launch import main; main()"
+    (job,) = ranks.start(None, 1, before=command, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert job.wait(300) == 0, job.text
 
 
 def losses(run: RunFolder) -> dict[int, float]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from ranks import Server
+from tiny_runs import TINY
 
 from etpp_ssl import finetune, pretrain
 from etpp_ssl.commands.probe import probe_run
@@ -22,7 +22,6 @@ from etpp_ssl.config import UserError
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
 
-TESTS = Path(__file__).parents[1]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGURG)
 
 
@@ -83,25 +82,16 @@ def test_a_run_that_fails_leaves_the_process_to_the_next_one(
 
 
 TWO_RUNS = """
-import sys
-from tiny_runs import TINY
 from etpp_ssl import Recipe, pretrain
 
 for precision in ("fp32", "bf16"):
-    pretrain(Recipe.parse(TINY, [f"output={sys.argv[1]}/{precision}", f"precision={precision}", "budget_epochs=1"]))
+    overrides = [f"output={folder}/{{precision}}", f"precision={{precision}}", "budget_epochs=1"]
+    pretrain(Recipe.parse({recipe!r}, overrides))
 """
 
 
-def test_processes_of_one_torchrun_train_one_run_after_another(tmp_path: Path) -> None:
-    (tmp_path / "two_runs.py").write_text(TWO_RUNS, encoding="utf-8")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*torchrun, str(tmp_path / "two_runs.py"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent))), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_processes_of_one_torchrun_train_one_run_after_another(tmp_path: Path, ranks: Server) -> None:
+    job = ranks.start_torchrun(None, before=TWO_RUNS.format(folder=tmp_path, recipe=TINY))
+    assert job.wait() == 0, job.text
     for precision in ("fp32", "bf16"):
         assert {row["num_processes"] for row in RunFolder(tmp_path / precision).metrics()} == {2}

@@ -16,7 +16,13 @@ from torch import Tensor
 from etpp_ssl.config import UserError
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.evaluation.base import stratified_holdout
-from etpp_ssl.evaluation.features import EvaluationLoader, extract_features, gather_rows, pooled_features
+from etpp_ssl.evaluation.features import (
+    CPU_IMAGES,
+    EvaluationLoader,
+    extract_features,
+    gather_rows,
+    pooled_features,
+)
 from etpp_ssl.evaluation.knn import KnnProbe, knn_sweep
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.tasks.mae import build_probe
@@ -247,15 +253,18 @@ def test_features_of_a_bf16_run_are_of_bf16_unless_told_otherwise(
 
 
 def test_large_batches_are_cut_for_a_cpu_without_a_change_in_order(
-    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: Callable[..., Recipe],
 ) -> None:
-    recipe = tiny_recipe()
+    count = CPU_IMAGES + 7
+    recipe = tiny_recipe(f"data.num_eval_images={count}")
     accelerator, normalise = setup(recipe)
     source = recipe.data.open("eval", in_chans=3, image_size=recipe.size, seed=0)
     model = recipe.build_model()
+    order = [4, 2, 9, 7, 0, *range(10, count), 1, 3, 5, 6, 8]
+    passes: list[int] = []
+    model.encoder.patch_embed.register_forward_pre_hook(lambda _, images: passes.append(len(images[0])))
     found = []
-    for most in (64, 3):
-        monkeypatch.setattr("etpp_ssl.evaluation.features.CPU_IMAGES", most)
+    for batch_size in (count, 13):
         found.append(
             extract_features(
                 EvaluationLoader(
@@ -266,14 +275,16 @@ def test_large_batches_are_cut_for_a_cpu_without_a_change_in_order(
                 ),
                 model.encoder,
                 source,
-                [4, 2, 9, 7, 0],
+                order,
                 pool=None,
-                batch_size=5,
+                batch_size=batch_size,
             )
         )
+    assert passes[:2] == [CPU_IMAGES, 7]
+    assert max(passes[2:]) == 13
     torch.testing.assert_close(found[0].features, found[1].features)
     assert found[0].labels.tolist() == found[1].labels.tolist()
-    assert found[0].indices.tolist() == found[1].indices.tolist() == [4, 2, 9, 7, 0]
+    assert found[0].indices.tolist() == found[1].indices.tolist() == order
 
 
 def test_the_linear_probe_votes_on_its_features_as_the_knn_probe_does(

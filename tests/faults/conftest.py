@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from disks import SmallDisk
 from forked_runs import ForkedRuns
+from ranks import Server
 
 
 @pytest.fixture
@@ -22,8 +23,6 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
 
 
 @pytest.fixture(scope="session")
-def forked_runs() -> Iterator[ForkedRuns]:
+def forked_runs(ranks: Server) -> ForkedRuns:
     """Processes for runs; see there."""
-    runs = ForkedRuns()
-    yield runs
-    runs.close()
+    return ForkedRuns(ranks)

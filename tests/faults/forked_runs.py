@@ -1,16 +1,14 @@
 """Runs in processes of their own, cheaply, and killed at a moment that the test names; see `moments.py`.
 
-A server imports torch and the package once, and forks one process per run. Each is a real process: it starts
-from what is on disk, and its end is the kernel's doing. Run as a script, this file is the server.
+The server of `ranks.py` forks one process per run. Each is a real process: it starts from what is on disk,
+and its end is the kernel's doing.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
-import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
@@ -21,12 +19,19 @@ from typing import TYPE_CHECKING, Any
 import moments
 from disks import no_checkpoint_of
 from moments import MOMENTS, Moment, disarm
+from ranks import Rank, Server
 
 if TYPE_CHECKING:
     from etpp_ssl.train.run import Run
 
 SECONDS = 120
 """After which a run that hangs is ended."""
+PROGRAM = f"""
+import json, sys
+sys.path.append({str(Path(__file__).parent)!r})
+from forked_runs import obey
+obey(json.loads({{order!r}}), rank)
+"""
 
 
 @dataclass(frozen=True)
@@ -41,20 +46,10 @@ class Ended:
 
 
 class ForkedRuns:
-    """The server, as its client sees it."""
+    """Starts runs by the server, and waits for their ends."""
 
-    def __init__(self) -> None:
-        import etpp_ssl
-
-        root = str(Path(etpp_ssl.__file__).parents[1])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        self._server = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        )
+    def __init__(self, server: Server) -> None:
+        self._server = server
 
     def run(
         self,
@@ -66,13 +61,13 @@ class ForkedRuns:
         """Run a recipe, of whatever task, to its end or until the moment.
 
         Args:
-            recipe: its file; the process's output goes beside it.
+            recipe: its file; the lines that are counted go beside it.
             overrides: as on the command line.
             moment: when to kill it.
             clock: let time pass with each training step, more at a larger bandwidth, instead of by itself.
         """
         named = None if moment is None else [type(moment).__name__, asdict(moment)]
-        return self._ordered(recipe=str(recipe), overrides=overrides, moment=named, clock=clock)[0]
+        return self._ordered(1, recipe=str(recipe), overrides=overrides, moment=named, clock=clock)[0]
 
     def run_together(
         self, recipe: Path, *overrides: str, num_processes: int, refused: Sequence[int] = ()
@@ -85,84 +80,39 @@ class ForkedRuns:
             num_processes: how many.
             refused: steps whose checkpoints find the disk full.
         """
-        return self._ordered(
-            recipe=str(recipe), overrides=overrides, num_processes=num_processes, refused=refused
-        )
+        return self._ordered(num_processes, recipe=str(recipe), overrides=overrides, refused=refused)
 
-    def _ordered(self, **order: Any) -> list[Ended]:
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        print(json.dumps(order), file=self._server.stdin, flush=True)
-        return [Ended(**ended) for ended in json.loads(self._server.stdout.readline())]
-
-    def close(self) -> None:
-        """End the server."""
-        self._server.communicate()
+    def _ordered(self, num_processes: int, **order: Any) -> list[Ended]:
+        counted = _lines(order)
+        counted.unlink(missing_ok=True)
+        ranks = self._server.start(None, num_processes, before=PROGRAM.format(order=json.dumps(order)))
+        return [_ended(rank, counted) for rank in ranks]
 
 
-def serve() -> None:
-    """Fork a process per order on stdin, and say on stdout how it ended."""
-    import etpp_ssl.train.launch  # noqa: F401
-
-    # What the imports have made is never collected, so that the processes go on sharing its memory.
-    gc.collect()
-    gc.freeze()
-    for text in sys.stdin:
-        order = json.loads(text)
-        count = order.get("num_processes", 1)
-        folder = Path(order["recipe"]).parent
-        places = [folder / f"process-{rank}" for rank in range(count)]
-        (folder / "meeting").unlink(missing_ok=True)
-        pids = []
-        for rank, place in enumerate(places):
-            place.with_suffix(".lines").unlink(missing_ok=True)
-            pid = os.fork()
-            if pid == 0:
-                os._exit(_child(order, rank, place))
-            pids.append(pid)
-        ended = [_ended(pid, place) for pid, place in zip(pids, places, strict=True)]
-        print(json.dumps([asdict(one) for one in ended]), flush=True)
+def _lines(order: dict[str, Any]) -> Path:
+    return Path(order["recipe"]).with_suffix(".lines")
 
 
-def _ended(pid: int, place: Path) -> Ended:
-    _, status = os.waitpid(pid, 0)
-    lines = place.with_suffix(".lines")
-    return Ended(
-        code=os.waitstatus_to_exitcode(status),
-        output=place.with_suffix(".log").read_text(),
-        lines=int(lines.read_text()) if lines.exists() else 0,
-    )
+def _ended(rank: Rank, counted: Path) -> Ended:
+    code = rank.wait()
+    return Ended(code, rank.text, int(counted.read_text()) if counted.exists() else 0)
 
 
-def _child(order: dict[str, Any], rank: int, place: Path) -> int:
-    with place.with_suffix(".log").open("w") as file:
-        for descriptor in (1, 2):
-            os.dup2(file.fileno(), descriptor)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+def obey(order: dict[str, Any], rank: int) -> None:
+    """Run in this process, which ends with the run's exit code.
+
+    Args:
+        order: what `ForkedRuns` has been asked for.
+        rank: the process's number.
+    """
     signal.alarm(SECONDS)
-    # A group of its own, which no signal to the tests reaches.
-    os.setsid()
     try:
-        if order.get("num_processes", 1) > 1:
-            _meet(place.with_name("meeting"), rank, order["num_processes"])
         _run(order)
-        place.with_suffix(".lines").write_text(str(moments.lines))
-        return 0
-    except BaseException as error:
+        if rank == 0:
+            _lines(order).write_text(str(moments.lines))
+    except Exception as error:
         traceback.print_exc()
-        return int(getattr(error, "exit_code", 70))
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-
-
-def _meet(file: Path, rank: int, count: int) -> None:
-    """What torchrun sets, and the processes' first contact through a file instead of a port."""
-    import torch.distributed as dist
-
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost"}
-    os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_PORT": "0"}
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=count)
+        sys.exit(int(getattr(error, "exit_code", 70)))
 
 
 def _run(order: dict[str, Any]) -> None:
@@ -194,8 +144,3 @@ def _turn_the_clock(run: Run) -> None:
 
     run.clock = lambda: now
     run.bare_model.register_forward_pre_hook(tick)
-
-
-if __name__ == "__main__":
-    serve()
-    os._exit(0)

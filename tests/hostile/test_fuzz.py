@@ -1,4 +1,4 @@
-"""Mutations of recipes and of image files, for as many seconds as ETPP_FUZZ_SECONDS says (5 each by default).
+"""Mutations of recipes and of image files, for as many seconds as ETPP_FUZZ_SECONDS says (2 each by default).
 
 A failure prints the seed of the one input that caused it: ETPP_FUZZ_SEED=N tries that one alone.
 """
@@ -25,7 +25,7 @@ from etpp_ssl.data.sources.shards import ShardsConfig
 from etpp_ssl.data.views import EvalView, TrainView
 from etpp_ssl.recipe import parse_any
 
-SECONDS = float(os.environ.get("ETPP_FUZZ_SECONDS", 5))
+SECONDS = float(os.environ.get("ETPP_FUZZ_SECONDS", 2))
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 SIZE = (24, 32)
 

@@ -11,6 +11,7 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block, ParallelScalingBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from etpp_ssl.model.attention import (
     FLOAT32_UNFUSED_TOKENS,
@@ -78,17 +79,24 @@ def test_half_precision_stays_close_to_float32() -> None:
     torch.testing.assert_close(half.float(), unfused_attention(qkv, 4), rtol=0, atol=2e-2)
 
 
-def test_an_autocast_that_promotes_softmax_does_not_break_the_backward_pass(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    real = torch.Tensor.softmax
+class PromotedSoftmax(TorchFunctionMode):
+    """What CUDA's autocast does: softmax gives float32 unless it is told otherwise."""
 
-    def as_on_cuda(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return real(x, dim, dtype=dtype or torch.float32)
+    calls = 0
 
-    monkeypatch.setattr(torch.Tensor, "softmax", as_on_cuda)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.softmax:
+            self.calls += 1
+            kwargs = {"dtype": torch.float32, **kwargs}
+        return func(*args, **kwargs)
+
+
+def test_an_autocast_that_promotes_softmax_does_not_break_the_backward_pass() -> None:
     qkv = random_qkv((2, 7, 2, 4)).bfloat16().requires_grad_()
-    unfused_attention(qkv, 2).sum().backward()
+    with PromotedSoftmax() as promoted:
+        unfused_attention(qkv, 2).sum().backward()
+    assert promoted.calls == 1
     assert qkv.grad is not None
     assert qkv.grad.dtype == torch.bfloat16
 
@@ -163,20 +171,25 @@ def test_in_evaluation_a_block_is_timms_to_the_bit(kind: str) -> None:
     assert list(block.state_dict()) == keys
 
 
-def test_the_kernel_is_the_one_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    fused = F.scaled_dot_product_attention
+class Functions(TorchFunctionMode):
+    """Keeps the functions of torch that are called."""
 
-    def counted(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append(1)
-        return fused(*args, **kwargs)
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[Any] = []
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_kernel_is_the_one_asked_for() -> None:
     block, tokens = make("plain")
-    for kernel, expected in (("unfused", 0), ("fused", 1), ("unfused", 1)):
+    for kernel, expected in (("unfused", 0), ("fused", 1), ("unfused", 0)):
         use_attention(block, kernel)  # type: ignore[arg-type]
-        block(tokens)
-        assert len(calls) == expected
+        with Functions() as functions:
+            block(tokens)
+        assert functions.called.count(F.scaled_dot_product_attention) == expected
 
 
 def test_a_recipes_kernel_reaches_every_block_of_encoder_and_decoder() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -43,17 +44,17 @@ def test_blocks_of_a_kind_share_one_graph_per_shape(monkeypatch: pytest.MonkeyPa
         graphs.append(graph)
         return graph.forward
 
-    # torch's default, which `import timm.optim` raises to a million.
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     compiled_call.cache_clear()
     run = BlockRunner(compiled=True)
     torch.manual_seed(0)
     kinds = [[Block(width, 3, qkv_bias=True) for _ in range(blocks)] for width, blocks in ((12, 3), (24, 2))]
-    lengths = (5, 9, 5, *range(10, 18))
+    # Ten graphs: more than the limit.
+    lengths = (5, 9, 5, 10, 11, 12)
     try:
-        for length in lengths:
-            for blocks in kinds:
+        # torch's default, which `import timm.optim` raises to a million.
+        with torch._dynamo.config.patch(recompile_limit=8):
+            for length, blocks in product(lengths, kinds):
                 for block in blocks:
                     use_attention(block, "unfused")
                     tokens = torch.randn(2, length, block.norm1.weight.numel())

@@ -251,7 +251,7 @@ def test_a_name_that_matches_no_rule_is_an_error(family: str) -> None:
 def test_up_to_five_strange_names_are_listed() -> None:
     net = MEMBERS["vit"].build()
     for i in range(7):
-        setattr(net, f"prompt{i}", nn.Parameter(torch.ones(2)))
+        net.register_parameter(f"prompt{i}", nn.Parameter(torch.ones(2)))
     sentence = (
         r"optim.layer_decay knows no layer of VisionTransformer for "
         r"prompt0, prompt1, prompt2, prompt3, prompt4, and 2 more; layer_decay=null trains any model"

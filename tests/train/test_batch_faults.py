@@ -112,7 +112,7 @@ def test_a_classifiers_run_ends_when_its_loader_stalls_in_training_or_in_an_eval
         ("train", 1, "for step 0, samples 0, 1, .*: worker process 1 of 1 is reading image"),
         ("eval", 0, "for evaluation batch 0, samples 0, 1, .*: the process is reading image"),
     ]:
-        overrides = [f"data.num_workers={num_workers}", "data.stall_seconds=5", "evaluate.every_steps=1"]
+        overrides = [f"data.num_workers={num_workers}", "data.stall_seconds=3", "evaluate.every_steps=1"]
         recipe.write_text(tiny_classifier(*overrides, f"output={tmp_path / split}").model_dump_json())
         with monkeypatch.context() as patch:
             index = KeyedOrder(64, seed=3).index(4) if split == "train" else 5
@@ -122,7 +122,7 @@ def test_a_classifiers_run_ends_when_its_loader_stalls_in_training_or_in_an_eval
         assert ended.left_over == []
         assert "Traceback" not in ended.stderr
         assert re.fullmatch(
-            rf"etpp: error: data: no batch within data\.stall_seconds 5 {words} "
+            rf"etpp: error: data: no batch within data\.stall_seconds 3 {words} "
             rf"'photos/{index:02d}\.jpg' \(sample \d\){GO_ON}",
             ended.last_line,
         )

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
+import signal
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from ranks import Server
 
 from etpp_ssl.config import UserError
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.train.launch import pretrain
-from etpp_ssl.train.start import LOCK_FILE, FolderLock
+from etpp_ssl.train.start import LOCK_FILE
 
-
-def hold(folder: Path, pipe: Connection) -> None:
-    lock = FolderLock(folder)
-    lock.acquire()
-    pipe.send("held")
-    pipe.recv()
+HOLD = """
+import signal
+from pathlib import Path
+from etpp_ssl.train.start import FolderLock
+lock = FolderLock(Path({folder!r}))
+lock.acquire()
+print("held", flush=True)
+signal.pause()
+"""
 
 
 def test_a_run_that_is_being_trained_is_left_alone_until_its_process_is_gone(
-    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, ranks: Server
 ) -> None:
     run = pretrain(tiny_recipe("budget_epochs=0.5"))
     assert json.loads(run.folder.status_file.read_text())["state"] == "finished"
@@ -33,20 +36,18 @@ def test_a_run_that_is_being_trained_is_left_alone_until_its_process_is_gone(
     aside = run.folder.checkpoint_folder / ".writing-step-00000004"
     aside.mkdir()
     (run.folder.checkpoint_folder / f"step-{run.state.step:08d}").rename(tmp_path / "elsewhere")
-    here, there = multiprocessing.get_context("spawn").Pipe()
-    other = multiprocessing.get_context("spawn").Process(target=hold, args=(run.folder.path, there))
-    other.start()
+    (other,) = ranks.start(None, 1, before=HOLD.format(folder=str(run.folder.path)))
     try:
-        assert here.recv() == "held"
+        other.wait_for("held")
         with pytest.raises(UserError, match=rf"is being trained by process {other.pid} on "):
             pretrain(tiny_recipe("budget_epochs=0.5"))
         assert aside.is_dir(), "the other process is writing there"
         assert json.loads(run.folder.status_file.read_text())["state"] == "finished", "so it is its status"
-        other.kill()
-        other.join()
+        other.send(signal.SIGKILL)
+        assert other.wait() == -signal.SIGKILL
         assert pretrain(tiny_recipe("budget_epochs=0.5")).finished
     finally:
-        other.kill()
+        other.send(signal.SIGKILL)
     assert not aside.exists()
 
 

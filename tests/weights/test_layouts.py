@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -331,7 +330,7 @@ def test_the_original_class_loads_ours_and_gives_the_same_loss(monkeypatch: pyte
 
     monkeypatch.setattr(timm_vit, "Block", Block)
     monkeypatch.setattr(np, "float", float, raising=False)
-    monkeypatch.setattr(sys, "path", [clone, *sys.path])
+    monkeypatch.syspath_prepend(clone)
     import models_mae
 
     norm = partial(torch.nn.LayerNorm, eps=1e-6)

@@ -19,8 +19,7 @@ from PIL import Image
 from etpp_ssl.commands.prepare import PrepareConfig, prepare
 from etpp_ssl.config import UserError
 from etpp_ssl.data.formats.base import UnreadableImage
-from etpp_ssl.data.sources import shards as shards_module
-from etpp_ssl.data.sources.shards import ShardsConfig, ShardSource
+from etpp_ssl.data.sources.shards import MAX_OPEN, ShardsConfig, ShardSource
 
 LONG = "oak/" + 12 * "deep-folder/" + 150 * "x" + ".png"
 
@@ -210,10 +209,10 @@ def test_what_others_tars_hold_beside_images_is_said(tmp_path: Path) -> None:
     assert "which hold 2 .heic" in sentence(tmp_path / "heic")
 
 
-def test_few_tars_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_module, "MAX_OPEN", 2)
-    for number in range(5):
-        write_tar(tmp_path / f"{number}.tar", {f"{number}.png": picture(number)})
+def test_few_tars_stay_open(tmp_path: Path) -> None:
+    count = MAX_OPEN + 3
+    for number in range(count):
+        write_tar(tmp_path / f"{number:03d}.tar", {f"{number}.png": picture(number)})
     source = open_shards(tmp_path)
 
     def open_tars() -> int:
@@ -222,9 +221,10 @@ def test_few_tars_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     if not os.path.isdir("/proc/self/fd"):
         pytest.skip("this system does not list open files")
-    for index in (0, 1, 2, 3, 4, 0, 4, 2):
+    for index in (*range(count), 0, count - 1, 2):
         assert source.read(index) == picture(index)
-        assert open_tars() <= 2
+        assert open_tars() <= MAX_OPEN
+    assert open_tars() == MAX_OPEN
     del source
     assert open_tars() == 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -61,9 +62,10 @@ def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         data = np.random.default_rng(count).integers(0, 256, (count, 3072), dtype=np.uint8)
         (folder / name).write_bytes(pickle.dumps({"data": data, "labels": [i % 3 for i in range(count)]}))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CLASSES)}))
-    monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", None]])
-    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", None]])
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": None})
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": None}
+    lists = {"train_list": [["data_batch_1", None]], "test_list": [["test_batch", None]], "meta": meta}
+    for name, value in lists.items():
+        monkeypatch.setattr(CIFAR10, name, value)
     return root
 
 
@@ -263,13 +265,11 @@ def test_a_name_that_torchvision_lacks_or_whose_files_are_missing_is_one_sentenc
 def test_a_missing_optional_library_is_named_with_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def absent(*args: Any, **kwargs: Any) -> None:
-        raise ModuleNotFoundError("No module named 'datasets'")
-
-    monkeypatch.setattr("timm.data.create_dataset", absent)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.delitem(sys.modules, "timm.data.readers.reader_hfds", raising=False)
     message = sentence(tmp_path, dataset="hfds/some/set")
     assert "'hfds/some/set'" in message
-    assert "'datasets'" in message
+    assert "(import of datasets halted" in message
     assert "pip install 'etpp-ssl[hub]'" in message
 
 

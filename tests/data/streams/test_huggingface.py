@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,6 @@ def test_wrong_names_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_without_the_library_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"data\.name huggingface needs .* pip install 'etpp-ssl\[stream\]'"):
         reader_of(path="parquet")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import io
 import shlex
+import sys
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -253,6 +253,6 @@ def test_missing_tars_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_without_the_library_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "webdataset", None)
     with pytest.raises(UserError, match=r"data\.name webdataset needs .* pip install 'etpp-ssl\[stream\]'"):
         WebDatasetConfig(urls="http://a/0.tar", num_images=1).open_stream(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -10,6 +10,7 @@ import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from etpp_ssl.model.zoo.swin import (
     ResizableSwinBlock,
@@ -195,20 +196,27 @@ def test_a_size_seen_first_in_evaluation_can_be_trained_afterwards() -> None:
     assert all(table.grad is not None and table.grad.any() for table in tables)
 
 
-def test_no_image_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+class Pads(TorchFunctionMode):
+    """Keeps the widths of every `F.pad`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths: list[tuple[int, ...]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.pad:
+            self.widths.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_image_is_padded() -> None:
     net = small_swin().eval()
     make_resizable(net)
     assert any(isinstance(module, ResizableSwinBlock) for module in net.modules())
-    padded: list[tuple[int, ...]] = []
-    real: Callable[..., Tensor] = F.pad
-
-    def pad(x: Tensor, widths: tuple[int, ...], *args: object) -> Tensor:
-        padded.append(widths)
-        return real(x, widths, *args)
-
-    monkeypatch.setattr(F, "pad", pad)
-    net(torch.randn(1, 3, 48, 80))
-    assert not any(any(widths) for widths in padded)
+    with Pads() as pads:
+        net(torch.randn(1, 3, 48, 80))
+    assert pads.widths
+    assert not any(any(widths) for widths in pads.widths)
 
 
 def test_in_bfloat16_autocast_the_bias_stays_float32() -> None:
