@@ -185,3 +185,19 @@ synthetic.SyntheticSource.open = open_damaged
     )  # fmt: skip
     assert said[0].count("unreadable image") == 1
     assert not any(said[1:])
+
+
+def test_images_that_leave_the_range_are_counted_over_all_processes(ranks: Server, folder: Path) -> None:
+    counts = []
+    for count in (1, 2):
+        output = folder / f"range{count}"
+        # About half of the pictures of floats have a value above 0.9.
+        overrides = ["budget_epochs=1", "data.dtype=float32", "data.range=[0,0.9]", f"output={output}"]
+        said = ranks.run(["pretrain", str(recipe(folder)), *overrides], count)
+        rows = [row for row in RunFolder(output).metrics() if "loss" in row]
+        counts.append([row.get("images_outside_range", 0) for row in rows])
+        line = f"{counts[-1][-1]} of {rows[-1]['images_loaded']} images had values outside data.range"
+        assert said[0].count(line) == 1
+        assert not any(said[1:])
+    assert counts[0] == counts[1]
+    assert 0 < counts[0][-1] < rows[-1]["images_loaded"]

@@ -262,7 +262,7 @@ def propose(
     if given in (None, "raw"):
         if len(types) > 1:
             pairs = "dtype"
-        elif types == ["uint8"]:
+        elif types == ["uint8"] and not values.num_missing:
             pairs = None
         else:
             pairs = _together([_pair(channel) for (channel,) in all_channels])

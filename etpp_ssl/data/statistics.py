@@ -213,24 +213,28 @@ class Values:
             channel.add(part)
 
 
-def values_of(picture: Picture, name: str, nodata: float | None) -> ImageValues:
+def values_of(
+    picture: Picture, name: str, nodata: float | None, *, most_pixels: int | None = None
+) -> ImageValues:
     """What a raw picture holds, at full resolution.
 
     Args:
         picture: of `Reading.range` raw.
         name: of the image.
         nodata: the value of pixels without data, beside NaN and what the file says.
+        most_pixels: on a side; of a larger picture the middle is read. None reads all of it.
 
     Raises:
         UnreadableImage: if it cannot be decoded, or has values that no run could use.
     """
-    width, height = picture.size
+    width, height = (min(side, most_pixels or side) for side in picture.size)
+    left, above = (picture.size[0] - width) // 2, (picture.size[1] - height) // 2
     parts: list[list[Part]] = []
     missing, dtype = 0, np.dtype(np.uint8)
     rows, top = max(1, STRIP_VALUES // width), 0
     while top < height:
         bottom = min(height, top + rows)
-        region = picture.region((0, top, width, bottom), (width, bottom - top))
+        region = picture.region((left, above + top, left + width, above + bottom), (width, bottom - top))
         gaps = without_data(region.pixels, nodata)
         if region.valid is not None:
             gaps |= ~region.valid

@@ -81,7 +81,7 @@ def write_sheet(
         axes.imshow(picture, interpolation="nearest")
         axes.set(xticks=[], yticks=[], anchor="N")
         axes.spines[:].set_visible(False)
-        axes.set_xlabel(shown_text(name, 34), size=FONT_SIZE - 2, color=INK, labelpad=2)
+        axes.set_xlabel(shown_text(name, 34), size=FONT_SIZE - 2, color=INK, labelpad=2, parse_math=False)
     for number, name in enumerate(types):
         bottom = HISTOGRAM * (len(types) - 1 - number) + 0.5
         axes = figure.add_axes(

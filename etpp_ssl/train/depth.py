@@ -15,6 +15,8 @@ from etpp_ssl.randomness import derive_key
 
 SAMPLE = 32
 """Images that are looked at: of photographs their headers only."""
+MOST_PIXELS = 1024
+"""On a side, of the middle of an image that is looked at."""
 FEWEST_LEVELS = 64
 """Different values of 8 bits that each channel of 16 bits should keep."""
 LEAST_SHARE = 1 / 16
@@ -80,7 +82,7 @@ def _look(source: ImageSource, reading: Reading, seed: int) -> tuple[Values, int
         try:
             picture = raw.open(index)
             if picture.deep:
-                values.add(values_of(picture, raw.name(index), None))
+                values.add(values_of(picture, raw.name(index), None, most_pixels=MOST_PIXELS))
             else:
                 num_shallow += 1
         except UnreadableImage:

@@ -86,6 +86,14 @@ def test_channels_of_other_units_get_a_range_each() -> None:
 def test_8_bits_need_no_range_and_types_together_take_their_own() -> None:
     small = drawn(20, 256, dtype="uint8")
     assert set(proposed(*small)) == {"mean", "std"}
+    # Of 8 bits alone nothing tells pixels without data.
+    small[0][0, 0] = 7
+    values = Values()
+    values.add(values_of(ArrayPicture(small[0]), "a", 7))
+    proposal = propose(values, None, 7)
+    assert proposal is not None
+    assert proposal.layer()["data"]["range"] == [0, 255]
+    assert proposal.layer()["data"]["nodata"] == 7
     both = proposed(*small, *drawn(20, 65536))
     assert both["range"] == "dtype"
     np.testing.assert_allclose(both["mean"], 0.5, atol=0.03)  # type: ignore[arg-type]
@@ -98,6 +106,7 @@ def test_a_folder_tells_its_channels_depth_and_what_cannot_be_read(
     folder = saved(tmp_path / "bands", *drawn(9, 3000, chans=5))
     np.save(folder / "other.npy", np.zeros((4, 4, 3), np.uint16))
     (folder / "broken.npy").write_bytes(b"no")
+    (folder / "0.npy").rename(folder / "$\\frac{1}$ [b]\n^$.npy")
     assert run(str(folder), "--out", str(tmp_path / "out")) == 0
     text = capsys.readouterr().out
     assert "9 read of 11 images" in text

@@ -122,6 +122,15 @@ def test_pixels_without_data_are_counted_apart() -> None:
     assert values.channels["float32"] == []
 
 
+def test_of_a_large_picture_the_middle_can_do() -> None:
+    image = np.zeros((20, 31, 1), np.uint16)
+    image[8:12, 13:17] = np.arange(1, 17).reshape(4, 4, 1)
+    values = Values()
+    values.add(values_of(ArrayPicture(image), "a", None, most_pixels=4))
+    (channel,) = values.channels["uint16"]
+    assert (channel.least, channel.most, channel.total) == (1, 16, 16)
+
+
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
 def test_strips_change_nothing(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     images = arrays(dtype)
