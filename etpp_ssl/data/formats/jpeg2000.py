@@ -54,7 +54,7 @@ def _open(data: bytes, reading: Reading) -> Picture:
     imagecodecs = imported("imagecodecs", "JPEG 2000 of more than 8 bits", "tiff")
     values = imagecodecs.jpeg2k_decode(data)
     values = values.reshape(*values.shape[:2], -1)
-    if header.alpha and reading.channels is None and values.shape[2] == reading.in_chans + 1:
+    if header.alpha and reading.channels is None and reading.in_chans in (0, values.shape[2] - 1):
         values = values[:, :, :-1]
     return ArrayPicture(chosen(values, reading))
 

@@ -75,7 +75,7 @@ class GdalPicture:
                 return bands
             if bands == [1] and reading.in_chans == 3 and not reading.deep:
                 return bands * 3
-            if kinds[-1] == "alpha" and len(bands) == reading.in_chans + 1:
+            if kinds[-1] == "alpha" and reading.in_chans in (0, len(bands) - 1):
                 self._alpha = reading.deep
                 return bands[:-1]
         numbers = channel_numbers(len(bands), reading, [name or "" for name in dataset.descriptions])

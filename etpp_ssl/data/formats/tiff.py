@@ -125,7 +125,7 @@ def _tifffile_has_the_same(file: BinaryIO, reading: Reading) -> bool:
         colours, samples = page.get(_COLOURS, (1,))[0], page.get(_SAMPLES, (1,))[0]
         as_stored = colours in (1, 2) or (colours, page.get(_COMPRESSION)) == (6, (7,))
         whole = page.get(_PLANES, (1,)) == (1,) and page.get(_BITS) == (8,) * samples
-        return as_stored and whole and samples == reading.in_chans
+        return as_stored and whole and samples == (reading.in_chans or samples)
     except (struct.error, LookupError, ValueError):
         return False
 

@@ -32,6 +32,17 @@ _ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
 
 
 def by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, overviews: bool = False) -> TiffPicture:
+    """A file as a picture, of which the tags are read here.
+
+    Args:
+        opened: opens the file.
+        reading: says which channels.
+        overviews: see `TiffPicture`.
+
+    Raises:
+        UnreadableImage: where it is not sure which pages and samples are the image and its channels, and for
+            values that are not read.
+    """
     tifffile = imported("tifffile", "this kind of TIFF", "tiff")
     imported("imagecodecs", "this kind of TIFF", "tiff")
     # It writes about broken metadata around a sound picture.
@@ -118,7 +129,8 @@ def _as_channels(found: Any, images: list[Page], reading: Reading) -> tuple[list
     if reading.axes is None and number != reading.in_chans:
         width, height = _size(page)
         narrow = is_narrow((width, height))
-        reason = f"it has 1 channel and {number} pages, but in_chans is {reading.in_chans}"
+        wanted = f", but in_chans is {reading.in_chans}" if reading.in_chans else ""
+        reason = f"it has 1 channel and {number} pages{wanted}"
         if narrow:
             reason = (
                 f"it has {number} pages of {height} x {width} values, as an array whose channels come last "
@@ -169,7 +181,7 @@ def _bands(
         # For colours: those of a palette, and without a range gray.
         if len(bands) == 1 and reading.in_chans == 3 and (page.photometric == PALETTE or not reading.deep):
             return bands if page.photometric == PALETTE else bands * 3, None
-        if tuple(page.extrasamples) == (2,) and len(bands) == reading.in_chans + 1:
+        if tuple(page.extrasamples) == (2,) and reading.in_chans in (0, len(bands) - 1):
             return bands[:-1], bands[-1][1] if reading.deep else None
     numbers = channel_numbers(len(bands), reading, names)
     return bands if numbers is None else [bands[number] for number in numbers], None

@@ -95,7 +95,7 @@ def read(data: bytes, in_chans: int, **how: Any) -> tuple[np.ndarray, np.ndarray
 
 
 def same(data: bytes, wanted: np.ndarray, in_chans: int | None = None, **how: Any) -> None:
-    found, valid = read(data, in_chans or wanted.shape[2], **how)
+    found, valid = read(data, wanted.shape[2] if in_chans is None else in_chans, **how)
     assert valid is None
     assert found.dtype == wanted.dtype
     np.testing.assert_array_equal(found, wanted)
@@ -661,3 +661,23 @@ def test_a_tile_cannot_claim_more_than_its_place(compression: str) -> None:
         place, size = data.index(b"Lerc2 ", start) + 14, struct.pack("<ii", 60_000, 60_000)
     data[place : place + len(size)] = size
     assert "claims 60,000 x 60,000 pixels" in refusal(bytes(data), 1, channels=(0,))
+
+
+def test_all_channels_of_a_file() -> None:
+    """As `etpp inspect` and `data.channel_sampling` ask for them."""
+    for dtype in ("uint8", "uint16"):
+        for bands in (1, 2, 3, 5):
+            colours = "rgb" if bands == 3 else "minisblack"
+            extra = ["unspecified"] * (bands - 1) if bands in (2, 5) else None
+            values = drawn(dtype, bands)
+            data = written(
+                values.squeeze(), photometric=colours, planarconfig=extra and "contig", extrasamples=extra
+            )
+            assert whole(open_picture(data, Reading(0, range="raw"))).pixels.shape == values.shape
+        values = drawn(dtype, 4)
+        values[:, :, 3] |= 1
+        data = written(values, photometric="rgb", extrasamples=["unassalpha"])
+        np.testing.assert_array_equal(whole(opened(data, 0)).pixels, values[:, :, :3])
+    data = written(drawn("uint16", 5).transpose(2, 0, 1), photometric="minisblack", metadata=None)
+    assert "it has 1 channel and 5 pages: data.axes=pages" in refusal(data, 0)
+    same(data, drawn("uint16", 5), in_chans=0, axes="pages")
