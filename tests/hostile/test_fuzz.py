@@ -126,6 +126,15 @@ def seed_files() -> list[tuple[str, bytes]]:
     pages = [noise("L", seed=number) for number in range(5)]
     files.append(("pages.tif", encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])))
     files.append(("words.npy", npy(np.zeros((9, 8, 3), np.uint16))))
+    tifffile, imagecodecs = pytest.importorskip("tifffile"), pytest.importorskip("imagecodecs")
+    words = np.random.default_rng(0).integers(0, 4096, (30, 40, 3), dtype=np.uint16)
+    for number, options in enumerate(
+        ({}, {"tile": (16, 16), "compression": "lzw"}, {"compression": "jpeg2000"})
+    ):
+        file = io.BytesIO()
+        tifffile.imwrite(file, words, photometric="rgb", **options)
+        files.append((f"words-{number}.tif", file.getvalue()))
+    files.append(("words.jp2", imagecodecs.jpeg2k_encode(words, reversible=True, bitspersample=12)))
     return files
 
 
