@@ -19,6 +19,7 @@ from etpp_ssl.data.formats import pillow
 from etpp_ssl.data.formats.base import (
     Format,
     Picture,
+    Place,
     Reading,
     UnreadableImage,
     channel_numbers,
@@ -30,12 +31,17 @@ from etpp_ssl.files import read_regular
 
 MOST_PAGES = 10_000
 """Of a file: each costs a tenth of a millisecond."""
+LARGE = 1 << 22
+"""Pixels of an image beyond which it is not decoded whole for a part of it, if it is opened by its path."""
 NARROW = 16
 """Columns of a page, up to which they may be channels that were taken for columns."""
 
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _COLOURS, _DESCRIPTION = 254, 256, 257, 258, 259, 262, 270
 _SAMPLES, _STRIP_BYTES, _TILE_BYTES, _EXTRA, _SAMPLE_FORMAT = 277, 279, 325, 338, 339
 _GDAL_METADATA, _GDAL_NODATA = 42112, 42113
+_PIXEL_SCALE, _TIE_POINTS, _TRANSFORM, _GEO_KEYS = 33550, 33922, 34264, 34735
+_RASTER_TYPE, _GEOGRAPHIC, _PROJECTED, _POINTS, _USER_DEFINED = 1025, 2048, 3072, 2, 32767
+"""GeoTIFF's keys: numbers below the last are those of EPSG."""
 _READ = frozenset(
     (
         _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _COLOURS, _DESCRIPTION, _SAMPLES, _STRIP_BYTES,
@@ -75,10 +81,10 @@ def _open(data: bytes, reading: Reading) -> Picture:
 
 def _open_path(path: str | os.PathLike[str], reading: Reading) -> Picture:
     with open(path, "rb") as file:
-        plain = _is_plain(file, reading)
+        plain = _is_plain(file, reading) and not (reading.deep and _is_large(file))
     if plain:
         return pillow.FORMAT.open(read_regular(path, 1 << 40), reading)
-    return _by_tifffile(lambda: open(path, "rb"), reading)
+    return _by_tifffile(lambda: open(path, "rb"), reading, in_parts=True)
 
 
 def _check(data: bytes, max_pixels: int) -> None:
@@ -98,6 +104,15 @@ def _is_plain(file: BinaryIO, reading: Reading) -> bool:
         return not pages or (file.read(4) != b"MM\0+" and _all_plain(pages, reading))
     except (struct.error, LookupError):
         return True
+
+
+def _is_large(file: BinaryIO) -> bool:
+    """Whether an image is worth reading in parts, which Pillow does not."""
+    try:
+        (first,) = _directories(file, 1)
+        return bool(first[_WIDTH][0] * first[_HEIGHT][0] > LARGE)
+    except (struct.error, LookupError, ValueError):
+        return False
 
 
 def _all_plain(pages: list[Tags], reading: Reading) -> bool:
@@ -177,7 +192,7 @@ def _directories(file: BinaryIO, most: int) -> list[Tags]:
     return pages
 
 
-def _by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, overviews: bool = False) -> TiffPicture:
+def _by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, in_parts: bool = False) -> TiffPicture:
     tifffile = imported("tifffile", "this kind of TIFF", "tiff")
     imported("imagecodecs", "this kind of TIFF", "tiff")
     # It writes about broken metadata around a sound picture.
@@ -204,8 +219,31 @@ def _by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, overviews:
             [_scale(images[page], sample) for page, sample in bands],
             mask=next((page for page in masks if _size(page) == size), None),
             alpha=alpha,
-            overviews=overviews,
+            place=_place(images[0]),
+            reads_parts=in_parts,
         )
+
+
+def _place(page: Page) -> Place | None:
+    """Where a GeoTIFF says that it lies; None for what is none, or says so by several points."""
+    scale, points = page.tags.valueof(_PIXEL_SCALE), page.tags.valueof(_TIE_POINTS)
+    matrix = page.tags.valueof(_TRANSFORM)
+    if matrix is not None and len(matrix) == 16:
+        x_column, x_row, _, x, y_column, y_row, _, y = matrix[:8]
+    elif scale is not None and points is not None and len(points) == 6 and len(scale) >= 2:
+        x_column, x_row, y_column, y_row = scale[0], 0.0, 0.0, -scale[1]
+        x, y = points[3] - points[0] * x_column, points[4] - points[1] * y_row
+    else:
+        return None
+    keys = page.tags.valueof(_GEO_KEYS) or ()
+    # (key, where its value is, 0 for here, how many, the value) each, behind a header of the same size.
+    here = {keys[i]: keys[i + 3] for i in range(4, len(keys) - 3, 4) if keys[i + 1] == 0}
+    number = here.get(_PROJECTED) or here.get(_GEOGRAPHIC) or _USER_DEFINED
+    place = Place(
+        (x, x_column, x_row, y, y_column, y_row), f"EPSG:{number}" if number < _USER_DEFINED else ""
+    )
+    # The transform may be that of the centres of pixels.
+    return place.at(-0.5, -0.5) if here.get(_RASTER_TYPE) == _POINTS else place
 
 
 def _size(page: Page) -> tuple[int, int]:
