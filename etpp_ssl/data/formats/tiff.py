@@ -61,7 +61,7 @@ def _open(data: bytes, reading: Reading) -> Picture:
 def _open_path(path: str | os.PathLike[str], reading: Reading) -> Picture:
     with open(path, "rb") as file:
         if not _is_plain(file, reading) or (_tifffile_has_the_same(file, reading) and find_spec("tifffile")):
-            return by_tifffile(lambda: open(path, "rb"), reading)
+            return by_tifffile(lambda: open(path, "rb"), reading, in_parts=True)
     return pillow.FORMAT.open(read_regular(path, 1 << 40), reading)
 
 

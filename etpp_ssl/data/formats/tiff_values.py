@@ -17,11 +17,13 @@ from etpp_ssl.data.formats.base import (
     MAX_PIXELS,
     Channels,
     Decoder,
+    Place,
     Reading,
     Region,
     UnreadableImage,
     level_for,
     one_line_reasons,
+    whole_pixels,
     without_data,
 )
 from etpp_ssl.data.formats.pillow import ROTATED
@@ -53,14 +55,14 @@ class TiffPicture:
         scales: per channel (scale, offset), which make the stored values the ones that are meant.
         mask: a page that is 0 where there is no data.
         alpha: the sample of the one page that is 0 where there is no data.
-        overviews: whether smaller copies serve regions that need few pixels.
+        place: where it lies on the earth.
+        reads_parts: whether `opened` opens a file on disk.
 
     Raises:
         UnreadableImage: for values that are not read, or strips too large to be.
     """
 
     deep = True
-    reads_parts = True
 
     def __init__(
         self,
@@ -71,14 +73,16 @@ class TiffPicture:
         scales: Sequence[tuple[float, float]],
         mask: Page | None = None,
         alpha: int | None = None,
-        overviews: bool = False,
+        place: Place | None = None,
+        reads_parts: bool = False,
     ) -> None:
         page = levels[0][0]
         self._turn = ROTATED.get(page.tags.valueof(_ORIENTATION))
         # Those of a mask may lie anywhere in the file.
-        self._levels = levels if overviews and mask is None and self._turn is None else levels[:1]
+        self._levels = levels if reading.overviews and mask is None and self._turn is None else levels[:1]
         for other in (*(page for level in self._levels[1:] for page in level), *([mask] if mask else [])):
             prepare(other, reading)
+        self.place, self.reads_parts = (place if self._turn is None else None), reads_parts
         self._opened, self._bands, self._mask, self._alpha = opened, bands, mask, alpha
         self._sizes = [_size(level[0]) for level in self._levels]
         turned = page.tags.valueof(_ORIENTATION, 1) >= 5 and self._turn is not None
@@ -100,11 +104,7 @@ class TiffPicture:
         """At full resolution, or from a smaller copy; see `Picture.region`."""
         with one_line_reasons():
             number, part = level_for(self._sizes, box, at_least)
-            left, top = math.floor(part[0]), math.floor(part[1])
-            # Quotients may lie a billionth of a pixel beyond the end.
-            right, bottom = map(min, map(math.ceil, part[2:]), self._sizes[number] if number else self.size)
-            outer = (left, top, right, bottom)
-            inner = (part[0] - left, part[1] - top, part[2] - left, part[3] - top)
+            outer, inner = whole_pixels(part)
             if self._turn is None:
                 values, gaps = self._values(self._levels[number], outer)
             else:
