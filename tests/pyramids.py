@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import etpp_ssl.data.formats
-import etpp_ssl.data.sources.found
 from etpp_ssl.data.formats.base import (
     Channels,
     Decoder,
@@ -81,4 +80,4 @@ def know_pyramids(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `.pyr` a format that is read."""
     formats = etpp_ssl.data.formats
     monkeypatch.setattr(formats, "FORMATS", (FORMAT, *formats.FORMATS))
-    monkeypatch.setattr(etpp_ssl.data.sources.found, "EXTENSIONS", formats.EXTENSIONS | {".pyr"})
+    monkeypatch.setattr(formats, "EXTENSIONS", formats.EXTENSIONS | {".pyr"})

@@ -16,6 +16,7 @@ from etpp_ssl.data.formats.base import (
     Decoder,
     Format,
     Picture,
+    Place,
     Reading,
     Region,
     UnreadableImage,
@@ -48,6 +49,7 @@ class GdalPicture:
         self.size = (dataset.width, dataset.height)
         check_pixels(self.size, reading.max_pixels)
         self._dataset, self._memory = dataset, memory
+        self.place, self.reads_parts = _place(dataset), memory is None
         self._colours: np.ndarray | None = None
         self._alpha = False
         self._white = dataset.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
@@ -108,6 +110,11 @@ class GdalPicture:
                 values = (values * self._steps[0] + self._steps[1]).astype(np.float32)
             part = (0, 0, right - left, bottom - top)
             return Region(values, part, None if valid is None or valid.all() else valid)
+
+
+def _place(dataset: Any) -> Place | None:
+    crs = "" if dataset.crs is None else dataset.crs.to_string()
+    return None if dataset.transform.is_identity and not crs else Place(dataset.transform.to_gdal(), crs)
 
 
 def _library() -> Any:

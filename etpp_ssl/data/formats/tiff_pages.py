@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from etpp_ssl.data.formats.base import (
+    Place,
     Reading,
     UnreadableImage,
     channel_numbers,
@@ -26,12 +27,15 @@ MOST_PAGES = 10_000
 REDUCED, MASK = 1, 4
 """Bits of the tag SubfileType."""
 _GDAL_METADATA = 42112
+_PIXEL_SCALE, _TIE_POINTS, _TRANSFORM, _GEO_KEYS = 33550, 33922, 34264, 34735
+_RASTER_TYPE, _GEOGRAPHIC, _PROJECTED, _POINTS, _USER_DEFINED = 1025, 2048, 3072, 2, 32767
+"""GeoTIFF's keys: numbers below the last are those of EPSG."""
 _NARROW = 16
 _ITEM = re.compile(r"<Item\b([^>]*)>([^<]*)</Item>")
 _ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
 
 
-def by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, overviews: bool = False) -> TiffPicture:
+def by_tifffile(opened: Callable[[], BinaryIO], reading: Reading) -> TiffPicture:
     tifffile = imported("tifffile", "this kind of TIFF", "tiff")
     imported("imagecodecs", "this kind of TIFF", "tiff")
     # It writes about broken metadata around a sound picture.
@@ -58,8 +62,29 @@ def by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, overviews: 
             [_scale(images[page], sample) for page, sample in bands],
             mask=next((page for page in masks if _size(page) == size), None),
             alpha=alpha,
-            overviews=overviews,
+            place=_place(images[0]),
         )
+
+
+def _place(page: Page) -> Place | None:
+    """Where a GeoTIFF says that it lies; None for what is none, or says so by several points."""
+    scale, points = page.tags.valueof(_PIXEL_SCALE), page.tags.valueof(_TIE_POINTS)
+    matrix = page.tags.valueof(_TRANSFORM)
+    if matrix is not None and len(matrix) == 16:
+        x_column, x_row, _, x, y_column, y_row, _, y = matrix[:8]
+    elif scale is not None and points is not None and len(points) == 6 and len(scale) >= 2:
+        x_column, x_row, y_column, y_row = scale[0], 0.0, 0.0, -scale[1]
+        x, y = points[3] - points[0] * x_column, points[4] - points[1] * y_row
+    else:
+        return None
+    keys = page.tags.valueof(_GEO_KEYS) or ()
+    # (key, where its value is, 0 for here, how many, the value) each, behind a header of the same size.
+    here = {keys[i]: keys[i + 3] for i in range(4, len(keys) - 3, 4) if keys[i + 1] == 0}
+    number = here.get(_PROJECTED) or here.get(_GEOGRAPHIC) or _USER_DEFINED
+    crs = f"EPSG:{number}" if number < _USER_DEFINED else ""
+    place = Place((x, x_column, x_row, y, y_column, y_row), crs)
+    # The transform may be that of the centres of pixels.
+    return place.at(-0.5, -0.5) if here.get(_RASTER_TYPE) == _POINTS else place
 
 
 def _size(page: Page) -> tuple[int, int]:

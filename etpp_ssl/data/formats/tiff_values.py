@@ -17,6 +17,7 @@ from etpp_ssl.data.formats.base import (
     MAX_PIXELS,
     Channels,
     Decoder,
+    Place,
     Reading,
     Region,
     UnreadableImage,
@@ -53,7 +54,7 @@ class TiffPicture:
         scales: per channel (scale, offset), which make the stored values the ones that are meant.
         mask: a page that is 0 where there is no data.
         alpha: the sample of the one page that is 0 where there is no data.
-        overviews: whether smaller copies serve regions that need few pixels.
+        place: where it lies on the earth.
 
     Raises:
         UnreadableImage: for values that are not read, or strips too large to be.
@@ -71,14 +72,15 @@ class TiffPicture:
         scales: Sequence[tuple[float, float]],
         mask: Page | None = None,
         alpha: int | None = None,
-        overviews: bool = False,
+        place: Place | None = None,
     ) -> None:
         page = levels[0][0]
         self._turn = ROTATED.get(page.tags.valueof(_ORIENTATION))
         # Those of a mask may lie anywhere in the file.
-        self._levels = levels if overviews and mask is None and self._turn is None else levels[:1]
+        self._levels = levels if reading.overviews and mask is None and self._turn is None else levels[:1]
         for other in (*(page for level in self._levels[1:] for page in level), *([mask] if mask else [])):
             prepare(other, reading)
+        self.place = place if self._turn is None else None
         self._opened, self._bands, self._mask, self._alpha = opened, bands, mask, alpha
         self._sizes = [_size(level[0]) for level in self._levels]
         turned = page.tags.valueof(_ORIENTATION, 1) >= 5 and self._turn is not None

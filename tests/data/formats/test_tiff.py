@@ -549,7 +549,7 @@ def test_overviews(size: tuple[int, int], tmp_path: Path) -> None:
     box = (8, 16, 64, 96)
     plain = tiff.FORMAT.open(data, Reading(2, range=RANGE)).region(box, (3, 3))
     assert plain.pixels.shape == (80, 56, 2)
-    picture = by_tifffile(lambda: io.BytesIO(data), Reading(2, range=RANGE), overviews=True)
+    picture = by_tifffile(lambda: io.BytesIO(data), Reading(2, range=RANGE, overviews=True))
     for factor, at_least in ((1, (29, 40)), (2, (28, 40)), (2, (14, 21)), (4, (13, 19))):
         region = picture.region(box, at_least)
         height, width = (-(-side // factor) for side in size)
@@ -566,7 +566,7 @@ def test_overviews(size: tuple[int, int], tmp_path: Path) -> None:
         planes = drawn("uint16", 3, *size).transpose(2, 0, 1)
         tif.write(planes, subifds=1, photometric="minisblack", metadata={"axes": "CYX"})
         tif.write(planes[:, ::2, ::2], subfiletype=1, photometric="minisblack")
-    picture = by_tifffile(lambda: io.BytesIO(file.getvalue()), Reading(3, range=RANGE), overviews=True)
+    picture = by_tifffile(lambda: io.BytesIO(file.getvalue()), Reading(3, range=RANGE, overviews=True))
     region = picture.region((0, 0, 64, 96), (10, 10))
     half = planes[:, ::2, ::2].transpose(1, 2, 0)
     np.testing.assert_array_equal(region.pixels, half[: region.pixels.shape[0], : region.pixels.shape[1]])
