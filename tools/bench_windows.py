@@ -33,7 +33,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from torchvision.io import write_png
 from torchvision.transforms import InterpolationMode, v2
 
 from etpp_ssl.data.sources.base import ImageSource
@@ -159,18 +158,15 @@ class TheirPass:
 
 def compare_png(folder: Path, count: int, rounds: int) -> None:
     """Print rates and the ratio of PNGs of both depths, which show the same."""
+    import imagecodecs
+
     for number in range(count):
         scene = scene_of(375, 500, 3, number) / HIGH
         for bits in (8, 16):
-            values = torch.from_numpy(np.rint(scene * (2**bits - 1)).astype(f"u{bits // 8}"))
-            (folder / f"{bits}").mkdir(exist_ok=True)
-            write_16 = folder / f"{bits}" / f"{number}.png"
-            if bits == 8:
-                write_png(values.permute(2, 0, 1).contiguous(), str(write_16))
-            else:
-                import imagecodecs
-
-                write_16.write_bytes(imagecodecs.png_encode(values.numpy()))
+            values = np.rint(scene * (2**bits - 1)).astype(f"u{bits // 8}")
+            path = folder / f"{bits}" / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(imagecodecs.png_encode(values))
     sizes = [sum(file.stat().st_size for file in (folder / bits).iterdir()) for bits in ("8", "16")]
     print(f"PNGs of 500 x 375 pixels, {sizes[0] / count / 1000:.0f} and {sizes[1] / count / 1000:.0f} kB")
     for bandwidth in GOALS:
@@ -268,7 +264,7 @@ def write_cog(path: Path, side: int, num_bands: int, block: int) -> None:
             window = rasterio.windows.Window(column, row, width, height)
             scene.write(part.transpose(2, 0, 1), window=window)
     copy(
-        plain, path, driver="COG", compress="DEFLATE", predictor="YES", blocksize=block, bigtiff="YES",
+        plain, path, driver="COG", compress="DEFLATE", blocksize=block, bigtiff="YES",
         overview_resampling="AVERAGE",
     )  # fmt: skip
     plain.unlink()

@@ -16,7 +16,7 @@ from etpp_ssl.data.sources.folder import FileListConfig, FolderConfig
 from etpp_ssl.data.sources.shards import ShardsConfig
 from etpp_ssl.data.sources.synthetic import SyntheticConfig
 from etpp_ssl.data.sources.timm_dataset import TimmConfig
-from etpp_ssl.data.sources.windows import TiledConfig
+from etpp_ssl.data.sources.windows import TiledConfig, WindowSource
 from etpp_ssl.randomness import keyed_torch
 
 AnyIndexedData = FolderConfig | FileListConfig | TimmConfig | SyntheticConfig | ShardsConfig
@@ -178,7 +178,7 @@ def label_subset(source: ImageSource, *, share: float | None, per_class: int | N
 def read_anew(source: ImageSource, reading: Reading) -> ImageSource:
     """The same images, whose files become pictures in another way; nothing is looked for again."""
     other: Any = copy(source)
-    if isinstance(source, Subset):
+    if isinstance(source, Subset | WindowSource):
         other.source = read_anew(source.source, reading)
     else:
         object.__setattr__(other, "reading", reading)  # One is frozen.

@@ -229,18 +229,17 @@ class WindowSource:
 
 
 class WindowPicture:
-    """A part of a deep picture, as a picture.
+    """A part of a picture, as a picture.
 
     Args:
         picture: that of the whole file.
         box: (left, top, right, bottom) in it.
     """
 
-    deep = True
-
     def __init__(self, picture: Picture, box: tuple[int, int, int, int]) -> None:
         self._picture = picture
         self._box = box
+        self.deep = picture.deep
         self.size = (box[2] - box[0], box[3] - box[1])
 
     @property
@@ -255,8 +254,8 @@ class WindowPicture:
         return None if whole is None else whole.at(*self._box[:2])
 
     def channels(self) -> Channels:
-        """Not of 8 bits."""
-        raise TypeError("a deep picture has regions only")
+        """See `Picture.channels`."""
+        return tuple(channel.crop(self._box) for channel in self._picture.channels())
 
     def region(
         self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"

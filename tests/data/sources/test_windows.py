@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 
 from etpp_ssl.config import UserError
@@ -26,7 +28,7 @@ from etpp_ssl.data.loader import Batch, BatchBuilder, load_batches
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.base import DataConfig, ImageSource
 from etpp_ssl.data.sources.folder import FileListConfig, FolderConfig
-from etpp_ssl.data.sources.splits import Subset, open_split
+from etpp_ssl.data.sources.splits import Subset, open_split, read_anew
 from etpp_ssl.data.sources.windows import MAX_OPEN, WindowSource
 from etpp_ssl.data.views import EvalView, TrainView
 
@@ -237,9 +239,52 @@ def test_a_list_of_files_has_windows_too(tmp_path: Path) -> None:
     assert source.all_labels() == [1, 1, 0, 0, 0]
 
 
-def test_a_file_that_is_read_whole_has_windows_too(tmp_path: Path) -> None:
-    from PIL import Image
+def write_as(extension: str, path: Path, values: np.ndarray) -> None:
+    if extension == ".h5":
+        h5py = pytest.importorskip("h5py")
+        with h5py.File(path, "w") as file:
+            file.create_dataset("image", data=values, chunks=(16, 16, 3), compression="gzip")
+    elif extension == ".zarr":
+        zarr = pytest.importorskip("zarr")
+        zarr.create_array(path, data=values, chunks=(16, 16, 3))
+    else:
+        tifffile = pytest.importorskip("tifffile")
+        tifffile.imwrite(path, values, tile=(16, 16), compression="deflate", photometric="rgb")
 
+
+@pytest.mark.parametrize("extension", [".h5", ".zarr", ".tif"])
+def test_files_of_all_formats_that_are_read_in_parts(extension: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 4000, (50 + n, 70, 3), dtype=np.uint16) for n in range(3)]
+    for number, values in enumerate(arrays):
+        write_as(extension, tmp_path / f"{number}{extension}", values)
+    # Less than a file has, and all of a window.
+    source = split_of(FolderConfig(root=str(tmp_path), range=(0, 4000), tile=32, stride=20, max_pixels=1024))
+    assert len(source) == 3 * 6
+    for index in range(len(source)):
+        file, row, column = source.window(index)
+        expected = arrays[file][row : row + 32, column : column + 32]
+        np.testing.assert_array_equal(pixels(source.open(index)), expected)
+    assert len(source._held.pictures) == 3
+    assert_same(train_batches(source, num_workers=2), train_batches(source))
+
+
+def test_raw_values_of_windows(tmp_path: Path) -> None:
+    arrays = write_scenes(tmp_path, {"a.npy": (40, 50)})
+    Image.fromarray(np.full((40, 50, 3), 7, np.uint8)).save(tmp_path / "b.png")
+    source = split_of(FolderConfig(root=str(tmp_path), range=(0, 4000), tile=32))
+    source.open(0)
+    raw = read_anew(source, replace(source.source.reading, range="raw"))
+    window = raw.open(3)
+    assert (window.deep, pixels(window).dtype) == (True, np.uint16)
+    np.testing.assert_array_equal(pixels(window), arrays["a.npy"][8:, 18:])
+    shallow = raw.open(4)
+    assert (shallow.deep, shallow.size) == (False, (32, 32))
+    assert np.asarray(shallow.channels()[0]).shape == (32, 32, 3)
+    assert pixels(source.open(3)).dtype == np.float32
+
+
+def test_a_file_that_is_read_whole_has_windows_too(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 65535, (40, 50), dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png")
     config = FolderConfig(root=str(tmp_path), range=(0, 65535), tile=32, stride=9)
