@@ -121,7 +121,9 @@ def _all_plain(pages: list[Tags], reading: Reading) -> bool:
 def _tifffile_has_the_same(file: BinaryIO, reading: Reading) -> bool:
     """Whether tifffile gives what Pillow gives of a plain file, and not all of it at once."""
     try:
-        (page,) = _directories(file, 2)
+        page, *others = _directories(file, pillow.MORE_PAGES)
+        if not all(other.get(_SUBFILE, (0,))[0] & REDUCED for other in others):
+            return False
         colours, samples = page.get(_COLOURS, (1,))[0], page.get(_SAMPLES, (1,))[0]
         as_stored = colours in (1, 2) or (colours, page.get(_COMPRESSION)) == (6, (7,))
         whole = page.get(_PLANES, (1,)) == (1,) and page.get(_BITS) == (8,) * samples

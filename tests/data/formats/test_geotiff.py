@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from etpp_ssl.data.formats import open_file
-from etpp_ssl.data.formats.base import Reading, place_of
+from etpp_ssl.data.formats.base import Reading, place_of, reads_parts
 from etpp_ssl.data.sources.folder import FolderConfig
 from etpp_ssl.data.sources.splits import open_split
 
@@ -80,6 +80,21 @@ def test_a_photograph_is_read_in_parts_where_it_is_as_it_is_stored(photometric: 
     picture = open_file(tmp_path / "a.tif", Reading(3, range=((0.0, 255.0),)))
     assert picture.reads_parts == (photometric == "rgb")
     np.testing.assert_array_equal(picture.region((5, 7, 60, 80), (1, 1)).pixels, values[7:80, 5:60])
+
+
+def test_a_photograph_with_overviews_is_read_in_parts(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (3, 300, 400), dtype=np.uint8)
+    layout = {"width": 400, "height": 300, "count": 3, "dtype": "uint8", "photometric": "RGB"}
+    with rasterio.open(
+        tmp_path / "a.tif", "w", driver="GTiff", tiled=True, compress="deflate", **layout
+    ) as scene:
+        scene.write(values)
+        scene.build_overviews([2], rasterio.enums.Resampling.average)
+    picture = open_file(tmp_path / "a.tif", Reading(3, range=((0.0, 255.0),), overviews=True))
+    assert reads_parts(picture)
+    expected = values.transpose(1, 2, 0)
+    np.testing.assert_array_equal(picture.region((5, 7, 60, 80), (50, 50)).pixels, expected[7:80, 5:60])
+    assert picture.region((0, 0, 400, 300), (200, 150)).pixels.shape == (150, 200, 3)
     # 8 bits are read as ever.
     assert not open_file(tmp_path / "a.tif", Reading(3)).deep
 
