@@ -91,11 +91,8 @@ class StoredArray:
         left, top, right, bottom = box
         first, last = min(self._numbers), max(self._numbers) + 1
         parts = {"h": slice(top, bottom), "w": slice(left, right), "c": slice(first, last)}
-        try:
-            with one_line_reasons():
-                values = np.asarray(self._array[tuple(parts.get(axis, 0) for axis in self._axes)])
-        except UnreadableImage as error:
-            raise UnreadableImage(f"a part of it is damaged: {error}") from error
+        with one_line_reasons("a part of it is damaged"):
+            values = np.asarray(self._array[tuple(parts.get(axis, 0) for axis in self._axes)])
         axes = "".join(axis for axis in self._axes if axis in parts)
         if "c" not in axes:
             values, axes = values[..., None], f"{axes}c"
@@ -236,7 +233,11 @@ def named_array(names: Sequence[str], wanted: str | None, what: str) -> str:
     Raises:
         UnreadableImage: if there is none, or more than one and no name.
     """
-    there = f"it has {listed(sorted(names))}" if names else "it has no array of two or more axes"
+    there = (
+        f"it has {listed([repr(name) for name in sorted(names)])}"
+        if names
+        else "it has no array of two or more axes"
+    )
     if wanted is not None:
         if wanted.strip("/") not in names:
             raise UnreadableImage(f"it has no array {wanted!r} of data.array; {there}")

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 import pytest
 import zarr
-from stored import as_floats, deep, opened, refusal, values
+from stored import as_floats, damage, deep, opened, refusal, values
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.formats import check_header
@@ -43,7 +43,7 @@ def fortran_npy(folder: Path, array: np.ndarray) -> Path:
 
 
 def npz(folder: Path, array: np.ndarray) -> Path:
-    np.savez(folder / "a.npz", image=array, label=np.array([3]))
+    np.savez(folder / "a.npz", image=array, label=np.array([3]), names=np.array(["a", None]))
     return folder / "a.npz"
 
 
@@ -160,9 +160,9 @@ def test_one_of_several_arrays(write: Writer, tmp_path: Path, rng: np.random.Gen
         zarr.open_group(path, mode="a").create_array("mask", data=mask)
     np.testing.assert_array_equal(values(path, deep(array="mask"))[:, :, 0], mask)
     np.testing.assert_array_equal(values(path, deep(array="/image"))[:, :, 0], image)
-    assert refusal(path, deep()).endswith("it has image, mask: data.array says which is the image")
+    assert refusal(path, deep()).endswith("it has 'image', 'mask': data.array says which is the image")
     assert refusal(path, deep(array="other")).startswith(
-        "it has no array 'other' of data.array; it has image"
+        "it has no array 'other' of data.array; it has 'image'"
     )
 
 
@@ -283,7 +283,7 @@ def test_plates_and_groups_ask_for_a_name(tmp_path: Path, rng: np.random.Generat
     found = values(tmp_path / "plate.zarr", deep(3, array="A/1/0"))
     np.testing.assert_array_equal(found, array[0, :, 0].transpose(1, 2, 0))
     del plate.attrs["plate"]
-    assert "data.array names one of its groups (A)" in refusal(tmp_path / "plate.zarr", deep(3))
+    assert "data.array names one of its groups ('A')" in refusal(tmp_path / "plate.zarr", deep(3))
 
 
 def test_zarr_without_arrays(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -335,7 +335,7 @@ def test_hdf5_that_points_elsewhere(tmp_path: Path, rng: np.random.Generator) ->
         file.create_dataset("outside", (21, 34), "u2", external=[(tmp_path / "raw", 0, size)])
     for name in ("link", "virtual", "outside"):
         assert refusal(tmp_path / "b.h5", deep(array=name)) == (
-            f"the values of {name} lie in other files: name those"
+            f"the values of {name!r} lie in other files: name those"
         )
 
 
@@ -365,6 +365,14 @@ def test_claims_are_checked_before_anything_is_unpacked(tmp_path: Path) -> None:
     assert "it claims 100,000,000 values" in refusal(
         tmp_path / "a.npz", deep(1, channels=(0,), max_pixels=10**6)
     )
+
+
+@pytest.mark.parametrize("write", [npz, packed_npz, hdf5, packed_hdf5])
+def test_damaged_files_are_images_or_sentences(
+    write: Writer, tmp_path: Path, rng: np.random.Generator, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damage(write(tmp_path, rng.integers(0, 4000, (33, 46), "u2")))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_python_objects_are_not_read(tmp_path: Path) -> None:
