@@ -32,17 +32,21 @@ def _picture(zarr: Any, node: Any, reading: Reading) -> Picture:
         above = name.rpartition("/")[0]
         ome = _ome(node.get(above, node) if above else node)
         node = _member(node, name)
+    copies: list[Any] = []
     if isinstance(node, zarr.Group):
         ome = _ome(node)
         if ome.get("multiscales"):
-            node = _member(node, ome["multiscales"][0]["datasets"][0]["path"])
+            levels = [_member(node, level["path"]) for level in ome["multiscales"][0]["datasets"]]
+            node, copies = levels[0], levels[1:] if reading.overviews else []
         else:
             node = _only_array(zarr, node, ome)
     own = getattr(node.metadata, "dimension_names", None) or node.attrs.get("_ARRAY_DIMENSIONS") or ()
     axes = _ome_axes(ome["multiscales"][0], node.ndim) if ome.get("multiscales") else letters_of(own)
     nodata, scale = conventions(node.attrs)
     names = _channel_names(ome)
-    return StoredArray(node, reading, axes, names=names, nodata=nodata, scale=scale, on_disk=True)
+    return StoredArray(
+        node, reading, axes, names=names, nodata=nodata, scale=scale, on_disk=True, copies=copies
+    )
 
 
 def _ome(group: Any) -> Mapping[str, Any]:

@@ -19,9 +19,10 @@ import zarr
 from stored import as_floats, damage, deep, opened, refusal, values
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.formats import check_header
+from etpp_ssl.data.formats import check_header, open_file
 from etpp_ssl.data.formats.base import Reading, UnreadableImage
 from etpp_ssl.data.sources.folder import FolderConfig
+from etpp_ssl.data.sources.overviews import overviews_are_averages
 
 SHAPE = (21, 34, 5)
 DTYPES = ["?", "u1", "i1", "u2", ">u2", "i2", ">i2", "u4", "i4", "i8", "f2", "f4", ">f4", "f8"]
@@ -219,7 +220,15 @@ def test_names_of_axes_count(tmp_path: Path, rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(values(folder, deep(3)), array.transpose(2, 1, 0))
 
 
-def ome(path: Path, array: np.ndarray, axes: str, version: str, *, names: tuple[str, ...] = ()) -> Path:
+def ome(
+    path: Path,
+    array: np.ndarray,
+    axes: str,
+    version: str,
+    *,
+    names: tuple[str, ...] = (),
+    averaged: bool = False,
+) -> Path:
     """An OME-NGFF image of two levels."""
     group = zarr.open_group(path, mode="w", zarr_format=2 if version == "0.4" else 3)
     kinds = {"t": "time", "c": "channel"}
@@ -236,7 +245,10 @@ def ome(path: Path, array: np.ndarray, axes: str, version: str, *, names: tuple[
         group.attrs.update(attributes)
     else:
         group.attrs["ome"] = {"version": version, **attributes}
-    for level, pixels in (("s0", array), ("s1", array[..., ::2, ::2])):
+    height, width = (side // 2 for side in array.shape[-2:])
+    blocks = array[..., : 2 * height, : 2 * width].reshape(*array.shape[:-2], height, 2, width, 2)
+    half = blocks.mean(axis=(-3, -1)).astype(array.dtype) if averaged else array[..., ::2, ::2]
+    for level, pixels in (("s0", array), ("s1", half)):
         written = group.create_array(
             level, shape=pixels.shape, dtype=pixels.dtype, chunks=(1,) * 3 + (16, 16)
         )
@@ -270,6 +282,36 @@ def test_ome_ngff(version: str, tmp_path: Path, rng: np.random.Generator) -> Non
     assert "an image has h, w and c, and z has 4 entries" in refusal(both, deep(2))
     odd = ome(tmp_path / "d.zarr", stack, "tczy", version)
     assert "are not those of OME-NGFF, or not of its 5" in refusal(odd, deep(2))
+
+
+def test_levels_serve_small_crops_when_asked(tmp_path: Path, rng: np.random.Generator) -> None:
+    array = rng.integers(0, 60000, (1, 3, 1, 141, 250), "u2")
+    path = ome(tmp_path / "a.zarr", array, "tczyx", "0.5", averaged=True)
+    full, half = array[0, :, 0].transpose(1, 2, 0), zarr.open(path)["s1"][0, :, 0].transpose(1, 2, 0)
+    box, small = (10, 20, 111, 121), (50, 40)
+    assert opened(path, deep(3)).region(box, small).pixels.shape == (101, 101, 3)
+    picture = opened(path, deep(3, overviews=True))
+    np.testing.assert_array_equal(picture.region(box, (100, 100)).pixels, full[20:121, 10:111])
+    region = picture.region(box, small)
+    left, top = region.box[:2]
+    # 141 rows are 70 of the copy.
+    assert (left, top + 9) == (0, 20 * 70 / 141)
+    assert region.box[2:] == (50.5, 121 * 70 / 141 - 9)
+    np.testing.assert_array_equal(region.pixels, half[9:61, 5:56])
+    reading = deep(3, overviews=True)
+    for averaged in (True, False):
+        ome(path, array, "tczyx", "0.4", averaged=averaged)
+        assert overviews_are_averages(lambda _: open_file(path, reading), 1, seed=0) is averaged
+    other = zarr.open_group(path, mode="a")
+    del other["s1"]
+    other.create_array("s1", data=array[:, :2, :, ::2, ::2])
+    assert opened(path, reading).region(box, small).pixels.shape == (101, 101, 3)
+
+
+def test_a_folder_needs_no_range(tmp_path: Path, rng: np.random.Generator) -> None:
+    array = rng.integers(0, 256, (21, 34), "u1")
+    (channel,) = open_file(zarr_3(tmp_path, array), Reading(1)).channels()
+    np.testing.assert_array_equal(np.asarray(channel), array)
 
 
 def test_plates_and_groups_ask_for_a_name(tmp_path: Path, rng: np.random.Generator) -> None:
