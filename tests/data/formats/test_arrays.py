@@ -23,6 +23,7 @@ from etpp_ssl.data.formats import check_header, open_file
 from etpp_ssl.data.formats.base import Reading, UnreadableImage
 from etpp_ssl.data.sources.folder import FolderConfig
 from etpp_ssl.data.sources.overviews import overviews_are_averages
+from etpp_ssl.data.sources.splits import open_split
 
 SHAPE = (21, 34, 5)
 DTYPES = ["?", "u1", "i1", "u2", ">u2", "i2", ">i2", "u4", "i4", "i8", "f2", "f4", ">f4", "f8"]
@@ -444,6 +445,19 @@ def test_only_the_region_is_read(write: Writer, tmp_path: Path) -> None:
     found = picture.region((49998, 39999, 50000, 40000), (1, 1)).pixels
     assert found.tolist() == [[[0, 0], [7, 8]]]
     assert getattr(picture, "reads_parts", False)
+
+
+@pytest.mark.parametrize("write", [npy, packed_npz, hdf5, packed_hdf5, zarr_2, sharded_zarr])
+def test_windows_are_crops(write: Writer, tmp_path: Path, rng: np.random.Generator) -> None:
+    array = rng.integers(0, 60000, SHAPE, "u2")
+    write(tmp_path, array)
+    config = FolderConfig(root=str(tmp_path), range=(0, 65535), labels="none", tile=(10, 16), holdout=0)
+    source = open_split(config, "train", in_chans=5, image_size=(8, 8), seed=0)
+    assert len(source) == 3 * 3
+    for number in range(len(source)):
+        row, column = (int(part) for part in source.name(number).split("#")[1].split(","))
+        found = source.open(number).region((0, 0, 16, 10), (16, 10)).pixels
+        np.testing.assert_array_equal(found, array[row : row + 10, column : column + 16])
 
 
 def test_a_folder_of_zarr_is_one_image(tmp_path: Path, rng: np.random.Generator) -> None:
