@@ -135,7 +135,7 @@ def read_file(path: str | os.PathLike[str], at_most: int) -> bytes:
 def open_file(path: str | os.PathLike[str], reading: Reading, *, in_parts: bool = False) -> Picture:
     """A file, or a folder of a format whose images are folders, as a picture; see `open_picture`.
 
-    Where values are deep, formats that can read only what is asked for do so.
+    Where values are deep, formats that can read only what is asked for do so; folders are always read so.
 
     Args:
         path: of the file.
@@ -147,7 +147,8 @@ def open_file(path: str | os.PathLike[str], reading: Reading, *, in_parts: bool 
         UnreadableImage: for anything that cannot be read so, a named pipe or a device among it.
     """
     at_most = None if in_parts else most_bytes(reading)
-    form = _format_at(path, at_most, reading.reader) if reading.deep else None
+    by_path = reading.deep or os.path.isdir(path)
+    form = _format_at(path, at_most, reading.reader) if by_path else None
     if form is None or form.open_path is None:
         return open_picture(read_file(path, most_bytes(reading)), reading)
     with one_line_reasons():

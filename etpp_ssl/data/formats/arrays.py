@@ -23,7 +23,9 @@ from etpp_ssl.data.formats.base import (
     UnreadableImage,
     channel_numbers,
     check_pixels,
+    level_for,
     one_line_reasons,
+    whole_pixels,
     without_data,
 )
 
@@ -50,6 +52,8 @@ class StoredArray:
         nodata: what the file stores where there is no data.
         scale: of the values.
         on_disk: whether it is read when a region is asked for, and not in memory.
+        copies: smaller copies of the whole array, with the same axes, which may serve regions that need few
+            pixels; others than those are passed over.
 
     Raises:
         UnreadableImage: for an array of other axes, of other channels, too large, or not of numbers.
@@ -67,14 +71,18 @@ class StoredArray:
         nodata: float | None = None,
         scale: Scale = (1.0, 0.0),
         on_disk: bool = False,
+        copies: Sequence[Any] = (),
     ) -> None:
-        self._array = array
         self.reads_parts = on_disk
         self._axes = axes_of(array.shape, reading, own_axes)
         self._nodata = nodata
         self._scale = scale
         lengths = dict(zip(self._axes, array.shape, strict=True))
         self.size = (lengths["w"], lengths["h"])
+        self._levels = [array, *(copy for copy in copies if self._is_copy(copy, array))]
+        self._sizes = [
+            (level.shape[self._axes.index("w")], level.shape[self._axes.index("h")]) for level in self._levels
+        ]
         check_pixels(self.size, reading.max_pixels)
         check_numbers(array.dtype)
         num_channels = lengths.get("c", 1)
@@ -87,15 +95,13 @@ class StoredArray:
     def region(
         self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
     ) -> Region:
-        """Always full resolution; see `Picture.region`."""
-        left, top, right, bottom = box
+        """At the lowest resolution that serves, of those that the file has; see `Picture.region`."""
+        level, wanted = level_for(self._sizes, box, at_least)
+        (left, top, right, bottom), part = whole_pixels(wanted)
         first, last = min(self._numbers), max(self._numbers) + 1
         parts = {"h": slice(top, bottom), "w": slice(left, right), "c": slice(first, last)}
-        try:
-            with one_line_reasons():
-                values = np.asarray(self._array[tuple(parts.get(axis, 0) for axis in self._axes)])
-        except UnreadableImage as error:
-            raise UnreadableImage(f"a part of it is damaged: {error}") from error
+        with one_line_reasons("a part of it is damaged"):
+            values = np.asarray(self._levels[level][tuple(parts.get(axis, 0) for axis in self._axes)])
         axes = "".join(axis for axis in self._axes if axis in parts)
         if "c" not in axes:
             values, axes = values[..., None], f"{axes}c"
@@ -104,7 +110,17 @@ class StoredArray:
             values = values[:, :, [number - first for number in self._numbers]]
         values = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
         valid = None if self._nodata is None else ~without_data(values, self._nodata)
-        return Region(scaled(values, self._scale), (0, 0, right - left, bottom - top), valid)
+        return Region(scaled(values, self._scale), part, valid)
+
+    def _is_copy(self, other: Any, array: Any) -> bool:
+        """Whether it is the array, with height and width divided by one number, rounded either way."""
+        if other.dtype != array.dtype or len(other.shape) != len(array.shape):
+            return False
+        factor = round(self.size[0] / max(1, other.shape[self._axes.index("w")]))
+        return factor > 1 and all(
+            length in ((whole // factor, -(-whole // factor)) if axis in "hw" else (whole,))
+            for axis, length, whole in zip(self._axes, other.shape, array.shape, strict=True)
+        )
 
 
 def check_numbers(dtype: np.dtype) -> None:
@@ -236,7 +252,11 @@ def named_array(names: Sequence[str], wanted: str | None, what: str) -> str:
     Raises:
         UnreadableImage: if there is none, or more than one and no name.
     """
-    there = f"it has {listed(sorted(names))}" if names else "it has no array of two or more axes"
+    there = (
+        f"it has {listed([repr(name) for name in sorted(names)])}"
+        if names
+        else "it has no array of two or more axes"
+    )
     if wanted is not None:
         if wanted.strip("/") not in names:
             raise UnreadableImage(f"it has no array {wanted!r} of data.array; {there}")

@@ -539,10 +539,13 @@ def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
 
 
 @contextmanager
-def one_line_reasons() -> Iterator[None]:
+def one_line_reasons(fault: str = "") -> Iterator[None]:
     """Turn whatever a decoder raises inside into an `UnreadableImage` with one line of reason.
 
     Its warnings are dropped: most of them are about broken metadata around a sound picture.
+
+    Args:
+        fault: what it means, said before the decoder's own words.
     """
     try:
         with warnings.catch_warnings():
@@ -553,7 +556,8 @@ def one_line_reasons() -> Iterator[None]:
     except Exception as error:
         # Decoders meet arbitrary bytes here and raise anything (SyntaxError, struct.error,
         # DecompressionBombError ...): each of them means one unreadable image.
-        raise UnreadableImage(" ".join(f"{type(error).__name__}: {error}".split())) from error
+        reason = f"{fault}: {error}" if fault else f"{type(error).__name__}: {error}"
+        raise UnreadableImage(" ".join(reason.split())) from error
 
 
 def starts_or_ends_on_pixels(box: tuple[float, float, float, float]) -> bool:

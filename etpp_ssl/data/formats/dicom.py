@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import math
+import struct
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +25,7 @@ from etpp_ssl.data.formats.base import (
     channel_numbers,
     check_pixels,
     imported,
+    one_line_reasons,
 )
 
 _GRAY = ("MONOCHROME1", "MONOCHROME2")
@@ -32,10 +35,19 @@ _PALETTE = "PALETTE COLOR"
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 """A transfer syntax, which the file's first elements name."""
+_JPEG_2000 = b"\xff\x4f\xff\x51"
+"""How its codestream begins: with the sizes."""
+_JPEG_END = b"\xff\xd9"
+_JPEG_FRAMES = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})
+"""Markers that start a frame, that of JPEG-LS among them."""
 
 
 def _open(data: bytes, reading: Reading) -> Picture:
-    pydicom, dataset = _read(data)
+    with one_line_reasons("its data elements are damaged"):
+        return _picture(*_read(data), reading)
+
+
+def _picture(pydicom: ModuleType, dataset: Any, reading: Reading) -> Picture:
     _check_dataset(pydicom, dataset, reading.max_pixels)
     num_frames = int(dataset.get("NumberOfFrames") or 1)
     colours = dataset.PhotometricInterpretation not in _GRAY
@@ -121,35 +133,63 @@ def _rescaled(dataset: Any, values: np.ndarray, number: int) -> np.ndarray:
 def _decoded(pydicom: ModuleType, dataset: Any, numbers: list[int]) -> dict[int, np.ndarray]:
     """Frames by number: (H, W), or (H, W, 3) of RGB."""
     syntax = dataset.file_meta.TransferSyntaxUID
+    fault = f"its pixels ({syntax.name}) are damaged"
     if not syntax.is_encapsulated:
         claimed = pydicom.pixels.utils.get_expected_length(dataset)
         there = max(len(dataset.get(key) or b"") for key in _PIXELS)
         if there < claimed:
             raise UnreadableImage(f"its pixels take {claimed:,} bytes, but it has {there:,}")
-    elif syntax in (*pydicom.uid.JPEGTransferSyntaxes, *pydicom.uid.JPEGLSTransferSyntaxes):
-        _require_ends(pydicom, dataset, numbers)
-    try:
-        frames = pydicom.pixels.iter_pixels(dataset, indices=numbers)
+    elif syntax != pydicom.uid.RLELossless:
+        with one_line_reasons(fault):
+            for frame in _encoded(pydicom, dataset, numbers):
+                _check_frame(frame, dataset)
+    # pylibjpeg's own decoder of RLE ends the process on some damaged frames: a panic is no Exception.
+    plugin = "pydicom" if syntax == pydicom.uid.RLELossless else ""
+    with one_line_reasons(fault):
+        frames = pydicom.pixels.iter_pixels(dataset, indices=numbers, decoding_plugin=plugin)
         return dict(zip(numbers, frames, strict=True))
-    except Exception as error:
-        raise UnreadableImage(
-            f"its pixels ({syntax.name}) are damaged: {' '.join(str(error).split())}"
-        ) from error
 
 
-def _require_ends(pydicom: ModuleType, dataset: Any, numbers: list[int]) -> None:
-    """Check that frames end as JPEGs do: libjpeg makes something up where they do not."""
+def _encoded(pydicom: ModuleType, dataset: Any, numbers: list[int]) -> Iterator[bytes]:
     offsets = [dataset.get(key) for key in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
     for number in numbers:
-        frame = pydicom.encaps.get_frame(
+        yield pydicom.encaps.get_frame(
             dataset.PixelData,
             number,
             number_of_frames=int(dataset.get("NumberOfFrames") or 1),
             extended_offsets=tuple(offsets) if all(offsets) else None,
         )
-        # A frame is filled up to an even length.
-        if b"\xff\xd9" not in frame[-16:]:
+
+
+def _check_frame(frame: bytes, dataset: Any) -> None:
+    """Check a frame of JPEG, JPEG-LS or JPEG 2000, whose decoders trust its own header.
+
+    Raises:
+        UnreadableImage: if it is of another size, or has no end.
+    """
+    start = frame.find(_JPEG_2000)
+    if start >= 0:
+        right, bottom, left, top = struct.unpack_from(">4I", frame, start + 8)
+        size = (right - left, bottom - top)
+    else:
+        # libjpeg makes something up where a frame breaks off. It is filled up to an even length.
+        if _JPEG_END not in frame[-16:]:
             raise UnreadableImage("its pixels are incomplete: a frame of JPEG has no end")
+        size = _size_of_jpeg(frame)
+    if size != (dataset.Columns, dataset.Rows):
+        raise UnreadableImage(
+            f"its pixels are damaged: a frame of {size[0]:,} x {size[1]:,} pixels, and it says "
+            f"{dataset.Columns:,} x {dataset.Rows:,}"
+        )
+
+
+def _size_of_jpeg(frame: bytes) -> tuple[int, int]:
+    """(width, height) of its frame header, the first of the segments that start a frame."""
+    place = 2
+    while frame[place] == 0xFF and frame[place + 1] not in _JPEG_FRAMES:
+        place += 2 + int.from_bytes(frame[place + 2 : place + 4], "big")
+    height, width = struct.unpack_from(">HH", frame, place + 5)
+    return width, height
 
 
 def _read(data: bytes) -> tuple[ModuleType, Any]:
@@ -181,7 +221,7 @@ def _check_dataset(pydicom: ModuleType, dataset: Any, max_pixels: int) -> None:
     photometric = dataset.PhotometricInterpretation
     if photometric not in (*_GRAY, *_COLOUR, _PALETTE):
         known = ", ".join((*_GRAY, *_COLOUR, _PALETTE))
-        raise UnreadableImage(f"its photometric interpretation is {photometric}: {known} are read")
+        raise UnreadableImage(f"its photometric interpretation is {photometric!r}: {known} are read")
     samples = 3 if photometric in _COLOUR else 1
     if dataset.get("SamplesPerPixel", 1) != samples:
         raise UnreadableImage(f"it has {dataset.SamplesPerPixel} samples a pixel, but is {photometric}")
@@ -203,17 +243,17 @@ def _require_decoder(pydicom: ModuleType, dataset: Any) -> None:
     try:
         decoder = pydicom.pixels.get_decoder(syntax)
     except NotImplementedError as error:
-        raise UnreadableImage(f"its transfer syntax is {syntax.name}, which is not read") from error
+        raise UnreadableImage(f"its transfer syntax is {syntax.name!r}, which is not read") from error
     if not decoder.is_available:
         raise UnreadableImage(
-            f"its transfer syntax is {syntax.name}, whose decoder is not installed: "
+            f"its transfer syntax is {syntax.name!r}, whose decoder is not installed: "
             f"pip install 'etpp-ssl[dicom]'"
         )
 
 
 def _check(data: bytes, max_pixels: int) -> None:
-    pydicom, dataset = _read(data)
-    _check_dataset(pydicom, dataset, max_pixels)
+    with one_line_reasons("its data elements are damaged"):
+        _check_dataset(*_read(data), max_pixels)
 
 
 FORMAT = Format(frozenset({".dcm"}), (b"DICM",), _open, _check, signature_at=128)

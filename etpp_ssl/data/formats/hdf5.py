@@ -10,7 +10,9 @@ from types import ModuleType
 from typing import Any
 
 from etpp_ssl.data.formats.arrays import StoredArray, conventions, letters_of, named_array
-from etpp_ssl.data.formats.base import Format, Picture, Reading, UnreadableImage, imported
+from etpp_ssl.data.formats.base import Format, Picture, Reading, UnreadableImage, imported, one_line_reasons
+
+_FAULT = "it is an HDF5 file that is damaged or incomplete"
 
 
 def _open(data: bytes, reading: Reading) -> Picture:
@@ -24,7 +26,8 @@ def _open_path(path: str | os.PathLike[str], reading: Reading) -> Picture:
 def _picture(source: str | os.PathLike[str] | io.BytesIO, reading: Reading) -> Picture:
     file = _opened(source)
     try:
-        return _picture_in(file, reading, on_disk=not isinstance(source, io.BytesIO))
+        with one_line_reasons(_FAULT):
+            return _picture_in(file, reading, on_disk=not isinstance(source, io.BytesIO))
     except BaseException:
         file.close()
         raise
@@ -44,7 +47,7 @@ def _picture_in(file: Any, reading: Reading, *, on_disk: bool) -> Picture:
         name = named_array(arrays, name, "an HDF5 file")
     dataset = file[name]
     if dataset.is_virtual or dataset.external or dataset.file.filename != file.filename:
-        raise UnreadableImage(f"the values of {name} lie in other files: name those")
+        raise UnreadableImage(f"the values of {name!r} lie in other files: name those")
     _require_filters(h5py, dataset)
     nodata, scale = conventions(dataset.attrs)
     # netCDF names axes by a data set of coordinates for each.
@@ -61,7 +64,7 @@ def _require_filters(h5py: ModuleType, dataset: Any) -> None:
                 importlib.import_module("hdf5plugin")
         if not h5py.h5z.filter_avail(code):
             raise UnreadableImage(
-                f"its values are compressed by the HDF5 filter {code} ({name.decode('ascii', 'replace')}), "
+                f"its values are compressed by the HDF5 filter {code} ({name.decode('ascii', 'replace')!r}), "
                 f"which h5py has not: pip install hdf5plugin"
             )
 
@@ -71,10 +74,9 @@ def _check(data: bytes, max_pixels: int) -> None:
 
 
 def _opened(source: str | os.PathLike[str] | io.BytesIO) -> Any:
-    try:
-        return _library().File(source, "r")
-    except OSError as error:
-        raise UnreadableImage(f"it is an HDF5 file that is damaged or incomplete: {error}") from error
+    h5py = _library()
+    with one_line_reasons(_FAULT):
+        return h5py.File(source, "r")
 
 
 def _library() -> ModuleType:

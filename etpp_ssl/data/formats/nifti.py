@@ -17,7 +17,15 @@ from typing import Any
 import numpy as np
 
 from etpp_ssl.data.formats.arrays import Scale, StoredArray, check_claim
-from etpp_ssl.data.formats.base import Format, Picture, Reading, UnreadableImage, check_pixels, imported
+from etpp_ssl.data.formats.base import (
+    Format,
+    Picture,
+    Reading,
+    UnreadableImage,
+    check_pixels,
+    imported,
+    one_line_reasons,
+)
 
 _GZIP = b"\x1f\x8b"
 _SIGNATURES = {struct.pack(f"{order}i", length): length for order in "<>" for length in (348, 540)}
@@ -75,8 +83,9 @@ def _header(start: bytes) -> Any:
 
 def _layout(header: Any) -> tuple[tuple[int, ...], np.dtype]:
     """(shape, dtype) of what is stored; colours are its first axis."""
-    dtype = header.get_data_dtype()
-    shape = tuple(int(length) for length in header.get_data_shape())
+    with one_line_reasons("its header is damaged"):
+        dtype = header.get_data_dtype()
+        shape = tuple(int(length) for length in header.get_data_shape())
     if dtype.names:
         return (len(dtype.names), *shape), np.dtype(dtype[0])
     return shape, dtype
@@ -91,6 +100,9 @@ def _require(shape: tuple[int, ...], dtype: np.dtype, header: Any, there: int) -
 
 def _picture(values: np.ndarray, header: Any, reading: Reading, *, on_disk: bool = False) -> Picture:
     orientations = imported("nibabel.orientations", "NIfTI", "nifti")
+    with one_line_reasons("its orientation or scale is damaged"):
+        affine, (slope, intercept) = header.get_best_affine(), header.get_slope_inter()
+        orientation = orientations.io_orientation(affine)
     colours = ""
     if header.get_data_dtype().names:
         # Transparency, the fourth, is dropped.
@@ -98,14 +110,14 @@ def _picture(values: np.ndarray, header: Any, reading: Reading, *, on_disk: bool
     num_axes = values.ndim - len(colours)
     for axis in range(num_axes, 3):
         values = np.expand_dims(values, axis)
-    # Of views, so that no value is read here.
-    values = orientations.apply_orientation(values, orientations.io_orientation(header.get_best_affine()))
+    with one_line_reasons("its orientation is damaged"):
+        # Of views, so that no value is read here.
+        values = orientations.apply_orientation(values, orientation)
     long = [axis for axis in range(3) if values.shape[axis] > 1]
     width, height = (*long, *(axis for axis in range(3) if axis not in long))[:2]
     names = list("xyztuvs"[: values.ndim - len(colours)] + colours)
     for axis, letter in ((min(width, height), "w"), (max(width, height), "h")):
         names[axis] = letter
-    slope, intercept = header.get_slope_inter()
     scale: Scale = (1.0, 0.0) if slope is None or colours else (slope, intercept)
     return StoredArray(values, reading, "".join(names), scale=scale, on_disk=on_disk)
 

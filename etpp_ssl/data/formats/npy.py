@@ -24,6 +24,7 @@ from etpp_ssl.data.formats.base import (
     Reading,
     UnreadableImage,
     check_pixels,
+    one_line_reasons,
 )
 
 
@@ -61,28 +62,24 @@ def read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     """(shape, dtype) of an array at the start of a stream, which is left where its values begin.
 
     Raises:
-        UnreadableImage: for another file, or values that are not numbers.
+        UnreadableImage: for another file.
     """
-    try:
+    with one_line_reasons("its header is damaged or incomplete"):
         version = np.lib.format.read_magic(stream)
         header_1, header_2 = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
         shape, _, dtype = (header_1 if version == (1, 0) else header_2)(stream)
-    except Exception as error:
-        raise UnreadableImage(
-            f"its header is damaged or incomplete: {' '.join(str(error).split())}"
-        ) from error
-    if dtype.hasobject:
-        raise UnreadableImage("its values are Python's objects, a pickle, which is not read")
-    check_numbers(dtype)
     return shape, dtype
 
 
-def check_length(shape: tuple[int, ...], dtype: np.dtype, there: int) -> None:
-    """Check that a file has the values that it claims: numpy itself makes room for them first.
+def check_values(shape: tuple[int, ...], dtype: np.dtype, there: int) -> None:
+    """Check that a file has the numbers that it claims: numpy itself makes room for them first.
 
     Raises:
         UnreadableImage: if it has not.
     """
+    if dtype.hasobject:
+        raise UnreadableImage("its values are Python's objects, a pickle, which is not read")
+    check_numbers(dtype)
     claimed = math.prod(shape) * dtype.itemsize
     if claimed > there:
         raise UnreadableImage(f"its values take {claimed:,} bytes, but it has {there:,}")
@@ -91,7 +88,7 @@ def check_length(shape: tuple[int, ...], dtype: np.dtype, there: int) -> None:
 def _check(data: bytes, max_pixels: int) -> None:
     file = io.BytesIO(data)
     shape, dtype = read_header(file)
-    check_length(shape, dtype, len(data) - file.tell())
+    check_values(shape, dtype, len(data) - file.tell())
     if len(shape) >= 2:
         check_pixels((shape[1], shape[0]), max_pixels)
 
@@ -99,14 +96,14 @@ def _check(data: bytes, max_pixels: int) -> None:
 def _open(data: bytes, reading: Reading) -> Picture:
     file = io.BytesIO(data)
     shape, dtype = read_header(file)
-    check_length(shape, dtype, len(data) - file.tell())
+    check_values(shape, dtype, len(data) - file.tell())
     return from_array(np.load(io.BytesIO(data), allow_pickle=False), reading)
 
 
 def _open_path(path: str | os.PathLike[str], reading: Reading) -> Picture:
     with open(path, "rb") as file:
         shape, dtype = read_header(file)
-        check_length(shape, dtype, os.fstat(file.fileno()).st_size - file.tell())
+        check_values(shape, dtype, os.fstat(file.fileno()).st_size - file.tell())
     # numpy maps no file without values.
     axes_of(shape, reading)
     return from_array(np.load(path, mmap_mode="r", allow_pickle=False), reading, on_disk=True)
@@ -115,8 +112,11 @@ def _open_path(path: str | os.PathLike[str], reading: Reading) -> Picture:
 FORMAT = Format(frozenset({".npy"}), (b"\x93NUMPY",), _open, _check, _open_path)
 
 
+_ARCHIVE_FAULT = "it is a ZIP archive that is damaged or incomplete"
+
+
 def _open_archive(data: bytes, reading: Reading) -> Picture:
-    with _archive(data) as archive:
+    with one_line_reasons(_ARCHIVE_FAULT), zipfile.ZipFile(io.BytesIO(data)) as archive:
         shapes = {}
         for member in archive.namelist():
             if member.endswith(".npy"):
@@ -126,22 +126,15 @@ def _open_archive(data: bytes, reading: Reading) -> Picture:
         with archive.open(f"{name}.npy") as stream:
             shape, dtype = read_header(stream)
             check_claim(shape, reading)
-            check_length(shape, dtype, archive.getinfo(stream.name).file_size - stream.tell())
+            check_values(shape, dtype, archive.getinfo(stream.name).file_size - stream.tell())
         with archive.open(f"{name}.npy") as stream:
             return from_array(np.lib.format.read_array(stream, allow_pickle=False), reading)
 
 
 def _check_archive(data: bytes, max_pixels: int) -> None:
-    with _archive(data) as archive:
+    with one_line_reasons(_ARCHIVE_FAULT), zipfile.ZipFile(io.BytesIO(data)) as archive:
         if not any(name.endswith(".npy") for name in archive.namelist()):
             raise UnreadableImage("it is a ZIP archive without arrays of numpy")
-
-
-def _archive(data: bytes) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(io.BytesIO(data))
-    except zipfile.BadZipFile as error:
-        raise UnreadableImage("it is a ZIP archive that is damaged or incomplete") from error
 
 
 ARCHIVE = Format(frozenset({".npz"}), (b"PK\x03\x04",), _open_archive, _check_archive)

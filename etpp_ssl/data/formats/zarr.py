@@ -12,35 +12,41 @@ from typing import Any
 
 from etpp_ssl.config import listed
 from etpp_ssl.data.formats.arrays import StoredArray, conventions, letters_of, named_array
-from etpp_ssl.data.formats.base import Format, Picture, Reading, UnreadableImage, imported
+from etpp_ssl.data.formats.base import Format, Picture, Reading, UnreadableImage, imported, one_line_reasons
 
 
 def _open_path(path: str | os.PathLike[str], reading: Reading) -> Picture:
     zarr = imported("zarr", "Zarr", "zarr")
-    try:
-        node = zarr.open(os.fspath(path), mode="r")
-    except FileNotFoundError as error:
-        raise UnreadableImage("it has no metadata of Zarr: neither an array nor a group") from error
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UnreadableImage(f"its metadata of Zarr is damaged: {reason}") from error
+    with one_line_reasons("its metadata of Zarr is damaged"):
+        try:
+            node = zarr.open(os.fspath(path), mode="r")
+        except FileNotFoundError as error:
+            raise UnreadableImage("it has no metadata of Zarr: neither an array nor a group") from error
+        return _picture(zarr, node, reading)
+
+
+def _picture(zarr: Any, node: Any, reading: Reading) -> Picture:
     ome: Mapping[str, Any] = {}
     name = (reading.array or "").strip("/")
     if name and isinstance(node, zarr.Group):
         above = name.rpartition("/")[0]
         ome = _ome(node.get(above, node) if above else node)
         node = _member(node, name)
+    copies: list[Any] = []
     if isinstance(node, zarr.Group):
         ome = _ome(node)
         if ome.get("multiscales"):
-            node = _member(node, ome["multiscales"][0]["datasets"][0]["path"])
+            levels = [_member(node, level["path"]) for level in ome["multiscales"][0]["datasets"]]
+            node, copies = levels[0], levels[1:] if reading.overviews else []
         else:
             node = _only_array(zarr, node, ome)
     own = getattr(node.metadata, "dimension_names", None) or node.attrs.get("_ARRAY_DIMENSIONS") or ()
     axes = _ome_axes(ome["multiscales"][0], node.ndim) if ome.get("multiscales") else letters_of(own)
     nodata, scale = conventions(node.attrs)
     names = _channel_names(ome)
-    return StoredArray(node, reading, axes, names=names, nodata=nodata, scale=scale, on_disk=True)
+    return StoredArray(
+        node, reading, axes, names=names, nodata=nodata, scale=scale, on_disk=True, copies=copies
+    )
 
 
 def _ome(group: Any) -> Mapping[str, Any]:
@@ -52,7 +58,7 @@ def _ome(group: Any) -> Mapping[str, Any]:
 
 def _member(group: Any, name: str) -> Any:
     if name not in group:
-        there = listed(sorted(key for key, _ in group.members())) or "nothing"
+        there = listed(sorted(repr(key) for key, _ in group.members())) or "nothing"
         raise UnreadableImage(f"it has no array {name!r} of data.array; it has {there}")
     return group[name]
 
@@ -66,9 +72,9 @@ def _only_array(zarr: Any, group: Any, attributes: Mapping[str, Any]) -> Any:
     members = dict(group.members())
     arrays = [key for key, node in members.items() if isinstance(node, zarr.Array) and node.ndim > 1]
     if not arrays and any(isinstance(node, zarr.Group) for node in members.values()):
+        groups = listed(sorted(map(repr, members)))
         raise UnreadableImage(
-            f"it has no array of its own: data.array names one of its groups ({listed(sorted(members))}) "
-            f"or an array in them"
+            f"it has no array of its own: data.array names one of its groups ({groups}) or an array in them"
         )
     return group[named_array(arrays, None, "a Zarr group")]
 

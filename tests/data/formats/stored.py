@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from etpp_ssl.data.formats import FORMATS, finished
+from etpp_ssl.data.formats import FORMATS, check_header, finished, open_picture
 from etpp_ssl.data.formats.base import (
     Format,
     Picture,
@@ -74,10 +75,31 @@ def refusal(path: Path, reading: Reading) -> str:
     with pytest.raises(UnreadableImage) as caught:
         read()
     reason = str(caught.value)
+    assert_sentence(reason)
+    return reason
+
+
+def damage(path: Path) -> None:
+    """Open a file's bytes with a few of them spoilt, 300 times: each is an image or a sentence."""
+    data, draw = path.read_bytes(), random.Random(0)
+    for _ in range(300):
+        spoilt = bytearray(data)
+        for _ in range(draw.randint(1, 8)):
+            within = len(spoilt) if draw.random() < 0.3 else min(len(spoilt), 2000)
+            spoilt[draw.randrange(within)] = draw.choice([0, 255, draw.randrange(256)])
+        if draw.random() < 0.2:
+            del spoilt[draw.randrange(len(spoilt)) :]
+        for read in (lambda data: open_picture(data, deep()).region((0, 0, 1, 1), (1, 1)), check_header):
+            try:
+                read(bytes(spoilt))
+            except UnreadableImage as error:
+                assert_sentence(str(error))
+
+
+def assert_sentence(reason: str) -> None:
     assert reason.strip()
     assert len(reason.splitlines()) == 1
-    assert not re.match(r"\w+(Error|Exception): ", reason), "an exception's name instead of a sentence"
-    return reason
+    assert not re.match(r"\w+(Error|Exception|File): ", reason), "an exception's name instead of a sentence"
 
 
 def as_floats(path: Path, reading: Reading) -> np.ndarray:

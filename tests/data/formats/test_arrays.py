@@ -16,12 +16,14 @@ import h5py
 import numpy as np
 import pytest
 import zarr
-from stored import as_floats, deep, opened, refusal, values
+from stored import as_floats, damage, deep, opened, refusal, values
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.formats import check_header
+from etpp_ssl.data.formats import check_header, open_file
 from etpp_ssl.data.formats.base import Reading, UnreadableImage
 from etpp_ssl.data.sources.folder import FolderConfig
+from etpp_ssl.data.sources.overviews import overviews_are_averages
+from etpp_ssl.data.sources.splits import open_split
 
 SHAPE = (21, 34, 5)
 DTYPES = ["?", "u1", "i1", "u2", ">u2", "i2", ">i2", "u4", "i4", "i8", "f2", "f4", ">f4", "f8"]
@@ -43,7 +45,7 @@ def fortran_npy(folder: Path, array: np.ndarray) -> Path:
 
 
 def npz(folder: Path, array: np.ndarray) -> Path:
-    np.savez(folder / "a.npz", image=array, label=np.array([3]))
+    np.savez(folder / "a.npz", image=array, label=np.array([3]), names=np.array(["a", None]))
     return folder / "a.npz"
 
 
@@ -160,9 +162,9 @@ def test_one_of_several_arrays(write: Writer, tmp_path: Path, rng: np.random.Gen
         zarr.open_group(path, mode="a").create_array("mask", data=mask)
     np.testing.assert_array_equal(values(path, deep(array="mask"))[:, :, 0], mask)
     np.testing.assert_array_equal(values(path, deep(array="/image"))[:, :, 0], image)
-    assert refusal(path, deep()).endswith("it has image, mask: data.array says which is the image")
+    assert refusal(path, deep()).endswith("it has 'image', 'mask': data.array says which is the image")
     assert refusal(path, deep(array="other")).startswith(
-        "it has no array 'other' of data.array; it has image"
+        "it has no array 'other' of data.array; it has 'image'"
     )
 
 
@@ -219,7 +221,15 @@ def test_names_of_axes_count(tmp_path: Path, rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(values(folder, deep(3)), array.transpose(2, 1, 0))
 
 
-def ome(path: Path, array: np.ndarray, axes: str, version: str, *, names: tuple[str, ...] = ()) -> Path:
+def ome(
+    path: Path,
+    array: np.ndarray,
+    axes: str,
+    version: str,
+    *,
+    names: tuple[str, ...] = (),
+    averaged: bool = False,
+) -> Path:
     """An OME-NGFF image of two levels."""
     group = zarr.open_group(path, mode="w", zarr_format=2 if version == "0.4" else 3)
     kinds = {"t": "time", "c": "channel"}
@@ -236,7 +246,10 @@ def ome(path: Path, array: np.ndarray, axes: str, version: str, *, names: tuple[
         group.attrs.update(attributes)
     else:
         group.attrs["ome"] = {"version": version, **attributes}
-    for level, pixels in (("s0", array), ("s1", array[..., ::2, ::2])):
+    height, width = (side // 2 for side in array.shape[-2:])
+    blocks = array[..., : 2 * height, : 2 * width].reshape(*array.shape[:-2], height, 2, width, 2)
+    half = blocks.mean(axis=(-3, -1)).astype(array.dtype) if averaged else array[..., ::2, ::2]
+    for level, pixels in (("s0", array), ("s1", half)):
         written = group.create_array(
             level, shape=pixels.shape, dtype=pixels.dtype, chunks=(1,) * 3 + (16, 16)
         )
@@ -272,6 +285,36 @@ def test_ome_ngff(version: str, tmp_path: Path, rng: np.random.Generator) -> Non
     assert "are not those of OME-NGFF, or not of its 5" in refusal(odd, deep(2))
 
 
+def test_levels_serve_small_crops_when_asked(tmp_path: Path, rng: np.random.Generator) -> None:
+    array = rng.integers(0, 60000, (1, 3, 1, 141, 250), "u2")
+    path = ome(tmp_path / "a.zarr", array, "tczyx", "0.5", averaged=True)
+    full, half = array[0, :, 0].transpose(1, 2, 0), zarr.open(path)["s1"][0, :, 0].transpose(1, 2, 0)
+    box, small = (10, 20, 111, 121), (50, 40)
+    assert opened(path, deep(3)).region(box, small).pixels.shape == (101, 101, 3)
+    picture = opened(path, deep(3, overviews=True))
+    np.testing.assert_array_equal(picture.region(box, (100, 100)).pixels, full[20:121, 10:111])
+    region = picture.region(box, small)
+    left, top = region.box[:2]
+    # 141 rows are 70 of the copy.
+    assert (left, top + 9) == (0, 20 * 70 / 141)
+    assert region.box[2:] == (50.5, 121 * 70 / 141 - 9)
+    np.testing.assert_array_equal(region.pixels, half[9:61, 5:56])
+    reading = deep(3, overviews=True)
+    for averaged in (True, False):
+        ome(path, array, "tczyx", "0.4", averaged=averaged)
+        assert overviews_are_averages(lambda _: open_file(path, reading), 1, seed=0) is averaged
+    other = zarr.open_group(path, mode="a")
+    del other["s1"]
+    other.create_array("s1", data=array[:, :2, :, ::2, ::2])
+    assert opened(path, reading).region(box, small).pixels.shape == (101, 101, 3)
+
+
+def test_a_folder_needs_no_range(tmp_path: Path, rng: np.random.Generator) -> None:
+    array = rng.integers(0, 256, (21, 34), "u1")
+    (channel,) = open_file(zarr_3(tmp_path, array), Reading(1)).channels()
+    np.testing.assert_array_equal(np.asarray(channel), array)
+
+
 def test_plates_and_groups_ask_for_a_name(tmp_path: Path, rng: np.random.Generator) -> None:
     array = rng.integers(0, 60000, (1, 3, 1, 40, 50), "u2")
     ome(tmp_path / "plate.zarr" / "A" / "1" / "0", array, "tczyx", "0.4")
@@ -283,7 +326,7 @@ def test_plates_and_groups_ask_for_a_name(tmp_path: Path, rng: np.random.Generat
     found = values(tmp_path / "plate.zarr", deep(3, array="A/1/0"))
     np.testing.assert_array_equal(found, array[0, :, 0].transpose(1, 2, 0))
     del plate.attrs["plate"]
-    assert "data.array names one of its groups (A)" in refusal(tmp_path / "plate.zarr", deep(3))
+    assert "data.array names one of its groups ('A')" in refusal(tmp_path / "plate.zarr", deep(3))
 
 
 def test_zarr_without_arrays(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -335,7 +378,7 @@ def test_hdf5_that_points_elsewhere(tmp_path: Path, rng: np.random.Generator) ->
         file.create_dataset("outside", (21, 34), "u2", external=[(tmp_path / "raw", 0, size)])
     for name in ("link", "virtual", "outside"):
         assert refusal(tmp_path / "b.h5", deep(array=name)) == (
-            f"the values of {name} lie in other files: name those"
+            f"the values of {name!r} lie in other files: name those"
         )
 
 
@@ -367,6 +410,14 @@ def test_claims_are_checked_before_anything_is_unpacked(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("write", [npz, packed_npz, hdf5, packed_hdf5])
+def test_damaged_files_are_images_or_sentences(
+    write: Writer, tmp_path: Path, rng: np.random.Generator, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damage(write(tmp_path, rng.integers(0, 4000, (33, 46), "u2")))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_python_objects_are_not_read(tmp_path: Path) -> None:
     for write in (npy, npz):
         path = write(tmp_path, np.array([[{"a": 1}]], object))
@@ -394,6 +445,19 @@ def test_only_the_region_is_read(write: Writer, tmp_path: Path) -> None:
     found = picture.region((49998, 39999, 50000, 40000), (1, 1)).pixels
     assert found.tolist() == [[[0, 0], [7, 8]]]
     assert getattr(picture, "reads_parts", False)
+
+
+@pytest.mark.parametrize("write", [npy, packed_npz, hdf5, packed_hdf5, zarr_2, sharded_zarr])
+def test_windows_are_crops(write: Writer, tmp_path: Path, rng: np.random.Generator) -> None:
+    array = rng.integers(0, 60000, SHAPE, "u2")
+    write(tmp_path, array)
+    config = FolderConfig(root=str(tmp_path), range=(0, 65535), labels="none", tile=(10, 16), holdout=0)
+    source = open_split(config, "train", in_chans=5, image_size=(8, 8), seed=0)
+    assert len(source) == 3 * 3
+    for number in range(len(source)):
+        row, column = (int(part) for part in source.name(number).split("#")[1].split(","))
+        found = source.open(number).region((0, 0, 16, 10), (16, 10)).pixels
+        np.testing.assert_array_equal(found, array[row : row + 10, column : column + 16])
 
 
 def test_a_folder_of_zarr_is_one_image(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from stored import as_floats, deep, opened, refusal, values
+from stored import as_floats, damage, deep, opened, refusal, values
 
 from etpp_ssl.data.formats import check_header
 from etpp_ssl.data.formats.base import Reading, UnreadableImage
@@ -166,6 +166,14 @@ def test_broken_files(tmp_path: Path, rng: np.random.Generator, capfd: pytest.Ca
     assert "a NIfTI header without its values" in refusal(tmp_path / "scan.nii", deep())
     write(tmp_path / "complex.nii", np.zeros((7, 9), "c8"))
     assert "its values are complex64" in refusal(tmp_path / "complex.nii", deep())
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+def test_damaged_files_are_images_or_sentences(
+    name: str, tmp_path: Path, rng: np.random.Generator, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damage(write(tmp_path / name, rng.integers(0, 4000, (33, 46), "i2")))
     assert capfd.readouterr() == ("", "")
 
 
