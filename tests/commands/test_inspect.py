@@ -215,7 +215,7 @@ def test_a_recipe_is_written_that_extends_the_given_one_with_its_overrides(
     ("arguments", "sentence"),
     [
         (["bands", "--write", "x.yaml"], "--write needs a recipe to extend"),
-        (["nothing"], "recipe 'nothing' does not exist"),
+        (["nothing"], "'nothing' does not exist"),
         (["empty"], "no image below"),
         (["broken"], "none of the 1 image can be read: '0.npy': "),
         (["missing"], "no pixel of the 2 images has data"),
