@@ -152,6 +152,7 @@ def inspect(
                 raw,
                 indices,
                 nodata,
+                pooled=reading.sampled,
                 num_workers=recipe.data.num_workers,
                 stall_seconds=recipe.data.stall_seconds,
                 advance=lambda done: bar.advance(task, done),
@@ -178,6 +179,9 @@ def inspect(
     if given is not None and own is not None and proposal is not None and own.range != proposal.range:
         text = "none" if own.range is None else str(own.layer()["data"]["range"])
         notes.append(f"data.range is the recipe's; data.range=null would have {text} proposed")
+    if proposal is not None and values.pooled:
+        count = recipe.in_chans
+        proposal = replace(proposal, in_chans=count, mean=proposal.mean * count, std=proposal.std * count)
     if proposal is None:
         notes.append(
             f"images of {_and(values.channels)} have no common range: train on them apart, or convert them"
@@ -198,7 +202,7 @@ def _num_channels(
     source: ImageSource, indices: Sequence[int], reading: Reading, *, stated: bool
 ) -> tuple[int, list[str]]:
     """The number of channels to read, and what to say of it: that of the files, unless the recipe's fits."""
-    if reading.channels is not None:
+    if reading.channels is not None or reading.sampled:
         return reading.in_chans, []
 
     def counted(wanted: int) -> Counter[int]:
@@ -360,6 +364,8 @@ def print_inspection(found: Inspection, console: Console) -> None:
         more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
         named = ", ".join(map(repr, names[:NAMED]))
         console.print(f"cannot be read: {named}{more}: {reason}", markup=False)
+    if values.pooled:
+        console.print("all channels together, as data.channel_sampling draws them", markup=False)
     for name, channels in values.channels.items():
         if channels:
             _print_channels(name, channels, console)

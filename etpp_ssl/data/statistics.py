@@ -182,6 +182,8 @@ class Channel:
 class Values:
     """What a sample of a data set holds."""
 
+    pooled: bool = False
+    """Whether all channels count as one: images may differ in their number (`data.channel_sampling`)."""
     channels: dict[str, list[Channel]] = field(default_factory=dict)
     """C of them by the type's name, types in the order in which they were met."""
     num_images: Counter[str] = field(default_factory=Counter)
@@ -208,9 +210,9 @@ class Values:
         self.num_missing += image.missing
         channels = self.channels.setdefault(image.dtype, [])
         if image.parts and not channels:
-            channels += [Channel(np.dtype(image.dtype)) for _ in image.parts]
-        for channel, part in zip(channels, image.parts, strict=bool(image.parts)):
-            channel.add(part)
+            channels += [Channel(np.dtype(image.dtype)) for _ in image.parts[: 1 if self.pooled else None]]
+        for number, part in enumerate(image.parts):
+            channels[0 if self.pooled else number].add(part)
 
 
 def values_of(
@@ -295,6 +297,7 @@ def read_values(
     indices: Sequence[int],
     nodata: float | None,
     *,
+    pooled: bool = False,
     num_workers: int = 0,
     stall_seconds: float | None = None,
     advance: Callable[[int], None] = lambda count: None,
@@ -305,13 +308,14 @@ def read_values(
         source: of raw pictures.
         indices: which of its images, in their order.
         nodata: see `values_of`.
+        pooled: see `Values`.
         num_workers, stall_seconds: see `etpp_ssl.data.loader.load_batches`.
         advance: told how many images more have been read.
     """
     requests = evaluation_requests(indices, size=(1, 1), batch_size=AT_ONCE)
     # Few images are read before processes have started.
     workers = num_workers if len(requests) > 4 else 0
-    found = Values()
+    found = Values(pooled)
     loader = MonitoredLoader(_ValueReader(source, nodata), requests, workers, 2, False, stall_seconds)
     try:
         for images in loader:

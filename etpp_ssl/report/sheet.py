@@ -94,7 +94,9 @@ def write_sheet(
 
 def _heading(values: Values) -> str:
     count = len(next(channels for channels in values.channels.values() if channels))
-    if count == 1:
+    if values.pooled:
+        shown = "the first channels of each as red, green, blue"
+    elif count == 1:
         shown = "one channel in grey"
     else:
         names = ", ".join(str(min(channel, count - 1)) for channel in range(3))
@@ -114,7 +116,8 @@ def _picture(source: ImageSource, index: int, values: Values, nodata: float | No
         gaps |= ~region.valid
     planes = []
     for number in (min(channel, region.pixels.shape[2] - 1) for channel in range(3)):
-        low, high = (channels[number].quantile(share) for share in STRETCH) if channels else (0.0, 1.0)
+        known = channels[0 if values.pooled else number] if channels else None
+        low, high = (known.quantile(share) for share in STRETCH) if known is not None else (0.0, 1.0)
         plane = region.pixels[:, :, number].astype(np.float32)
         planes.append((plane - np.float32(low)) / np.float32((high - low) or 1.0))
     stretched = np.stack(planes, axis=2)

@@ -147,6 +147,37 @@ def test_16_bit_png_is_counted_at_its_depth(tmp_path: Path) -> None:
     assert channel.levels() == len(np.unique(pixels))
 
 
+def test_images_that_differ_in_channels_count_together_where_channels_are_sampled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = [drawn(1, 3000, chans=chans)[0] for chans in (2, 3, 5, 2)]
+    folder = saved(tmp_path / "stains", *images)
+    sampled = ["data.channel_sampling=1", "in_chans=1", "data.range=[0,4095]"]
+    assert run(str(folder), *sampled, "--out", str(tmp_path / "out")) == 0
+    text = capsys.readouterr().out
+    assert "4 read of 4 images" in text
+    assert "all channels together" in text
+    block = yaml.safe_load(text[text.index("in_chans: ") :])
+    whole = np.concatenate([image.ravel() for image in images]) / 4095
+    assert block["in_chans"] == 1
+    assert block["data"]["range"] == [0, 4095]
+    np.testing.assert_allclose(block["data"]["mean"], [whole.mean()], rtol=1e-3)
+    np.testing.assert_allclose(block["data"]["std"], [whole.std()], rtol=1e-3)
+    assert (tmp_path / "out" / "sheet.png").is_file()
+
+
+def test_windows_are_counted_with_the_values_of_their_files(tmp_path: Path) -> None:
+    images = [drawn(1, 3000)[0].repeat(3, axis=0).repeat(3, axis=1) for _ in range(3)]
+    folder = saved(tmp_path / "large", *images)
+    found = inspect(str(folder), ["data.tile=[9,14]", "data.range=[0,4095]", "in_chans=1"], images=0)
+    assert found.values.num_images == {"uint16": 3 * 4 * 3}
+    (channel,) = found.values.channels["uint16"]
+    whole = np.concatenate([image.ravel() for image in images])
+    assert channel.total == whole.size
+    assert (channel.least, channel.most) == (whole.min(), whole.max())
+    np.testing.assert_allclose(channel.moments(), (whole.mean(), whole.std()), rtol=1e-12)
+
+
 def test_a_value_that_stands_apart_is_taken_for_missing_data_unless_told_otherwise(tmp_path: Path) -> None:
     image = np.random.default_rng(0).normal(100, 10, (20, 20, 1)).astype(np.float32)
     image[:4] = -9999
@@ -215,7 +246,7 @@ def test_a_recipe_is_written_that_extends_the_given_one_with_its_overrides(
     ("arguments", "sentence"),
     [
         (["bands", "--write", "x.yaml"], "--write needs a recipe to extend"),
-        (["nothing"], "recipe 'nothing' does not exist"),
+        (["nothing"], "'nothing' does not exist"),
         (["empty"], "no image below"),
         (["broken"], "none of the 1 image can be read: '0.npy': "),
         (["missing"], "no pixel of the 2 images has data"),
