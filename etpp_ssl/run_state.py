@@ -56,6 +56,8 @@ class TrainState:
     """Unreadable images met so far: number in the data set, and name."""
     num_outside: Annotated[int, Field(ge=0)] = 0
     """Images loaded so far with values outside `data.range`, each time that they were."""
+    num_without_data: Annotated[int, Field(ge=0)] = 0
+    """Images replaced so far because they showed too little data, each time that they were."""
     streams: list[dict[str, Any] | None] = field(default_factory=list)
     """Each process's place in a stream, by rank; empty before the first batch, and for images that are
     addressed by index. A process keeps its own entry up to date; the others are of the last checkpoint."""

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.channels import stacked
-from etpp_ssl.data.formats.base import Picture, UnreadableImage
+from etpp_ssl.data.formats.base import Picture, UnreadableImage, WithoutData
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, safe_name
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import check_label
@@ -31,11 +31,13 @@ MAX_ATTEMPTS = 100
 
 @dataclass(frozen=True)
 class BadImage:
-    """An image that could not be read."""
+    """An image that could not be read, or shows too little data."""
 
     index: int
     name: str
     reason: str
+    without_data: bool = False
+    """Whether that is all: it is replaced, but nothing is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Batch:
     once per micro-batch."""
     request: BatchRequest
     bad: tuple[BadImage, ...]
-    """Unreadable images that were met and replaced."""
+    """Images that were met and replaced, as they cannot be read or show too little data."""
     num_outside: int = 0
     """Images with values outside `data.range` that were read for it."""
     cursor: dict[str, Any] | None = None
@@ -167,7 +169,8 @@ class Builder(Dataset[Batch], ABC):
                 picture = candidate.open()
                 view = self.view(picture, sample_id, request.bandwidth, request.progress)
             except UnreadableImage as error:
-                bad.append(BadImage(candidate.number, candidate.name, str(error)))
+                too_little = isinstance(error, WithoutData)
+                bad.append(BadImage(candidate.number, candidate.name, str(error), too_little))
                 continue
             label = candidate.label()
             if self.num_classes is not None:

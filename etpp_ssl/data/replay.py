@@ -156,7 +156,9 @@ class Replay:
             self._add(batch)
             if batch.request.last and batch.request.step == steps[-1]:
                 break
-        self._num_outside = 0  # Counted when they were first read.
+        # Counted when they were first read.
+        self._num_outside = 0
+        self._bad = tuple(image for image in self._bad if not image.without_data)
         self.say(f"replay: buffer refilled in {time.perf_counter() - begin:.0f} s")
 
     def batches(self, fresh: Iterator[Batch]) -> Iterator[Batch]:

@@ -27,7 +27,7 @@ from etpp_ssl.data.formats.base import (
     Picture,
     Reading,
     Region,
-    UnreadableImage,
+    WithoutData,
     pixels_of,
     require_library,
 )
@@ -157,13 +157,13 @@ def first_with_data(crop: Callable[..., Tensor], enough: Callable[[Tensor], bool
         enough: whether a crop that has both pixels with data and pixels without will do.
 
     Raises:
-        UnreadableImage: if `MAX_CROPS` of them do not.
+        WithoutData: if `MAX_CROPS` of them do not.
     """
     for attempt in range(MAX_CROPS):
         view = crop(*([attempt] if attempt else []))
         if not has_gaps(view) or (not shows_nothing(view) and enough(view)):
             return view
-    raise UnreadableImage(f"none of {MAX_CROPS} random crops of it has enough pixels with data")
+    raise WithoutData(f"none of {MAX_CROPS} random crops of it has enough pixels with data")
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class EvalView:
             else:
                 view = resize(whole, size, "bicubic")[:, box[1] : box[3], box[0] : box[2]]
             if shows_nothing(view):
-                raise UnreadableImage("its centre crop has no pixel with data")
+                raise WithoutData("its centre crop has no pixel with data")
             return view
         channels, kernel = image.channels(), Image.Resampling.BICUBIC
         if oversize:

@@ -75,6 +75,12 @@ def read_dump(path: Path, overrides: Sequence[str] = ()) -> DumpedStep:
     recipe = load_any(path / RECIPE_FILE, overrides)
 
     def check(where: str, images: Tensor, labels: Tensor, own: MicroBatchRecord) -> None:
+        if images.is_floating_point() != (recipe.data.range is not None):
+            given = "null" if recipe.data.range is None else "given"
+            raise UserError(
+                f"{where}: its images are {images.dtype} instead of "
+                f"{'float32' if recipe.data.range is not None else 'uint8'}, as data.range is {given}"
+            )
         _check_fit(where, images, own, in_chans=recipe.in_chans, multiple=recipe.bandwidth_multiple)
         num_classes = record.num_classes
         if isinstance(recipe, Recipe):

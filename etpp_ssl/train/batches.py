@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import Dataset
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.loader import Batch, load_batches
+from etpp_ssl.data.loader import BadImage, Batch, load_batches
 from etpp_ssl.data.replay import Replay
 from etpp_ssl.data.sampler import BatchRequest
 from etpp_ssl.data.streams.loader import StreamPlace
@@ -137,6 +137,7 @@ class BadImages:
         self.num_images = num_images
         self.max_share = max_share
         self.progress = progress
+        self._told_of_gaps = False
 
     def note(self, batch: Batch) -> None:
         """Take the bad images of a batch.
@@ -145,7 +146,9 @@ class BadImages:
             UserError: if more than the allowed share of the data set is unreadable.
         """
         for image in batch.bad:
-            if image.index not in self.known:
+            if image.without_data:
+                self._tell_once(image)
+            elif image.index not in self.known:
                 self.known[image.index] = image.name
                 self.progress.say(
                     f"unreadable image {image.name!r}: {image.reason}; another one takes its place"
@@ -169,6 +172,14 @@ class BadImages:
                     )
             self._check("see the messages above")
 
+    def _tell_once(self, image: BadImage) -> None:
+        if not self._told_of_gaps:
+            self._told_of_gaps = True
+            self.progress.say(
+                f"image {image.name!r} shows too little data ({image.reason}): another one takes its place; "
+                f"such images are counted"
+            )
+
     def _check(self, reason: str) -> None:
         if len(self.known) > self.max_share * self.num_images:
             raise UserError(
@@ -177,8 +188,8 @@ class BadImages:
             )
 
 
-class OutsideRange:
-    """Counts images with values outside `data.range`.
+class ImageCounts:
+    """Counts images with values outside `data.range`, and those that others replace for lack of data.
 
     Args:
         state: where they are remembered.
@@ -186,13 +197,17 @@ class OutsideRange:
 
     def __init__(self, state: TrainState) -> None:
         self._state = state
-        self._new = 0
+        self._outside = self._without_data = 0
 
     def note(self, batch: Batch) -> None:
         """Take those of a batch."""
-        self._new += batch.num_outside
+        self._outside += batch.num_outside
+        self._without_data += sum(image.without_data for image in batch.bad)
 
     def share(self, num_processes: int, gather: Callable[[Any], Any] = gather_object) -> None:
         """Bring together what the processes have counted; every process must call it."""
-        self._state.num_outside += sum(gather([self._new])) if num_processes > 1 else self._new
-        self._new = 0
+        own = [(self._outside, self._without_data)]
+        for outside, without_data in gather(own) if num_processes > 1 else own:
+            self._state.num_outside += outside
+            self._state.num_without_data += without_data
+        self._outside = self._without_data = 0

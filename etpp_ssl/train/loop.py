@@ -15,7 +15,7 @@ from collections.abc import Callable
 from etpp_ssl.dist.accelerator import StopRequest
 from etpp_ssl.optim.optimizers import set_learning_rate
 from etpp_ssl.tasks.base import forward_backward
-from etpp_ssl.train.batches import BadImages, OutsideRange, TrainingBatches
+from etpp_ssl.train.batches import BadImages, ImageCounts, TrainingBatches
 from etpp_ssl.train.checkpoint import CheckpointClock
 from etpp_ssl.train.log import Meter
 from etpp_ssl.train.nonfinite import NonFiniteCheck
@@ -47,7 +47,7 @@ def train(run: Run, stop_request: StopRequest) -> int:
     batches = _open_batches(run)
     check = NonFiniteCheck(run, meter, batches)
     bad_images = BadImages(state, len(run.source), run.recipe.data.max_bad_share, run.progress)
-    outside = OutsideRange(state)
+    counts = ImageCounts(state)
     clock = CheckpointClock(run.recipe.checkpoint)
     first_step = state.step + 1
     run.model.train()
@@ -63,7 +63,7 @@ def train(run: Run, stop_request: StopRequest) -> int:
 
         for batch in batches.step():
             bad_images.note(batch)
-            outside.note(batch)
+            counts.note(batch)
             with run.synchronised(batch):
                 losses = forward_backward(
                     task, run.model, batch, stage, accelerator.backward, accelerator.num_processes
@@ -82,7 +82,7 @@ def train(run: Run, stop_request: StopRequest) -> int:
 
         if log_due(run):
             bad_images.share(accelerator.num_processes)
-            outside.share(accelerator.num_processes)
+            counts.share(accelerator.num_processes)
             log_row(run, stage, meter, lr)
         elif state.step == first_step:
             # Long before the first row on a slow machine.
@@ -101,7 +101,7 @@ def train(run: Run, stop_request: StopRequest) -> int:
         if checkpoint_due or signum or run.finished:
             check.settle()
             meter.synchronise()
-            outside.share(accelerator.num_processes)
+            counts.share(accelerator.num_processes)
             save(run, required=bool(signum))
             clock.start()
         if signum:

@@ -52,6 +52,7 @@ def log_row(run: Run, stage: Stage, meter: Meter, lr: float, *, written: bool = 
         "images_loaded": stage.samples.stop,
         "bad_images": len(state.bad_images),
         **({"images_outside_range": state.num_outside} if state.num_outside else {}),
+        **({"images_without_data": state.num_without_data} if state.num_without_data else {}),
         "skipped_steps": state.num_skipped,
         "num_processes": run.accelerator.num_processes,
         "seconds": state.seconds,

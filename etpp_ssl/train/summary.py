@@ -102,8 +102,13 @@ def tell_end(run: Run) -> None:
         )
     else:
         run.progress.say(f"run {run.folder.path} is finished ({counted(step, 'step')})")
+    loaded = run.curriculum.stage_at(step - 1).samples.stop
+    if run.state.num_without_data:
+        run.progress.say(
+            f"{run.state.num_without_data:,} images showed too little data, beside the {loaded:,} that were "
+            f"trained on in their places"
+        )
     if run.state.num_outside:
-        loaded = run.curriculum.stage_at(step - 1).samples.stop
         clipped = ", which were clipped" if run.recipe.data.clip else " (data.clip=true would clip them)"
         run.progress.say(
             f"{run.state.num_outside:,} of {loaded:,} images had values outside data.range{clipped}"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from etpp_ssl.data.formats.base import ArrayPicture, Reading, UnreadableImage, ValuePicture
+from etpp_ssl.data.formats.base import ArrayPicture, Reading, ValuePicture, WithoutData
 from etpp_ssl.data.loader import Batch, BatchBuilder
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
 from etpp_ssl.data.sources.folder import FolderConfig
@@ -92,15 +92,15 @@ def test_a_picture_without_enough_data_is_unreadable() -> None:
         tried.append(1)
         return False
 
-    with pytest.raises(UnreadableImage, match="none of 32 random crops of it has enough pixels with data"):
+    with pytest.raises(WithoutData, match="none of 32 random crops of it has enough pixels with data"):
         train_view(enough=enough, crop_scale=(1.0, 1.0))(picture(scene(0.5)), 0, SIZE)
     assert len(tried) == MAX_CROPS == 32
     for view in (train_view(), train_view(lanczos=True), ProbeView(SIZE, (0.2, 1.0), True, 0)):
-        with pytest.raises(UnreadableImage, match="enough pixels with data"):
+        with pytest.raises(WithoutData, match="enough pixels with data"):
             view(picture(scene(0.0)), 0, (10, 14))
-    with pytest.raises(UnreadableImage, match="its centre crop has no pixel with data"):
+    with pytest.raises(WithoutData, match="its centre crop has no pixel with data"):
         EvalView(SIZE, 0.5)(picture(scene(0.1)), 0, SIZE)
-    with pytest.raises(UnreadableImage, match="no pixel with data"):
+    with pytest.raises(WithoutData, match="no pixel with data"):
         EvalView(SIZE, 0.875)(picture(scene(0.0)), 0, SIZE)
 
 
@@ -169,7 +169,7 @@ def test_a_batch_says_whether_it_has_gaps_and_what_has_no_data_is_replaced(tmp_p
     assert with_gaps.to(torch.device("meta")).has_gaps
     assert with_gaps.renumbered(3).has_gaps
     replaced = batch(2)
-    assert [(bad.index, bad.name) for bad in replaced.bad] == [(2, "2.npy")]
+    assert [(bad.index, bad.name, bad.without_data) for bad in replaced.bad] == [(2, "2.npy", True)]
     assert "enough pixels with data" in replaced.bad[0].reason
 
 

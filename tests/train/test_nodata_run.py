@@ -51,8 +51,7 @@ def on_scenes(tiny_recipe: Make, tmp_path: Path) -> Make:
 
     def make(*overrides: str, root: Path = folder) -> Recipe:
         data = (
-            f"{{name: folder, root: {root}, range: [0, 4000], nodata: {NODATA}, num_workers: 0, "
-            f"max_bad_share: 0.1, holdout: 8}}"
+            f"{{name: folder, root: {root}, range: [0, 4000], nodata: {NODATA}, num_workers: 0, holdout: 8}}"
         )
         return tiny_recipe("in_chans=2", f"data={data}", "target=combined", *overrides)
 
@@ -74,6 +73,19 @@ def assert_same(a: Path, b: Path) -> None:
     assert rows_of(a) == rows_of(b)
 
 
+def test_images_that_show_too_little_are_told_once_counted_and_end_no_run(
+    on_scenes: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for file in sorted((tmp_path / "scenes").rglob("*.npy"))[::3]:
+        np.save(file, np.full((30, 44, 2), NODATA, np.int16))
+    run = pretrain(on_scenes("data.max_bad_share=0", "data.holdout=0"))
+    said = " ".join(capfd.readouterr().err.split())
+    assert said.count("shows too little data") == 1
+    assert run.state.num_without_data > 3
+    assert f"{run.state.num_without_data} images showed too little data" in said
+    assert rows_of(tmp_path / "run")[-1]["images_without_data"] == run.state.num_without_data
+
+
 STAGES = (
     "curriculum.stages=[{bandwidth: [8, 12], share: 0.3, replay: {times: 2, buffer: 3}},"
     "{bandwidth: [12, 16], share: 0.3}, {bandwidth: [16, 24], share: 0.4}]"
@@ -90,7 +102,8 @@ def test_resume_is_bitwise_with_any_workers(
     crash_after: Callable[[int], AbstractContextManager[None]],
 ) -> None:
     run = pretrain(on_scenes(f"output={tmp_path / 'whole'}", STAGES, setting))
-    assert list(run.state.bad_images.values()) == ["b/11.npy"]
+    assert run.state.num_without_data >= 1
+    assert not run.state.bad_images
     for stop, workers in ((3, 2), (6, 0)):
         with crash_after(stop):
             pretrain(

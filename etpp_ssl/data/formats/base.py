@@ -48,6 +48,10 @@ class UnreadableImage(Exception):
     """An image that cannot be decoded; the message says why, without the image's name."""
 
 
+class WithoutData(UnreadableImage):
+    """An image that shows too little data, of which nothing is broken: windows of a scene have such."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """How files become pictures: what a recipe's `data` says of it."""
@@ -333,7 +337,7 @@ class ValuePicture:
                 )
         inside = values[~missing][None] if has_gaps else values
         if not inside.size and box == (0, 0, *self.size):
-            raise UnreadableImage("it has no pixel with data")
+            raise WithoutData("it has no pixel with data")
         if inside.size:
             least, most = extremes(inside)
             if not np.isfinite([least, most]).all():
