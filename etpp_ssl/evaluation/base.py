@@ -185,6 +185,7 @@ class LabelledImages:
                 pool=config.pool,
                 batch_size=batch_size,
                 precision=config.precision,
+                say=context.say,
             )
             if not len(features.labels):
                 raise UserError(f"probe={config.name}: none of the {len(indices)} {split} images can be read")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from etpp_ssl.evaluation.features import (
     Precision,
     extract_features,
     forward_pass,
+    num_features,
     pooled_features,
     run_precision,
 )
@@ -54,12 +55,14 @@ def kept_features(
     pool: Pool | None,
     batch_size: int,
     precision: Precision | None,
+    say: Callable[[str], None],
 ) -> Features:
     """What `extract_features` gives, from a file in `folder` where an earlier call has left it.
 
     Args:
         folder: of the files; None keeps none.
         loader, encoder, source, indices, pool, batch_size, precision: see `extract_features`.
+        say: told of a file that is used.
     """
 
     def extracted() -> Features:
@@ -67,7 +70,8 @@ def kept_features(
             loader, encoder, source, indices, pool=pool, batch_size=batch_size, precision=precision
         )
 
-    if folder is None or loader.accelerator.num_processes > 1:
+    too_many = 4 * num_features(encoder) * len(indices) > MOST_BYTES
+    if folder is None or too_many or loader.accelerator.num_processes > 1:
         return extracted()
     images = _images_key(source, indices)
     if images is None:
@@ -77,6 +81,7 @@ def kept_features(
         features = Features(**load_file(file, device=str(loader.accelerator.device)))
         # The files that were used last stay.
         os.utime(file)
+        say(f"{len(indices):,} images: features of an earlier probe, from {file}")
         return features
     features = extracted()
     # An image that cannot be read today may be tomorrow.

@@ -61,8 +61,13 @@ def spoil(files: list[Path]) -> None:
         save_file(tensors, file)
 
 
-def test_a_second_probe_uses_what_the_first_one_extracted(run: Path) -> None:
-    knn, heads = probe(run, *KNN), probe(run, *HEADS)
+def test_a_second_probe_uses_what_the_first_one_extracted(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    knn = probe(run, *KNN)
+    assert "of an earlier probe" not in capsys.readouterr().err
+    heads = probe(run, *HEADS)
+    assert capsys.readouterr().err.count("of an earlier probe") == 2
     # Training and evaluation images, the same for both.
     assert len(kept(run)) == 2
     assert (probe(run, *KNN), probe(run, *HEADS)) == (knn, heads)
