@@ -50,20 +50,47 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_the_lines_of_the_python_interface_run_from_the_wheel(installed: Path, tmp_path: Path) -> None:
-    (tmp_path / "tiny.yaml").write_text(TINY.replace("output: unused", "output: run"))
+FEW = ["image_size=64", "model.depth=1", "model.decoder.depth=1", "curriculum=constant"]
+EXTENDING = "in1k_vit_base_etpp400_hog"
+COMMANDS = [["recipes"], ["recipes", EXTENDING], ["plan", "mine.yaml", *FEW], ["plan", EXTENDING, *FEW]]
+RUN_COMMANDS = f"""
+import contextlib, io, json
+from etpp_ssl.cli import main
+
+printed = []
+for words in {COMMANDS!r}:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            main(words)
+        except SystemExit as ended:
+            assert ended.code in (0, None), words
+    printed.append(out.getvalue())
+print(json.dumps(printed))
+"""
+
+
+@pytest.fixture(scope="module")
+def printed(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The last three lines of one process that knows the wheel alone: two of `LINES`, one of the commands."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    (folder / "tiny.yaml").write_text(TINY.replace("output: unused", "output: run"))
+    (folder / "mine.yaml").write_text((ROOT / "recipes" / f"{EXTENDING}.yaml").read_text())
     values = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     for name in ("a.jpg", "b.tif"):
-        Image.fromarray(values).save(tmp_path / name)
+        Image.fromarray(values).save(folder / name)
     finished = subprocess.run(
-        [sys.executable, "-c", LINES, str(installed)],
-        cwd=tmp_path,
+        [sys.executable, "-c", LINES + RUN_COMMANDS, str(installed)],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(installed)},
         capture_output=True,
         text=True,
     )
     assert finished.returncode == 0, finished.stderr
-    shapes, described = finished.stdout.splitlines()[-2:]
+    return finished.stdout.splitlines()[-3:]
+
+
+def test_the_lines_of_the_python_interface_run_from_the_wheel(printed: list[str]) -> None:
+    shapes, described, _ = printed
     assert shapes == "(2, 16) (4, 6, 16) (12, 16, 3) VisionTransformer"
     assert described == "(0.485, 0.456, 0.406) (0.229, 0.224, 0.225) None (3, 16, 24)"
 
@@ -77,44 +104,13 @@ def test_the_wheel_has_every_module_and_is_typed(installed: Path) -> None:
     assert here == there, "packages of pyproject.toml are not those in etpp_ssl/"
 
 
-FEW = ["image_size=64", "model.depth=1", "model.decoder.depth=1", "curriculum=constant"]
-
-
-COMMANDS = """
-import contextlib, io, json, sys
-from etpp_ssl.cli import main
-
-printed = []
-for words in json.loads(sys.argv[1]):
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        try:
-            main(words)
-        except SystemExit as ended:
-            assert ended.code in (0, None), words
-    printed.append(out.getvalue())
-print(json.dumps(printed))
-"""
-
-
-def test_the_wheel_brings_the_recipes(installed: Path, tmp_path: Path) -> None:
-    name = "in1k_vit_base_etpp400_hog"
-    text = (ROOT / "recipes" / f"{name}.yaml").read_text()
-    (tmp_path / "mine.yaml").write_text(text)
-    commands = [["recipes"], ["recipes", name], ["plan", "mine.yaml", *FEW], ["plan", name, *FEW]]
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS, json.dumps(commands)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(installed)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    listed, copied, mine, its_own = json.loads(done.stdout)
+def test_the_wheel_brings_the_recipes(installed: Path, printed: list[str]) -> None:
+    listed, copied, mine, its_own = json.loads(printed[-1])
     assert [line.split()[0] for line in listed.splitlines()] == sorted(
         file.stem for file in (ROOT / "recipes").glob("*.yaml")
     )
     assert len(list((installed / "etpp_ssl" / "recipes" / "accelerate").iterdir())) > 4
     # A copy of a recipe that extends another one is a recipe as it is.
-    assert copied == text
+    assert copied == (ROOT / "recipes" / f"{EXTENDING}.yaml").read_text()
     assert "speed-up" in mine
     assert mine == its_own

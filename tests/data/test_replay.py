@@ -260,14 +260,26 @@ def test_a_stage_starts_with_an_empty_buffer() -> None:
         assert (used == fresh) == (step == first)
 
 
-@pytest.mark.parametrize(
-    "part", [{}, {"micro_batch_size": 2}, {"rank": 1, "num_processes": 2, "micro_batch_size": 4}], ids=str
+INTERRUPTED = curriculum_of(ReplaySpec(times=3, buffer=4), ReplaySpec(times=2, buffer=100), None)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[{}, {"micro_batch_size": 2}, {"rank": 1, "num_processes": 2, "micro_batch_size": 4}],
+    ids=str,
 )
+def uninterrupted(request: pytest.FixtureRequest) -> tuple[dict[str, int], list[Batch]]:
+    """A process's part, and what it trains on."""
+    return request.param, trained(INTERRUPTED, **request.param)
+
+
 @pytest.mark.parametrize("start", [1, 3, 4, 8, 9, 10, 20])
-def test_a_buffer_that_is_read_again_is_the_one_there_was(start: int, part: dict[str, int]) -> None:
-    curriculum = curriculum_of(ReplaySpec(times=3, buffer=4), ReplaySpec(times=2, buffer=100), None)
-    expected = [batch for batch in trained(curriculum, **part) if batch.request.step >= start]
-    found = trained(curriculum, start, **part)
+def test_a_buffer_that_is_read_again_is_the_one_there_was(
+    start: int, uninterrupted: tuple[dict[str, int], list[Batch]]
+) -> None:
+    part, batches = uninterrupted
+    expected = [batch for batch in batches if batch.request.step >= start]
+    found = trained(INTERRUPTED, start, **part)
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert one.request == other.request

@@ -46,6 +46,12 @@ SMALL = {
     "caformer": "model={name: caformer_s18}",
     "named vit": "model={name: vit_tiny_patch16_224, depth: 1, global_pool: avg}",
 }
+PYRAMIDS = {
+    "pvt_tiny": "model={name: pvt_tiny, args: {depths: [1, 1, 1, 1], embed_dims: [8, 16, 32, 32], "
+    "num_heads: [1, 1, 2, 2]}}",
+    "cswin_tiny": "model={name: cswin_tiny, args: {depths: [1, 1, 2, 1], embed_dim: 16, "
+    "num_heads: [2, 2, 4, 4]}}",
+}
 CASES = {
     "vit, mean": ["model.global_pool=avg", "in_chans=1"],
     "vit, token": ["model.global_pool=token"],
@@ -123,7 +129,7 @@ def test_transformers_gives_our_logits_and_classes_to_the_last_bit(
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     importlib.import_module("etpp_ssl.model.zoo.pvt")
     cases = {k: v for k, v in CASES.items() if "1 channels" not in k} | {
-        "a model that timm lacks": ["model={name: pvt_tiny}", "image_size=[64, 96]", "curriculum=constant"]
+        "a model that timm lacks": [PYRAMIDS["pvt_tiny"], "image_size=[64, 96]", "curriculum=constant"]
     }
     for index, (name, overrides) in enumerate(cases.items()):
         recipe = tiny_classifier(*overrides, f"output={tmp_path / str(index)}")
@@ -149,8 +155,8 @@ def test_transformers_gives_our_logits_and_classes_to_the_last_bit(
 def test_a_model_that_timm_lacks_says_what_to_import(name: str, tiny_classifier: Build) -> None:
     module = f"etpp_ssl.model.zoo.{name.removesuffix('_tiny')}"
     importlib.import_module(module)
-    overrides = [f"model.name={name}", "image_size=[64, 96]", "curriculum=constant"]
-    run, model = write_run(tiny_classifier("model={name: resnet18}", *overrides))
+    overrides = [PYRAMIDS[name], "image_size=[64, 96]", "curriculum=constant"]
+    run, model = write_run(tiny_classifier(*overrides))
     said: list[str] = []
     folder = export(run.path, say=said.append)
     assert [f"`import {module}`" in line for line in said] == [True]

@@ -187,8 +187,8 @@ def test_a_skipped_step_leaves_the_statistics_of_batch_norms_alone(
     with poisoned(1, 3):
         run = train(
             tiny_classifier(
-                "model={name: resnet10t}", "image_size=32", "budget_epochs=1", "curriculum=constant",
-                "nonfinite.policy=skip",
+                "model={name: resnet10t, args: {channels: [8, 8, 8, 8]}}", "image_size=32", "budget_epochs=1",
+                "curriculum=constant", "nonfinite.policy=skip",
             )
         )  # fmt: skip
     assert run.state.num_skipped == 2

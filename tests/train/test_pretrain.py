@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_runs import TINY
 from torch import Tensor
 
 from etpp_ssl.config import Interrupted, UserError
@@ -42,10 +43,20 @@ def assert_same(a: Path, b: Path) -> None:
     assert rows(a) == rows(b)
 
 
-@pytest.fixture
-def whole(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
-    pretrain(tiny_recipe(f"output={tmp_path / 'whole'}", "probe=knn", "probe.every_steps=7"))
-    return tmp_path / "whole"
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a probe, which no test changes."""
+    folder = tmp_path_factory.mktemp("whole")
+    pretrain(Recipe.parse(TINY, [f"output={folder}", "probe=knn", "probe.every_steps=7"]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tiny recipe as it is, which no test changes."""
+    folder = tmp_path_factory.mktemp("plain")
+    pretrain(Recipe.parse(TINY, [f"output={folder}"]))
+    return folder
 
 
 def test_resume_is_bitwise_at_any_step_with_any_workers(
@@ -102,12 +113,11 @@ def test_a_finished_run_is_left_as_it_is(whole: Path, tiny_recipe: Callable[...,
 
 
 def test_accumulated_micro_batches_give_the_whole_batchs_step(
-    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+    plain: Path, tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    pretrain(tiny_recipe(f"output={tmp_path / 'a'}"))
     # 10 = 4 + 4 + 2: the last one is short and must weigh less.
     pretrain(tiny_recipe(f"output={tmp_path / 'b'}", "micro_batch_size=4"))
-    for a, b in zip(rows(tmp_path / "a"), rows(tmp_path / "b"), strict=True):
+    for a, b in zip(rows(plain), rows(tmp_path / "b"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-5)
 
 
@@ -227,19 +237,18 @@ def test_lanczos_crops_in_the_worker_and_trains(tiny_recipe: Callable[..., Recip
 
 @pytest.mark.parametrize("precision", ["bf16"])
 def test_mixed_precision_stays_near_float32(
-    precision: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path
+    precision: str, plain: Path, tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     pretrain(tiny_recipe(f"precision={precision}"))
-    mixed = rows(tmp_path / "run")
-    pretrain(tiny_recipe(f"output={tmp_path / 'fp32'}"))
-    for a, b in zip(mixed, rows(tmp_path / "fp32"), strict=True):
+    for a, b in zip(rows(tmp_path / "run"), rows(plain), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.03)
 
 
-def test_gradient_checkpointing_changes_nothing(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    pretrain(tiny_recipe(f"output={tmp_path / 'plain'}"))
+def test_gradient_checkpointing_changes_nothing(
+    plain: Path, tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     pretrain(tiny_recipe(f"output={tmp_path / 'checkpointed'}", "model.grad_checkpointing=true"))
-    assert_same(tmp_path / "plain", tmp_path / "checkpointed")
+    assert_same(plain, tmp_path / "checkpointed")
 
 
 def test_a_recipe_that_changes_the_result_is_refused_on_resume(
@@ -397,7 +406,7 @@ def test_it_starts_from_another_runs_or_an_encoders_weights(
     from etpp_ssl.export.timm import export
 
     trained = weights(whole)
-    for name, init in (("all", whole), ("encoder", export(whole))):
+    for name, init in (("all", whole), ("encoder", export(whole, tmp_path / "timm"))):
         first = open_run(tiny_recipe(f"output={tmp_path / name}", f"init={init}")).bare_model.state_dict()
         same = {key for key in trained if torch.equal(first[key], trained[key])}
         assert {key for key in trained if key.startswith("encoder.")} <= same
