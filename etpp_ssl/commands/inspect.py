@@ -18,7 +18,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.formats.base import Reading, UnreadableImage, largest_of
+from etpp_ssl.data.formats.base import Reading, UnreadableImage
+from etpp_ssl.data.formats.values import largest_of
 from etpp_ssl.data.sources.base import ImageSource, images_of
 from etpp_ssl.data.sources.found import by_extension
 from etpp_ssl.data.sources.splits import keyed_indices, read_anew

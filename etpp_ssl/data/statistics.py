@@ -19,7 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
-from etpp_ssl.data.formats.base import Picture, UnreadableImage, without_data
+from etpp_ssl.data.formats.base import Picture, UnreadableImage
+from etpp_ssl.data.formats.values import without_data
 from etpp_ssl.data.loader import evaluation_requests
 from etpp_ssl.data.sampler import BatchRequest, safe_name
 from etpp_ssl.data.sources.base import ImageSource

@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from etpp_ssl.data.formats.base import UnreadableImage, without_data
+from etpp_ssl.data.formats.base import UnreadableImage
+from etpp_ssl.data.formats.values import without_data
 from etpp_ssl.data.resize import resize
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.statistics import Channel, Values

@@ -29,9 +29,9 @@ from etpp_ssl.data.formats.base import (
     Reader,
     Reading,
     UnreadableImage,
-    ValuePicture,
     one_line_reasons,
 )
+from etpp_ssl.data.formats.values import ValuePicture
 from etpp_ssl.files import read_head, read_regular
 
 FORMATS = (

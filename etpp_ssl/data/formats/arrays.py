@@ -26,8 +26,8 @@ from etpp_ssl.data.formats.base import (
     level_for,
     one_line_reasons,
     whole_pixels,
-    without_data,
 )
+from etpp_ssl.data.formats.values import without_data
 
 Scale = tuple[float, float]
 """(slope, intercept): a value is slope times what is stored, and intercept."""

@@ -24,9 +24,9 @@ from etpp_ssl.data.formats.base import (
     level_for,
     one_line_reasons,
     whole_pixels,
-    without_data,
 )
 from etpp_ssl.data.formats.pillow import ROTATED
+from etpp_ssl.data.formats.values import without_data
 
 Page = Any
 """A `tifffile.TiffPage`."""

@@ -11,14 +11,8 @@ import numpy as np
 import pytest
 
 from etpp_ssl.data.formats import FORMATS, check_header, finished, open_picture
-from etpp_ssl.data.formats.base import (
-    Format,
-    Picture,
-    Reading,
-    UnreadableImage,
-    ValuePicture,
-    one_line_reasons,
-)
+from etpp_ssl.data.formats.base import Format, Picture, Reading, UnreadableImage, one_line_reasons
+from etpp_ssl.data.formats.values import ValuePicture
 from etpp_ssl.data.sources.found import extension_of
 
 WIDE = ((-1e9, 1e9),)

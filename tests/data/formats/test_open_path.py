@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from etpp_ssl.data.formats import open_file, open_picture
-from etpp_ssl.data.formats.base import Picture, Reading, UnreadableImage, extremes, level_for
+from etpp_ssl.data.formats.base import Picture, Reading, UnreadableImage, level_for
+from etpp_ssl.data.formats.values import extremes
 
 RANGE = ((0.0, 4000.0),)
 

@@ -17,7 +17,8 @@ from PIL import Image, ImageOps
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.formats import open_picture
-from etpp_ssl.data.formats.base import ArrayPicture, Reading, Region, UnreadableImage, ValuePicture
+from etpp_ssl.data.formats.base import ArrayPicture, Reading, Region, UnreadableImage
+from etpp_ssl.data.formats.values import ValuePicture
 from etpp_ssl.data.resize import resize
 from etpp_ssl.data.sources.folder import FolderConfig
 from etpp_ssl.data.views import EvalView, Normalise, ProbeView, TrainView, random_crop_box
