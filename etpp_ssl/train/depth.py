@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import Future
 from dataclasses import replace
 
 from etpp_ssl.config import UserError
@@ -24,14 +26,15 @@ LEAST_SHARE = 1 / 16
 REMEDY = "`etpp inspect` with this recipe proposes data.range, which keeps them"
 
 
-def check_depth(images: TrainingImages, reading: Reading) -> str:
+def check_depth(images: TrainingImages, reading: Reading, stall_seconds: float | None) -> str:
     """What a start says of images that a run without `data.range` reads; "" for those of 8 bits.
 
-    Streams are not looked at.
+    Streams are not looked at. Nor is what cannot be read in time: the loader has a sentence for that.
 
     Args:
         images: to train on.
         reading: how they become pictures.
+        stall_seconds: how long the look may take; None is for ever.
 
     Raises:
         UserError: if 8 bits lose what the images hold: integers of 16 bits that use few of them, other types,
@@ -43,7 +46,20 @@ def check_depth(images: TrainingImages, reading: Reading) -> str:
     whole = source.source if isinstance(source, Subset) else source
     if isinstance(whole, SyntheticSource) and whole.dtype == "uint8":
         return ""  # They have no header: each would be drawn.
-    values, num_shallow = _look(source, reading, images.seed)
+    seen = Future[tuple[Values, int]]()
+
+    def look() -> None:
+        try:
+            seen.set_result(_look(source, reading, images.seed))
+        except BaseException as error:
+            seen.set_exception(error)
+
+    # An executor would wait for its thread when the process ends.
+    threading.Thread(target=look, daemon=True).start()
+    try:
+        values, num_shallow = seen.result(stall_seconds)
+    except TimeoutError:
+        return ""
     count = dict(values.num_images)
     if num_shallow:
         count["uint8"] = count.get("uint8", 0) + num_shallow

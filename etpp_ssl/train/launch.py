@@ -166,8 +166,10 @@ def open_run(recipe: Recipe | FinetuneRecipe, fork: Path | None = None) -> Run:
     start, state = starting_point(recipe, folder, source, curriculum, fork, progress.say)
     if other_count:
         progress.say(other_count)
-    if start is None and (kept := check_depth(source, recipe.data.reading(recipe.in_chans))):
-        progress.say(kept)
+    if start is None:
+        kept = check_depth(source, recipe.data.reading(recipe.in_chans), recipe.data.stall_seconds)
+        if kept:
+            progress.say(kept)
     if recipe.init is not None and start is None:
         task.load_init(recipe.init, progress.say)
     if state.plan is not None:

@@ -221,7 +221,7 @@ def _found(recipe: Recipe | FinetuneRecipe, training: TrainingImages) -> list[st
     evaluated = isinstance(recipe, FinetuneRecipe) or recipe.probe.name != "none"
     lines = [f"training: {training.describe()}"]
     try:
-        kept = check_depth(training, recipe.data.reading(recipe.in_chans))
+        kept = check_depth(training, recipe.data.reading(recipe.in_chans), recipe.data.stall_seconds)
         lines += [kept] if kept else []
     except UserError as error:
         lines.append(f"warning: training would not start here: {error}")

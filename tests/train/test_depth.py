@@ -43,7 +43,7 @@ def recipe(*overrides: str) -> Recipe:
 def check(*overrides: str) -> str:
     asked = recipe(*overrides)
     training = open_training(asked.data, in_chans=asked.in_chans, image_size=asked.size, seed=asked.seed)
-    return check_depth(training, asked.data.reading(asked.in_chans))
+    return check_depth(training, asked.data.reading(asked.in_chans), None)
 
 
 def saved(folder: Path, dtype: str, low: float, high: float, *, count: int = 12, chans: int = 3) -> None:
