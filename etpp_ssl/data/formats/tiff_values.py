@@ -249,7 +249,7 @@ def _decoded(file: BinaryIO, page: Page, index: int, rows: tuple[int, int]) -> n
     if index >= min(len(page.databytecounts), len(page.dataoffsets)):
         raise UnreadableImage("it has fewer strips or tiles than its size needs")
     offset, count = page.dataoffsets[index], page.databytecounts[index]
-    if count == 0:
+    if count == 0 or offset == 0:
         return None
     depth = page.samplesperpixel if page.planarconfig == 1 else 1
     plain = _has_plain_rows(page)
