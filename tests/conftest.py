@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from etpp_ssl.train.run import Run
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest file first: one of pytest's processes takes it whole, and its runs are made once."""
     items.sort(key=lambda item: "test_fsdp.py" not in item.nodeid)

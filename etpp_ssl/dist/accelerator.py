@@ -91,7 +91,9 @@ def open_accelerator(recipe: RunRecipe) -> Accelerator:
         )
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
         # Of a configuration of accelerate, or of environment variables, that it cannot follow itself.
-        raise UserError(f"accelerate cannot start as it is configured: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"accelerate cannot start as it is configured: {' '.join(str(error).split())}"
+        ) from error
     if plugin is not None and not accelerator.is_fsdp2:
         _warn(accelerator, "FSDP2 needs GPUs; here every process holds the whole model (DDP)")
     warning = alone_by_mistake(accelerator.num_processes)

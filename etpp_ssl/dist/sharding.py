@@ -170,11 +170,11 @@ def fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
 
 
 _PLUGINS = {
-    # Its `backward` takes the optimizer step, before a run has judged the gradients, and the optimizer's state lies
-    # in buffers that no checkpoint of ours describes.
+    # Its `backward` takes the optimizer step, before a run has judged the gradients, and the optimizer's
+    # state lies in buffers that no checkpoint of ours describes.
     "ACCELERATE_USE_DEEPSPEED": (
-        "DeepSpeed, which takes its optimizer steps out of the run's hands; use FSDP2 for the same division of "
-        "memory (recipes/accelerate/fsdp2_8gpu.yaml)"
+        "DeepSpeed, which takes its optimizer steps out of the run's hands; use FSDP2 for the same division "
+        "of memory (recipes/accelerate/fsdp2_8gpu.yaml)"
     ),
     "ACCELERATE_USE_MEGATRON_LM": (
         "Megatron-LM, which brings models of its own; use FSDP2 to divide this one's memory "

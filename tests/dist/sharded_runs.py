@@ -29,9 +29,8 @@ import etpp_ssl.train.launch as launch
 from etpp_ssl.dist.sharding import own_parts, whole_tensors
 from etpp_ssl.recipe import FinetuneRecipe, load_any
 from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.train.launch import finetune, pretrain
 from etpp_ssl.train.run import Run
-from etpp_ssl.train.launch import finetune
-from etpp_ssl.train.launch import pretrain
 
 
 class OnCPU(Accelerator):  # type: ignore[misc]

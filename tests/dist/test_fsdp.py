@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +21,8 @@ from etpp_ssl.dist.sharding import check_sharded, fsdp_plugin, unit_names
 from etpp_ssl.export.timm import export
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import Checkpoint, RunFolder
-from etpp_ssl.train.launch import finetune
-from etpp_ssl.train.launch import pretrain
+from etpp_ssl.train.launch import finetune, open_run, pretrain
 from etpp_ssl.train.records import save
-from etpp_ssl.train.launch import open_run
 
 CUT = 4
 """Step of the checkpoint from which other runs go on, within the second of three stages."""
@@ -90,8 +85,8 @@ def launch(ranks: Server, root: Path, runs: list[tuple[str, str, str | None]]) -
     ]
     file = root / "tasks.json"
     file.write_text(json.dumps(tasks))
-    words = ["accelerate-launch", "--config_file", str(FOLDER / "fsdp2_8gpu.yaml"), "--num_processes=2",
-             "--main_process_port=0", str(Path(__file__).with_name("sharded_runs.py")), str(file)]  # fmt: skip
+    options = ["--config_file", str(FOLDER / "fsdp2_8gpu.yaml"), "--num_processes=2", "--main_process_port=0"]
+    words = ["accelerate-launch", *options, str(Path(__file__).with_name("sharded_runs.py")), str(file)]
     command = f"import sys; sys.argv = {words!r}; from accelerate.commands.launch import main; main()"
     (job,) = ranks.start(None, 1, before=command, env={"CUDA_VISIBLE_DEVICES": ""})
     assert job.wait(300) == 0, job.text
@@ -298,7 +293,11 @@ def test_fp16_compiled_blocks_and_uneven_micro_batches_are_refused(
         ("ACCELERATE_USE_MEGATRON_LM", "true", r"with Megatron-LM.*; use FSDP2 .*\(.*fsdp2_8gpu.yaml\)$"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "True", "with use_parallelism_config.*; leave it false$"),
         ("ACCELERATE_USE_SAGEMAKER", "true", "with SageMaker's own processes; use torchrun"),
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "with dynamo_backend; .* model.compiled=true in the recipe$"),
+        (
+            "ACCELERATE_DYNAMO_BACKEND",
+            "INDUCTOR",
+            "with dynamo_backend; .* model.compiled=true in the recipe$",
+        ),
         ("ACCELERATE_USE_CPU", "perhaps", "cannot start as it is configured: invalid truth value perhaps$"),
     ],
 )

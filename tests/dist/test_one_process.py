@@ -73,7 +73,9 @@ def test_a_run_that_fails_leaves_the_process_to_the_next_one(
     before = process()
     with crash_after(3):
         pretrain(
-            tiny_recipe(f"output={tmp_path / 'cut'}", "precision=bf16", "deterministic=true", "tracker=tensorboard")
+            tiny_recipe(
+                f"output={tmp_path / 'cut'}", "precision=bf16", "deterministic=true", "tracker=tensorboard"
+            )
         )
     assert {key for key, value in process().items() if value != before[key]} == set()
     pretrain(tiny_recipe(f"output={tmp_path / 'next'}"))
