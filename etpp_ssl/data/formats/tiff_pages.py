@@ -160,10 +160,11 @@ def _as_channels(found: Any, images: list[Page], reading: Reading) -> tuple[list
         reason = f"it has 1 channel and {number} pages{wanted}"
         if narrow:
             reason = (
-                f"it has {number} pages of {height} x {width} values, as an array whose channels come last "
-                f"is written without planarconfig='contig'"
+                f"it has {number} pages of {height} x {width} values, as tifffile writes an array "
+                f"({number}, {height}, {width}): write that again with planarconfig='contig'. For pages that "
+                f"are meant"
             )
-        raise UnreadableImage(f"{reason}: {'if that is meant, ' if narrow else ''}{out}")
+        raise UnreadableImage(f"{reason}{',' if narrow else ':'} {out}")
     return images, []
 
 
