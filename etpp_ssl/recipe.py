@@ -257,15 +257,16 @@ def load_probed(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | P
 
 def load_any(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | FinetuneRecipe:
     """Read a recipe of whatever task; see `RunRecipe.load`."""
-    return _any_of(RecipeText.read(source, overrides))
+    return any_of(RecipeText.read(source, overrides))
 
 
 def parse_any(text: str, overrides: Sequence[str] = (), title: str = "recipe") -> Recipe | FinetuneRecipe:
     """A recipe of whatever task from YAML text; see `RunRecipe.load`."""
-    return _any_of(RecipeText.of(text, overrides, title))
+    return any_of(RecipeText.of(text, overrides, title))
 
 
-def _any_of(text: RecipeText) -> Recipe | FinetuneRecipe:
+def any_of(text: RecipeText) -> Recipe | FinetuneRecipe:
+    """The recipe that a text of whatever task states."""
     kind: type[Recipe] | type[FinetuneRecipe] = FinetuneRecipe if task_of(text) == "finetune" else Recipe
     return kind.of_text(text)
 

@@ -26,7 +26,7 @@ from etpp_ssl.data.sources.splits import keyed_indices, read_anew
 from etpp_ssl.data.statistics import Channel, Values, read_values
 from etpp_ssl.data.streams.base import StreamConfig
 from etpp_ssl.files import check_place, write_text
-from etpp_ssl.recipe import FinetuneRecipe, Recipe, load_any, parse_any
+from etpp_ssl.recipe import FinetuneRecipe, Recipe, any_of
 from etpp_ssl.recipe_base import task_of
 from etpp_ssl.recipe_file import EXTENDS, RecipeText
 from etpp_ssl.recipe_yaml import dump_yaml
@@ -132,7 +132,7 @@ def inspect(
     if out is not None:
         check_place(out / SHEET)
     stated = not is_folder or any(override.startswith("in_chans=") for override in overrides)
-    recipe = _recipe(source, overrides)
+    recipe, has_range = _recipe(source, overrides)
     if isinstance(recipe.data, StreamConfig):
         raise UserError(
             f"data.name {recipe.data.name} is a stream, whose images cannot be drawn: inspect a folder with "
@@ -174,7 +174,8 @@ def inspect(
         raise UserError(f"no pixel of the {images_of(len(indices))} has data")
     if in_chans > min(values.sizes.most_common(1)[0][0]) and recipe.data.axes is None:
         notes.append("more channels than pixels on a side: data.axes=chw reads (channels, height, width)")
-    given = recipe.data.reading(recipe.in_chans).range if in_chans == recipe.in_chans else None
+    kept = has_range and in_chans == recipe.in_chans
+    given = recipe.data.reading(recipe.in_chans).range if kept else None
     proposal = propose(values, given, nodata)
     own = propose(values, None, nodata)
     if given is not None and own is not None and proposal is not None and own.range != proposal.range:
@@ -192,11 +193,18 @@ def inspect(
     return Inspection(raw, indices, values, nodata, proposal, notes)
 
 
-def _recipe(source: str, overrides: Sequence[str]) -> Recipe | FinetuneRecipe:
+def _recipe(source: str, overrides: Sequence[str]) -> tuple[Recipe | FinetuneRecipe, bool]:
+    """The recipe, or one around a folder, and whether it states a range."""
     if os.path.isdir(source) and not os.path.exists(os.path.join(source, "recipe.yaml")):
-        title = f"folder {source!r}"
-        return parse_any(FOLDER_RECIPE, [f"data.root={os.path.abspath(source)}", *overrides], title)
-    return load_any(source, overrides)
+        own = [f"data.root={os.path.abspath(source)}", *overrides]
+        text = RecipeText.of(FOLDER_RECIPE, own, f"folder {source!r}")
+    else:
+        text = RecipeText.read(source, overrides)
+    data = text.values(Recipe if task_of(text) == "pretrain" else FinetuneRecipe).get("data")
+    if isinstance(data, dict) and data.get("range") is None:
+        # Keys that need a range (nodata, tile, channel_sampling) are given before there is one.
+        return any_of(replace(text, overrides=(*text.overrides, "data.range=dtype"))), False
+    return any_of(text), True
 
 
 def _num_channels(

@@ -169,7 +169,9 @@ def test_images_that_differ_in_channels_count_together_where_channels_are_sample
 def test_windows_are_counted_with_the_values_of_their_files(tmp_path: Path) -> None:
     images = [drawn(1, 3000)[0].repeat(3, axis=0).repeat(3, axis=1) for _ in range(3)]
     folder = saved(tmp_path / "large", *images)
-    found = inspect(str(folder), ["data.tile=[9,14]", "data.range=[0,4095]", "in_chans=1"], images=0)
+    found = inspect(str(folder), ["data.tile=[9,14]", "in_chans=1"], images=0)
+    assert found.proposal is not None
+    assert found.proposal.range == ((0, 4095),)
     assert found.values.num_images == {"uint16": 3 * 4 * 3}
     (channel,) = found.values.channels["uint16"]
     whole = np.concatenate([image.ravel() for image in images])
@@ -192,6 +194,33 @@ def test_a_value_that_stands_apart_is_taken_for_missing_data_unless_told_otherwi
     assert "nodata" not in kept.proposal.layer()["data"]  # type: ignore[union-attr]
     other = inspect(str(folder), nodata=float(image[10, 10, 0]))
     assert other.values.num_missing == 1
+
+
+def test_keys_that_need_a_range_are_taken_before_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    image = drawn(1, 3000, dtype="int16")[0]
+    image[:3] = -7
+    saved(Path("scenes"), image)
+    found = inspect("scenes", ["data.nodata=-7"])
+    assert found.values.num_missing == 3 * 14
+    assert found.proposal is not None
+    assert found.proposal.layer()["data"]["range"] == [0, 4095]
+    assert found.proposal.layer()["data"]["nodata"] == -7
+    Path("base.yaml").write_text(RECIPE.replace("curriculum: constant", "curriculum: {name: constant}"))
+    assert (
+        run("base.yaml", "data.root=scenes", "data.nodata=-7", "data.clip=true", "--write", "mine.yaml") == 0
+    )
+    written = load_any("mine.yaml")
+    assert written.data.range == (0, 4095)
+    assert written.data.nodata == -7
+    assert written.data.clip
+    # A range that is there is kept, unless it is taken away.
+    assert run("mine.yaml", "data.range=[0,9000]", "--write", "wide.yaml") == 0
+    assert load_any("wide.yaml").data.range == (0, 9000)
+    assert run("wide.yaml", "data.range=null", "--write", "anew.yaml") == 0
+    assert load_any("anew.yaml").data.range == (0, 4095)
 
 
 def test_floats_beside_integers_have_no_common_range(
