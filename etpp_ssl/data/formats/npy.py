@@ -88,14 +88,16 @@ def check_values(shape: tuple[int, ...], dtype: np.dtype, there: int) -> None:
 def _check(data: bytes, max_pixels: int) -> None:
     file = io.BytesIO(data)
     shape, dtype = read_header(file)
-    check_values(shape, dtype, len(data) - file.tell())
     if len(shape) >= 2:
         check_pixels((shape[1], shape[0]), max_pixels)
+    check_values(shape, dtype, len(data) - file.tell())
 
 
 def _open(data: bytes, reading: Reading) -> Picture:
     file = io.BytesIO(data)
     shape, dtype = read_header(file)
+    if reading.axes is None and len(shape) >= 2:
+        check_pixels((shape[1], shape[0]), reading.max_pixels)
     check_values(shape, dtype, len(data) - file.tell())
     return from_array(np.load(io.BytesIO(data), allow_pickle=False), reading)
 
