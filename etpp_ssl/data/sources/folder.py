@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import os
+import stat
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -253,6 +254,21 @@ class FileSource:
         digest = hashlib.blake2b(digest_size=12)
         for index, file in enumerate(self.files):
             digest.update(os.fsencode(file) + b"\0%d\n" % self.label(index))
+        return digest.hexdigest()
+
+    def stamp(self) -> str | None:
+        """Hash of what tells that no file has changed: sizes and times. None where an image is a folder."""
+        digest = hashlib.blake2b(
+            repr((self.folder.absolute(), self.reading)).encode(errors="surrogateescape")
+        )
+        for file in self.files:
+            try:
+                status = os.stat(self.folder / file)
+            except (OSError, ValueError):
+                return None
+            if stat.S_ISDIR(status.st_mode):
+                return None
+            digest.update(os.fsencode(file) + b"\0%d %d\n" % (status.st_size, status.st_mtime_ns))
         return digest.hexdigest()
 
     def describe(self) -> str:

@@ -81,6 +81,12 @@ class Subset:
             found += f":{hashlib.blake2b(numbers, digest_size=6).hexdigest()}"
         return found
 
+    def stamp(self) -> str | None:
+        """That of the whole source, with which images are taken; see `FileSource.stamp`."""
+        whole: str | None = self.source.stamp() if hasattr(self.source, "stamp") else None
+        numbers = ",".join(map(str, self.indices)).encode()
+        return whole and f"{whole}:{hashlib.blake2b(numbers, digest_size=12).hexdigest()}"
+
     def describe(self) -> str:
         """The source, how much of it, and which classes have no image there."""
         part = f"{len(self):,} of " if len(self) < len(self.source) else ""

@@ -36,6 +36,8 @@ from etpp_ssl.data.sources.base import DataConfig, ImageSource
 
 MAX_OPEN = 16
 """Files that one worker keeps open."""
+MOST_KNOWN = 8
+"""Parts of data whose headers one process remembers."""
 SAID_EVERY_SECONDS = 10.0
 """How often a start says how many headers it has read."""
 
@@ -118,7 +120,7 @@ class WindowSource:
         self.tile = tile
         self.stride = stride
         self.classes = source.classes
-        self._headers = _read_headers(source)
+        self._headers = _headers_of(source)
         sizes = self._headers.sizes
         unreadable = (sizes == 0).any(axis=1)
         small = np.flatnonzero(~unreadable & (sizes < tile).any(axis=1))
@@ -278,6 +280,23 @@ class _Headers(NamedTuple):
     crs: list[str]
     fault: str
     """What cannot be read, for people; empty for nothing."""
+
+
+_KNOWN: dict[str, _Headers] = {}
+
+
+def _headers_of(source: ImageSource) -> _Headers:
+    """What they say, read once while the files stay as they are: a run opens its data several times."""
+    stamp: str | None = source.stamp() if hasattr(source, "stamp") else None
+    found = _KNOWN.get(stamp) if stamp else None
+    if found is None:
+        found = _read_headers(source)
+        # What cannot be read now can perhaps be read later.
+        if stamp and not found.fault:
+            _KNOWN[stamp] = found
+            if len(_KNOWN) > MOST_KNOWN:
+                _KNOWN.pop(next(iter(_KNOWN)))
+    return found
 
 
 def _read_headers(source: ImageSource) -> _Headers:

@@ -27,7 +27,7 @@ from etpp_ssl.data.formats.base import (
 from etpp_ssl.data.loader import Batch, BatchBuilder, load_batches
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.base import DataConfig, ImageSource
-from etpp_ssl.data.sources.folder import FileListConfig, FolderConfig
+from etpp_ssl.data.sources.folder import FileListConfig, FileSource, FolderConfig
 from etpp_ssl.data.sources.splits import Subset, open_split, read_anew
 from etpp_ssl.data.sources.windows import MAX_OPEN, WindowSource
 from etpp_ssl.data.views import EvalView, TrainView
@@ -326,6 +326,32 @@ def test_the_fingerprint_knows_the_windows(tmp_path: Path) -> None:
     write_scenes(tmp_path, {"sea/1.npy": (33, 33), "sea/5.npy": (33, 32)})
     others.append(split_of(FolderConfig(root=str(tmp_path), range=(0, 4000), tile=32, stride=16)))
     assert len({found, *(other.fingerprint() for other in others)}) == 6
+
+
+def test_headers_are_read_once_while_the_files_stay_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    opened = FileSource.open
+    monkeypatch.setattr(FileSource, "open", lambda self, index: (read.append(index), opened(self, index))[1])
+    config = scenes(tmp_path, overviews="never")
+    first, again = split_of(config), split_of(config)
+    assert len(read) == 8
+    assert again.fingerprint() == first.fingerprint()
+    # Another part, other windows of the same, another file of the same name.
+    evaluation = split_of(config.model_copy(update={"holdout": 3}), "eval")
+    assert len(read) == 8 + 3
+    split_of(config.model_copy(update={"tile": 20}))
+    assert len(read) == 8 + 3
+    write_scenes(tmp_path, {"sea/1.npy": (90, 90)})
+    assert len(split_of(config)) == len(first) + 25 - 1
+    assert len(read) == 8 + 3 + 8
+    assert len(files_of(evaluation)) == 3
+    (tmp_path / "sea" / "3.npy").write_bytes(b"broken")
+    assert "1 cannot be read" in split_of(config).describe()
+    before = len(read)
+    split_of(config)
+    assert len(read) == before + 8
 
 
 def train_batches(source: ImageSource, first_step: int = 0, num_workers: int = 0) -> list[Batch]:
