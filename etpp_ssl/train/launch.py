@@ -30,14 +30,13 @@ from etpp_ssl.tasks.base import Evaluation, Task
 from etpp_ssl.tasks.classify import Classification, open_evaluation
 from etpp_ssl.tasks.mae import MaskedAutoencoding, build_probe
 from etpp_ssl.train.checkpoint import clear_leftovers
-from etpp_ssl.train.depth import check_depth
 from etpp_ssl.train.log import MetricsFile, Progress
 from etpp_ssl.train.loop import train
 from etpp_ssl.train.memory import check_host_memory, check_replay, freed_memory_kept, replay_notes
 from etpp_ssl.train.nonfinite import NonFinite, rewind
 from etpp_ssl.train.records import write_status
 from etpp_ssl.train.run import Run, weight_average
-from etpp_ssl.train.start import check_room, starting_point, write_plan
+from etpp_ssl.train.start import check_depth, check_room, starting_point, write_plan
 from etpp_ssl.train.summary import counted, tell_end, tell_start
 from etpp_ssl.train.time_budget import Speed, decide_steps, measure
 

@@ -10,8 +10,9 @@ import yaml
 from PIL import Image
 
 from etpp_ssl.cli import main
-from etpp_ssl.commands.inspect import inspect, propose, yaml_of
+from etpp_ssl.commands.inspect import inspect, yaml_of
 from etpp_ssl.data.formats.base import ArrayPicture
+from etpp_ssl.data.proposal import propose
 from etpp_ssl.data.statistics import Values, values_of
 from etpp_ssl.recipe import Recipe, load_any
 

@@ -1,4 +1,6 @@
-"""TIFFs: plain ones of 8 bits through Pillow, all others through tifffile.
+"""TIFFs: plain ones of 8 bits through Pillow; of all others, which pages are the image and what its channels.
+
+Their values are `tiff_values.py`, through tifffile.
 
 Legend: C channels, H, W pixels.
 """
@@ -6,9 +8,13 @@ Legend: C channels, H, W pixels.
 from __future__ import annotations
 
 import io
+import itertools
+import logging
+import math
 import os
 import re
 import struct
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, BinaryIO
 
@@ -16,10 +22,14 @@ from etpp_ssl.data.formats import pillow
 from etpp_ssl.data.formats.base import (
     Format,
     Picture,
+    Place,
     Reading,
+    UnreadableImage,
+    channel_numbers,
     check_pixels,
+    imported,
 )
-from etpp_ssl.data.formats.tiff_pages import MASK, REDUCED, by_tifffile, is_copy, is_narrow
+from etpp_ssl.data.formats.tiff_values import PALETTE, Page, TiffPicture, prepare
 from etpp_ssl.files import read_regular
 
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _COLOURS, _DESCRIPTION = 254, 256, 257, 258, 259, 262, 270
@@ -166,6 +176,226 @@ def _directories(file: BinaryIO, most: int) -> list[Tags]:
         # The last page of a file that breaks off here is found broken by its reader.
         offset = struct.unpack(order + pointer, following)[0] if following else 0
     return pages
+
+
+MOST_PAGES = 10_000
+"""Of a file: each costs a tenth of a millisecond."""
+REDUCED, MASK = 1, 4
+"""Bits of the tag SubfileType."""
+_GDAL_METADATA = 42112
+_PIXEL_SCALE, _TIE_POINTS, _TRANSFORM, _GEO_KEYS = 33550, 33922, 34264, 34735
+_RASTER_TYPE, _GEOGRAPHIC, _PROJECTED, _POINTS, _USER_DEFINED = 1025, 2048, 3072, 2, 32767
+"""GeoTIFF's keys: numbers below the last are those of EPSG."""
+_NARROW = 16
+_ITEM = re.compile(r"<Item\b([^>]*)>([^<]*)</Item>")
+_ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
+
+
+def by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, in_parts: bool = False) -> TiffPicture:
+    """A file as a picture, of which the tags are read here.
+
+    Args:
+        opened: opens the file.
+        reading: says which channels.
+        in_parts: whether that is one on disk.
+
+    Raises:
+        UnreadableImage: where it is not sure which pages and samples are the image and its channels, and for
+            values that are not read.
+    """
+    tifffile = imported("tifffile", "this kind of TIFF", "tiff")
+    imported("imagecodecs", "this kind of TIFF", "tiff")
+    # It writes about broken metadata around a sound picture.
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
+    with opened() as file, tifffile.TiffFile(file, _multifile=False) as found:
+        pages = list(itertools.islice(found.pages, MOST_PAGES + 1))
+        if len(pages) > MOST_PAGES:
+            raise UnreadableImage(f"it has more than {MOST_PAGES:,} pages")
+        # A thumbnail may come first, and the picture behind it.
+        below = [sub for page in pages if page.subfiletype & REDUCED and page.subifds for sub in page.pages]
+        images = _whole([page for page in (*pages, *below) if not page.subfiletype & (REDUCED | MASK)])
+        for page in images:
+            prepare(page, reading)
+        size = _size(images[0])
+        check_pixels(size, reading.max_pixels)
+        images, names = _as_channels(found, images, reading)
+        bands, alpha = _bands(images, reading, names)
+        masks = [page for page in pages if page.subfiletype & (REDUCED | MASK) == MASK]
+        return TiffPicture(
+            opened,
+            [images, *_levels(images, pages)],
+            bands,
+            reading,
+            [_scale(images[page], sample) for page, sample in bands],
+            mask=next((page for page in masks if _size(page) == size), None),
+            alpha=alpha,
+            place=_place(images[0]),
+            reads_parts=in_parts,
+        )
+
+
+def _place(page: Page) -> Place | None:
+    """Where a GeoTIFF says that it lies; None for what is none, or says so by several points."""
+    scale, points = page.tags.valueof(_PIXEL_SCALE), page.tags.valueof(_TIE_POINTS)
+    matrix = page.tags.valueof(_TRANSFORM)
+    if matrix is not None and len(matrix) == 16:
+        x_column, x_row, _, x, y_column, y_row, _, y = matrix[:8]
+    elif scale is not None and points is not None and len(points) == 6 and len(scale) >= 2:
+        x_column, x_row, y_column, y_row = scale[0], 0.0, 0.0, -scale[1]
+        x, y = points[3] - points[0] * x_column, points[4] - points[1] * y_row
+    else:
+        return None
+    keys = page.tags.valueof(_GEO_KEYS) or ()
+    # (key, where its value is, 0 for here, how many, the value) each, behind a header of the same size.
+    here = {keys[i]: keys[i + 3] for i in range(4, len(keys) - 3, 4) if keys[i + 1] == 0}
+    number = here.get(_PROJECTED) or here.get(_GEOGRAPHIC) or _USER_DEFINED
+    place = Place(
+        (x, x_column, x_row, y, y_column, y_row), f"EPSG:{number}" if number < _USER_DEFINED else ""
+    )
+    # The transform may be that of the centres of pixels.
+    return place.at(-0.5, -0.5) if here.get(_RASTER_TYPE) == _POINTS else place
+
+
+def _size(page: Page) -> tuple[int, int]:
+    return page.imagewidth, page.imagelength
+
+
+def _whole(images: list[Page]) -> list[Page]:
+    """The pages that are not a smaller copy of another one."""
+    if not images:
+        raise UnreadableImage("it holds reduced copies of an image, and not the image")
+    largest = max(map(_size, images), key=math.prod)
+    images = [page for page in images if not is_copy(_size(page), largest)]
+    sizes = list(dict.fromkeys(map(_size, images)))
+    if len(sizes) > 1:
+        some = ", ".join(f"{width:,} x {height:,}" for width, height in sizes[:3])
+        raise UnreadableImage(f"its pages differ in size ({some}), and no tag says which one is the image")
+    if len({(str(page.dtype), page.samplesperpixel, int(page.photometric)) for page in images}) > 1:
+        raise UnreadableImage("its pages differ in the type of their values, in channels or in colours")
+    return images
+
+
+def _as_channels(found: Any, images: list[Page], reading: Reading) -> tuple[list[Page], list[str]]:
+    """The pages in the order of their channels, and the channels' names, [] for none.
+
+    Raises:
+        UnreadableImage: for several pages that need not be channels.
+    """
+    number, page = len(images), images[0]
+    series, extents = _series(found) if number > 1 or not found.is_ome else None, {}
+    if series is not None:
+        extents = {a: n for a, n in zip(series.axes, series.shape, strict=True) if a not in "YXS" and n > 1}
+    planes = math.prod(extents.values())
+    if extents and planes != number and reading.axes is None:
+        plural = "s" * (number > 1)
+        raise UnreadableImage(
+            f"its description tells of {planes} planes, and it has {number} page{plural}: write each plane "
+            f"to a page"
+        )
+    if number == 1:
+        return images, _described(page, "description")
+    if page.samplesperpixel > 1:
+        raise UnreadableImage(
+            f"it has {number} pages of {page.samplesperpixel} channels: write each page to a file of its own"
+        )
+    out = "data.axes=pages takes them as channels, of which data.channels chooses"
+    if reading.axes not in (None, "pages", "chw"):
+        raise UnreadableImage(f"it has {number} pages, and data.axes is {reading.axes}: {out}")
+    if reading.axes is None and extents.keys() == {"C"}:
+        assert series is not None
+        by_index = {page.index: page for page in images}
+        names = re.findall(r'<Channel\b[^>]*\bName="([^"]*)"', found.ome_metadata or "")
+        return [by_index[page.index] for page in series.pages], names if len(names) == number else []
+    if reading.axes is None and not extents.keys() <= {"I", "Q"}:
+        stack = ", ".join(f"{axis} {extent}" for axis, extent in extents.items())
+        raise UnreadableImage(f"it is a stack of {number} pages ({stack}) and not one image: {out}")
+    if reading.axes is None and number != reading.in_chans:
+        width, height = _size(page)
+        narrow = is_narrow((width, height))
+        wanted = f", but in_chans is {reading.in_chans}" if reading.in_chans else ""
+        reason = f"it has 1 channel and {number} pages{wanted}"
+        if narrow:
+            reason = (
+                f"it has {number} pages of {height} x {width} values, as tifffile writes an array "
+                f"({number}, {height}, {width}): write that again with planarconfig='contig'. For pages that "
+                f"are meant"
+            )
+        raise UnreadableImage(f"{reason}{',' if narrow else ':'} {out}")
+    return images, []
+
+
+def _series(found: Any) -> Any:
+    """What whoever wrote the file says that its pages are; None where it says nothing."""
+    if not (found.is_ome or found.is_imagej or found.is_shaped or found.is_stk):
+        return None
+    try:
+        return found.series[0]
+    except Exception:
+        # Another program has changed the pages and left the description.
+        return None
+
+
+def _levels(images: list[Page], pages: list[Page]) -> list[list[Page]]:
+    """Smaller copies of the images, by powers of two, in lists like theirs."""
+    below = [list(page.pages) if page.subifds else [] for page in images]
+    if len(images) == 1:
+        below[0] += [page for page in pages if page.subfiletype & (REDUCED | MASK) == REDUCED]
+    full, found = images[0], []
+    for copies in zip(*below, strict=False):
+        factor = round(full.imagewidth / max(1, copies[0].imagewidth))
+        size = (math.ceil(full.imagewidth / max(1, factor)), math.ceil(full.imagelength / max(1, factor)))
+        kinds = {(_size(c), c.dtype, c.samplesperpixel, c.photometric) for c in copies}
+        same = kinds == {(size, full.dtype, full.samplesperpixel, full.photometric)}
+        if factor > 1 and factor.bit_count() == 1 and same:
+            found.append(list(copies))
+    return found
+
+
+def _bands(
+    images: list[Page], reading: Reading, names: list[str]
+) -> tuple[list[tuple[int, int]], int | None]:
+    """(page, sample) of each channel that is taken, and the sample that is alpha and is not.
+
+    Raises:
+        UnreadableImage: if they are others in number than `Reading.in_chans`.
+    """
+    page = images[0]
+    bands = [(i, sample) for i in range(len(images)) for sample in range(page.samplesperpixel)]
+    if reading.channels is None:
+        # For colours: those of a palette, and without a range gray.
+        if len(bands) == 1 and reading.in_chans == 3 and (page.photometric == PALETTE or not reading.deep):
+            return bands if page.photometric == PALETTE else bands * 3, None
+        if tuple(page.extrasamples) == (2,) and reading.in_chans in (0, len(bands) - 1):
+            return bands[:-1], bands[-1][1] if reading.deep else None
+    numbers = channel_numbers(len(bands), reading, names)
+    return bands if numbers is None else [bands[number] for number in numbers], None
+
+
+def _described(page: Page, role: str, default: str = "") -> list[str]:
+    """What GDAL's metadata say of each band; [] where they say nothing of it."""
+    found = {}
+    for attributes, text in _ITEM.findall(str(page.tags.valueof(_GDAL_METADATA) or "")):
+        own = dict(_ATTRIBUTE.findall(attributes))
+        if own.get("role") == role and own.get("sample", "").isdigit():
+            found[int(own["sample"])] = text
+    return [found.get(sample, default) for sample in range(page.samplesperpixel)] if found else []
+
+
+def _scale(page: Page, sample: int) -> tuple[float, float]:
+    """(scale, offset) of a band."""
+    scales, offsets = _described(page, "scale", "1"), _described(page, "offset", "0")
+    return float(scales[sample] if scales else 1), float(offsets[sample] if offsets else 0)
+
+
+def is_copy(size: tuple[int, int], of: tuple[int, int]) -> bool:
+    """Whether a (width, height) is another one, reduced to two thirds or less."""
+    (width, height), (full_width, full_height) = size, of
+    return 3 * width <= 2 * full_width and abs(width * full_height - height * full_width) <= max(of)
+
+
+def is_narrow(size: tuple[int, int]) -> bool:
+    """Whether the columns of (width, height) may be channels that were taken for columns."""
+    return size[0] <= _NARROW and size[0] < size[1]
 
 
 _EXTENSIONS = frozenset({".tif", ".tiff", ".btf", ".tf8", ".svs"})

@@ -17,7 +17,7 @@ from PIL import Image
 
 from etpp_ssl.data.formats import decode, open_picture, tiff
 from etpp_ssl.data.formats.base import DecodedPicture, Picture, Reading, Region, UnreadableImage, pixels_of
-from etpp_ssl.data.formats.tiff_pages import by_tifffile
+from etpp_ssl.data.formats.tiff import by_tifffile
 from etpp_ssl.data.formats.tiff_values import TiffPicture
 
 tifffile = pytest.importorskip("tifffile")
