@@ -145,4 +145,5 @@ def _together(pairs: list[tuple[float, float]]) -> tuple[tuple[float, float], ..
 
 
 def plain(value: float) -> int | float:
+    """A number as YAML should have it: whole ones without a point."""
     return int(value) if float(value).is_integer() and abs(value) < 1e15 else float(value)
