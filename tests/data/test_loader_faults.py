@@ -123,6 +123,10 @@ def told(run: Callable[[], object]) -> str:
             run()
         except RunFault as fault:
             print(fault, file=sys.stderr)
+            # The thread that has waited for a child may not have noted it yet.
+            end = time.monotonic() + 5
+            while multiprocessing.active_children() and time.monotonic() < end:
+                time.sleep(0.05)
             print(f"children {len(multiprocessing.active_children())}", file=sys.stderr)
             sys.exit(fault.exit_code)
 

@@ -21,13 +21,12 @@ from etpp_ssl.data.formats.base import (
     Reading,
     Region,
     UnreadableImage,
-    channel_numbers,
     check_pixels,
     level_for,
     one_line_reasons,
     whole_pixels,
 )
-from etpp_ssl.data.formats.values import without_data
+from etpp_ssl.data.formats.values import channel_numbers, without_data
 
 Scale = tuple[float, float]
 """(slope, intercept): a value is slope times what is stored, and intercept."""

@@ -285,40 +285,6 @@ def whole_pixels(box: Box) -> tuple[tuple[int, int, int, int], Box]:
     return (x, y, math.ceil(right), math.ceil(bottom)), (left - x, top - y, right - x, bottom - y)
 
 
-def chosen(values: np.ndarray, reading: Reading, names: Sequence[str] = ()) -> np.ndarray:
-    """The channels of (H, W, channels) that `data.channels` names, which must be `Reading.in_chans`.
-
-    Raises:
-        UnreadableImage: if they are not there, or are others in number.
-    """
-    numbers = channel_numbers(values.shape[2], reading, names)
-    return values if numbers is None else values[:, :, numbers]
-
-
-def channel_numbers(num_channels: int, reading: Reading, names: Sequence[str] = ()) -> list[int] | None:
-    """Which channels of a file are taken, in their order; None for all of them.
-
-    Raises:
-        UnreadableImage: if they are not there, or are others in number than `Reading.in_chans`.
-    """
-    if reading.channels is None:
-        if reading.in_chans in (num_channels, 0):
-            return None
-        plural = "s" if num_channels > 1 else ""
-        raise UnreadableImage(
-            f"it has {num_channels} channel{plural}, but in_chans is {reading.in_chans}; data.channels "
-            f"chooses among a file's"
-        )
-    numbers = []
-    for channel in reading.channels:
-        number = names.index(channel) if channel in names else channel
-        if not isinstance(number, int) or not 0 <= number < num_channels:
-            there = f"0 to {num_channels - 1}" + (f", {', '.join(names)}" if names else "")
-            raise UnreadableImage(f"it has no channel {channel!r} of data.channels; there are {there}")
-        numbers.append(number)
-    return numbers
-
-
 class Format(NamedTuple):
     """A file format."""
 

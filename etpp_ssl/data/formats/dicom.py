@@ -22,11 +22,11 @@ from etpp_ssl.data.formats.base import (
     Picture,
     Reading,
     UnreadableImage,
-    channel_numbers,
     check_pixels,
     imported,
     one_line_reasons,
 )
+from etpp_ssl.data.formats.values import channel_numbers
 
 _GRAY = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")

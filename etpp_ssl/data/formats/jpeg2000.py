@@ -16,9 +16,9 @@ from etpp_ssl.data.formats.base import (
     Reading,
     UnreadableImage,
     check_pixels,
-    chosen,
     imported,
 )
+from etpp_ssl.data.formats.values import chosen
 
 _STREAM = b"\xff\x4f\xff\x51"
 """Begins the compressed image, with its size."""

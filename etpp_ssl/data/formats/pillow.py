@@ -21,9 +21,9 @@ from etpp_ssl.data.formats.base import (
     Region,
     UnreadableImage,
     check_pixels,
-    chosen,
     one_line_reasons,
 )
+from etpp_ssl.data.formats.values import chosen
 
 FORMATS = (
     "JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF", "TGA", "PCX",

@@ -20,11 +20,11 @@ from etpp_ssl.data.formats.base import (
     Reading,
     Region,
     UnreadableImage,
-    channel_numbers,
     check_pixels,
     imported,
     one_line_reasons,
 )
+from etpp_ssl.data.formats.values import channel_numbers
 
 
 class GdalPicture:

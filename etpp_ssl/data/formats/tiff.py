@@ -25,11 +25,11 @@ from etpp_ssl.data.formats.base import (
     Place,
     Reading,
     UnreadableImage,
-    channel_numbers,
     check_pixels,
     imported,
 )
 from etpp_ssl.data.formats.tiff_values import PALETTE, Page, TiffPicture, prepare
+from etpp_ssl.data.formats.values import channel_numbers, check_channels
 from etpp_ssl.files import read_regular
 
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _COLOURS, _DESCRIPTION = 254, 256, 257, 258, 259, 262, 270
@@ -215,6 +215,7 @@ def by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, in_parts: b
         below = [sub for page in pages if page.subfiletype & REDUCED and page.subifds for sub in page.pages]
         images = _whole([page for page in (*pages, *below) if not page.subfiletype & (REDUCED | MASK)])
         for page in images:
+            check_channels(page.samplesperpixel)
             prepare(page, reading)
         size = _size(images[0])
         check_pixels(size, reading.max_pixels)

@@ -1,9 +1,11 @@
-"""Values of any depth as float32: what has no data, what lies outside the range.
+"""Values of any depth: which channels are taken, what has no data, and float32 of all.
 
 Legend: C channels, H, W pixels.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,6 +20,9 @@ from etpp_ssl.data.formats.base import (
     place_of,
     reads_parts,
 )
+
+MAX_CHANNELS = 65_535
+"""A file that claims more is damaged: TIFF has no larger number for them."""
 
 
 class ValuePicture:
@@ -137,3 +142,48 @@ def largest_of(dtype: np.dtype) -> int:
             f"its values are {dtype}, whose type tells no range: give data.range=[LOW, HIGH]"
         )
     return 1 if dtype.kind == "b" else int(np.iinfo(dtype).max)
+
+
+def chosen(values: np.ndarray, reading: Reading, names: Sequence[str] = ()) -> np.ndarray:
+    """The channels of (H, W, channels) that `data.channels` names, which must be `Reading.in_chans`.
+
+    Raises:
+        UnreadableImage: if they are not there, or are others in number.
+    """
+    numbers = channel_numbers(values.shape[2], reading, names)
+    return values if numbers is None else values[:, :, numbers]
+
+
+def channel_numbers(num_channels: int, reading: Reading, names: Sequence[str] = ()) -> list[int] | None:
+    """Which channels of a file are taken, in their order; None for all of them.
+
+    Raises:
+        UnreadableImage: if they are not there, or are others in number than `Reading.in_chans`.
+    """
+    check_channels(num_channels)
+    if reading.channels is None:
+        if reading.in_chans in (num_channels, 0):
+            return None
+        plural = "s" if num_channels > 1 else ""
+        raise UnreadableImage(
+            f"it has {num_channels} channel{plural}, but in_chans is {reading.in_chans}; data.channels "
+            f"chooses among a file's"
+        )
+    numbers = []
+    for channel in reading.channels:
+        number = names.index(channel) if channel in names else channel
+        if not isinstance(number, int) or not 0 <= number < num_channels:
+            there = f"0 to {num_channels - 1}" + (f", {', '.join(names)}" if names else "")
+            raise UnreadableImage(f"it has no channel {channel!r} of data.channels; there are {there}")
+        numbers.append(number)
+    return numbers
+
+
+def check_channels(num_channels: int) -> None:
+    """Check how many channels a file claims, before anything is made for each of them.
+
+    Raises:
+        UnreadableImage: if it is more than `MAX_CHANNELS`.
+    """
+    if num_channels > MAX_CHANNELS:
+        raise UnreadableImage(f"it claims {num_channels:,} channels, more than {MAX_CHANNELS:,}")

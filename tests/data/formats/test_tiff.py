@@ -681,3 +681,14 @@ def test_all_channels_of_a_file() -> None:
     data = written(drawn("uint16", 5).transpose(2, 0, 1), photometric="minisblack", metadata=None)
     assert "it has 1 channel and 5 pages: data.axes=pages" in refusal(data, 0)
     same(data, drawn("uint16", 5), in_chans=0, axes="pages")
+
+
+def test_a_number_of_channels_that_no_file_has_is_refused_before_anything_is_made_for_each() -> None:
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.zeros((4, 5, 3), np.uint16), photometric="rgb")
+    data = bytearray(file.getvalue())
+    # The entry of SamplesPerPixel: its tag, type SHORT, one value; as a LONG it can claim anything.
+    place = data.index(struct.pack("<HHI", 277, 3, 1))
+    data[place : place + 12] = struct.pack("<HHII", 277, 4, 1, 2_000_000_000)
+    with pytest.raises(UnreadableImage, match="it claims 2,000,000,000 channels, more than 65,535"):
+        open_picture(bytes(data), Reading(4, range="dtype"))
