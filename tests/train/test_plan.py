@@ -22,15 +22,9 @@ SIZES = ("micro", "tiny", "s18", "small", "50", "s36", "base", "medium", "m36", 
 """Of models, as recipes are called, small ones first."""
 
 
-def loaded(path: Path, *overrides: str) -> Recipe | FinetuneRecipe:
-    """A recipe; one for any folder with a number of images."""
-    own = ["data.num_images=10000"] if path.stem == "photos_small" else []
-    return load_any(path, [*own, *overrides])
-
-
 def family(path: Path) -> str:
     """The same for recipes whose models are of one class and run at the same sizes, in the same stages."""
-    recipe = loaded(path)
+    recipe = load_any(path)
     model = recipe.model.model_dump()
     parts = {name: model.get(name) for name in ("decoder", "attention")}
     kind = re.sub(
@@ -51,12 +45,12 @@ for recipe_file in sorted(RECIPES, key=lambda path: [i for i, size in enumerate(
 
 @cache
 def plan_of(path: Path, *overrides: str) -> Plan:
-    return plan_run(loaded(path, *overrides))
+    return plan_run(load_any(path, overrides))
 
 
 def shallow(path: Path) -> list[str]:
     """Overrides that leave a plain ViT one block, and a decoder one: shares are told of fewer as well."""
-    recipe = loaded(path)
+    recipe = load_any(path)
     if isinstance(recipe, Recipe):
         return ["model.depth=1", "model.decoder.depth=1"]
     return ["model.depth=1"] if re.match("vit|deit", recipe.model.name) else []
@@ -64,7 +58,7 @@ def shallow(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_spends_its_budget_and_has_a_header_that_is_a_contract(path: Path) -> None:
-    recipe = loaded(path)
+    recipe = load_any(path)
     num_images = recipe.data.stated_images or len(recipe.open_split("train"))
     curriculum = recipe.build_curriculum(num_images)
     assert curriculum.equivalent_epochs == pytest.approx(recipe.budget_epochs, rel=2e-3)
@@ -91,7 +85,7 @@ def test_every_recipe_spends_its_budget_and_has_a_header_that_is_a_contract(path
 @pytest.mark.parametrize("path", FAMILIES.values(), ids=lambda path: path.stem)
 def test_a_recipe_of_every_family_is_planned(path: Path) -> None:
     plan = plan_of(path, *shallow(path))
-    curriculum = loaded(path).build_curriculum(plan.num_images)
+    curriculum = load_any(path).build_curriculum(plan.num_images)
     assert [row.stage for row in plan.stages] == list(curriculum.stages)
     assert sum(stage.area_share for stage in plan.stages) == pytest.approx(1)
     assert sum(stage.flops_share for stage in plan.stages) == pytest.approx(1)
