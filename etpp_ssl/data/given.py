@@ -14,9 +14,9 @@ from torch import Tensor
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.formats import finished, open_file
-from etpp_ssl.data.formats.base import DecodedPicture, Picture, Reading, UnreadableImage
+from etpp_ssl.data.formats.base import Picture, Reading, UnreadableImage
 from etpp_ssl.data.formats.npy import from_array
-from etpp_ssl.data.formats.pillow import from_picture
+from etpp_ssl.data.formats.pillow import opened_picture
 from etpp_ssl.data.views import EvalView
 
 AnyImage = str | os.PathLike | Image.Image | np.ndarray | Tensor
@@ -68,7 +68,7 @@ def _picture(image: AnyImage, number: int, reading: Reading) -> Picture:
     if isinstance(image, str | os.PathLike):
         return open_file(os.path.expanduser(image), reading)
     if isinstance(image, Image.Image):
-        return finished(DecodedPicture(from_picture(image, reading.stored)), reading)
+        return finished(opened_picture(image, reading.stored), reading)
     if isinstance(image, np.ndarray):
         return _of_array(image, reading)
     raise UserError(f"image {number} is of type {type(image).__name__}; {KINDS}")

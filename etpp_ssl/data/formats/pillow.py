@@ -75,6 +75,20 @@ _PGM = re.compile(rb"P[2356](?:\s|#[^\n]*\n)+\d+(?:\s|#[^\n]*\n)+\d+(?:\s|#[^\n]
 """The header of a PGM or PPM; its group is the largest value."""
 
 
+def opened_picture(image: Image.Image, reading: Reading) -> Picture:
+    """A picture that somebody else has opened, at its own depth where that is asked for; see `open_picture`.
+
+    Raises:
+        UnreadableImage: if it cannot be read, is too large, or does not have the channels asked for.
+    """
+    if reading.deep and (image.mode.startswith("I") or image.mode == "F"):
+        with one_line_reasons():
+            check_pixels(image.size, reading.max_pixels)
+            values = np.asarray(_upright(image))[:, :, None]
+            return ArrayPicture(chosen(values.astype(values.dtype.newbyteorder("=")), reading))
+    return DecodedPicture(from_picture(image, reading))
+
+
 def from_picture(image: Image.Image, reading: Reading) -> Channels:
     """The channels of a picture that somebody else has opened, 8 bits deep; see `open_picture`.
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from etpp_ssl.config import NotAtHand, UserError, may_change
 from etpp_ssl.data.formats import finished, most_bytes, open_file, open_picture
-from etpp_ssl.data.formats.base import DecodedPicture, Picture, Reading, one_line_reasons
-from etpp_ssl.data.formats.pillow import from_picture
+from etpp_ssl.data.formats.base import Picture, Reading, one_line_reasons
+from etpp_ssl.data.formats.pillow import opened_picture
 from etpp_ssl.data.sources.base import DataConfig, expanded, images_of, printable
 
 STREAMS = ("hfids", "tfds", "wds")
@@ -141,7 +141,7 @@ class TimmSource:
                 with picture:
                     data = picture.read(most_bytes(self.reading))
                 return open_picture(data, self.reading)
-            return finished(DecodedPicture(from_picture(picture, self.reading.stored)), self.reading)
+            return finished(opened_picture(picture, self.reading.stored), self.reading)
 
     def label(self, index: int) -> int:
         """Class index, or -1."""

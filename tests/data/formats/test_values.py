@@ -19,6 +19,7 @@ from etpp_ssl.config import UserError
 from etpp_ssl.data.formats import open_picture
 from etpp_ssl.data.formats.base import ArrayPicture, Reading, Region, UnreadableImage
 from etpp_ssl.data.formats.values import ValuePicture
+from etpp_ssl.data.given import viewed
 from etpp_ssl.data.resize import resize
 from etpp_ssl.data.sources.folder import FolderConfig
 from etpp_ssl.data.views import EvalView, Normalise, ProbeView, TrainView, random_crop_box
@@ -334,3 +335,15 @@ def test_settings_survive_the_config_of_an_export() -> None:
     again = Reading.of_settings(json.loads(json.dumps(reading.settings())), (0.1, 0.2))
     assert again == reading
     assert Reading(3, fill=(0.0, 0.1, 0.2)).settings() == {}
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", ">u2", "int32", "float32"])
+def test_a_picture_that_a_caller_has_opened_keeps_its_depth(dtype: str) -> None:
+    values = np.random.default_rng(0).integers(0, 256 if dtype == "uint8" else 4096, (9, 14)).astype(dtype)
+    image = Image.fromarray(values)
+    # At its own size the evaluation view changes nothing.
+    found = viewed(image, 0, EvalView((9, 14), 1.0), Reading(1, range=((0, 4095),)))
+    np.testing.assert_array_equal(found[0].numpy(), values.astype(np.float32))
+    if dtype != "uint8":
+        with pytest.raises(UserError, match="1 channel, but in_chans is 3"):
+            viewed(image, 0, EvalView((9, 14), 1.0), Reading(3, range=((0, 4095),)))
