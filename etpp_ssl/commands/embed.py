@@ -51,7 +51,7 @@ def of_folder(overrides: Sequence[str], run: RunFolder | None) -> tuple[list[str
         return list(overrides), None
     folder = existing_folder("the folder to embed", Path(overrides[0])).resolve()
     data = ["data=folder", f"data.root={folder}", "data.split=.", "data.num_images=null"]
-    every = ["data.holdout=0", "data.label_share=null", "data.labels_per_class=null"]
+    every = ["data.holdout=0", "data.holdout_share=0", "data.label_share=null", "data.labels_per_class=null"]
     key = hashlib.blake2b(str(folder).encode(errors="surrogateescape"), digest_size=4).hexdigest()
     file = None if run is None else run.path / "embeddings" / f"{folder.name}-{key}.safetensors"
     return [*data, *every, *overrides[1:]], file

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from etpp_ssl.commands.trained import trained_model
 from etpp_ssl.config import UserError
+from etpp_ssl.data.sources.splits import TRAINING
 from etpp_ssl.dist.accelerator import open_accelerator, process_as_found
 from etpp_ssl.dist.peers import leave, with_peers
 from etpp_ssl.evaluation.classification import ClassificationResult
@@ -70,7 +71,7 @@ def place_of(recipe: FinetuneRecipe, folder: RunFolder) -> Path:
     """
     if recipe.evaluate.split is None:
         raise UserError("evaluate.split is null; choose a split, for instance evaluate.split=eval")
-    name = "train" if recipe.evaluate.split == "train" else "eval"
+    name = recipe.evaluate.split if recipe.evaluate.split in TRAINING else "eval"
     own, here = (r.model_dump(mode="json", exclude=BESIDE_THE_RESULT) for r in (folder.any_recipe(), recipe))
     if own != here:
         name += f"-{hashlib.blake2b(json.dumps(here).encode(), digest_size=4).hexdigest()}"

@@ -23,7 +23,8 @@ class EvaluateConfig(Config):
     """When and how a classifier is evaluated: at full resolution, resized and centre-cropped."""
 
     split: str | None = may_change("eval")
-    """`eval`, the data's evaluation images, or `train`; null evaluates nothing."""
+    """`eval`, the data's evaluation images, `holdout`, those of `data.holdout_share`, or `train`; null
+    evaluates nothing."""
     every_steps: int | None = may_change(None, ge=1)
     """Optimizer steps between evaluations; None evaluates at the end only. No checkpoint is chosen by the
     result: what is exported is always the last one."""

@@ -16,6 +16,7 @@ Legend: n images, B batch, D width, S heads, C classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -95,15 +96,10 @@ class LinearCachedProbe:
         """Train and evaluate; every process does the same on the features of all."""
         config = self.config
         train, evaluation = self.images.features(model, config, self.context, config.extract_batch_size)
-        settings = list(product(config.base_lrs, config.weight_decays))
-        chosen, numbers = settings[0], {}
-        if len(settings) > 1:
-            rest, holdout = split_holdout(train, config.holdout_share, self.context.seed)
-            top1 = self._trained(rest, holdout, settings, [1])[0]
-            # Of equals the one that is listed first.
-            best = max(range(len(settings)), key=top1.__getitem__)
-            chosen, numbers = settings[best], {"linear_cached_holdout_top1": top1[best]}
-        tops = [1, 5] if self.images.num_classes > 5 else [1]
+        fitted = fit_head(config, train, None, num_classes=self.images.num_classes, seed=self.context.seed)
+        numbers = {}
+        if fitted.holdout_top1 is not None:
+            numbers["linear_cached_holdout_top1"] = fitted.holdout_top1
         if config.knn_k is not None:
             numbers["knn_top1"] = knn_accuracies(
                 train,
@@ -111,32 +107,101 @@ class LinearCachedProbe:
                 num_classes=self.images.num_classes,
                 pairs=[(config.knn_k, TEMPERATURE)],
             )[0]
-        found = self._trained(train, evaluation, [chosen], tops)
+        features = fitted.scaled(evaluation.features)
+        tops = [1, 5] if self.images.num_classes > 5 else [1]
         return {
-            **{f"linear_cached_top{top}": values[0] for top, values in zip(tops, found, strict=True)},
-            "linear_cached_base_lr": chosen[0],
-            "linear_cached_weight_decay": chosen[1],
+            **{
+                f"linear_cached_top{top}": accuracies(fitted.heads, features, evaluation.labels, top).item()
+                for top in tops
+            },
+            "linear_cached_base_lr": fitted.base_lr,
+            "linear_cached_weight_decay": fitted.weight_decay,
             **numbers,
         }
 
-    def _trained(
-        self, train: Features, test: Features, settings: list[tuple[float, float]], tops: list[int]
-    ) -> list[list[float]]:
-        """Accuracies on `test` of heads trained on `train`: for each of `tops` those of all settings."""
-        config, x, y = self.config, train.features, test.features
-        if config.standardise:
-            scale = Standardise.of(x)
-            x, y = scale(x), scale(y)
-        heads = train_heads(
-            x,
-            train.labels,
-            num_classes=self.images.num_classes,
-            settings=settings,
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            seed=self.context.seed,
-        )
-        return [accuracies(heads, y, test.labels, top).tolist() for top in tops]
+
+@dataclass(frozen=True)
+class FittedHead:
+    """A linear classifier with the settings that were chosen for it."""
+
+    heads: Heads
+    """One of them, for features that `scale`, if there is one, has been applied to."""
+    scale: Standardise | None
+    base_lr: float
+    weight_decay: float
+    holdout_top1: float | None
+    """Per cent, of the head with these settings that was trained without the holdout; None where there was
+    nothing to choose."""
+
+    def linear(self) -> tuple[Tensor, Tensor]:
+        """Weight (C, D) and bias (C,) of the same classifier for features as they are."""
+        weight, bias = self.heads.weight_DSC[:, 0].T, self.heads.bias_SC[0]
+        if self.scale is None:
+            return weight, bias
+        weight = weight * (self.scale.variance + 1e-6).rsqrt()
+        return weight, bias - weight @ self.scale.mean
+
+    def scaled(self, features: Tensor) -> Tensor:
+        """float32 (n, D) as the head was trained on them."""
+        return features if self.scale is None else self.scale(features)
+
+
+def fit_head(
+    config: LinearCachedConfig,
+    train: Features,
+    holdout: Features | None,
+    *,
+    num_classes: int,
+    seed: int,
+) -> FittedHead:
+    """Choose among a config's settings on the holdout, and train a head with the best ones.
+
+    Of settings with equal accuracy the one with the lower cross-entropy is taken.
+
+    Args:
+        config: the settings.
+        train: what the head is trained on.
+        holdout: images beside `train`; None holds out `config.holdout_share` of `train` while choosing.
+        num_classes: C.
+        seed: of the orders, and of the draw of the holdout.
+
+    Raises:
+        UserError: if a holdout is needed and no class has two images.
+    """
+    settings = list(product(config.base_lrs, config.weight_decays))
+    chosen, top1 = settings[0], None
+    if len(settings) > 1:
+        rest = train
+        if holdout is None:
+            rest, holdout = split_holdout(train, config.holdout_share, seed)
+        heads, scale = _trained(config, rest, settings, num_classes, seed)
+        features = holdout.features if scale is None else scale(holdout.features)
+        found = accuracies(heads, features, holdout.labels, 1).tolist()
+        losses = cross_entropies(heads, features, holdout.labels).tolist()
+        best = min(range(len(settings)), key=lambda number: (-found[number], losses[number]))
+        chosen, top1 = settings[best], found[best]
+    heads, scale = _trained(config, train, [chosen], num_classes, seed)
+    return FittedHead(heads, scale, *chosen, top1)
+
+
+def _trained(
+    config: LinearCachedConfig,
+    train: Features,
+    settings: list[tuple[float, float]],
+    num_classes: int,
+    seed: int,
+) -> tuple[Heads, Standardise | None]:
+    scale = Standardise.of(train.features) if config.standardise else None
+    heads = train_heads(
+        train.features if scale is None else scale(train.features),
+        train.labels,
+        num_classes=num_classes,
+        settings=settings,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        seed=seed,
+    )
+    return heads, scale
 
 
 @dataclass(frozen=True)
@@ -248,9 +313,29 @@ def accuracies(heads: Heads, features: Tensor, labels: Tensor, top: int) -> Tens
         float64 (S,), in per cent.
     """
     correct = torch.zeros(len(heads.bias_SC), dtype=torch.int64, device=features.device)
-    chunk = max(1, CHUNK_VALUES // heads.bias_SC.numel())
-    for part, wanted in zip(features.split(chunk), labels.split(chunk), strict=True):
-        logits = heads.logits(part)
+    for logits, wanted in _logits(heads, features, labels):
         hit = (logits.topk(top, dim=2).indices == wanted.view(-1, 1, 1)).any(dim=2)
         correct += (hit & logits.isfinite().all(dim=2)).sum(dim=0)
     return 100.0 * correct.double() / len(labels)
+
+
+def cross_entropies(heads: Heads, features: Tensor, labels: Tensor) -> Tensor:
+    """Each head's mean cross-entropy, float64 (S,); infinite where it diverged.
+
+    Args:
+        heads: S of them.
+        features: float32 (n, D), n at least 1.
+        labels: int64 (n,).
+    """
+    total = torch.zeros(len(heads.bias_SC), dtype=torch.float64, device=features.device)
+    for logits, wanted in _logits(heads, features, labels):
+        at_label = wanted.view(-1, 1, 1).expand(-1, logits.shape[1], 1)
+        total -= logits.double().log_softmax(dim=2).gather(2, at_label).sum(dim=(0, 2))
+    return torch.where(total.isfinite(), total / len(labels), torch.inf)
+
+
+def _logits(heads: Heads, features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (B, S, C) and labels (B,) of so many images at a time as memory allows."""
+    chunk = max(1, CHUNK_VALUES // heads.bias_SC.numel())
+    for part, wanted in zip(features.split(chunk), labels.split(chunk), strict=True):
+        yield heads.logits(part), wanted

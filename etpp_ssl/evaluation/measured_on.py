@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from etpp_ssl.config import UserError
 from etpp_ssl.data.sources.base import DataConfig, ImageSource
 from etpp_ssl.data.sources.folder import FileSource, SplitFoldersConfig
-from etpp_ssl.data.sources.splits import Subset
+from etpp_ssl.data.sources.splits import TRAINING, Subset
 from etpp_ssl.data.sources.windows import WindowSource
 from etpp_ssl.data.streams.base import StreamConfig
 
@@ -37,7 +37,7 @@ def measured_on(
 
     Args:
         recipe: whose images they are.
-        split: "train" or "eval"; every other name stands for "eval".
+        split: "train", "holdout" or "eval"; every other name stands for "eval".
         source: the images, those of the split or a draw of them.
         trainings: of the weights, and of a probe's head.
 
@@ -45,7 +45,7 @@ def measured_on(
         `data` (the kind of source), `root`, `split`, `holdout`, `num_images`, `fingerprint`, and
         `trained_on`, how many of the images the weights were trained on: None where that cannot be known.
     """
-    split = "train" if split == "train" else "eval"
+    split = split if split in TRAINING else "eval"
     data = _indexed(recipe.data)
     counts = [_num_trained_on(recipe, split, source, *training) for training in trainings]
     known = max((count for count in counts if count is not None), default=0)
@@ -140,8 +140,9 @@ def _num_trained_on(
     except UserError:
         # Perhaps they lie elsewhere now.
         return len(source) if split == "train" else None
-    chosen = trained.data.holdout or trained.data.label_share or trained.data.labels_per_class
-    if chosen and fingerprint not in (None, training.fingerprint()):
+    chosen = [trained.data.holdout, trained.data.holdout_share, trained.data.label_share]
+    chosen += [trained.data.labels_per_class]
+    if any(chosen) and fingerprint not in (None, training.fingerprint()):
         # The data has changed since, and another draw of it than now was trained on.
         return len(source) if split == "train" else None
     trained_on = _identities(training)
@@ -154,7 +155,7 @@ def _other_folder(recipe: HasImages, split: str, trained: HasImages) -> bool:
     if not (isinstance(here, SplitFoldersConfig) and isinstance(there, SplitFoldersConfig)):
         return False
     try:
-        folder = here.folder("train" if here.holdout else split)
+        folder = here.folder("train" if here.holdout or split in TRAINING else split)
         return folder.resolve() != there.folder("train").resolve()
     except UserError:
         return False

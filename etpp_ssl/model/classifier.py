@@ -41,6 +41,10 @@ class ClassifierConfig(EncoderConfig):
     global_pool: Literal["avg", "token"] | None = None
     """What the classifier reads: the mean over patches (a ViT then normalises behind it, by `fc_norm`, as
     MAE's fine-tuning does), or the class token; None is the named model's own."""
+    head: Literal["random", "linear"] = "random"
+    """What the head starts from: random weights, or the linear classifier that the sweep of
+    `probe=linear_cached` finds on frozen features of the network that `init` names. All weights are then
+    trained from there (linear probing, then fine-tuning: Kumar et al., ICLR 2022)."""
     head_init_std: float | None = Field(default=None, gt=0)
     """Standard deviation of the head's truncated normal initialisation (MAE's fine-tuning: 2e-5); None
     leaves timm's."""

@@ -87,6 +87,8 @@ def _evaluation(run: Run) -> str:
 def described_evaluation(recipe: Recipe | FinetuneRecipe, images: ImageSource) -> str:
     """The evaluation images of a recipe, for people who have read of its training images."""
     split = recipe.evaluate.split if isinstance(recipe, FinetuneRecipe) else "eval"
+    if split == "holdout":
+        return f"{images_of(len(images))} kept from training (data.holdout_share)"
     if recipe.data.holdout and split != "train":
         return f"{images_of(len(images))} kept from training (data.holdout)"
     return images.describe()

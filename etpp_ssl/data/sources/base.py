@@ -54,8 +54,8 @@ class DataConfig(Config, ABC):
     """Settings that every data source shares."""
 
     num_images: int | None = may_change(None, ge=1, le=10**12)
-    """Images expected in the training set, after `holdout`, `label_share` and `labels_per_class`. Data at
-    hand is counted, and another number is reported (see `strict`); `plan` needs this one where no data
+    """Images expected in the training set, after `holdout`, `label_share`, `labels_per_class` and
+    `holdout_share`. Data at hand is counted, and another number is reported (see `strict`); `plan` needs this one where no data
     is."""
     strict: bool = may_change(False)
     """Whether another number of images than `num_images` is an error, so that a published result is not
@@ -115,6 +115,10 @@ class DataConfig(Config, ABC):
     """The run stops once more than this share of the data set turned out to be unreadable."""
     holdout: int = Field(default=0, ge=0)
     """Images, chosen by a keyed draw, that training never sees: for evaluation without a split."""
+    holdout_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each class of the training images, by a keyed draw after `label_share` or `labels_per_class`,
+    that training never sees: the split `holdout`, which a classifier's settings are chosen on. At least one
+    image of a class, but never its only one."""
     label_share: float | None = Field(default=None, gt=0, le=1)
     """Train on this share of each class, chosen by a keyed draw: rounded to whole images, at least one."""
     labels_per_class: int | None = Field(default=None, ge=1)

@@ -21,6 +21,8 @@ from etpp_ssl.randomness import keyed_torch
 
 AnyIndexedData = FolderConfig | FileListConfig | TimmConfig | SyntheticConfig | ShardsConfig
 """The data sources that are addressed by index: those known to recipes, and to streams for evaluation."""
+TRAINING = ("train", "holdout")
+"""Parts of the training images."""
 NO_LABELS = "class sub-folders, or class names in a list, would be labels"
 
 
@@ -97,11 +99,12 @@ class Subset:
 def open_split(
     config: DataConfig, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int
 ) -> ImageSource:
-    """Open the "train" or the "eval" part of a recipe's data.
+    """Open the "train", the "holdout" or the "eval" part of a recipe's data.
 
     With `data.holdout`, a keyed draw of that many training images is the evaluation part, and
     training never sees them. Of the others, `data.label_share` or `data.labels_per_class` takes some of
-    each class. With `data.tile` all of these are files, whose windows are then the images.
+    each class, and of these `data.holdout_share` keeps some from training: the part "holdout", for choosing
+    settings. With `data.tile` all of these are files, whose windows are then the images.
 
     Raises:
         UserError: if the data is not there or has no images, the holdout leaves nothing to train on, or
@@ -109,16 +112,18 @@ def open_split(
     """
     source = _open_whole(config, split, in_chans=in_chans, image_size=image_size, seed=seed)
     share, per_class = config.label_share, config.labels_per_class
-    if split == "train" and (share is not None or per_class is not None):
+    if split in TRAINING and (share is not None or per_class is not None):
         indices = label_subset(source, share=share, per_class=per_class, seed=seed)
         source = Subset(source, indices, hash_indices=True)
+    if split == "holdout" or (split == "train" and config.holdout_share):
+        source = _held_out(source, config.holdout_share, split, seed)
     return config.windows(source) if isinstance(config, TiledConfig) else source
 
 
 def _open_whole(
     config: DataConfig, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int
 ) -> ImageSource:
-    opened = "train" if config.holdout else split
+    opened = "train" if config.holdout or split in TRAINING else split
     source = config.open(opened, in_chans=in_chans, image_size=image_size, seed=seed)
     if len(source) == 0:
         part = "training" if opened == "train" else "evaluation"
@@ -130,10 +135,30 @@ def _open_whole(
             f"data.holdout {config.holdout} leaves nothing to train on: there are {len(source)} images"
         )
     held_out = keyed_indices(len(source), config.holdout, seed, "holdout")
-    if split == "eval":
+    if split not in TRAINING:
         return Subset(source, held_out)
     taken = set(held_out)
     return Subset(source, [i for i in range(len(source)) if i not in taken])
+
+
+def _held_out(source: ImageSource, share: float, split: str, seed: int) -> Subset:
+    """The training images of `data.holdout_share`, or those that it keeps from training."""
+    if not share:
+        raise UserError(
+            "the split holdout is a share of the training images: give data.holdout_share, such as 0.1"
+        )
+    members = class_members(source, "holdout_share")
+    held_out: set[int] = set()
+    for label, indices in members.items():
+        count = min(max(1, round(share * len(indices))), len(indices) - 1)
+        held_out.update(indices[i] for i in keyed_indices(len(indices), count, seed, "holdout", label))
+    if not held_out:
+        raise UserError(
+            f"data.holdout_share {share:g} of {len(source)} training images holds out none, as no class has "
+            f"two; give data.holdout_share=0 and optim.base_lr as a number"
+        )
+    taken = [i for i in range(len(source)) if (i in held_out) == (split == "holdout")]
+    return Subset(source, taken, hash_indices=True)
 
 
 def label_subset(source: ImageSource, *, share: float | None, per_class: int | None, seed: int) -> list[int]:
@@ -155,16 +180,7 @@ def label_subset(source: ImageSource, *, share: float | None, per_class: int | N
     Raises:
         UserError: if there are no labels, or a class has fewer than `per_class` images.
     """
-    key = "labels_per_class" if share is None else "label_share"
-    if source.classes is None:
-        raise UserError(f"data.{key} needs labels, and the data has none ({NO_LABELS})")
-    members: dict[int, list[int]] = {}
-    labels = source.all_labels()
-    for index in range(len(source)):
-        label = source.label(index) if labels is None else labels[index]
-        if label < 0:
-            raise UserError(f"data.{key} needs labels, and image {source.name(index)!r} has none")
-        members.setdefault(label, []).append(index)
+    members = class_members(source, "labels_per_class" if share is None else "label_share")
     taken: list[int] = []
     for label, indices in members.items():
         if share is not None:
@@ -179,6 +195,28 @@ def label_subset(source: ImageSource, *, share: float | None, per_class: int | N
             )
         taken += [indices[i] for i in keyed_indices(len(indices), count, seed, "labels", label)]
     return sorted(taken)
+
+
+def class_members(source: ImageSource, key: str) -> dict[int, list[int]]:
+    """The numbers of each class's images, ascending.
+
+    Args:
+        source: labelled images; where labels are known only on reading, every image is read.
+        key: of the data, that asks for them.
+
+    Raises:
+        UserError: if there are no labels.
+    """
+    if source.classes is None:
+        raise UserError(f"data.{key} needs labels, and the data has none ({NO_LABELS})")
+    members: dict[int, list[int]] = {}
+    labels = source.all_labels()
+    for index in range(len(source)):
+        label = source.label(index) if labels is None else labels[index]
+        if label < 0:
+            raise UserError(f"data.{key} needs labels, and image {source.name(index)!r} has none")
+        members.setdefault(label, []).append(index)
+    return members
 
 
 def read_anew(source: ImageSource, reading: Reading) -> ImageSource:

@@ -107,7 +107,12 @@ class StreamConfig(DataConfig):
                 "num_images is missing: the number of steps follows from the images of an epoch, which a "
                 "stream does not tell"
             )
-        for key, default in (("holdout", 0), ("label_share", None), ("labels_per_class", None)):
+        for key, default in (
+            ("holdout", 0),
+            ("holdout_share", 0),
+            ("label_share", None),
+            ("labels_per_class", None),
+        ):
             value = getattr(self, key)
             if value != default:
                 raise ValueError(
