@@ -158,6 +158,8 @@ class RunFolder:
         self.checkpoint_folder = self.path / "checkpoints"
         self.evaluation_folder = self.path / "report" / "evaluation"
         self.probes_file = self.path / "report" / "probes.jsonl"
+        self.features_folder = self.path / "report" / "features"
+        self.trials_folder = self.path / "trials"
 
     def plan(self) -> TimePlan | None:
         """The newest plan of a run with a budget in hours, or None where it has none.

@@ -28,6 +28,9 @@ class EvaluateConfig(Config):
     every_steps: int | None = may_change(None, ge=1)
     """Optimizer steps between evaluations; None evaluates at the end only. No checkpoint is chosen by the
     result: what is exported is always the last one."""
+    keep_better: bool = False
+    """After the last step, compare with what the run began with on `data.holdout_share`'s images; where
+    training has made it worse by more than noise, that is what is kept, evaluated and exported."""
     batch_size: int = may_change(256, ge=1)
     """Images per forward pass and process."""
     num_bins: int = may_change(15, ge=1)
@@ -96,6 +99,18 @@ class ClassifierEvaluation(EvaluationLoader):
             UserError: if a label is none of the model's classes, nothing can be read any more, or the
                 model's outputs are not finite.
         """
+        rows, unreadable = self._rows(model)
+        return summary(rows, self.num_classes, self.config.num_bins, unreadable)
+
+    @torch.inference_mode()
+    def right(self, model: nn.Module) -> Tensor:
+        """Which images a model recognises, bool (n,) on the CPU, in the same order for every model; see
+        `run`."""
+        rows, _ = self._rows(model)
+        return rows[:, 0] == rows[:, 1]
+
+    def _rows(self, model: nn.Module) -> tuple[Tensor, int]:
+        """Each image's `image_rows` on the CPU, and how many images cannot be read."""
         rows, unreadable = [torch.empty(0, 5, dtype=torch.float64, device=self.accelerator.device)], 0
         # Accelerate replaces the forward of the instance that it prepared; this is any model's own.
         forward = type(model).forward
@@ -111,8 +126,7 @@ class ClassifierEvaluation(EvaluationLoader):
                     rows.append(image_rows(logits.float(), batch.labels[readable]))
         gathered = gather_rows(torch.cat(rows), self.accelerator).cpu()
         lost = torch.tensor([unreadable], device=self.accelerator.device)
-        total_lost = int(self.accelerator.reduce(lost, reduction="sum"))
-        return summary(gathered, self.num_classes, self.config.num_bins, total_lost)
+        return gathered, int(self.accelerator.reduce(lost, reduction="sum"))
 
 
 def image_rows(logits_BK: Tensor, labels_B: Tensor) -> Tensor:

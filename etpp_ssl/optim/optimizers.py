@@ -94,8 +94,12 @@ class ClassifierOptimConfig(Config):
     name: Literal["adamw", "lamb", "sgd"] = "adamw"
     """`lamb` is timm's, `sgd` torch's with Nesterov momentum. Weight decay is decoupled from the gradient
     in `adamw` only; `lamb` adapts the rate of the decayed parameters only."""
-    base_lr: float = Field(default=5e-4, gt=0, le=1e4)
-    """Peak learning rate per 256 images of the global batch."""
+    base_lr: Annotated[float, Field(gt=0, le=1e4)] | Literal["auto"] = 5e-4
+    """Peak learning rate per 256 images of the global batch; `auto` chooses one of `auto_lrs`."""
+    auto_lrs: tuple[Annotated[float, Field(gt=0, le=1e4)], ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    """What `base_lr=auto` chooses from, by short runs that are compared on `data.holdout_share`'s images."""
+    auto_share: float = Field(default=0.1, gt=0, le=1)
+    """Share of the run's budget that each of them has."""
     min_lr: float = Field(default=1e-6, ge=0, le=1e4)
     """Final learning rate, not scaled by the batch; layer decay scales it like any other, as MAE."""
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
@@ -127,14 +131,18 @@ class ClassifierOptimConfig(Config):
             value = getattr(self, key)
             if self.name not in names and value != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is {value}, but {self.name} has none, only {' and '.join(names)}")
+        if not self.auto_lrs:
+            raise ValueError("auto_lrs is empty: give learning rates to choose from, such as [1e-4, 1e-3]")
         if self.ema_warmup and self.ema is None:
             raise ValueError("ema_warmup is true, but ema is null: set the decay, such as ema=0.9999")
         return self
 
     def schedule(self, batch_size: int) -> Schedule:
-        """The learning-rate function of steps with a global batch of `batch_size` images."""
+        """The learning-rate function of steps with a global batch of `batch_size` images; of `auto`, which a
+        run has chosen before it starts, that of the first choice."""
+        base_lr = self.auto_lrs[0] if self.base_lr == "auto" else self.base_lr
         return Schedule(
-            peak=self.base_lr * batch_size / 256,
+            peak=base_lr * batch_size / 256,
             minimum=self.min_lr,
             warmup_share=self.warmup_share,
         )

@@ -14,6 +14,8 @@ Legend: B batch, C channels, h, w pixels at the bandwidth, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -26,10 +28,23 @@ from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.sources.splits import check_labels, with_classes
 from etpp_ssl.data.views import EvalView, Normalise, View
 from etpp_ssl.evaluation.classification import ClassifierEvaluation
+from etpp_ssl.evaluation.feature_cache import kept_features
+from etpp_ssl.evaluation.features import EvaluationLoader, Features
+from etpp_ssl.evaluation.linear_cached import LinearCachedConfig, fit_head
 from etpp_ssl.model.classifier import Classifier
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.tasks.base import Inputs, Shown, Task, blank_images
 from etpp_ssl.weights.loading import load_classifier_init
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Compares a classifier with what its run began with; see `etpp_ssl.train.selection.keep_better`."""
+
+    right: Callable[[nn.Module], Tensor]
+    """From a model to which images of the holdout it recognises, bool (n,)."""
+    began: Callable[[], nn.Module]
+    """Makes the model that the run began with, on the run's device."""
 
 
 class Classification(Task):
@@ -44,6 +59,8 @@ class Classification(Task):
 
     model: Classifier
     num_classes: int
+    judge: Judge | None = None
+    """Set by whoever opens a run, where the recipe has `evaluate.keep_better`."""
 
     def __init__(
         self, recipe: FinetuneRecipe, model: Classifier, device: torch.device, num_classes: int
@@ -92,6 +109,67 @@ class Classification(Task):
     def load_init(self, init: str, say: Callable[[str], None]) -> None:
         """See `etpp_ssl.weights.loading.load_classifier_init`."""
         load_classifier_init(self.model.net, init, say)
+
+    def fit_head(
+        self,
+        recipe: FinetuneRecipe,
+        accelerator: Accelerator,
+        features: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        """Put a linear classifier on the frozen features of the training images in the head's place.
+
+        Its settings are chosen as `probe=linear_cached` chooses them, on the holdout of `data.holdout_share`
+        where there is one. Every process must call it.
+
+        Args:
+            recipe: of the run.
+            accelerator: of the run; the model goes to its device.
+            features: folder where features are kept for the next one who asks.
+            say: told how good the head is.
+
+        Raises:
+            UserError: if the head is not a linear layer, or images or labels do not serve.
+        """
+        head = self.net.get_classifier()  # type: ignore[operator]
+        if not isinstance(head, nn.Linear):
+            raise UserError(f"model.head is linear, but the head of {self.name} is not a linear layer")
+        self.model.to(accelerator.device)
+        loader = EvaluationLoader(
+            accelerator=accelerator,
+            view=EvalView(recipe.size, recipe.data.crop_pct),
+            normalise=self.normalise,
+            num_workers=recipe.data.num_workers,
+            stall_seconds=recipe.data.stall_seconds,
+        )
+
+        def features_of(split: str) -> Features:
+            source = recipe.open_split(split)
+            check_labels(source, self.num_classes)
+            found = kept_features(
+                features, loader, self.net, source, range(len(source)), pool=None,
+                batch_size=recipe.evaluate.batch_size, precision=None, say=say,
+            )  # fmt: skip
+            if not len(found.labels):
+                raise UserError(f"model.head is linear: none of the {len(source)} {split} images can be read")
+            return found
+
+        holdout = features_of("holdout") if recipe.data.holdout_share else None
+        fitted = fit_head(
+            LinearCachedConfig(),
+            features_of("train"),
+            holdout,
+            num_classes=self.num_classes,
+            seed=recipe.seed,
+        )
+        weight, bias = fitted.linear()
+        with torch.no_grad():
+            head.weight.copy_(weight)
+            head.bias.copy_(bias)
+        say(
+            f"linear head on frozen features: {fitted.holdout_top1:.4g} % on the holdout (learning rate "
+            f"{fitted.base_lr:g}, weight decay {fitted.weight_decay:g}); all weights are trained from there"
+        )
 
     def describe(self) -> str:
         """See `Task.describe`."""

@@ -5,6 +5,8 @@ Opening resolves a recipe into components, once. Everything is checked before an
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +29,7 @@ from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.tasks.base import Evaluation, Task
-from etpp_ssl.tasks.classify import Classification, open_evaluation
+from etpp_ssl.tasks.classify import Classification, Judge, open_evaluation
 from etpp_ssl.tasks.mae import MaskedAutoencoding, build_probe
 from etpp_ssl.train.checkpoint import clear_leftovers
 from etpp_ssl.train.log import MetricsFile, Progress
@@ -36,6 +38,7 @@ from etpp_ssl.train.memory import check_host_memory, check_replay, freed_memory_
 from etpp_ssl.train.nonfinite import NonFinite, rewind
 from etpp_ssl.train.records import write_status
 from etpp_ssl.train.run import Run, weight_average
+from etpp_ssl.train.selection import settled
 from etpp_ssl.train.start import check_depth, check_room, starting_point, write_plan
 from etpp_ssl.train.summary import counted, tell_end, tell_start
 from etpp_ssl.train.time_budget import Speed, decide_steps, measure
@@ -65,8 +68,23 @@ def pretrain(recipe: Recipe, fork: Path | None = None) -> Run:
 
 @process_as_found()
 def finetune(recipe: FinetuneRecipe, fork: Path | None = None) -> Run:
-    """Train a classifier to the end of the budget; see `pretrain`."""
-    run = open_run(recipe, fork)
+    """Train a classifier to the end of the budget; see `pretrain`.
+
+    With `optim.base_lr=auto`, short runs come first; see `etpp_ssl.train.selection.settled`.
+    """
+
+    def say(text: str) -> None:
+        # Before a run is opened nobody else speaks for the main process.
+        if os.environ.get("RANK", "0") == "0":
+            print(text, file=sys.stderr, flush=True)
+
+    run = open_run(settled(recipe, _run_trial, say), fork)
+    launch(run)
+    return run
+
+
+def _run_trial(recipe: FinetuneRecipe, features: Path) -> Run:
+    run = open_run(recipe, features=features, shown=False)
     launch(run)
     return run
 
@@ -135,15 +153,23 @@ def _train_through(run: Run, stop_request: StopRequest) -> int:
 
 
 @with_peers()
-def open_run(recipe: Recipe | FinetuneRecipe, fork: Path | None = None) -> Run:
+def open_run(
+    recipe: Recipe | FinetuneRecipe,
+    fork: Path | None = None,
+    *,
+    features: Path | None = None,
+    shown: bool = True,
+) -> Run:
     """Open a recipe's run folder: a new run, or the newest checkpoint of the one that is there.
 
-    Nothing is written; see `prepare_run`.
+    Nothing is written but features that `model.head=linear` is fitted to; see `prepare_run`.
 
     Args:
         recipe: the run.
         fork: another run folder to start from: its newest checkpoint's weights, optimizer and step go
             into a new folder under this recipe, whose schedules hold from that step on.
+        features: folder where they are kept; None is the run's own.
+        shown: whether the run says what it does.
 
     Raises:
         UserError: for anything wrong with recipe, data, folder or checkpoint.
@@ -156,7 +182,7 @@ def open_run(recipe: Recipe | FinetuneRecipe, fork: Path | None = None) -> Run:
         data = recipe.data.model_copy(update={"num_images": len(source)})
         recipe = recipe.model_copy(update={"data": data})
     curriculum = recipe.build_curriculum(len(source))
-    progress = Progress(curriculum, visible=accelerator.is_main_process)
+    progress = Progress(curriculum, visible=shown and accelerator.is_main_process)
     recipe.check_curriculum(curriculum)
     task, classes = _open_task(recipe, source, accelerator)
     if task.evaluation is not None:
@@ -169,8 +195,15 @@ def open_run(recipe: Recipe | FinetuneRecipe, fork: Path | None = None) -> Run:
         kept = check_depth(source, recipe.data.reading(recipe.in_chans), recipe.data.stall_seconds)
         if kept:
             progress.say(kept)
-    if recipe.init is not None and start is None:
-        task.load_init(recipe.init, progress.say)
+    kept_in = features or folder.features_folder
+    if start is None:
+        _begin(task, recipe, accelerator, kept_in, progress.say)
+    if (
+        isinstance(task, Classification)
+        and isinstance(recipe, FinetuneRecipe)
+        and recipe.evaluate.keep_better
+    ):
+        task.judge = _judge(task, recipe, accelerator, source.classes, kept_in)
     if state.plan is not None:
         curriculum = progress.curriculum = curriculum.laid_out(state.plan.segments)
     for stage in curriculum.stages:
@@ -220,6 +253,53 @@ def open_run(recipe: Recipe | FinetuneRecipe, fork: Path | None = None) -> Run:
     if start is not None:
         run.load(start)
     return run
+
+
+def _begin(
+    task: Task,
+    recipe: Recipe | FinetuneRecipe,
+    accelerator: Accelerator,
+    features: Path,
+    say: Callable[[str], None],
+) -> None:
+    """Give a freshly initialised model the weights that a new run begins with."""
+    if recipe.init is not None:
+        task.load_init(recipe.init, say)
+    if (
+        isinstance(task, Classification)
+        and isinstance(recipe, FinetuneRecipe)
+        and recipe.model.head == "linear"
+    ):
+        task.fit_head(recipe, accelerator, features, say)
+
+
+def _judge(
+    task: Classification,
+    recipe: FinetuneRecipe,
+    accelerator: Accelerator,
+    classes: list[str] | None,
+    features: Path,
+) -> Judge:
+    """Compares what a run began with and what came of it on the holdout."""
+    on_holdout = recipe.evaluate.model_copy(update={"split": "holdout"})
+    images = open_evaluation(
+        recipe.model_copy(update={"evaluate": on_holdout}),
+        accelerator,
+        task.normalise,
+        classes,
+        task.num_classes,
+    )
+    assert images is not None
+
+    def began() -> nn.Module:
+        def build(model: Callable[[], nn.Module]) -> nn.Module:
+            return freshly_initialised(recipe.seed, model)
+
+        anew = bare_task(recipe, accelerator.device, task.num_classes, build)
+        _begin(anew, recipe, accelerator, features, lambda _: None)
+        return anew.model.to(accelerator.device)
+
+    return Judge(images.right, began)
 
 
 def bare_task(
@@ -351,10 +431,19 @@ def measured_speed(recipe: Recipe | FinetuneRecipe) -> Speed:
         UserError: for anything that keeps the run from starting.
     """
     with tempfile.TemporaryDirectory() as nowhere:
-        run = open_run(recipe.model_copy(update={"output": nowhere}))
+        run = open_run(_without_choices(recipe).model_copy(update={"output": nowhere}))
         evaluation = f" and one {run.task.evaluation.how}" if run.task.evaluation is not None else ""
         run.progress.say(f"measuring {counted(len(run.curriculum.stages), 'stage')}{evaluation} ...")
         with freed_memory_kept(run.accelerator.device):
             speed = measure(run)
         leave(run.accelerator)
     return speed
+
+
+def _without_choices(recipe: Recipe | FinetuneRecipe) -> Recipe | FinetuneRecipe:
+    """A recipe whose run starts at once, and is as fast."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    evaluate = recipe.evaluate.model_copy(update={"keep_better": False})
+    model = recipe.model.model_copy(update={"head": "random"})
+    return recipe.model_copy(update={"evaluate": evaluate, "model": model})

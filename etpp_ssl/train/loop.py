@@ -21,6 +21,7 @@ from etpp_ssl.train.log import Meter
 from etpp_ssl.train.nonfinite import NonFiniteCheck
 from etpp_ssl.train.records import evaluate_and_record, evaluation_due, log_due, log_row, save
 from etpp_ssl.train.run import Run
+from etpp_ssl.train.selection import keep_better
 from etpp_ssl.train.time_budget import replan_due, replan_steps
 
 on_step_end: list[Callable[[Run], None]] = []
@@ -87,6 +88,8 @@ def train(run: Run, stop_request: StopRequest) -> int:
         elif state.step == first_step:
             # Long before the first row on a slow machine.
             log_row(run, stage, meter, lr, written=False)
+        if run.finished:
+            meter.pause(keep_better(run))
         if evaluation_due(run):
             meter.pause(evaluate_and_record(run))
         replanned = replan_due(run)

@@ -161,8 +161,9 @@ def starting_point(
 
 
 def _is_leftover(path: Path) -> bool:
-    """Whether it is of a run that was killed before it had a recipe, or of a probe of other weights."""
-    return path.name.startswith(".writing-") or path.name in (LOCK_FILE, "report")
+    """Whether it is of a run that was killed before it had a recipe, of its trials, or of a probe of other
+    weights."""
+    return path.name.startswith(".writing-") or path.name in (LOCK_FILE, "report", "trials")
 
 
 def _plan_of_fork(

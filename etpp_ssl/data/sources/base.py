@@ -55,8 +55,8 @@ class DataConfig(Config, ABC):
 
     num_images: int | None = may_change(None, ge=1, le=10**12)
     """Images expected in the training set, after `holdout`, `label_share`, `labels_per_class` and
-    `holdout_share`. Data at hand is counted, and another number is reported (see `strict`); `plan` needs this one where no data
-    is."""
+    `holdout_share`. Data at hand is counted, and another number is reported (see `strict`); `plan` needs
+    this one where no data is."""
     strict: bool = may_change(False)
     """Whether another number of images than `num_images` is an error, so that a published result is not
     repeated on other data. No effect on streams, which are not counted, and on synthetic images."""
