@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -22,16 +23,19 @@ from etpp_ssl.evaluation.linear_cached import LinearCachedConfig
 from etpp_ssl.evaluation.reconstruction import ReconstructionConfig
 from etpp_ssl.evaluation.training import HeadConfig
 from etpp_ssl.model.classifier import Classifier, ClassifierConfig
-from etpp_ssl.model.encoders import EncoderConfig
+from etpp_ssl.model.encoders import EXPLICIT_NAME, EncoderConfig
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.masking import Masker
 from etpp_ssl.optim.optimizers import ClassifierOptimConfig, OptimConfig
-from etpp_ssl.recipe_base import RunRecipe, task_of
+from etpp_ssl.recipe_base import AnyStream, RunRecipe, task_of
 from etpp_ssl.recipe_file import RecipeText
 from etpp_ssl.targets.base import Objective
 from etpp_ssl.targets.combined import CombinedConfig
 from etpp_ssl.targets.hog import HogConfig
 from etpp_ssl.targets.pixels import PixelsConfig
+
+MOST_WARMUP = 0.25
+"""Share of a run's compute that `optim.warmup_steps` take at most."""
 
 # One line here makes a new target or probe known to recipes.
 AnyTarget = (
@@ -157,6 +161,11 @@ class FinetuneRecipe(RunRecipe):
 
     @classmethod
     def adapted(cls, text: RecipeText) -> RecipeText:
+        """With the network that `init` needs, and what fine-tunes it well on a small set."""
+        return text if text.stored else _for_small_sets(cls._with_network(text), cls)
+
+    @classmethod
+    def _with_network(cls, text: RecipeText) -> RecipeText:
         """With the network of the run that `init` names, where its weights would not fit the recipe's own.
 
         The image size, the channels and their statistics come along, since the weights know no others. A
@@ -185,6 +194,20 @@ class FinetuneRecipe(RunRecipe):
             f"another network"
         )
         return replace(text, layers=(*text.layers, layer), notes=(*text.notes, note))
+
+    def for_images(self, num_images: int) -> Self:
+        """The recipe with what follows from the number of its training images settled.
+
+        These are `augment.by_size`, and the share of compute that `optim.warmup_steps` are.
+        """
+        augment, optim, deep = self.augment, self.optim, self.data.range is not None
+        if augment.by_size:
+            augment = augment.model_copy(update=augment.settings_for(num_images, deep=deep))
+        if optim.warmup_steps is not None and self.budget_epochs is not None:
+            curriculum = self.build_curriculum(num_images)
+            share = curriculum.progress_after(min(optim.warmup_steps, curriculum.num_steps))
+            optim = optim.model_copy(update={"warmup_share": min(share, MOST_WARMUP)})
+        return self.model_copy(update={"augment": augment, "optim": optim})
 
     @property
     def bandwidth_multiple(self) -> tuple[int, int]:
@@ -229,6 +252,52 @@ class FinetuneRecipe(RunRecipe):
         )
 
 
+SMALL_SETS: dict[str, Any] = {
+    "data": {"holdout_share": 0.1},
+    "model": {"head": "linear"},
+    "augment": {"by_size": True},
+    "optim": {"base_lr": "auto", "warmup_steps": 50, "ema": 0.9998, "ema_warmup": True},
+    "evaluate": {"keep_better": True},
+}
+"""Defaults of fine-tuning where a recipe names `init` and no learning rate: the protocol for small sets."""
+STREAMS = [get_args(config.model_fields["name"].annotation)[0] for config in get_args(AnyStream)]
+OWN_PROTOCOL = ("base_lr", "name")
+"""Keys of `optim` with which a recipe says how it fine-tunes."""
+LAYER_DECAY = 0.75
+"""Of Vision Transformers in that protocol."""
+
+
+def _for_small_sets(text: RecipeText, kind: type[BaseModel]) -> RecipeText:
+    """The text above the defaults for small sets, unless it has its own protocol, or a stream's images."""
+    import timm
+
+    from etpp_ssl.model.timm_net import is_vit
+
+    values = text.values(kind)
+    data, model, optim = (values.get(key) for key in ("data", "model", "optim"))
+    if values.get("init") is None or not isinstance(data, dict):
+        return text
+    if isinstance(optim, dict) and any(key in optim for key in OWN_PROTOCOL):
+        return text
+    if data.get("name") in STREAMS:
+        return text
+    defaults = copy.deepcopy(SMALL_SETS)
+    if isinstance(model, dict):
+        if model.get("head_init_std") is not None:
+            del defaults["model"]
+        name = str(model.get("name"))
+        if name == EXPLICIT_NAME or (timm.is_model(name) and is_vit(name)):
+            defaults["optim"]["layer_decay"] = LAYER_DECAY
+    given = values.get("augment")
+    if isinstance(given, dict) and given:
+        del defaults["augment"]
+    note = (
+        "init is given and optim.base_lr is not: the defaults are those for small sets (a linear head first, "
+        "the learning rate chosen on a tenth of the training images); optim.base_lr=NUMBER keeps the others"
+    )
+    return replace(text, layers=(defaults, *text.layers), notes=(*text.notes, note))
+
+
 def _network(values: dict[str, Any]) -> dict[str, Any] | None:
     """What a recipe's `model` says of the encoder, with defaults; None where it is not valid."""
     model = values.get("model", {})
@@ -246,6 +315,11 @@ class ProbedClassifier(FinetuneRecipe):
 
     probe: Annotated[AnyProbe, Field(discriminator="name")] = NoProbeConfig()
     """How the network in front of its head is evaluated."""
+
+    @classmethod
+    def adapted(cls, text: RecipeText) -> RecipeText:
+        """With the network that `init` needs; nothing is fine-tuned."""
+        return cls._with_network(text)
 
 
 def load_probed(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | ProbedClassifier:

@@ -217,6 +217,10 @@ class RunRecipe(Config, ABC):
             budget_epochs=self.budget_epochs or UNDECIDED_EPOCHS,
         )
 
+    def for_images(self, num_images: int) -> Self:
+        """The recipe with what follows from the number of its training images settled."""
+        return self
+
     def normaliser(self, device: torch.device) -> Normalise:
         """Images as views have them to float32, with the data's range and statistics."""
         statistics = self.data.statistics(self.in_chans)

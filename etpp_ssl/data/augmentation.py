@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ from etpp_ssl.data.resize import KERNELS
 from etpp_ssl.data.views import TrainView, to_channels, to_tensor
 from etpp_ssl.randomness import derive_key, keyed_numpy, keyed_words
 
+MEDIUM_AND_LARGE = (2_000, 30_000)
+"""Training images from which on `augment.by_size` takes weak, and then MAE's augmentation."""
 ATTEMPTS = 10
 """Boxes that random erasing tries before it leaves an image alone."""
 
@@ -43,6 +45,9 @@ ATTEMPTS = 10
 class AugmentConfig(Config):
     """Augmentation of labelled images and label smoothing; the defaults are MAE's for fine-tuning."""
 
+    by_size: bool = False
+    """RandAugment, erasing, mixup, CutMix and smoothing follow the number of training images; see
+    `settings_for`."""
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     """timm's RandAugment string, or null."""
     ramp: bool = False
@@ -56,6 +61,26 @@ class AugmentConfig(Config):
     """The same for CutMix; with both, each micro-batch takes one of them."""
     smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Label smoothing."""
+
+    def settings_for(self, num_images: int, *, deep: bool) -> dict[str, Any]:
+        """The settings of `by_size`: the fewer images, the less is done to them.
+
+        Few images are seen many times, but strong augmentation needs longer training than few images get, and
+        moves the features away from those that a head was fitted to.
+
+        Args:
+            num_images: of the training set.
+            deep: whether images have more than 8 bits, which RandAugment cannot work on.
+        """
+        strength = sum(num_images >= least for least in MEDIUM_AND_LARGE)
+        magnitude = (None, "rand-m5-mstd0.5-inc1", "rand-m9-mstd0.5-inc1")[strength]
+        return {
+            "rand_augment": None if deep else magnitude,
+            "erasing": (0.0, 0.0, 0.25)[strength],
+            "mixup": (0.0, 0.0, 0.8)[strength],
+            "cutmix": (0.0, 0.0, 1.0)[strength],
+            "smoothing": 0.1,
+        }
 
     @field_validator("rand_augment")
     @classmethod

@@ -105,6 +105,9 @@ class ClassifierOptimConfig(Config):
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
     """Share of the run's compute over which the learning rate rises linearly from 0: a step has the rate at
     its beginning, the first one that of its middle."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """The same in optimizer steps, which `warmup_share` then follows: at most a quarter of the run, and for
+    `budget_epochs` only. None leaves `warmup_share` as it is."""
     weight_decay: float = Field(default=0.05, ge=0, le=1e4)
     """Weight decay; biases, scales, position embeddings and tokens are exempt."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)

@@ -181,6 +181,7 @@ def open_run(
         # Recorded with the run, whose reports and plans count by it where the data is not at hand.
         data = recipe.data.model_copy(update={"num_images": len(source)})
         recipe = recipe.model_copy(update={"data": data})
+    recipe = recipe.for_images(len(source))
     curriculum = recipe.build_curriculum(len(source))
     progress = Progress(curriculum, visible=shown and accelerator.is_main_process)
     recipe.check_curriculum(curriculum)

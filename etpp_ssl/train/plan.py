@@ -22,6 +22,7 @@ from etpp_ssl.data.sampler import micro_batch_of
 from etpp_ssl.data.sources.splits import with_classes
 from etpp_ssl.data.training import TrainingImages
 from etpp_ssl.model.encoders import unused_weights
+from etpp_ssl.optim.optimizers import ClassifierOptimConfig
 from etpp_ssl.randomness import ShapesOnly
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
@@ -128,6 +129,7 @@ def plan_run(
         found = [*_found(recipe, training), *([other_count] if other_count else [])]
     if isinstance(recipe, FinetuneRecipe):
         num_classes = recipe.num_classes(classes)
+    recipe = recipe.for_images(num_images)
     curriculum = recipe.build_curriculum(num_images)
     recorded = folder.plan() if folder is not None else None
     if recorded is not None and (recorded.hours, recorded.stages) != (
@@ -378,8 +380,15 @@ def _learning_rate(plan: Plan) -> str:
     changes = ", ".join(f"{stage.progress:.0%}" for stage in stages[1:])
     how = "unbroken" if len({stage.batch_size for stage in stages}) == 1 else "rescaled with the batch"
     at_changes = f", {how} at the stage changes ({changes})" if changes else ""
+    auto = ""
+    if isinstance(optim, ClassifierOptimConfig) and optim.base_lr == "auto":
+        lrs = ", ".join(f"{lr:g}" for lr in optim.auto_lrs)
+        auto = (
+            f"  drawn for the first of the base rates {lrs}; one is chosen on the holdout before the run, by "
+            f"trials of {optim.auto_share:.0%} of its budget each\n"
+        )
     return (
-        f"learning rate over compute: {spark}\n"
+        f"learning rate over compute: {spark}\n{auto}"
         f"  0 -> {peaks} linearly in the first {optim.warmup_share:.3g} of compute, then one "
         f"half-cosine to {optim.min_lr:.3g}{at_changes}"
     )

@@ -92,8 +92,8 @@ def _try_all(
         found = {key: rows[-1][key] for key in ("top1", "eval_loss", "num_images")}
         trials.append({"base_lr": lr, **found})
         say(
-            f"trial {number} of {len(recipe.optim.auto_lrs)}, optim.base_lr={lr:g} for {run.state.step:,} steps: "
-            f"top1 {found['top1']:.4g} %, cross-entropy {found['eval_loss']:.4g} on the holdout of "
+            f"trial {number} of {len(recipe.optim.auto_lrs)}: optim.base_lr={lr:g} for {run.state.step:,} "
+            f"steps: top1 {found['top1']:.4g} %, cross-entropy {found['eval_loss']:.4g} on the holdout of "
             f"{found['num_images']:,} images"
         )
     best = min(trials, key=lambda trial: trial["eval_loss"])
@@ -151,7 +151,8 @@ def keep_better(run: Run) -> float:
     )
     kept = "what the run began with" if worse else "the trained weights"
     run.progress.say(
-        f"{'warning: training has made it worse: ' if worse else ''}on the holdout of {len(trained):,} images "
-        f"{start_top1:.4g} % before training, {top1:.4g} % after it; {kept} will be evaluated and exported"
+        f"{'warning: training has made it worse: ' if worse else ''}on the holdout of {len(trained):,} "
+        f"images {start_top1:.4g} % before training, {top1:.4g} % after it; {kept} will be evaluated and "
+        f"exported"
     )
     return time.perf_counter() - since

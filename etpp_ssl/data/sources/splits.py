@@ -189,6 +189,7 @@ def label_subset(source: ImageSource, *, share: float | None, per_class: int | N
             assert per_class is not None
             count = per_class
         if count > len(indices):
+            assert source.classes is not None
             raise UserError(
                 f"data.labels_per_class is {count}, but class {source.classes[label]!r} has "
                 f"{len(indices)} images"
