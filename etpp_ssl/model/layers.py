@@ -1,8 +1,8 @@
 """Layers of a network in order of depth: what `optim.layer_decay` and `model.train=last_N` count by.
 
 What embeds the image is layer 0, every block is a layer of its own, and what follows the last block (final
-norm, head) is the top layer. A module between two stages (downsampling, merging, the patch embedding of a later
-stage, and what is added there) belongs to the layer of the block that follows it.
+norm, head) is the top layer. A module between two stages (downsampling, merging, the patch embedding of a
+later stage, and what is added there) belongs to the layer of the block that follows it.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ FAMILIES: dict[str, Rules] = {
 }
 """By class of the model, subclasses included; the names are timm's, or the authors' where timm has none."""
 
+
 def layer_ids(
     net: nn.Module, asked: str = "optim.layer_decay", instead: str = "layer_decay=null trains any model"
 ) -> tuple[dict[str, int], int]:
@@ -89,9 +90,7 @@ def layer_ids(
     places = {name: _place(name, FAMILIES[family]) for name, _ in net.named_parameters()}
     strange = [name for name, place in places.items() if place is None]
     if strange:
-        raise UserError(
-            f"{asked} knows no layer of {type(net).__name__} for {listed(strange)}; {instead}"
-        )
+        raise UserError(f"{asked} knows no layer of {type(net).__name__} for {listed(strange)}; {instead}")
     depths = sorted({STEM, TOP, *(place for place in places.values() if place is not None)})
     ids = {depth: layer for layer, depth in enumerate(depths)}
     return {name: ids[place] for name, place in places.items() if place is not None}, len(depths) - 1
