@@ -21,7 +21,7 @@ from etpp_ssl.optim.optimizers import ClassifierOptimConfig, OptimConfig
 from etpp_ssl.randomness import ShapesOnly
 
 BYTES_PER_VALUE = 4
-"""Weights, gradients, the optimizer's state and a moving average are in float32, on the host and the device."""
+"""Weights, gradients, the optimizer's state and a moving average are in float32, on host and device."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's `mallopt`; see mallopt(3)."""
 MOST_OF_A_HEAP = 32 << 20

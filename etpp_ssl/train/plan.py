@@ -169,7 +169,7 @@ def plan_run(
     stages = []
     for index, stage in enumerate(curriculum.stages):
         at_ends = [cost(replace(stage, progress=progress)) for progress in curriculum.spans[index]]
-        saved_values = max(one.saved_values for one in (mean_costs[index], *at_ends))
+        peak_values = max(one.peak_values for one in (mean_costs[index], *at_ends))
         micro_batch = micro_batch_of(stage.batch_size, recipe.micro_batch_size, recipe.batch_size)
         stages.append(
             StagePlan(
@@ -180,7 +180,7 @@ def plan_run(
                 cost=mean_costs[index],
                 columns=task.plan_rows(means[index], mean_costs[index]),
                 micro_batch=micro_batch,
-                memory_bytes=held + micro_batch * saved_values * bytes_per_value,
+                memory_bytes=held + micro_batch * peak_values * bytes_per_value,
                 replay_bytes=replay_bytes(view, recipe.in_chans, stage),
             )
         )
