@@ -3,9 +3,9 @@
     python tools/bench_adapters.py [RECIPE] [key=value ...] [--train all,head,norms,lora,last_2] [--turns 3]
 
 A step is the task's own, with its optimizer, on random images that are on the device already. The ways take
-turns in one process, and times are ratios to the first one within a turn. Memory is the peak of three steps
-above what the process had before the model was built, each way in a process of its own (on a GPU that of its
-allocator). As in a run, freed memory is kept.
+turns in one process; seconds, on a CPU the processor's, are compared with the first way's of the same turn.
+Memory is the peak of three steps above what the process had before the model was built, each way in a process
+of its own (on a GPU that of its allocator). As in a run, freed memory is kept.
 """
 
 from __future__ import annotations
@@ -64,13 +64,14 @@ def main() -> None:
     )
     steps, counts = zip(*(_step(recipe) for recipe in recipes), strict=True)
     seconds: list[list[float]] = [[] for _ in ways]
+    clock = time.perf_counter if DEVICE.type == "cuda" else time.process_time
     with freed_memory_kept(DEVICE):
         for turn in range(-1, options.turns):
             for index in range(len(ways)) if turn % 2 == 0 else reversed(range(len(ways))):
-                began = time.perf_counter()
+                began = clock()
                 steps[index]()
                 if turn >= 0:
-                    seconds[index].append(time.perf_counter() - began)
+                    seconds[index].append(clock() - began)
     print("way        trained      s/step  ratio (min to max)   counted   peak GB  ratio   plan GB  ratio")
     first: list[float] = []
     for way, recipe, own, trained in zip(ways, recipes, seconds, counts, strict=True):
