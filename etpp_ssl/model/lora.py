@@ -4,8 +4,8 @@ With W and b frozen, a layer gives y = x W^T + b + (alpha / r) (x A^T) B^T. A st
 1 / sqrt(in), as in the authors' code, and B at zero, so that the network starts as it was, to the bit. No
 gradient of W is computed or kept. A fused layer of queries, keys and values has one pair for all three.
 
-Why not `peft`: it wraps each layer in others, which renames `weight` to `base_layer.weight`, draws A from
-torch's global generator, and depends on transformers.
+Why not `peft`: it wraps each layer, which renames `weight` to `base_layer.weight`, draws A from torch's
+global generator, imports transformers, and does not notice layers that a network never calls.
 
 Legend: r rank.
 """
