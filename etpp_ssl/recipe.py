@@ -210,6 +210,17 @@ class FinetuneRecipe(RunRecipe):
         return self.model_copy(update={"augment": augment, "optim": optim})
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """See `RunRecipe.notes`; a warning where what is frozen has learned nothing."""
+        if self.model.train == "all" or self.init is not None:
+            return super().notes
+        warning = (
+            f"warning: model.train is {self.model.train}, and without init the frozen part keeps random "
+            f"weights: give init=RUN or init=FILE"
+        )
+        return (*super().notes, warning)
+
+    @property
     def bandwidth_multiple(self) -> tuple[int, int]:
         """The patches of a ViT, the total stride of other networks."""
         return self.model.multiple(self.size, self.in_chans)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,9 @@ class Cost:
     """Those of the forward pass."""
     saved_values: int
     """Numbers that the forward pass keeps for the backward pass."""
+    peak_values: int
+    """Numbers in memory where the forward pass holds most: what it keeps, and what it works with. The latter
+    is more where little is trained."""
 
 
 def area_share(bandwidth: tuple[int, int], image_size: tuple[int, int]) -> float:
@@ -34,44 +38,84 @@ def count_cost(loss: Callable[[], Tensor], model: nn.Module) -> Cost:
 
     Meant for a model on the `meta` device, where nothing is computed or allocated. Matrix products,
     convolutions and attention are counted, as `torch.utils.flop_counter` does. Attention saves its
-    probabilities here; fused kernels do not, so there `saved_values` is an upper bound.
+    probabilities here; fused kernels do not, so there `saved_values` and `peak_values` are upper bounds.
 
     Args:
         loss: one forward pass, to a scalar.
         model: its parameters are in memory anyway and do not count as saved.
     """
-    # Several operations save the same tensor, or a view of it: what counts is the memory behind.
-    known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    saved = 0
+    held, saved = _Held(model), _Held(model)
 
     def keep(tensor: Tensor) -> Tensor:
-        nonlocal saved
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            known.add(storage._cdata)
-            saved += storage.nbytes() // tensor.element_size()
+        saved.add(tensor, for_good=True)
+        held.add(tensor, for_good=True)
         return tensor
 
-    counter = _Flops()
+    counter = _Flops(held)
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = loss()
         forward_flops = counter.total
+        counter.held = None
         result.backward()
-    return Cost(flops=counter.total, forward_flops=forward_flops, saved_values=saved)
+    return Cost(
+        flops=counter.total,
+        forward_flops=forward_flops,
+        saved_values=saved.peak,
+        peak_values=held.peak,
+    )
+
+
+class _Held:
+    """Numbers in memory, now and at the peak.
+
+    Several tensors are views of the same memory: what counts is the memory behind.
+
+    Args:
+        model: its parameters are in memory anyway and do not count.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._sizes = {parameter.untyped_storage()._cdata: 0 for parameter in model.parameters()}
+        self._now = 0
+        self.peak = 0
+
+    def add(self, tensor: Tensor, *, for_good: bool = False) -> None:
+        """Count a tensor, until its memory is freed or `for_good`."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes() // tensor.element_size()
+        self._now += self._sizes[key]
+        self.peak = max(self.peak, self._now)
+        if not for_good:
+            weakref.finalize(storage, self._freed, key).atexit = False
+
+    def _freed(self, key: int) -> None:
+        self._now -= self._sizes.pop(key)
 
 
 class _Flops(TorchDispatchMode):
-    """Counts what `FlopCounterMode` counts, by its formulas, in less time: not by module."""
+    """Counts what `FlopCounterMode` counts, by its formulas, in less time: not by module.
 
-    def __init__(self) -> None:
+    Args:
+        held: told of what operations give, until it is None.
+    """
+
+    def __init__(self, held: _Held | None) -> None:
         super().__init__()
         self.total = 0
+        self.held = held
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self.total += count(*args, **(kwargs or {}), out_val=result)
+        if self.held is not None:
+            for tensor in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(tensor, Tensor):
+                    self.held.add(tensor)
         return result
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
@@ -15,6 +16,8 @@ from etpp_ssl.config import MAX_SIDE, UserError, may_change, show_size
 from etpp_ssl.messages import shown
 from etpp_ssl.model.attention import AttentionName
 from etpp_ssl.model.encoders import EXPLICIT_NAME, VIT_DIMS, EncoderConfig, encoder_args
+from etpp_ssl.model.lora import LoraLayers, add_adapters, check_called, layers_to_adapt
+from etpp_ssl.model.trained_parts import LAST, WAYS, freeze, frozen_to_eval, heads_of
 
 OWN_KEYS = {
     "img_size": "image_size",
@@ -48,6 +51,18 @@ class ClassifierConfig(EncoderConfig):
     head_init_std: float | None = Field(default=None, gt=0)
     """Standard deviation of the head's truncated normal initialisation (MAE's fine-tuning: 2e-5); None
     leaves timm's."""
+    train: str = "all"
+    """What is trained; the rest is frozen, in evaluation mode: `all`; `head`, the classifier alone (not an
+    `fc_norm` in front of it, whose scale and shift add nothing that the classifier's weights cannot do);
+    `norms`, scales and shifts of all norm layers, with the statistics of batch norms; `last_N`, the last N
+    blocks and the final norm; `lora`, low-rank adapters on linear layers, which whatever reads the run merges
+    into the weights. The head is trained in each."""
+    lora_rank: int = Field(default=8, ge=1, le=MAX_SIDE)
+    """Of `train=lora`: width r of the adapters."""
+    lora_alpha: float = Field(default=8.0, gt=0, le=1e6)
+    """Of `train=lora`: an adapter's output is scaled by alpha / r."""
+    lora_layers: LoraLayers = "attention"
+    """Of `train=lora`: the linear layers of `attention`, or `all`, those of the MLPs among them."""
     attention: AttentionName = may_change("auto")
     """Kernel of plain self-attention in training, as in pre-training: `fused` (torch's), `unfused` (plain
     products), or `auto`, what measured faster on the device; they differ by rounding."""
@@ -74,6 +89,22 @@ class ClassifierConfig(EncoderConfig):
                     "(model.drop_path can)"
                 )
         return args
+
+    @field_validator("train")
+    @classmethod
+    def _is_a_way_to_train(cls, train: str) -> str:
+        if train not in ("all", "head", "norms", "lora") and LAST.fullmatch(train) is None:
+            raise ValueError(f"it must be one of {WAYS}, not {shown(train)}")
+        return train
+
+    @model_validator(mode="after")
+    def _lora_is_asked_for(self) -> ClassifierConfig:
+        # Compared with the default, because a run's resolved recipe holds every key.
+        for key in ("lora_rank", "lora_alpha", "lora_layers"):
+            value = getattr(self, key)
+            if self.train != "lora" and value != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is {value}, but train is {self.train}: it is for train=lora")
+        return self
 
     @model_validator(mode="after")
     def _pools_what_there_is(self) -> ClassifierConfig:
@@ -145,10 +176,11 @@ class ClassifierConfig(EncoderConfig):
         Raises:
             UserError: as `timm_args` and, for the full resolution, `check`.
         """
-        from etpp_ssl.model.timm_net import build_net, use_attention
+        from etpp_ssl.model.timm_net import build_net, meta_net, use_attention
 
         self.check(image_size=image_size, in_chans=in_chans, bandwidths=())
-        net = build_net(*self.timm_args(image_size, in_chans, num_classes))
+        built_by = self.timm_args(image_size, in_chans, num_classes)
+        net = build_net(*built_by)
         use_attention(net, self.attention)
         if self.head_init_std is not None:
             self._init_head(net, self.head_init_std)
@@ -159,7 +191,31 @@ class ClassifierConfig(EncoderConfig):
                 raise UserError(
                     f"model.grad_checkpointing is true, but {self.name} cannot recompute its blocks"
                 ) from error
-        return Classifier(net, seed=seed, grad_checkpointing=self.grad_checkpointing)
+        if self.train != "all":
+            freeze(net, self.train, self.name)
+        if self.train == "lora":
+            layers = self._layers_to_adapt(net)
+            images = torch.empty(1, in_chans, *image_size, device="meta")
+            check_called(meta_net(*built_by), layers, images, self.name)
+            add_adapters(layers, rank=self.lora_rank, alpha=self.lora_alpha, seed=seed)
+        return Classifier(
+            net, seed=seed, grad_checkpointing=self.grad_checkpointing, in_parts=self.train != "all"
+        )
+
+    def _layers_to_adapt(self, net: nn.Module) -> dict[str, nn.Linear]:
+        found = layers_to_adapt(net, self.lora_layers, heads_of(net))
+        if found:
+            return found
+        others = layers_to_adapt(net, "all", heads_of(net))
+        if others:
+            raise UserError(
+                f"model.train is lora, but {self.name} has no linear layers of attention; "
+                f"model.lora_layers=all takes its {len(others)} others"
+            )
+        raise UserError(
+            f"model.train is lora, but {self.name} has no linear layer beside its head: norms, last_N and "
+            f"head can train it"
+        )
 
     def _dims(self, image_size: tuple[int, int], in_chans: int) -> tuple[str, dict[str, Any]]:
         """The architecture, and the arguments of a ViT's dimensions."""
@@ -219,8 +275,9 @@ def _beyond(value: Any, largest: int) -> bool:
 class Classifier(nn.Module):
     """A timm network whose drop-path is keyed by sample, at any bandwidth.
 
-    `net` has stock timm's state dict, at base shapes. In evaluation at base size it equals stock timm to the
-    last bit.
+    `net` has stock timm's state dict, at base shapes, and where the config asks for them the adapters of
+    `etpp_ssl.model.lora`. In evaluation at base size it equals stock timm to the last bit, but for adapters
+    that have learned.
 
     Results depend on the samples, not on their batches, with one exception: BatchNorm in training takes the
     statistics of the micro-batch on its process (they are not synchronised), so networks that have it depend
@@ -230,15 +287,26 @@ class Classifier(nn.Module):
         net: from `etpp_ssl.model.timm_net.build_net`.
         seed: the run's seed, for the drop-path draws.
         grad_checkpointing: the network recomputes its blocks.
+        in_parts: what is frozen in `net` stays in evaluation mode.
     """
 
-    def __init__(self, net: nn.Module, *, seed: int, grad_checkpointing: bool = False) -> None:
+    def __init__(
+        self, net: nn.Module, *, seed: int, grad_checkpointing: bool = False, in_parts: bool = False
+    ) -> None:
         from etpp_ssl.model.timm_net import key_drop_path
 
         super().__init__()
         self.net = net
         self.drop_path_keys = key_drop_path(net, seed)
         self.grad_checkpointing = grad_checkpointing
+        self.in_parts = in_parts
+
+    def train(self, mode: bool = True) -> Classifier:
+        """As torch's; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        if mode and self.in_parts:
+            frozen_to_eval(self.net)
+        return self
 
     @property
     def encoder(self) -> nn.Module:

@@ -1,12 +1,10 @@
 """Parameter groups of optimizers: weight decay and, in classifiers, layer-wise learning-rate decay.
 
 Layer decay is MAE's: a parameter of layer i of num_layers has the learning rate scale
-decay^(num_layers - i). What embeds the image is layer 0, every block is a layer of its own in order of
-depth, and what follows the last block (final norm, head) is layer num_layers, of scale 1. So a ViT has
-num_layers = depth + 1, and its final `norm` scale 1 whatever the pooling.
-
-A module between two stages (downsampling, merging, the patch embedding of a later stage, and what is
-added there) belongs to the layer of the block that follows it.
+decay^(num_layers - i), with the layers of `etpp_ssl.model.layers`: what embeds the image is layer 0, every
+block is one, and what follows the last block (final norm, head) is layer num_layers, of scale 1. So a ViT has
+num_layers = depth + 1, and its final `norm` scale 1 whatever the pooling. Frozen parameters are in no group,
+and change no other's scale.
 
 Others differ, so a published `layer_decay` has to be read with its code:
 
@@ -21,7 +19,6 @@ Others differ, so a published `layer_decay` has to be read with its code:
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
@@ -29,60 +26,7 @@ from typing import Any
 
 from torch import nn
 
-from etpp_ssl.config import UserError, listed
-
-Place = tuple[float, ...]
-STEM: Place = (-math.inf,)
-TOP: Place = (math.inf,)
-
-Rules = tuple[tuple[str, str | Place], ...]
-"""Pattern of a whole parameter name -> its place in order of depth. A text is the place of a block,
-"stage.block" or "block", filled in from the pattern's groups. The first pattern that fits counts."""
-
-_CONVNEXT: Rules = (
-    (r"stem\..+", STEM),
-    (r"stages\.(\d+)\.blocks\.(\d+)\..+", r"\1.\2"),
-    (r"stages\.(\d+)\.downsample\..+", r"\1.0"),
-    (r"(norm_pre|head)\..+", TOP),
-)
-
-FAMILIES: dict[str, Rules] = {
-    "VisionTransformer": (
-        (r"cls_token|reg_token|dist_token|pos_embed|(patch_embed|norm_pre)\..+", STEM),
-        (r"blocks\.(\d+)\..+", r"\1"),
-        (r"(norm|fc_norm|attn_pool|head|head_dist)\..+", TOP),
-    ),
-    "ConvNeXt": _CONVNEXT,
-    "MetaFormer": _CONVNEXT,
-    "SwinTransformer": (
-        (r"patch_embed\..+", STEM),
-        (r"layers\.(\d+)\.blocks\.(\d+)\..+", r"\1.\2"),
-        (r"layers\.(\d+)\.downsample\..+", r"\1.0"),
-        (r"(norm|head)\..+", TOP),
-    ),
-    "ResNet": (
-        (r"(conv1|bn1|maxpool)\..+", STEM),
-        (r"layer(\d+)\.(\d+)\..+", r"\1.\2"),
-        (r"fc\..+", TOP),
-    ),
-    "PyramidVisionTransformer": (
-        (r"patch_embed1\..+|pos_embed1", STEM),
-        (r"block(\d+)\.(\d+)\..+", r"\1.\2"),
-        (r"patch_embed(\d+)\..+", r"\1.0"),
-        (r"pos_embed(\d+)", r"\1.0"),
-        (r"cls_token", "4.0"),
-        (r"(norm|head)\..+", TOP),
-    ),
-    "CSWinTransformer": (
-        (r"stage1_conv_embed\..+", STEM),
-        (r"stage(\d+)\.(\d+)\..+", r"\1.\2"),
-        (r"merge1\..+", "2.0"),
-        (r"merge2\..+", "3.0"),
-        (r"merge3\..+", "4.0"),
-        (r"(norm|head)\..+", TOP),
-    ),
-}
-"""By class of the model, subclasses included; the names are timm's, or the authors' where timm has none."""
+from etpp_ssl.model.layers import layer_ids
 
 _EXEMPT = re.compile(
     r"bias|scale|gamma|logit_scale|relative_position_bias_table"
@@ -135,43 +79,6 @@ def parameter_groups(
         )
         group["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
-
-
-def layer_ids(net: nn.Module) -> tuple[dict[str, int], int]:
-    """The layer of every parameter by name, frozen ones included, and the number of the top layer.
-
-    Raises:
-        UserError: if no class of the model is in `FAMILIES`, or parameters fit none of its rules (naming
-            up to five).
-    """
-    family = next((cls.__name__ for cls in type(net).__mro__ if cls.__name__ in FAMILIES), None)
-    if family is None:
-        raise UserError(
-            f"optim.layer_decay needs a model whose layers are known: {type(net).__name__} is none of "
-            f"{', '.join(FAMILIES)}; layer_decay=null trains any model"
-        )
-    places = {name: _place(name, FAMILIES[family]) for name, _ in net.named_parameters()}
-    strange = [name for name, place in places.items() if place is None]
-    if strange:
-        raise UserError(
-            f"optim.layer_decay knows no layer of {type(net).__name__} for {listed(strange)}; "
-            f"layer_decay=null trains any model"
-        )
-    depths = sorted({STEM, TOP, *(place for place in places.values() if place is not None)})
-    ids = {depth: layer for layer, depth in enumerate(depths)}
-    return {name: ids[place] for name, place in places.items() if place is not None}, len(depths) - 1
-
-
-def _place(name: str, rules: Rules) -> Place | None:
-    for pattern, place in rules:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return place if isinstance(place, tuple) else _numbers(match.expand(place))
-    return None
-
-
-def _numbers(place: str) -> Place:
-    return tuple(int(part) for part in place.split("."))
 
 
 TOKENS = ("cls_token", "reg_token", "mask_token")

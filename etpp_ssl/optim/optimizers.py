@@ -118,7 +118,7 @@ class ClassifierOptimConfig(Config):
     """Of `sgd`."""
     layer_decay: float | None = Field(default=None, gt=0, le=1)
     """Factor on the learning rate per layer away from the head; None trains all layers alike. See
-    `etpp_ssl.optim.groups` for the models it knows and what counts as a layer."""
+    `etpp_ssl.model.layers` for the models it knows and what counts as a layer."""
     clip_grad: float | None = Field(default=None, gt=0)
     """Largest gradient norm; None does not clip, with `lamb` neither (timm's clips at 1 by itself)."""
     ema: float | None = Field(default=None, gt=0, lt=1)

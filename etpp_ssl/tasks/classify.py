@@ -74,6 +74,7 @@ class Classification(Task):
         self.erase = augment.build_erasing(recipe.seed)
         self.mix = augment.build_mixup(num_classes, recipe.seed)
         self.name = recipe.model.name
+        self.train = recipe.model.train
         self.image_size = recipe.size
         self.in_chans = recipe.in_chans
         self.kernels = f"attention {recipe.model.attention}"
@@ -174,9 +175,11 @@ class Classification(Task):
     def describe(self) -> str:
         """See `Task.describe`."""
         parameters = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        part = f", {trained / 1e6:.3g} M of them trained ({self.train})" if self.train != "all" else ""
         return (
             f"{self.name}, image {show_size(self.image_size)}, {self.in_chans} channels, "
-            f"{self.num_classes:,} classes: {parameters / 1e6:.2f} M parameters"
+            f"{self.num_classes:,} classes: {parameters / 1e6:.2f} M parameters{part}"
         )
 
     def plan_rows(self, stage: Shown, cost: Cost) -> dict[str, str]:

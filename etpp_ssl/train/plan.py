@@ -29,13 +29,10 @@ from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.tasks.base import Shown, Task
 from etpp_ssl.train.launch import bare_task
 from etpp_ssl.train.log import clock
-from etpp_ssl.train.memory import replay_bytes, replay_notes
+from etpp_ssl.train.memory import replay_bytes, replay_notes, training_bytes
 from etpp_ssl.train.start import check_depth
 from etpp_ssl.train.summary import described_evaluation, short_run_warnings
 from etpp_ssl.train.time_budget import Speed
-
-BYTES_PER_PARAMETER = 16
-"""Weight, gradient and AdamW's two moments, in float32."""
 
 
 @dataclass(frozen=True)
@@ -168,12 +165,13 @@ def plan_run(
     area = [n * area_share(s.bandwidth, recipe.size) for n, s in zip(images, curriculum.stages, strict=True)]
     flops = [n * mean.flops for n, mean in zip(images, mean_costs, strict=True)]
     parameters = sum(p.numel() for p in task.model.parameters())
+    held = training_bytes(task.model, recipe.optim)
     bytes_per_value = 4 if recipe.precision == "fp32" else 2
     view = recipe.crop_view()
     stages = []
     for index, stage in enumerate(curriculum.stages):
         at_ends = [cost(replace(stage, progress=progress)) for progress in curriculum.spans[index]]
-        saved_values = max(one.saved_values for one in (mean_costs[index], *at_ends))
+        peak_values = max(one.peak_values for one in (mean_costs[index], *at_ends))
         micro_batch = micro_batch_of(stage.batch_size, recipe.micro_batch_size, recipe.batch_size)
         stages.append(
             StagePlan(
@@ -184,7 +182,7 @@ def plan_run(
                 cost=mean_costs[index],
                 columns=task.plan_rows(means[index], mean_costs[index]),
                 micro_batch=micro_batch,
-                memory_bytes=parameters * BYTES_PER_PARAMETER + micro_batch * saved_values * bytes_per_value,
+                memory_bytes=held + micro_batch * peak_values * bytes_per_value,
                 replay_bytes=replay_bytes(view, recipe.in_chans, stage),
             )
         )

@@ -188,19 +188,19 @@ def _plan_of_fork(
     return replan(curriculum, plan, step=state.step, elapsed=state.elapsed, hours=hours)
 
 
-def check_room(folder: RunFolder, keep: int, num_parameters: int) -> None:
+def check_room(folder: RunFolder, keep: int, num_values: int) -> None:
     """See that a disk has room for the checkpoints to come, and for one more while it is written.
 
     Args:
         folder: the run's.
         keep: checkpoints that stay.
-        num_parameters: of the model.
+        num_values: of the model and the optimizer's state.
 
     Raises:
         UserError: if it has not.
     """
-    # Weights and two moments in float32, at least.
-    size = 12 * num_parameters
+    # In float32, at least.
+    size = 4 * num_values
     there = folder.checkpoints()
     if there and there[0].fault() is None:
         size = checkpoint_bytes(there[0])

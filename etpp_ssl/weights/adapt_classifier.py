@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from etpp_ssl.config import UserError
 from etpp_ssl.model.encoders import attention_heads
+from etpp_ssl.model.lora import plain_tensors
 from etpp_ssl.model.pos_embed import sincos_table
+from etpp_ssl.model.trained_parts import heads_of
 from etpp_ssl.weights.layouts import Weights
 from etpp_ssl.weights.reading import load_weights
 from etpp_ssl.weights.tensors import (
@@ -59,7 +61,7 @@ def adapt_classifier(
         UserError: for another architecture (naming up to five tensors), a channel count without a rule,
             or positions of an unknown grid.
     """
-    expected = net.state_dict()
+    expected = plain_tensors(net)
     notes = list(weights.notes)
     tensors = adapt_head(weights.tensors, net, notes, keep_head=keep_head)
     conversions = {
@@ -197,7 +199,7 @@ def adapt_head(
         notes: gets a line for everything that is dropped, moved, kept or new.
         keep_head: False starts with a new head in any case.
     """
-    expected = net.state_dict()
+    expected = plain_tensors(net)
     rest, reads_the_same = _norms(tensors, expected, notes)
     last = _last_layers(net)
     prefixes = tuple(f"{name}." for name in (*last, *_head_modules(net)))
@@ -262,6 +264,5 @@ def _last_layers(net: Any) -> tuple[str, ...]:
 
 def _head_modules(net: Any) -> tuple[str, ...]:
     """The names of what timm calls the classifier."""
-    heads = net.get_classifier()
-    parts = heads if isinstance(heads, tuple | list | nn.ModuleList) else (heads,)
+    parts = heads_of(net)
     return tuple(name for name, module in net.named_modules() if any(module is part for part in parts))

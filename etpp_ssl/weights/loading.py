@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from etpp_ssl.config import UserError, as_pair
 from etpp_ssl.files import read_text
 from etpp_ssl.model.encoders import attention_heads, num_prefix_positions
+from etpp_ssl.model.lora import merged, plain_tensors, without_adapters
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.patches import grid_of
 from etpp_ssl.model.pos_embed import sincos_table
@@ -160,10 +161,10 @@ MAX_CONFIG_BYTES = 1 << 20
 
 
 def load_trained(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint's weights: their moving average where the run keeps one.
+    """Load a checkpoint's weights: their moving average where the run keeps one, with adapters merged.
 
     Args:
-        model: of the checkpoint's recipe; changed in place.
+        model: of the checkpoint's recipe; changed in place. Its adapters become plain layers.
         checkpoint: for instance from `RunFolder.trained`, which finds a run's newest.
 
     Raises:
@@ -173,7 +174,9 @@ def load_trained(model: nn.Module, checkpoint: Checkpoint) -> None:
         tensors = checkpoint.average() or checkpoint.model()
     except OSError as error:
         raise UserError(f"checkpoint {str(checkpoint.path)!r} cannot be read: {error}") from error
-    model.load_state_dict(load_weights(model.state_dict(), tensors, f"checkpoint {checkpoint.path}"))
+    source = f"checkpoint {checkpoint.path}"
+    without_adapters(model)
+    model.load_state_dict(load_weights(model.state_dict(), merged(tensors, source), source))
 
 
 def load_init(model: MaskedAutoencoder, init: str, say: Callable[[str], None]) -> None:
@@ -210,7 +213,7 @@ def load_classifier_init(
     def adapt(weights: Weights, source: str) -> tuple[dict[str, Tensor], list[str]]:
         return adapt_classifier(weights, net, source, keep_head=keep_head)
 
-    _load_adapted(net, init, partial(in_timm_names, wanted=net.state_dict().keys()), adapt, say)
+    _load_adapted(net, init, partial(in_timm_names, wanted=plain_tensors(net).keys()), adapt, say)
 
 
 def _load_adapted(
@@ -232,7 +235,8 @@ def _load_adapted(
         decoder_position_grid=found.decoder_position_grid or named.decoder_position_grid,
     )
     tensors, notes = adapt(weights, source)
-    model.load_state_dict(tensors)
+    # Adapters are not part of them, and stay as they start.
+    model.load_state_dict({**model.state_dict(), **tensors})
     for line in (f"{source} is {weights.layout}", *notes):
         say(line)
 
@@ -268,8 +272,9 @@ def read_init(init: str, say: Callable[[str], None]) -> Weights:
 
 def _of_run(run: RunFolder, say: Callable[[str], None]) -> Weights:
     checkpoint = run.trained(say)
-    tensors = checkpoint.average() or checkpoint.model()
-    require_finite(tensors, f"checkpoint {str(checkpoint.path)!r}")
+    source = f"checkpoint {str(checkpoint.path)!r}"
+    tensors = merged(checkpoint.average() or checkpoint.model(), source)
+    require_finite(tensors, source)
     recipe = run.any_recipe()
     if isinstance(recipe, FinetuneRecipe):
         _, args = recipe.model.timm_args(recipe.size, recipe.in_chans, num_classes=1)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from etpp_ssl.config import UserError, listed
 from etpp_ssl.files import open_regular, read_text
+from etpp_ssl.model.lora import merged
 from etpp_ssl.run_folder import MODEL_FILE
 
 INDEX = ".index.json"
@@ -64,7 +65,8 @@ def read_state_dict(path: str | Path, notes: list[str] | None = None) -> dict[st
 
     Returns:
         Tensors by name, from the key `model`, `state_dict` or that of a moving average where there is one.
-        What DistributedDataParallel, `torch.compile` and other wrappers add to names is removed.
+        What DistributedDataParallel, `torch.compile` and other wrappers add to names is removed. Our own
+        adapters are merged.
 
     Raises:
         UserError: if the file is missing or damaged, claims to hold more than its size, has no tensors, has
@@ -83,7 +85,7 @@ def read_state_dict(path: str | Path, notes: list[str] | None = None) -> dict[st
             f"without values or repeating them): {listed(strange)}"
         )
     require_finite(tensors, source)
-    return tensors
+    return merged(tensors, source)
 
 
 def weights_in(folder: Path) -> Path | None:

@@ -35,6 +35,7 @@ RUNS = {
               "model.pos_embed=learned", "model.grad_checkpointing=true"],
     "half": ["precision=bf16", "budget_epochs=0.4"],
     "classifier": ["model.grad_checkpointing=true"],
+    "adapters": ["model.train=lora", "model.lora_rank=2", "optim.layer_decay=0.8"],
 }  # fmt: skip
 Folder = Callable[[str], RunFolder]
 
@@ -46,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, ranks: Server) -> Folder:
     recipes: dict[str, Recipe | FinetuneRecipe] = {}
     for name, overrides in RUNS.items():
         settings = [f"output={root / name}", *COMMON, *overrides]
-        if name == "classifier":
+        if name in ("classifier", "adapters"):
             recipes[name] = FinetuneRecipe.parse(TINY_CLASSIFIER, settings)
         else:
             recipes[name] = Recipe.parse(TINY, settings)
@@ -101,7 +102,7 @@ def tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return {f"{file.stem}/{name}": value for file in files for name, value in load_file(file).items()}
 
 
-@pytest.mark.parametrize("name", ["mae", "cross", "classifier"])
+@pytest.mark.parametrize("name", ["mae", "cross", "classifier", "adapters"])
 def test_the_losses_are_those_of_ddp(name: str, folder: Folder) -> None:
     sharded, ddp = losses(folder(f"{name} sharded")), losses(folder(f"{name} ddp"))
     assert len(ddp) > 2 * CUT
@@ -118,7 +119,7 @@ def test_bf16_comes_close_to_ddps_autocast(folder: Folder) -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["mae", "cross", "classifier"])
+@pytest.mark.parametrize("name", ["mae", "cross", "classifier", "adapters"])
 def test_a_checkpoint_does_not_tell_that_it_was_written_in_parts(name: str, folder: Folder) -> None:
     pairs = zip(folder(f"{name} sharded").checkpoints(), folder(f"{name} ddp").checkpoints(), strict=True)
     for sharded, ddp in pairs:
