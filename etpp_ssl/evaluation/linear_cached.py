@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from etpp_ssl.config import may_change
 from etpp_ssl.evaluation.base import FeatureConfig, LabelledImages, ProbeContext, split_holdout
+from etpp_ssl.evaluation.classification import accuracy
 from etpp_ssl.evaluation.features import Features
 from etpp_ssl.evaluation.knn import TEMPERATURE, knn_accuracies
 from etpp_ssl.randomness import keyed_torch
@@ -77,11 +78,13 @@ class LinearCachedConfig(FeatureConfig):
 
 
 class LinearCachedProbe:
-    """See `Probe`; yields `linear_cached_top1` and, of more than five classes, `linear_cached_top5`.
+    """See `Probe`; yields `linear_cached_top1`, `linear_cached_macro_top1` and, of more than five classes,
+    `linear_cached_top5`.
 
     They are in per cent and come with the settings that were chosen, `linear_cached_base_lr` and
     `linear_cached_weight_decay`, and `linear_cached_holdout_top1`, the accuracy that they were chosen for;
-    with `knn_k` also with `knn_top1`, what the kNN probe gives at its default temperature.
+    with `knn_k` also with `knn_top1` and `knn_macro_top1`, what the kNN probe gives at its default
+    temperature.
     """
 
     def __init__(self, config: LinearCachedConfig, context: ProbeContext) -> None:
@@ -99,30 +102,28 @@ class LinearCachedProbe:
         chosen, numbers = settings[0], {}
         if len(settings) > 1:
             rest, holdout = split_holdout(train, config.holdout_share, self.context.seed)
-            top1 = self._trained(rest, holdout, settings, [1])[0]
+            top1 = [found["linear_cached_top1"] for found in self._trained(rest, holdout, settings)]
             # Of equals the one that is listed first.
             best = max(range(len(settings)), key=top1.__getitem__)
             chosen, numbers = settings[best], {"linear_cached_holdout_top1": top1[best]}
-        tops = [1, 5] if self.images.num_classes > 5 else [1]
         if config.knn_k is not None:
-            numbers["knn_top1"] = knn_accuracies(
+            numbers |= knn_accuracies(
                 train,
                 evaluation,
                 num_classes=self.images.num_classes,
                 pairs=[(config.knn_k, TEMPERATURE)],
             )[0]
-        found = self._trained(train, evaluation, [chosen], tops)
         return {
-            **{f"linear_cached_top{top}": values[0] for top, values in zip(tops, found, strict=True)},
+            **self._trained(train, evaluation, [chosen])[0],
             "linear_cached_base_lr": chosen[0],
             "linear_cached_weight_decay": chosen[1],
             **numbers,
         }
 
     def _trained(
-        self, train: Features, test: Features, settings: list[tuple[float, float]], tops: list[int]
-    ) -> list[list[float]]:
-        """Accuracies on `test` of heads trained on `train`: for each of `tops` those of all settings."""
+        self, train: Features, test: Features, settings: list[tuple[float, float]]
+    ) -> list[dict[str, float]]:
+        """Accuracies on `test` of heads trained on `train`, by setting."""
         config, x, y = self.config, train.features, test.features
         if config.standardise:
             scale = Standardise.of(x)
@@ -136,7 +137,11 @@ class LinearCachedProbe:
             batch_size=config.batch_size,
             seed=self.context.seed,
         )
-        return [accuracies(heads, y, test.labels, top).tolist() for top in tops]
+        found = [accuracy("linear_cached_", hit, test.labels) for hit in hits(heads, y, test.labels, 1).T]
+        if self.images.num_classes > 5:
+            for numbers, hit in zip(found, hits(heads, y, test.labels, 5).T, strict=True):
+                numbers["linear_cached_top5"] = accuracy("", hit, test.labels)["top1"]
+        return found
 
 
 @dataclass(frozen=True)
@@ -233,8 +238,8 @@ def cross_entropy_gradient(logits_BSC: Tensor, labels_B: Tensor) -> Tensor:
     return gradient.div_(len(labels_B))
 
 
-def accuracies(heads: Heads, features: Tensor, labels: Tensor, top: int) -> Tensor:
-    """Share of the images whose label is among each head's `top` largest logits.
+def hits(heads: Heads, features: Tensor, labels: Tensor, top: int) -> Tensor:
+    """Which images have their label among each head's `top` largest logits.
 
     A head that diverged to values that are not finite has none right.
 
@@ -245,12 +250,12 @@ def accuracies(heads: Heads, features: Tensor, labels: Tensor, top: int) -> Tens
         top: at most C.
 
     Returns:
-        float64 (S,), in per cent.
+        bool (n, S).
     """
-    correct = torch.zeros(len(heads.bias_SC), dtype=torch.int64, device=features.device)
+    found = []
     chunk = max(1, CHUNK_VALUES // heads.bias_SC.numel())
     for part, wanted in zip(features.split(chunk), labels.split(chunk), strict=True):
         logits = heads.logits(part)
         hit = (logits.topk(top, dim=2).indices == wanted.view(-1, 1, 1)).any(dim=2)
-        correct += (hit & logits.isfinite().all(dim=2)).sum(dim=0)
-    return 100.0 * correct.double() / len(labels)
+        found.append(hit & logits.isfinite().all(dim=2))
+    return torch.cat(found)

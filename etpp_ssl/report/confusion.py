@@ -94,8 +94,8 @@ def write_evaluation(
         with replaced_file(place) as file:
             write_json(file, values)
         return
-    images_of = training_mark(dict(data)) or "images"
-    title = f"top-1 {result.top1:.2f} %, {result.num_images:,} {images_of}"
+    images_of = f"{result.num_images:,} {training_mark(dict(data)) or 'images'}"
+    title = f"top-1 {result.top1:.2f} %, macro top-1 {result.macro_top1:.2f} %, {images_of}"
     figure = confusion_figure(confusion, names, title)
     with replaced(place) as aside:
         write_json(aside / EVALUATION_FILE, values)
