@@ -155,6 +155,7 @@ def open_run(recipe: Recipe | FinetuneRecipe, fork: Path | None = None) -> Run:
         # Recorded with the run, whose reports and plans count by it where the data is not at hand.
         data = recipe.data.model_copy(update={"num_images": len(source)})
         recipe = recipe.model_copy(update={"data": data})
+    recipe = recipe.counted(source)
     curriculum = recipe.build_curriculum(len(source))
     progress = Progress(curriculum, visible=accelerator.is_main_process)
     recipe.check_curriculum(curriculum)
@@ -273,6 +274,7 @@ def _open_task(
             task.evaluation = Evaluation("probe", how, probe.run, probe.evaluation, data, every)
         return task, None
     assert isinstance(task, Classification)
+    task.know_counts(source.class_counts(task.num_classes, read=False))
     images = open_evaluation(recipe, accelerator, task.normalise, source.classes, task.num_classes)
     if images is not None:
         numbers = images.run

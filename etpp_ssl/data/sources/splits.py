@@ -21,7 +21,7 @@ from etpp_ssl.randomness import keyed_torch
 
 AnyIndexedData = FolderConfig | FileListConfig | TimmConfig | SyntheticConfig | ShardsConfig
 """The data sources that are addressed by index: those known to recipes, and to streams for evaluation."""
-NO_LABELS = "class sub-folders, or class names in a list, would be labels"
+NO_LABELS = "two class sub-folders or more, or class names in a list, would be labels"
 
 
 class Subset:
@@ -140,8 +140,7 @@ def label_subset(source: ImageSource, *, share: float | None, per_class: int | N
     """A keyed draw of images from each class, a function of the seed and of the source's order.
 
     A class's images are ranked by a draw keyed by (seed, class) and the first of them taken, so the images
-    of a smaller draw are among those of a larger one. Where labels are known only on reading, every image
-    is read once.
+    of a smaller draw are among those of a larger one. See `read_labels`.
 
     Args:
         source: labelled images; their order is the same on every machine.
@@ -156,15 +155,10 @@ def label_subset(source: ImageSource, *, share: float | None, per_class: int | N
         UserError: if there are no labels, or a class has fewer than `per_class` images.
     """
     key = "labels_per_class" if share is None else "label_share"
-    if source.classes is None:
-        raise UserError(f"data.{key} needs labels, and the data has none ({NO_LABELS})")
     members: dict[int, list[int]] = {}
-    labels = source.all_labels()
-    for index in range(len(source)):
-        label = source.label(index) if labels is None else labels[index]
-        if label < 0:
-            raise UserError(f"data.{key} needs labels, and image {source.name(index)!r} has none")
+    for index, label in enumerate(read_labels(source, f"data.{key}")):
         members.setdefault(label, []).append(index)
+    assert source.classes is not None
     taken: list[int] = []
     for label, indices in members.items():
         if share is not None:
@@ -179,6 +173,27 @@ def label_subset(source: ImageSource, *, share: float | None, per_class: int | N
             )
         taken += [indices[i] for i in keyed_indices(len(indices), count, seed, "labels", label)]
     return sorted(taken)
+
+
+def read_labels(source: ImageSource, key: str) -> list[int]:
+    """Each image's class index. Where labels are known only on reading, every image is read once.
+
+    Args:
+        source: labelled images.
+        key: of the recipe, which needs them.
+
+    Raises:
+        UserError: if there are no labels, or an image has none.
+    """
+    if source.classes is None:
+        raise UserError(f"{key} needs labels, and the data has none ({NO_LABELS})")
+    labels = source.all_labels()
+    if labels is None:
+        labels = [source.label(index) for index in range(len(source))]
+    for index, label in enumerate(labels):
+        if label < 0:
+            raise UserError(f"{key} needs labels, and image {source.name(index)!r} has none")
+    return labels
 
 
 def read_anew(source: ImageSource, reading: Reading) -> ImageSource:
