@@ -65,6 +65,7 @@ def write_evaluation(
     classes: Sequence[str],
     protocol: Mapping[str, Any],
     data: Mapping[str, Any],
+    collapse: str = "",
 ) -> None:
     """Write an evaluation, whole or not at all; an earlier one is replaced.
 
@@ -74,6 +75,7 @@ def write_evaluation(
         classes: names in the order of the model's outputs; outputs beyond them are called `class <number>`.
         protocol: checkpoint, weights, split and whatever else the numbers depend on; for JSON.
         data: the images; see `etpp_ssl.evaluation.measured_on`.
+        collapse: a sentence on a classifier that has collapsed.
 
     Raises:
         UserError: if it cannot be written, or there are more classes than outputs.
@@ -85,6 +87,7 @@ def write_evaluation(
         "protocol": dict(protocol),
         "data": dict(data),
         "numbers": result.numbers(),
+        **({"collapse": collapse} if collapse else {}),
         "classes": [
             {"name": name, "num_images": count, "recall": recall}
             for name, count, recall in zip(names, images, result.recall, strict=True)

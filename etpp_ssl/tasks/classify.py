@@ -26,6 +26,7 @@ from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.sources.splits import check_labels, with_classes
 from etpp_ssl.data.views import EvalView, Normalise, View
 from etpp_ssl.evaluation.classification import ClassifierEvaluation
+from etpp_ssl.evaluation.collapse import Pace, Sign, collapse
 from etpp_ssl.model.classifier import Classifier
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.tasks.base import Inputs, Shown, Task, blank_images
@@ -151,6 +152,20 @@ def soft_target_cross_entropy(logits_BK: Tensor, targets_BK: Tensor) -> Tensor:
     """
     log_probabilities = torch.log_softmax(logits_BK.float(), dim=1)
     return -(targets_BK.float() * log_probabilities).sum(1).mean()
+
+
+def collapse_of(recipe: FinetuneRecipe, sign: Sign, num_steps: int) -> str:
+    """What is said of a run whose classifier has collapsed; see `etpp_ssl.evaluation.collapse`.
+
+    Args:
+        recipe: the run's.
+        sign: of the collapse.
+        num_steps: that it has, or has had.
+    """
+    optim = recipe.optim
+    slow = optim.ema is not None and not optim.ema_warmup and num_steps * (1 - optim.ema) < 1
+    peak = optim.schedule(recipe.batch_size).peak
+    return collapse(sign, Pace(peak, recipe.batch_size, num_steps, optim.warmup_share, slow_average=slow))
 
 
 def open_evaluation(
