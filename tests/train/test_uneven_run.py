@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from etpp_ssl.config import UserError
+from etpp_ssl.data.training import IndexedImages
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.tasks.classify import Classification
 from etpp_ssl.train.launch import finetune, open_run
@@ -44,8 +45,12 @@ def newest(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(sorted((folder / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
 
 
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(folder: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(folder)
     return [{key: row[key] for key in ("step", "loss", "frequency_loss")} for row in rows if "loss" in row]
 
 
@@ -120,6 +125,48 @@ def test_images_without_labels_are_refused(setting: str, tiny_classifier: Build,
     )
     with pytest.raises(UserError, match="and the data has none"):
         open_run(recipe)
+
+
+def test_labels_that_are_known_only_on_reading_are_read_once(
+    uneven: Path, tiny_classifier: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_classifier(*on(uneven, "augment.balance=uniform")).open_training()
+    assert isinstance(source, IndexedImages)
+    read: list[int] = []
+    labels = source.source.all_labels()
+    assert labels is not None
+
+    def label(self: object, index: int) -> int:
+        read.append(index)
+        return labels[index]
+
+    monkeypatch.setattr(type(source.source), "all_labels", lambda self: None)
+    monkeypatch.setattr(type(source.source), "label", label)
+    assert source.class_counts(3, read=False) is None
+    assert source.class_counts(4, read=True) == [20, 9, 1, 0]
+    assert source.labels == labels
+    assert read == list(range(30))
+    with pytest.raises(UserError, match=r"has label 2, but model.num_classes is 2"):
+        source.class_counts(2, read=True)
+
+
+def test_a_row_that_an_older_version_began_has_no_mean_of_a_loss_that_it_did_not_know(
+    uneven: Path,
+    tiny_classifier: Build,
+    tmp_path: Path,
+    crash_after: Callable[[int], AbstractContextManager[None]],
+) -> None:
+    recipe = tiny_classifier(*on(uneven, "checkpoint.every_steps=1", "budget_epochs=2"))
+    with crash_after(2):
+        finetune(recipe)
+    (file,) = (tmp_path / "run" / "checkpoints" / "step-00000001").glob("state.json")
+    content = json.loads(file.read_text())
+    assert content["state"]["part_sums"].pop("frequency_loss") > 0
+    file.write_text(json.dumps(content))
+    finetune(recipe)
+    first, second, *_ = [row for row in metrics(tmp_path / "run") if "loss" in row]
+    assert "frequency_loss" not in first
+    assert "frequency_loss" in second
 
 
 @pytest.mark.parametrize("setting", ["balance=uniform", "class_weights=sqrt"])
