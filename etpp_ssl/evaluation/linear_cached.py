@@ -139,8 +139,8 @@ class LinearCachedProbe:
         )
         found = [accuracy("linear_cached_", hit, test.labels) for hit in hits(heads, y, test.labels, 1).T]
         if self.images.num_classes > 5:
-            for numbers, hit in zip(found, hits(heads, y, test.labels, 5).T, strict=True):
-                numbers["linear_cached_top5"] = accuracy("", hit, test.labels)["top1"]
+            for numbers, top5 in zip(found, accuracies(heads, y, test.labels, 5).tolist(), strict=True):
+                numbers["linear_cached_top5"] = top5
         return found
 
 
@@ -236,6 +236,14 @@ def cross_entropy_gradient(logits_BSC: Tensor, labels_B: Tensor) -> Tensor:
     at_label = labels_B.view(-1, 1, 1).expand(-1, logits_BSC.shape[1], 1)
     gradient.scatter_add_(2, at_label, gradient.new_full((), -1.0).expand(at_label.shape))
     return gradient.div_(len(labels_B))
+
+
+def accuracies(heads: Heads, features: Tensor, labels: Tensor, top: int) -> Tensor:
+    """Share of the images whose label is among each head's `top` largest logits, float64 (S,), in per cent.
+
+    See `hits`.
+    """
+    return 100.0 * hits(heads, features, labels, top).sum(dim=0).double() / len(labels)
 
 
 def hits(heads: Heads, features: Tensor, labels: Tensor, top: int) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from etpp_ssl.evaluation.linear_cached import (
     Heads,
     Standardise,
+    accuracies,
     cross_entropy_gradient,
-    hits,
     train_heads,
 )
 from etpp_ssl.randomness import keyed_torch
@@ -117,7 +117,7 @@ def test_accuracy_is_a_plain_count(top: int, monkeypatch: pytest.MonkeyPatch) ->
     expected = [100 * count / 31 for count in plain]
     for values in (1, 40, 1 << 20):
         monkeypatch.setattr("etpp_ssl.evaluation.linear_cached.CHUNK_VALUES", values)
-        assert (100 * hits(heads, features, labels, top).double().mean(0)).tolist() == pytest.approx(expected)
+        assert accuracies(heads, features, labels, top).tolist() == pytest.approx(expected)
 
 
 def test_a_head_that_diverged_has_none_right() -> None:
@@ -125,6 +125,6 @@ def test_a_head_that_diverged_has_none_right() -> None:
     weight = torch.zeros(6, 2, CLASSES)
     weight[:, 0] = math.nan
     bias = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(2, CLASSES)
-    share = 100 * hits(Heads(weight, bias), features, labels, 1).double().mean(0)
+    share = accuracies(Heads(weight, bias), features, labels, 1)
     assert share[0] == 0
     assert share[1] == 100 * (labels == 0).double().mean()
