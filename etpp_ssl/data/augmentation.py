@@ -58,9 +58,8 @@ class AugmentConfig(Config):
     smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Label smoothing."""
     balance: Balance = "none"
-    """How often training images of a class are drawn: `none`, as often as it has images; `uniform`, as often
-    as those of every other class; `sqrt`, in proportion to the square root of their number. An epoch keeps
-    its number of images, and the images of a class are drawn equally often."""
+    """How often a class is drawn: `none`, as often as it has images; `uniform`, as often as every other;
+    `sqrt`, by the square root of their number. An epoch stays as long, a class's images take turns."""
     class_weights: Balance = "none"
     """Weights of the images' losses by class, 1 on average over the images that are drawn, so that classes
     weigh as much as if they were drawn in these shares."""
