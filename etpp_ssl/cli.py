@@ -230,7 +230,10 @@ def evaluate(
             if value is not None:
                 print(f"{name} {shown_number(name, value)}{'' if isinstance(value, int) else mark}")
         sys.stdout.flush()
-        write_evaluation(place, evaluated.result, evaluated.classes, evaluated.protocol, evaluated.data)
+        if evaluated.collapse:
+            say(f"warning: {evaluated.collapse}")
+        result, classes, protocol, data, _, collapse = evaluated
+        write_evaluation(place, result, classes, protocol, data, collapse)
         print(f"evaluation: {place}")
 
 

@@ -173,7 +173,11 @@ def _walk(
             models = tagged
             continue
         named = any(model.__name__ == part for model in models)
-        if named or part.endswith("]") or part in ("int", "float", "bool", "str"):
+        if (
+            named
+            or part.endswith("]")
+            or part.split("[")[0] in ("int", "float", "bool", "str", "constrained-float", "literal")
+        ):
             continue
         path.append(part)
         around = models

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from etpp_ssl import moved
-from etpp_ssl.config import Config, UserError, may_change
+from etpp_ssl.config import Config, UserError, listed, may_change
 from etpp_ssl.curriculum.base import Curriculum
 from etpp_ssl.data.augmentation import AugmentConfig
+from etpp_ssl.data.training import TrainingImages, balanced
 from etpp_ssl.evaluation.attentive import AttentiveConfig
 from etpp_ssl.evaluation.classification import EvaluateConfig
 from etpp_ssl.evaluation.knn import KnnConfig
@@ -219,6 +220,43 @@ class FinetuneRecipe(RunRecipe):
             f"weights: give init=RUN or init=FILE"
         )
         return (*super().notes, warning)
+
+    def open_training(self) -> TrainingImages:
+        """See `RunRecipe.open_training`; classes are drawn as `augment.balance` says."""
+        images = balanced(super().open_training(), self.augment.balance)
+        if images.classes is not None and len(images.classes) < 2:
+            raise UserError(
+                f"the training images are all of one class, {listed(images.classes)}: a classifier tells two "
+                f"or more apart"
+            )
+        return images
+
+    def counted(self, images: TrainingImages) -> FinetuneRecipe:
+        """See `RunRecipe.counted`: with the images of each class, where the loss depends on them."""
+        if images.classes is None:
+            # A better reason than the number of classes, which nobody knows then.
+            images.check_labels(0)
+        augment, num_classes = self.augment, self.num_classes(images.classes)
+        if augment.class_weights == "none" and not augment.logit_adjustment:
+            return self
+        given, found = augment.class_counts, images.class_counts(num_classes, read=True)
+        counts = given if found is None else tuple(found)
+        if counts is None:
+            raise UserError(
+                "augment.class_weights and augment.logit_adjustment need the number of images of each class, "
+                "which a stream does not tell: give augment.class_counts"
+            )
+        if given not in (None, counts):
+            raise UserError(
+                f"augment.class_counts is {list(given or ())}, but the classes have {list(counts)} images: "
+                f"use null, which counts them"
+            )
+        if len(counts) != num_classes or not any(counts):
+            raise UserError(
+                f"augment.class_counts is {list(counts)}: give the number of images of each of the "
+                f"{num_classes} classes"
+            )
+        return self.model_copy(update={"augment": augment.model_copy(update={"class_counts": counts})})
 
     @property
     def bandwidth_multiple(self) -> tuple[int, int]:

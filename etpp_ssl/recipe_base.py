@@ -271,6 +271,10 @@ class RunRecipe(Config, ABC):
             )
         return f"data.num_images says {expected:,}, and {found:,} were found: those are used"
 
+    def counted(self, images: TrainingImages) -> Self:
+        """The recipe with what is counted in the training images and has to be recorded with the run."""
+        return self
+
     def save(self, path: Path) -> None:
         """Write the resolved recipe, every default spelled out, as YAML, whole or not at all.
 

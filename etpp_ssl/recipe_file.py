@@ -322,6 +322,12 @@ def _value(text: str, admitted: set[Any], *, has_name: bool) -> Any:
         # Commas in braces are a shell's, as in {a,b}.tar.
         return [word.strip() for word in re.split(r",(?![^{]*\})", checked(text[1:-1])) if word.strip()]
     is_list = bool(lists) and not lists_of_words and text.startswith("[")
+    if str in admitted and float in admitted:
+        # A number or a word that stands for one.
+        with suppress(yaml.YAMLError):
+            value = load_yaml(text)
+            if isinstance(value, int | float):
+                return value
     if str in admitted and not is_list:
         return checked(text)
     if has_name and not text.startswith(("{", "[")):

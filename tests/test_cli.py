@@ -159,7 +159,7 @@ def test_the_way_from_recipe_to_export(
     assert run(["probe", folder, "probe=linear_cached", "probe.epochs=2"]) == 0
     printed = capsys.readouterr().out
     names = [line.split()[0].removeprefix("linear_cached_") for line in printed.splitlines()[2:]]
-    assert names == ["top1", "top5", "base_lr", "weight_decay", "holdout_top1"]
+    assert names == ["top1", "macro_top1", "top5", "base_lr", "weight_decay", "holdout_top1"]
     row = json.loads((tmp_path / "run" / "report" / "probes.jsonl").read_text().splitlines()[-1])
     assert row["protocol"]["name"] == "linear_cached"
     assert row["linear_cached_base_lr"] in row["protocol"]["base_lrs"]

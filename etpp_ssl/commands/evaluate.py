@@ -14,12 +14,13 @@ from etpp_ssl.data.sources.splits import TRAINING
 from etpp_ssl.dist.accelerator import open_accelerator, process_as_found
 from etpp_ssl.dist.peers import leave, with_peers
 from etpp_ssl.evaluation.classification import ClassificationResult
+from etpp_ssl.evaluation.collapse import sign_of_answers
 from etpp_ssl.evaluation.measured_on import measured_on, without_looking
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.recipe_base import task_of
 from etpp_ssl.recipe_file import RecipeText
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.tasks.classify import open_evaluation
+from etpp_ssl.tasks.classify import collapse_of, open_evaluation
 
 BESIDE_THE_RESULT: dict[str, Any] = {
     "output": True,
@@ -40,6 +41,8 @@ class Evaluated(NamedTuple):
     """The images; see `etpp_ssl.evaluation.measured_on`."""
     without_looking: str
     """See there."""
+    collapse: str
+    """A sentence on a classifier that has collapsed; empty for others."""
 
 
 def classifier_of(run: str, overrides: Sequence[str]) -> FinetuneRecipe:
@@ -112,4 +115,6 @@ def evaluate_run(recipe: FinetuneRecipe, folder: RunFolder, say: Callable[[str],
     result = evaluation.run(trained.model.to(accelerator.device))
     data = measured_on(recipe, recipe.evaluate.split, evaluation.source, trained.trainings)
     leave(accelerator)
-    return Evaluated(result, classes, protocol, data, without_looking(evaluation.source))
+    sign = sign_of_answers(result.confusion, classes)
+    collapse = "" if sign is None else collapse_of(recipe, sign, trained.weights["step"])
+    return Evaluated(result, classes, protocol, data, without_looking(evaluation.source), collapse)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,12 +27,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, field_validator, model_validator
 from torch import Tensor
 
 from etpp_ssl.config import Config, UserError
 from etpp_ssl.data.formats.base import Interpolation
 from etpp_ssl.data.resize import KERNELS
+from etpp_ssl.data.uneven import Balance, UnevenClasses
 from etpp_ssl.data.views import TrainView, to_channels, to_tensor
 from etpp_ssl.randomness import derive_key, keyed_numpy, keyed_words
 
@@ -43,7 +44,7 @@ ATTEMPTS = 10
 
 
 class AugmentConfig(Config):
-    """Augmentation of labelled images and label smoothing; the defaults are MAE's for fine-tuning."""
+    """Augmentation, label smoothing and uneven classes; the defaults are MAE's for fine-tuning."""
 
     by_size: bool = False
     """RandAugment, erasing, mixup, CutMix and smoothing follow the number of training images; see
@@ -61,6 +62,18 @@ class AugmentConfig(Config):
     """The same for CutMix; with both, each micro-batch takes one of them."""
     smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Label smoothing."""
+    balance: Balance = "none"
+    """How often a class is drawn: `none`, as often as it has images; `uniform`, as often as every other;
+    `sqrt`, by the square root of their number. An epoch stays as long, a class's images take turns."""
+    class_weights: Balance = "none"
+    """Weights of the images' losses by class, 1 on average over the images that are drawn, so that classes
+    weigh as much as if they were drawn in these shares."""
+    logit_adjustment: float = Field(default=0.0, ge=0)
+    """tau of Menon et al. (ICLR 2021, equation 10): training adds tau times the logarithm of a class's share
+    to its logit, evaluation does not; 1 aims at the mean recall of the classes, 0 switches it off."""
+    class_counts: tuple[NonNegativeInt, ...] | None = None
+    """Training images of each class, in the order of the model's outputs, for `class_weights` and
+    `logit_adjustment`. None counts them, and the run records what it found; a stream's have to be given."""
 
     def settings_for(self, num_images: int, *, deep: bool) -> dict[str, Any]:
         """The settings of `by_size`: the fewer images, the less is done to them.
@@ -126,9 +139,13 @@ class AugmentConfig(Config):
         """Random erasing, for normalised images at the stage's bandwidth."""
         return RandomErasing(self.erasing, seed)
 
-    def build_mixup(self, num_classes: int, seed: int) -> Mixup:
-        """Mixup, CutMix and label smoothing."""
-        return Mixup(self.mixup, self.cutmix, self.smoothing, num_classes, seed)
+    def build_mixup(self, num_classes: int, seed: int, weights_K: Tensor | None = None) -> Mixup:
+        """Mixup, CutMix, label smoothing and class weights."""
+        return Mixup(self.mixup, self.cutmix, self.smoothing, num_classes, seed, weights_K)
+
+    def uneven(self, counts: Sequence[int]) -> UnevenClasses:
+        """What the loss makes of the classes' numbers of images."""
+        return UnevenClasses(tuple(counts), self.balance, self.class_weights, self.smoothing)
 
 
 @dataclass(frozen=True)
@@ -224,6 +241,8 @@ class Mixup:
     num_classes: int
     """K."""
     seed: int
+    weights_K: Tensor | None = None
+    """Of the images' losses by class, float32 on the images' device."""
 
     def __call__(self, images: Tensor, labels_B: Tensor, first_sample_id: int) -> tuple[Tensor, Tensor]:
         """The mixed images and the probabilities to learn.
@@ -234,9 +253,12 @@ class Mixup:
             first_sample_id: number in the run of the micro-batch's first image (`Batch.first_sample_id`).
 
         Returns:
-            images, the same or a copy; float32 (B, K), rows that add up to 1.
+            images, the same or a copy; float32 (B, K), rows that add up to 1, or to their images' weights: a
+            loss that is linear in its targets is then weighted, and of mixed images each part by its own.
         """
         targets_BK = smoothed(labels_B, self.num_classes, self.smoothing)
+        if self.weights_K is not None:
+            targets_BK = targets_BK * self.weights_K[labels_B, None]
         mix = self.draw(first_sample_id, images.shape[2], images.shape[3])
         if mix.weight == 1:
             return images, targets_BK

@@ -1,21 +1,25 @@
 """Says which image is sample number g of a run: a function of (seed, g) alone.
 
-A run counts its samples 0, 1, 2 ... over all epochs; sample g is image `permutation(seed, g // N)[g % N]`.
-A step's samples are split over the processes in contiguous parts, and each part into micro-batches, so
-the global batch is the same for any number of processes.
+A run counts its samples 0, 1, 2 ... over all epochs; sample g is image `permutation(seed, g // N)[g % N]`,
+or where classes are balanced, entry g % N of what is drawn for epoch g // N. A step's samples are split
+over the processes in contiguous parts, and each part into micro-batches, so the global batch is the same for
+any number of processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from etpp_ssl.data.uneven import Balance, class_shares
 from etpp_ssl.messages import shown_text
-from etpp_ssl.randomness import derive_key, keyed_torch
+from etpp_ssl.randomness import derive_key, keyed_torch, keyed_words
 
 
 class StepPlan(Protocol):
@@ -56,10 +60,65 @@ class KeyedOrder:
         # A step can straddle two epochs, but the samples' numbers ascend: one permutation at a time is
         # enough.
         if epoch != self._epoch:
-            generator = keyed_torch(self.seed, "order", epoch)
-            self._permutation = torch.randperm(self.num_images, generator=generator)
+            self._permutation = self._draw(epoch)
             self._epoch = epoch
         return self._permutation
+
+    def _draw(self, epoch: int) -> Tensor:
+        """The images of an epoch in their order, int64 (N,)."""
+        return torch.randperm(self.num_images, generator=keyed_torch(self.seed, "order", epoch))
+
+
+class BalancedOrder(KeyedOrder):
+    """An order in which classes come in other shares than they have images.
+
+    An epoch keeps its N samples. After any number of epochs a class has had its share of all samples, up to
+    one sample, and its images have been drawn equally often, up to once: each class goes through its own
+    images in one keyed permutation after another.
+
+    Args:
+        labels: each image's class, at least 0.
+        seed: the run's seed.
+        balance: the shares; see `class_shares`.
+    """
+
+    def __init__(self, labels: Sequence[int], seed: int, balance: Balance) -> None:
+        super().__init__(len(labels), seed)
+        label = torch.tensor(labels, dtype=torch.int64)
+        counts = torch.bincount(label).tolist()
+        self._members = label.argsort(stable=True).split(counts)
+        self._bounds = [0, *accumulate(class_shares(counts, balance))]
+
+    def replacement(self, sample_id: int, attempt: int) -> int:
+        """See `KeyedOrder.replacement`; classes are drawn by their shares."""
+        place = derive_key(self.seed, "replacement class", sample_id, attempt) % self._bounds[-1]
+        members = self._members[bisect_right(self._bounds, place) - 1]
+        return int(members[super().replacement(sample_id, attempt) % len(members)])
+
+    def _draw(self, epoch: int) -> Tensor:
+        # Rounded where classes meet, so that the numbers of all classes add up to N in every epoch. None is
+        # negative: of any share here, N times it is at least 1.
+        start, end = (
+            [number * self.num_images * bound // self._bounds[-1] for bound in self._bounds]
+            for number in (epoch, epoch + 1)
+        )
+        drawn = [
+            self._of_class(label, start[label + 1] - start[label], end[label + 1] - end[label])
+            for label in range(len(self._members))
+        ]
+        images: Tensor = torch.cat(drawn)[super()._draw(epoch)]
+        return images
+
+    def _of_class(self, label: int, first: int, last: int) -> Tensor:
+        """Entries `first` to `last`, exclusive, of a class's images in one permutation after another."""
+        members: Tensor = self._members[label]
+        if first == last:
+            return members[:0]
+        cycles = torch.arange(first // len(members), -(-last // len(members)))
+        words = keyed_words(derive_key(self.seed, "balance", label), "cycle", cycles, len(members))
+        order = words.argsort(dim=1, stable=True).flatten()
+        skipped = int(cycles[0]) * len(members)
+        return members[order[first - skipped : last - skipped]]
 
 
 @dataclass(frozen=True)

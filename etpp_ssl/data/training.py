@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.loader import BatchBuilder, Builder
-from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, RequestSampler
+from etpp_ssl.data.sampler import BalancedOrder, BatchRequest, KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.base import DataConfig, ImageSource
-from etpp_ssl.data.sources.splits import check_labels, open_split
+from etpp_ssl.data.sources.splits import check_label, check_labels, open_split, read_labels
 from etpp_ssl.data.streams.base import StreamConfig
 from etpp_ssl.data.streams.loader import StreamBuilder, StreamPlace, StreamRequests
+from etpp_ssl.data.uneven import Balance
 from etpp_ssl.data.views import View
 
 
@@ -21,14 +23,16 @@ class IndexedImages:
     Args:
         source: the images.
         seed: the run's seed, which their order is keyed by.
+        balance: how often classes are drawn.
     """
 
     is_stream = False
     """Whether the number of processes and data workers changes the order."""
 
-    def __init__(self, source: ImageSource, seed: int) -> None:
+    def __init__(self, source: ImageSource, seed: int, balance: Balance = "none") -> None:
         self.source = source
         self.seed = seed
+        self.balance = balance
         self.classes = source.classes
         """Class names, in the order of the labels, where they are known."""
 
@@ -46,6 +50,30 @@ class IndexedImages:
     def name(self, index: int) -> str:
         """What a person would look for; `index` is one of a request's `indices`."""
         return self.source.name(index)
+
+    def class_counts(self, num_classes: int, *, read: bool) -> list[int] | None:
+        """Images of each class.
+
+        Args:
+            num_classes: of the model; the data may have fewer.
+            read: whether to read images for it; without, None comes of labels that are known only on reading.
+
+        Raises:
+            UserError: if an image has no label, or one that is none of the classes.
+        """
+        if not read and self.source.all_labels() is None:
+            return None
+        counts = [0] * num_classes
+        for index, label in enumerate(self.labels):
+            if label >= num_classes:
+                check_label(self.source.name(index), label, num_classes)
+            counts[label] += 1
+        return counts
+
+    @cached_property
+    def labels(self) -> list[int]:
+        """Each image's class; see `etpp_ssl.data.sources.splits.read_labels`."""
+        return read_labels(self.source, "augment.balance, class_weights or logit_adjustment")
 
     def check_labels(self, num_classes: int) -> None:
         """See `etpp_ssl.data.sources.splits.check_labels`."""
@@ -65,7 +93,10 @@ class IndexedImages:
             num_classes: of a classifier; labels are checked against it.
             place: where the process stands in a stream.
         """
-        order = KeyedOrder(len(self), self.seed)
+        if self.balance == "none":
+            order = KeyedOrder(len(self), self.seed)
+        else:
+            order = BalancedOrder(self.labels, self.seed, self.balance)
         return BatchBuilder(self.source, view, order, num_classes), replace(sampler, order=order)
 
 
@@ -102,6 +133,9 @@ class StreamedImages:
         """The number of the sample; only the data worker that reads an image knows its name."""
         return f"sample {index} of the stream"
 
+    def class_counts(self, num_classes: int, *, read: bool) -> None:
+        """Nobody knows before the stream has been read."""
+
     def check_labels(self, num_classes: int) -> None:
         """Check that labels are read; `StreamBuilder` checks each of them.
 
@@ -136,6 +170,23 @@ class StreamedImages:
 
 
 TrainingImages = IndexedImages | StreamedImages
+
+
+def balanced(images: TrainingImages, balance: Balance) -> TrainingImages:
+    """The same images, with classes drawn in other shares.
+
+    Raises:
+        UserError: if they are a stream, which cannot be drawn from.
+    """
+    if balance == "none":
+        return images
+    if isinstance(images, StreamedImages):
+        raise UserError(
+            f"augment.balance is {balance}, which draws images by their class, but the images of a stream "
+            f"come as they come: use augment.balance=none, and augment.class_weights or "
+            f"augment.logit_adjustment with augment.class_counts, or indexed data"
+        )
+    return IndexedImages(images.source, images.seed, balance)
 
 
 def open_training(

@@ -26,6 +26,7 @@ from etpp_ssl.data.sampler import KeyedOrder, process_part
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.views import ProbeView
 from etpp_ssl.evaluation.base import LabelledImages, ProbeContext
+from etpp_ssl.evaluation.classification import accuracy
 from etpp_ssl.evaluation.features import evaluating, gather_rows
 from etpp_ssl.evaluation.training import (
     EpochSteps,
@@ -82,7 +83,8 @@ class _Part(NamedTuple):
 
 
 class AttentiveProbe:
-    """See `Probe`; yields `attentive_top1` in per cent, on the evaluation images after the last epoch."""
+    """See `Probe`; yields `attentive_top1` and `attentive_macro_top1` in per cent, on the evaluation images
+    after the last epoch."""
 
     def __init__(self, config: AttentiveConfig, context: ProbeContext) -> None:
         self.config = config
@@ -154,18 +156,19 @@ class AttentiveProbe:
     @torch.no_grad()
     def _evaluate(self, encoder: nn.Module, head: AttentiveHead) -> dict[str, float]:
         context = self.context
-        right = [torch.empty(0, dtype=torch.bool, device=context.accelerator.device)]
+        # Rows of the true class, and whether it is predicted.
+        answers = [torch.empty(0, 2, dtype=torch.int64, device=context.accelerator.device)]
         for tokens, labels in evaluated(
             context,
             self.images.evaluation,
             partial(patch_tokens, encoder),
             self.config.micro_batch_size,
         ):
-            right.append(head(tokens).argmax(dim=1) == labels)
-        answers = gather_rows(torch.cat(right).float(), context.accelerator)
-        if not len(answers):
+            answers.append(torch.stack([labels, head(tokens).argmax(dim=1) == labels], dim=1))
+        true, right = gather_rows(torch.cat(answers), context.accelerator).unbind(dim=1)
+        if not len(true):
             raise UserError("probe=attentive: none of the evaluation images can be read")
-        return {"attentive_top1": 100.0 * answers.double().mean().item()}
+        return accuracy("attentive_", right.bool(), true)
 
 
 class AttentiveHead(nn.Module):

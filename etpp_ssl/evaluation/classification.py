@@ -49,6 +49,8 @@ class ClassificationResult:
     """Mean cross-entropy, in nats, without smoothing."""
     top1: float
     """Per cent of the images whose class is the likeliest; of equal logits the lower class counts first."""
+    macro_top1: float
+    """See `accuracy`."""
     top5: float | None
     """Per cent of the images whose class is among the five likeliest; None for five classes or fewer."""
     recall: tuple[float | None, ...]
@@ -58,19 +60,13 @@ class ClassificationResult:
     confusion: Tensor
     """int64 (K, K) on the CPU: images by true class (row) and predicted class (column)."""
 
-    @property
-    def mean_recall(self) -> float:
-        """Mean over the classes that have images, per cent."""
-        known = [value for value in self.recall if value is not None]
-        return sum(known) / len(known)
-
     def numbers(self) -> dict[str, float | int | None]:
         """All scalars, as in a row of metrics."""
         return {
             "top1": self.top1,
+            "macro_top1": self.macro_top1,
             "top5": self.top5,
             "eval_loss": self.loss,
-            "mean_recall": self.mean_recall,
             "calibration_error": self.calibration_error,
             "num_images": self.num_images,
             "num_unreadable": self.num_unreadable,
@@ -165,16 +161,42 @@ def summary(rows: Tensor, num_classes: int, num_bins: int, num_unreadable: int) 
     confusion = confusion.view(num_classes, num_classes)
     right, members = confusion.diagonal().tolist(), confusion.sum(dim=1).tolist()
     correct = predicted == labels
+    found = accuracy("", correct, labels)
     return ClassificationResult(
         num_images=len(rows),
         num_unreadable=num_unreadable,
         loss=rows[:, 4].mean().item(),
-        top1=_per_cent(int(correct.sum()), len(rows)),
+        top1=found["top1"],
+        macro_top1=found["macro_top1"],
         top5=_per_cent(int((rank < TOP_K).sum()), len(rows)) if num_classes > TOP_K else None,
         recall=tuple(_per_cent(r, n) if n else None for r, n in zip(right, members, strict=True)),
         calibration_error=calibration_error(rows[:, 3], correct, num_bins),
         confusion=confusion,
     )
+
+
+def accuracy(prefix: str, correct: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1 and macro top-1 of any classifier, in per cent.
+
+    Top-1 is the share of the images that are recognised. Macro top-1 is the mean of the classes' own shares
+    (their recall), in which a rare class counts as much as a frequent one; classes without images count
+    in neither.
+
+    Args:
+        prefix: of the names, such as `knn_`.
+        correct: bool (n,), n at least 1.
+        labels: int64 (n,), at least 0.
+
+    Returns:
+        `<prefix>top1` and `<prefix>macro_top1`.
+    """
+    members = torch.bincount(labels)
+    right = torch.bincount(labels[correct], minlength=len(members))[members > 0]
+    recall = right.double() / members[members > 0]
+    return {
+        f"{prefix}top1": _per_cent(int(correct.sum()), len(labels)),
+        f"{prefix}macro_top1": 100.0 * recall.mean().item(),
+    }
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, num_bins: int) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from etpp_ssl.evaluation.base import FeatureConfig, LabelledImages, ProbeContext, split_holdout
+from etpp_ssl.evaluation.classification import accuracy
 from etpp_ssl.evaluation.features import Features
 
 TEMPERATURE = 0.07
@@ -59,7 +60,7 @@ class KnnConfig(FeatureConfig):
 
 
 class KnnProbe:
-    """See `Probe`; yields `knn_top1`, in per cent.
+    """See `Probe`; yields `knn_top1` and `knn_macro_top1`, in per cent.
 
     Of a sweep also `knn_k` and `knn_temperature`, which were chosen, and `knn_holdout_top1`, their
     accuracy on the holdout with the rest of the training images as neighbours. The evaluation images
@@ -79,30 +80,31 @@ class KnnProbe:
         train, evaluation = self.images.features(model, config, self.context, config.batch_size)
         pairs = list(product(_listed(config.k), _listed(config.temperature)))
         if len(pairs) == 1:
-            return {"knn_top1": self._accuracies(train, evaluation, pairs)[0]}
+            return self._accuracies(train, evaluation, pairs)[0]
         rest, holdout = split_holdout(train, config.holdout_share, self.context.seed)
         accuracies = self._accuracies(rest, holdout, pairs)
         # Of equals the one that is listed first.
-        best = max(range(len(pairs)), key=accuracies.__getitem__)
+        best = max(range(len(pairs)), key=lambda i: accuracies[i]["knn_top1"])
         k, temperature = pairs[best]
         return {
-            "knn_top1": self._accuracies(train, evaluation, [pairs[best]])[0],
+            **self._accuracies(train, evaluation, [pairs[best]])[0],
             "knn_k": k,
             "knn_temperature": temperature,
-            "knn_holdout_top1": accuracies[best],
+            "knn_holdout_top1": accuracies[best]["knn_top1"],
         }
 
-    def _accuracies(self, train: Features, test: Features, pairs: list[tuple[int, float]]) -> list[float]:
+    def _accuracies(
+        self, train: Features, test: Features, pairs: list[tuple[int, float]]
+    ) -> list[dict[str, float]]:
         return knn_accuracies(train, test, num_classes=self.images.num_classes, pairs=pairs)
 
 
 def knn_accuracies(
     train: Features, test: Features, *, num_classes: int, pairs: list[tuple[int, float]]
-) -> list[float]:
-    """Accuracies in per cent of several votes; see `knn_sweep`."""
+) -> list[dict[str, float]]:
+    """`knn_top1` and `knn_macro_top1` of several votes; see `knn_sweep`."""
     predicted = knn_sweep(train.features, train.labels, test.features, num_classes=num_classes, pairs=pairs)
-    correct = (predicted == test.labels).sum(dim=1).tolist()
-    return [100.0 * count / len(test.labels) for count in correct]
+    return [accuracy("knn_", votes == test.labels, test.labels) for votes in predicted]
 
 
 @torch.inference_mode()

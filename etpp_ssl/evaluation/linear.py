@@ -28,6 +28,7 @@ from etpp_ssl.config import Interrupted, UserError, may_change, may_change_on_re
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.views import ProbeView
 from etpp_ssl.evaluation.base import LabelledImages, ProbeContext
+from etpp_ssl.evaluation.classification import accuracy
 from etpp_ssl.evaluation.feature_cache import state_key
 from etpp_ssl.evaluation.features import Pool, evaluating, gather_rows, num_features, pooled_features
 from etpp_ssl.evaluation.training import (
@@ -100,8 +101,9 @@ class LinearHead(nn.Module):
 
 
 class LinearProbe:
-    """See `Probe`; yields `linear_top1` in per cent, with more than five classes `linear_top5`, and the
-    mean cross-entropy `linear_loss`, all on the evaluation images after the last epoch."""
+    """See `Probe`; yields `linear_top1` and `linear_macro_top1` in per cent, with more than five classes
+    `linear_top5`, and the mean cross-entropy `linear_loss`, all on the evaluation images after the last
+    epoch."""
 
     def __init__(self, config: LinearConfig, context: ProbeContext) -> None:
         self.config = config
@@ -189,21 +191,21 @@ class LinearProbe:
     def _evaluate(self, encoder: nn.Module, head: nn.Module) -> dict[str, float]:
         context = self.context
         forward = partial(pooled_features, encoder, pool=self.config.pool)
-        # Losses, and ranks of the true class: 0 where it is the first.
+        # Losses, and rows of the true class and its rank: 0 where it is the first.
         device = context.accelerator.device
-        losses, ranks = [torch.empty(0, device=device)], [torch.empty(0, dtype=torch.int64, device=device)]
+        losses, ranks = [torch.empty(0, device=device)], [torch.empty(0, 2, dtype=torch.int64, device=device)]
         for features, labels in evaluated(
             context, self.images.evaluation, forward, self.config.micro_batch_size
         ):
             logits = head(features)
             losses.append(F.cross_entropy(logits, labels, reduction="none"))
             order = logits.argsort(dim=1, descending=True, stable=True)
-            ranks.append((order == labels[:, None]).int().argmax(dim=1))
+            ranks.append(torch.stack([labels, (order == labels[:, None]).int().argmax(dim=1)], dim=1))
         loss = gather_rows(torch.cat(losses), context.accelerator)
-        rank = gather_rows(torch.cat(ranks), context.accelerator)
+        true, rank = gather_rows(torch.cat(ranks), context.accelerator).unbind(dim=1)
         if not len(rank):
             raise UserError("probe=linear: none of the evaluation images can be read")
-        numbers = {"linear_top1": 100.0 * (rank < 1).double().mean().item()}
+        numbers = accuracy("linear_", rank < 1, true)
         if self.images.num_classes > 5:
             numbers["linear_top5"] = 100.0 * (rank < 5).double().mean().item()
         return {**numbers, "linear_loss": loss.double().mean().item()}

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from etpp_ssl.config import may_change
 from etpp_ssl.evaluation.base import FeatureConfig, LabelledImages, ProbeContext, split_holdout
+from etpp_ssl.evaluation.classification import accuracy
 from etpp_ssl.evaluation.features import Features
 from etpp_ssl.evaluation.knn import TEMPERATURE, knn_accuracies
 from etpp_ssl.randomness import keyed_torch
@@ -78,11 +79,13 @@ class LinearCachedConfig(FeatureConfig):
 
 
 class LinearCachedProbe:
-    """See `Probe`; yields `linear_cached_top1` and, of more than five classes, `linear_cached_top5`.
+    """See `Probe`; yields `linear_cached_top1`, `linear_cached_macro_top1` and, of more than five classes,
+    `linear_cached_top5`.
 
     They are in per cent and come with the settings that were chosen, `linear_cached_base_lr` and
     `linear_cached_weight_decay`, and `linear_cached_holdout_top1`, the accuracy that they were chosen for;
-    with `knn_k` also with `knn_top1`, what the kNN probe gives at its default temperature.
+    with `knn_k` also with `knn_top1` and `knn_macro_top1`, what the kNN probe gives at its default
+    temperature.
     """
 
     def __init__(self, config: LinearCachedConfig, context: ProbeContext) -> None:
@@ -101,19 +104,20 @@ class LinearCachedProbe:
         if fitted.holdout_top1 is not None:
             numbers["linear_cached_holdout_top1"] = fitted.holdout_top1
         if config.knn_k is not None:
-            numbers["knn_top1"] = knn_accuracies(
+            numbers |= knn_accuracies(
                 train,
                 evaluation,
                 num_classes=self.images.num_classes,
                 pairs=[(config.knn_k, TEMPERATURE)],
             )[0]
         features = fitted.scaled(evaluation.features)
-        tops = [1, 5] if self.images.num_classes > 5 else [1]
+        found = hits(fitted.heads, features, evaluation.labels, 1)[:, 0]
+        top5 = {}
+        if self.images.num_classes > 5:
+            top5 = {"linear_cached_top5": accuracies(fitted.heads, features, evaluation.labels, 5).item()}
         return {
-            **{
-                f"linear_cached_top{top}": accuracies(fitted.heads, features, evaluation.labels, top).item()
-                for top in tops
-            },
+            **accuracy("linear_cached_", found, evaluation.labels),
+            **top5,
             "linear_cached_base_lr": fitted.base_lr,
             "linear_cached_weight_decay": fitted.weight_decay,
             **numbers,
@@ -299,7 +303,15 @@ def cross_entropy_gradient(logits_BSC: Tensor, labels_B: Tensor) -> Tensor:
 
 
 def accuracies(heads: Heads, features: Tensor, labels: Tensor, top: int) -> Tensor:
-    """Share of the images whose label is among each head's `top` largest logits.
+    """Share of the images whose label is among each head's `top` largest logits, float64 (S,), in per cent.
+
+    See `hits`.
+    """
+    return 100.0 * hits(heads, features, labels, top).sum(dim=0).double() / len(labels)
+
+
+def hits(heads: Heads, features: Tensor, labels: Tensor, top: int) -> Tensor:
+    """Which images have their label among each head's `top` largest logits.
 
     A head that diverged to values that are not finite has none right.
 
@@ -310,13 +322,13 @@ def accuracies(heads: Heads, features: Tensor, labels: Tensor, top: int) -> Tens
         top: at most C.
 
     Returns:
-        float64 (S,), in per cent.
+        bool (n, S).
     """
-    correct = torch.zeros(len(heads.bias_SC), dtype=torch.int64, device=features.device)
+    found = []
     for logits, wanted in _logits(heads, features, labels):
         hit = (logits.topk(top, dim=2).indices == wanted.view(-1, 1, 1)).any(dim=2)
-        correct += (hit & logits.isfinite().all(dim=2)).sum(dim=0)
-    return 100.0 * correct.double() / len(labels)
+        found.append(hit & logits.isfinite().all(dim=2))
+    return torch.cat(found)
 
 
 def cross_entropies(heads: Heads, features: Tensor, labels: Tensor) -> Tensor:

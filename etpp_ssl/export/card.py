@@ -86,8 +86,10 @@ _TEMPLATE = Template(
 )
 LABELS = {
     "top1": "top-1 (%)",
+    "macro_top1": "macro top-1, the mean of the classes' recalls (%)",
     "top5": "top-5 (%)",
     "eval_loss": "loss (nats)",
+    # Until version 0.5.
     "mean_recall": "mean recall of the classes (%)",
     "calibration_error": "calibration error",
     "num_images": "images",

@@ -65,6 +65,7 @@ def write_evaluation(
     classes: Sequence[str],
     protocol: Mapping[str, Any],
     data: Mapping[str, Any],
+    collapse: str = "",
 ) -> None:
     """Write an evaluation, whole or not at all; an earlier one is replaced.
 
@@ -74,6 +75,7 @@ def write_evaluation(
         classes: names in the order of the model's outputs; outputs beyond them are called `class <number>`.
         protocol: checkpoint, weights, split and whatever else the numbers depend on; for JSON.
         data: the images; see `etpp_ssl.evaluation.measured_on`.
+        collapse: a sentence on a classifier that has collapsed.
 
     Raises:
         UserError: if it cannot be written, or there are more classes than outputs.
@@ -85,6 +87,7 @@ def write_evaluation(
         "protocol": dict(protocol),
         "data": dict(data),
         "numbers": result.numbers(),
+        **({"collapse": collapse} if collapse else {}),
         "classes": [
             {"name": name, "num_images": count, "recall": recall}
             for name, count, recall in zip(names, images, result.recall, strict=True)
@@ -94,8 +97,8 @@ def write_evaluation(
         with replaced_file(place) as file:
             write_json(file, values)
         return
-    images_of = training_mark(dict(data)) or "images"
-    title = f"top-1 {result.top1:.2f} %, {result.num_images:,} {images_of}"
+    images_of = f"{result.num_images:,} {training_mark(dict(data)) or 'images'}"
+    title = f"top-1 {result.top1:.2f} %, macro top-1 {result.macro_top1:.2f} %, {images_of}"
     figure = confusion_figure(confusion, names, title)
     with replaced(place) as aside:
         write_json(aside / EVALUATION_FILE, values)

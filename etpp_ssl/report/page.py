@@ -31,7 +31,7 @@ from etpp_ssl.report.figures import (
 from etpp_ssl.report.history import History, read_histories
 from etpp_ssl.report.markup import Captioned, image, inline_svg, png, render
 from etpp_ssl.report.panels import Panel, missing_picture
-from etpp_ssl.report.results import result_tables
+from etpp_ssl.report.results import collapses, result_tables
 from etpp_ssl.report.viewer import ImagePanels, InputImage, Viewer, images_of_run
 from etpp_ssl.run_folder import Checkpoint
 
@@ -72,7 +72,11 @@ def page(histories: Sequence[History], say: Callable[[str], None]) -> str:
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         names=[(history.name, _line(index)) for index, history in enumerate(histories)],
         summary=tables.summary(histories),
-        notes=[f"{history.name}: {note}" for history in histories for note in history.notes],
+        notes=[
+            f"{history.name}: {note}"
+            for history in histories
+            for note in (*map("warning: {}".format, collapses(history)), *history.notes)
+        ],
         differences=tables.differences(histories),
         curves=pages if any(drawings for _, drawings in pages) else [],
         plan=_plan(histories),

@@ -114,6 +114,13 @@ def result_tables(histories: Sequence[History]) -> list[ResultTable]:
     return found
 
 
+def collapses(history: History) -> list[str]:
+    """What is said of a classifier that has collapsed, by its newest rows and by `etpp evaluate`."""
+    newest = [*history.rows[-1:], *history.probes[-1:], *history.folder.evaluations()]
+    said = (row.get("collapse") for row in newest)
+    return list(dict.fromkeys(text for text in said if isinstance(text, str)))
+
+
 def best_results(histories: Sequence[History]) -> list[dict[str, str]]:
     """For each run the best value of each result under each protocol, by what it is of."""
     everything = [measured(history) for history in histories]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from etpp_ssl.curriculum.cost import Cost
 from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.views import View
+from etpp_ssl.evaluation.collapse import Sign
 
 Inputs = dict[str, Tensor]
 """What model and losses are given: `images`, float32 (B, C, h, w) at the bandwidth, and other tensors with
@@ -38,6 +39,14 @@ class Shown(Protocol):
         """Share of the run's compute that is spent, in [0, 1]."""
 
 
+class Measured(NamedTuple):
+    """What an evaluation finds."""
+
+    numbers: Mapping[str, float | None]
+    sign: Sign | None = None
+    """That a classifier has collapsed."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """How a trained model is measured, and when."""
@@ -46,8 +55,8 @@ class Evaluation:
     """One word that names its seconds in `metrics.jsonl`."""
     how: str
     """What it does, for people."""
-    run: Callable[[Any], Mapping[str, float | None]]
-    """From a model, whole and bare, the moving average where a run keeps one, to named numbers."""
+    run: Callable[[Any], Measured]
+    """Of a model, whole and bare, the moving average where a run keeps one."""
     images: ImageSource
     """What it measures on."""
     data: dict[str, Any]

@@ -13,7 +13,7 @@ Legend: B batch, C channels, h, w pixels at the bandwidth, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from etpp_ssl.data.loader import Batch
 from etpp_ssl.data.sources.splits import check_labels, with_classes
 from etpp_ssl.data.views import EvalView, Normalise, View
 from etpp_ssl.evaluation.classification import ClassifierEvaluation
+from etpp_ssl.evaluation.collapse import Pace, Sign, collapse
 from etpp_ssl.evaluation.feature_cache import kept_features
 from etpp_ssl.evaluation.features import EvaluationLoader, Features
 from etpp_ssl.evaluation.linear_cached import LinearCachedConfig, fit_head
@@ -72,12 +73,28 @@ class Classification(Task):
         self.view: View = augment.build_view(recipe.crop_view(), recipe.data.statistics(recipe.in_chans)[0])
         self.normalise = recipe.normaliser(device)
         self.erase = augment.build_erasing(recipe.seed)
-        self.mix = augment.build_mixup(num_classes, recipe.seed)
+        # A run has them where its loss depends on them; in a plan the loss is the plain one.
+        uneven = None if augment.class_counts is None else augment.uneven(augment.class_counts)
+        weights_K = adjustment_K = None
+        if uneven is not None and augment.class_weights != "none":
+            weights_K = uneven.weights_K.float().to(device)
+        if uneven is not None and augment.logit_adjustment:
+            adjustment_K = (augment.logit_adjustment * uneven.log_prior_K).float().to(device)
+        self.mix = augment.build_mixup(num_classes, recipe.seed, weights_K)
+        self.adjustment_K = adjustment_K
+        self.log_frequencies_K: Tensor | None = None
+        self._uneven, self._device = augment.uneven, device
         self.name = recipe.model.name
         self.train = recipe.model.train
         self.image_size = recipe.size
         self.in_chans = recipe.in_chans
         self.kernels = f"attention {recipe.model.attention}"
+
+    def know_counts(self, counts: Sequence[int] | None) -> None:
+        """Take the training images of each class, K, so that `losses` tells what they alone give."""
+        if counts is not None:
+            frequencies_K = self._uneven(counts).frequencies_K
+            self.log_frequencies_K = frequencies_K.log().float().to(self._device)
 
     def inputs(self, batch: Batch, stage: Shown) -> Inputs:
         """`images` as they were mixed, `positions` int64 (B,) and `targets` float (B, K)."""
@@ -92,11 +109,26 @@ class Classification(Task):
         return logits
 
     def losses(self, output: Tensor, inputs: Inputs) -> dict[str, Tensor]:
-        """`loss`, the cross-entropy."""
-        return {"loss": soft_target_cross_entropy(output, inputs["targets"])}
+        """`loss`, the cross-entropy, and `frequency_loss`, that of the best prediction that does not look.
+
+        With `augment.class_weights` the loss of image b is w_y(b) times its cross-entropy, of mixed images a
+        sum of two such terms. With `augment.logit_adjustment` tau the probabilities are
+        softmax(f_k + tau log pi_k), pi_k the share of class k in the images that are drawn (Menon et al.,
+        ICLR 2021, equation 10); evaluation takes f alone.
+        """
+        targets = inputs["targets"]
+        logits = output.float()
+        if self.adjustment_K is not None:
+            logits = logits + self.adjustment_K.to(logits.device)
+        losses = {"loss": soft_target_cross_entropy(logits, targets)}
+        if self.log_frequencies_K is not None:
+            # Of classes without images and smoothing the logarithm is infinite, and the target 0.
+            terms = torch.where(targets > 0, targets * self.log_frequencies_K, 0.0)
+            losses["frequency_loss"] = -terms.sum(1).mean()
+        return losses
 
     def target(self, inputs: Inputs) -> Tensor:
-        """The probabilities, (B, K)."""
+        """The probabilities, or with class weights their multiples, (B, K)."""
         return inputs["targets"]
 
     def blank_inputs(self, stage: Shown) -> Inputs:
@@ -197,10 +229,24 @@ def soft_target_cross_entropy(logits_BK: Tensor, targets_BK: Tensor) -> Tensor:
 
     Args:
         logits_BK: floating point (B, K), B at least 1.
-        targets_BK: probabilities, floating point (B, K).
+        targets_BK: probabilities, or multiples of them, floating point (B, K).
     """
     log_probabilities = torch.log_softmax(logits_BK.float(), dim=1)
     return -(targets_BK.float() * log_probabilities).sum(1).mean()
+
+
+def collapse_of(recipe: FinetuneRecipe, sign: Sign, num_steps: int) -> str:
+    """What is said of a run whose classifier has collapsed; see `etpp_ssl.evaluation.collapse`.
+
+    Args:
+        recipe: the run's.
+        sign: of the collapse.
+        num_steps: that it has, or has had.
+    """
+    optim = recipe.optim
+    slow = optim.ema is not None and not optim.ema_warmup and num_steps * (1 - optim.ema) < 1
+    peak = optim.schedule(recipe.batch_size).peak
+    return collapse(sign, Pace(peak, recipe.batch_size, num_steps, optim.warmup_share, slow_average=slow))
 
 
 def open_evaluation(

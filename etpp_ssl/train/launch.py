@@ -22,13 +22,14 @@ from etpp_ssl.data.training import TrainingImages
 from etpp_ssl.dist.accelerator import StopRequest, open_accelerator, process_as_found
 from etpp_ssl.dist.peers import finish_trackers, leave, leave_words, lost_peer, with_peers, words_of
 from etpp_ssl.dist.sharding import check_sharded, prepare, sharding_in_use
+from etpp_ssl.evaluation.collapse import sign_of_answers
 from etpp_ssl.evaluation.measured_on import measured_on
 from etpp_ssl.files import flush
 from etpp_ssl.model.encoders import unused_weights
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.tasks.base import Evaluation, Task
+from etpp_ssl.tasks.base import Evaluation, Measured, Task
 from etpp_ssl.tasks.classify import Classification, Judge, open_evaluation
 from etpp_ssl.tasks.mae import MaskedAutoencoding, build_probe
 from etpp_ssl.train.checkpoint import clear_leftovers
@@ -181,7 +182,7 @@ def open_run(
         # Recorded with the run, whose reports and plans count by it where the data is not at hand.
         data = recipe.data.model_copy(update={"num_images": len(source)})
         recipe = recipe.model_copy(update={"data": data})
-    recipe = recipe.for_images(len(source))
+    recipe = recipe.for_images(len(source)).counted(source)
     curriculum = recipe.build_curriculum(len(source))
     progress = Progress(curriculum, visible=shown and accelerator.is_main_process)
     recipe.check_curriculum(curriculum)
@@ -351,22 +352,31 @@ def _open_task(
         if probe is not None:
             how, every = f"probe {recipe.probe.name}", getattr(recipe.probe, "every_steps", None)
             data = measured_on(recipe, "eval", probe.evaluation, [(recipe, None)])
-            task.evaluation = Evaluation("probe", how, probe.run, probe.evaluation, data, every)
+            numbers = probe.run
+            task.evaluation = Evaluation(
+                "probe", how, lambda model: Measured(numbers(model)), probe.evaluation, data, every
+            )
         return task, None
     assert isinstance(task, Classification)
+    task.know_counts(source.class_counts(task.num_classes, read=False))
     images = open_evaluation(recipe, accelerator, task.normalise, source.classes, task.num_classes)
+    # A stream may not tell class names; its evaluation images may.
+    named = source.classes or (images.source.classes if images is not None else None)
     if images is not None:
-        numbers = images.run
+        result_of = images.run
+
+        def measure(model: nn.Module) -> Measured:
+            result = result_of(model)
+            return Measured(result.numbers(), sign_of_answers(result.confusion, named or ()))
+
         task.evaluation = Evaluation(
             "evaluation",
             "accuracy",
-            lambda model: numbers(model).numbers(),
+            measure,
             images.source,
             measured_on(recipe, recipe.evaluate.split or "eval", images.source, [(recipe, None)]),
             recipe.evaluate.every_steps,
         )
-    # A stream may not tell class names; its evaluation images may.
-    named = source.classes or (images.source.classes if images is not None else None)
     return task, named or [str(number) for number in range(task.num_classes)]
 
 

@@ -137,6 +137,8 @@ class Meter:
             for name, value in {"loss": state.loss_sum, **state.part_sums}.items()
         }
         self._num_summed = torch.tensor(float(state.loss_steps), device=accelerator.device)
+        # Of a row that an older version began, which may have known fewer losses: a mean needs all its steps.
+        self._begun = set(self._sums) if state.loss_steps else None
         self._step: dict[str, Tensor] = {}
         self._since = self._noted = self.clock()
         self._images = 0
@@ -166,6 +168,8 @@ class Meter:
         bad: Tensor = (unfit > 0).float()
         for name, loss in zip(self._step, losses, strict=True):
             # A new run learns the names of its losses here.
+            if self._begun is not None and name not in self._begun:
+                continue
             self._sums[name] = self._sums.get(name, 0.0) + torch.where(bad > 0, 0.0, loss)
         self._num_summed = self._num_summed + (1.0 - bad)
         self._step = {}
@@ -214,6 +218,7 @@ class Meter:
         for total in (*self._sums.values(), self._num_summed):
             total.zero_()
         self._since, self._images, self._wait = self.clock(), 0, 0.0
+        self._begun = None
         return values
 
 

@@ -123,6 +123,7 @@ def plan_run(
     else:
         num_images, classes = len(training), training.classes if classes_needed else None
         other_count = recipe.compare_count(num_images)
+        recipe = recipe.counted(training)
         found = [*_found(recipe, training), *([other_count] if other_count else [])]
     if isinstance(recipe, FinetuneRecipe):
         num_classes = recipe.num_classes(classes)

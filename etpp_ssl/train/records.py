@@ -11,8 +11,11 @@ from typing import Literal
 
 from etpp_ssl.config import RunFault, UserError
 from etpp_ssl.curriculum.base import Stage
+from etpp_ssl.evaluation.collapse import Sign, is_due, sign_of_loss
 from etpp_ssl.evaluation.measured_on import training_mark
 from etpp_ssl.files import write_text
+from etpp_ssl.recipe import FinetuneRecipe
+from etpp_ssl.tasks.classify import collapse_of
 from etpp_ssl.train.batches import gather_streams
 from etpp_ssl.train.checkpoint import checkpoint_files, what_is_left, write_checkpoint
 from etpp_ssl.train.log import Meter, RowsFault, shown_numbers
@@ -59,6 +62,8 @@ def log_row(run: Run, stage: Stage, meter: Meter, lr: float, *, written: bool = 
         **speed,
     }
     if written:
+        if "frequency_loss" in row:
+            row |= _collapse(run, sign_of_loss(row["loss"], row["frequency_loss"]))
         run.metrics.write(row)
         run.newest["loss"] = row["loss"]
     run.progress.row(row)
@@ -79,15 +84,31 @@ def evaluate_and_record(run: Run) -> float:
     assert evaluation is not None
     start = time.perf_counter()
     with run.progress.evaluating(run.state.step):
-        numbers = evaluation.run(run.trained_model())
+        numbers, sign = evaluation.run(run.trained_model())
     seconds = time.perf_counter() - start
     run.newest |= numbers
     row = {"step": run.state.step, **numbers, f"{evaluation.name}_seconds": seconds}
-    run.metrics.write({**row, "data": evaluation.data})
+    collapse = _collapse(run, sign)
+    run.metrics.write({**row, **collapse, "data": evaluation.data})
     mark = training_mark(evaluation.data)
     on = f" on {mark}" if mark else ""
     run.progress.say(f"step {run.state.step}: {shown_numbers(numbers)}{on} ({seconds:.0f} s)")
     return seconds
+
+
+def _collapse(run: Run, sign: Sign | None) -> dict[str, str]:
+    """What a row says of a classifier's collapse; the first of each kind is told, too."""
+    recipe, step, curriculum = run.recipe, run.state.step, run.curriculum
+    if sign is None or not isinstance(recipe, FinetuneRecipe):
+        return {}
+    progress = curriculum.progress_after(step)
+    if not is_due(step, curriculum.num_steps, progress, recipe.optim.warmup_share):
+        return {}
+    sentence = collapse_of(recipe, sign, curriculum.num_steps)
+    if sign.kind not in run.collapses:
+        run.collapses.add(sign.kind)
+        run.progress.say(f"warning: step {step}: {sentence}")
+    return {"collapse": sentence}
 
 
 def save(run: Run, *, required: bool = False) -> bool:

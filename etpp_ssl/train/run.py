@@ -69,6 +69,9 @@ class Run:
     newest: dict[str, float | None] = field(default_factory=dict, init=False)
     """The newest row's loss, and the numbers of the newest evaluation."""
 
+    collapses: set[str] = field(default_factory=set, init=False)
+    """The kinds of signs of a collapse that were told."""
+
     @cached_property
     def lock(self) -> FolderLock:
         """On the run folder, for the main process."""

@@ -93,6 +93,8 @@ def test_it_beats_chance_on_images_that_differ_by_class(
     numbers = probe.run(model)
     # Three classes.
     assert numbers[f"{name}_top1"] > 60
+    # The classes have as many images each.
+    assert numbers[f"{name}_macro_top1"] == pytest.approx(numbers[f"{name}_top1"])
 
 
 @every_labelled_probe

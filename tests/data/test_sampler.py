@@ -5,13 +5,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, RequestSampler, micro_batch_of, process_part
+from etpp_ssl.data.sampler import (
+    BalancedOrder,
+    BatchRequest,
+    KeyedOrder,
+    RequestSampler,
+    micro_batch_of,
+    process_part,
+)
+from etpp_ssl.data.uneven import Balance, class_shares
 
 bounded = settings(max_examples=60, deadline=None)
 
@@ -113,6 +121,54 @@ def test_replacements_are_keyed_by_position_and_attempt() -> None:
     assert KeyedOrder(1000, seed=2).replacement(0, 1) != order.replacement(0, 1)
     # Whoever has asked before makes no difference to the order either.
     assert [order.index(i) for i in range(50)] == [KeyedOrder(1000, seed=1).index(i) for i in range(50)]
+
+
+@bounded
+@given(
+    counts=st.lists(st.sampled_from([0, 1, 2, 3, 7, 40]), min_size=1, max_size=6).filter(any),
+    balance=st.sampled_from(["sqrt", "uniform"]),
+    epochs=st.integers(1, 7),
+)
+def test_balanced_classes_have_their_shares_and_their_images_are_drawn_equally_often(
+    counts: list[int], balance: Balance, epochs: int
+) -> None:
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    num_samples = epochs * len(labels)
+    order = BalancedOrder(labels, 3, balance)
+    drawn = [order.index(sample) for sample in range(num_samples)]
+    shares = class_shares(counts, balance)
+    for label in set(labels):
+        times = [drawn.count(image) for image, own in enumerate(labels) if own == label]
+        assert max(times) - min(times) <= 1
+        assert abs(sum(times) - num_samples * shares[label] / sum(shares)) < 1
+
+
+def test_a_balanced_order_is_a_function_of_seed_and_sample_and_each_epoch_is_mixed() -> None:
+    labels = [0] * 40 + [1] * 4 + [2] * 16
+    order = BalancedOrder(labels, 3, "uniform")
+    samples = [0, 59, 60, 61, 7, 10**7, 119, 0, 60]
+    assert [order.index(g) for g in samples] == [
+        BalancedOrder(labels, 3, "uniform").index(g) for g in samples
+    ]
+    epochs = [[order.index(60 * epoch + place) for place in range(60)] for epoch in range(6)]
+    assert len(set(map(tuple, epochs))) == 6
+    other = BalancedOrder(labels, 4, "uniform")
+    assert [other.index(place) for place in range(60)] != epochs[0]
+    for epoch in epochs:
+        classes = [labels[image] for image in epoch]
+        assert Counter(classes) == {0: 20, 1: 20, 2: 20}
+        # Shuffled classes change at about two places of three.
+        assert 30 < sum(a != b for a, b in pairwise(classes)) < 50
+
+
+def test_balanced_replacements_are_keyed_and_come_in_the_classes_shares() -> None:
+    labels = [0] * 90 + [2] * 10
+    order = BalancedOrder(labels, 1, "uniform")
+    drawn = [order.replacement(sample, attempt) for sample in range(200) for attempt in (1, 2)]
+    again = BalancedOrder(labels, 1, "uniform")
+    assert drawn == [again.replacement(sample, attempt) for sample in range(200) for attempt in (1, 2)]
+    assert 150 < sum(labels[image] == 2 for image in drawn) < 250
+    assert len(set(drawn)) > 80
 
 
 @bounded

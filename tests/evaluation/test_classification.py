@@ -21,6 +21,7 @@ from etpp_ssl.evaluation.classification import (
     ClassificationResult,
     ClassifierEvaluation,
     EvaluateConfig,
+    accuracy,
     calibration_error,
     image_rows,
     summary,
@@ -81,6 +82,7 @@ def plain(source: ImageSource, model: nn.Module, num_classes: int, num_bins: int
     members = confusion.sum(axis=1)
     return {
         "top1": 100 * np.trace(confusion) / n,
+        "macro_top1": 100 * np.mean([confusion[k, k] / members[k] for k in range(num_classes) if members[k]]),
         "top5": 100 * top5 / n,
         "loss": sum(losses) / n,
         "recall": [100 * confusion[k, k] / members[k] if members[k] else None for k in range(num_classes)],
@@ -97,6 +99,7 @@ def test_it_is_what_a_plain_loop_finds(num_images: int, batch_size: int, num_bin
         expected = plain(source, model, 10, num_bins)
     assert found.num_images == num_images
     assert found.top1 == pytest.approx(expected["top1"])
+    assert found.macro_top1 == pytest.approx(expected["macro_top1"])
     assert found.top5 == pytest.approx(expected["top5"])
     assert found.loss == pytest.approx(expected["loss"], rel=1e-5)
     assert list(found.recall) == pytest.approx(expected["recall"])
@@ -134,7 +137,18 @@ def test_five_classes_have_no_top_five_and_an_empty_class_no_recall() -> None:
     result = summary(rows, 5, 15, 0)
     assert (result.top1, result.top5) == (50.0, None)
     assert result.recall == (50.0, None, None, None, None)
-    assert result.mean_recall == 50.0
+    assert result.macro_top1 == 50.0
+
+
+@pytest.mark.parametrize(
+    "labels", [[0, 0, 0, 0, 2, 2, 5], [1], [3, 3, 3]], ids=["uneven, with gaps", "one image", "one class"]
+)
+def test_macro_top1_is_the_mean_of_the_recalls_of_classes_with_images(labels: list[int]) -> None:
+    correct = [index % 3 != 1 for index in range(len(labels))]
+    pairs = list(zip(labels, correct, strict=True))
+    recalls = [np.mean([right for label, right in pairs if label == one]) for one in sorted(set(labels))]
+    found = accuracy("x_", torch.tensor(correct), torch.tensor(labels))
+    assert found == pytest.approx({"x_top1": 100 * np.mean(correct), "x_macro_top1": 100 * np.mean(recalls)})
 
 
 def test_a_calibrated_forecast_has_no_error_and_a_boast_all_of_it() -> None:

@@ -33,6 +33,7 @@ class Result:
     num_images: int = 8
     top1: float = 62.5
     recall: tuple[float | None, ...] = (75.0, None, 50.0)
+    macro_top1: float = 62.5
 
     def numbers(self) -> dict[str, float | int | None]:
         return {"top1": self.top1, "top5": None, "num_images": self.num_images}

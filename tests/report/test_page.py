@@ -196,15 +196,21 @@ def test_names_and_recipes_are_text_and_not_markup(run: Path) -> None:
     assert "<b>&amp;\"'" in read.text
 
 
-def test_probes_of_other_weights_are_told_by_what_was_loaded(run: Path) -> None:
+def test_probes_of_other_weights_are_told_by_what_was_loaded_and_a_collapse_beside_the_summary(
+    run: Path,
+) -> None:
     remove_log(run)
     (run / "report").mkdir(exist_ok=True)
     (run / "report" / "probes.jsonl").write_text(
         '{"step": 6, "knn_top1": 51.25}\n{"init": "theirs.pth", "knn_top1": 49.75}\n'
     )
+    kept = run / "report" / "evaluation" / "eval" / "evaluation.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text('{"protocol": {}, "numbers": {"top1": 10}, "collapse": "it has collapsed"}')
     text = outline(write_report([run], say=lambda _: None)).text
     cells = r"by etpp probe\s+weightsprotocolknn_top1\s+6probe51\.25\s+theirs\.pthprobe49\.75\s"
     assert re.search(cells, text)
+    assert "run: warning: it has collapsed" in text
 
 
 def test_the_summary_shows_the_best_of_each_protocol_and_long_settings_are_folded(run: Path) -> None:

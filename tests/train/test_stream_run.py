@@ -220,6 +220,17 @@ def test_labels_and_classes_that_do_not_fit_are_a_sentence(
         ({}, ["model.num_classes=31"], r"data\.eval is missing"),
         ({"classes": names, "eval": {**EVAL, "num_classes": 4}}, [], "classes that training lacks: "),
         ({"eval": EVAL}, ["model.num_classes=31"], "have 3 classes, but model.num_classes is 31, and the"),
+        (
+            {},
+            ["model.num_classes=31", "augment.balance=sqrt"],
+            "but the images of a stream come as they come",
+        ),
+        ({}, ["model.num_classes=31", "augment.logit_adjustment=1"], r"give augment\.class_counts"),
+        (
+            {},
+            ["model.num_classes=31", "augment.class_weights=sqrt", "augment.class_counts=[1, 2]"],
+            r"class_counts is \[1, 2\]: give the number of images of each of the 31 classes",
+        ),
         ({}, ["model.num_classes=20", "evaluate.split=null"], r"has label \d+, but model.num_classes is 20"),
     ):
         with pytest.raises(UserError, match=words) as error:

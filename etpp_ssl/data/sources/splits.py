@@ -23,7 +23,7 @@ AnyIndexedData = FolderConfig | FileListConfig | TimmConfig | SyntheticConfig | 
 """The data sources that are addressed by index: those known to recipes, and to streams for evaluation."""
 TRAINING = ("train", "holdout")
 """Parts of the training images."""
-NO_LABELS = "class sub-folders, or class names in a list, would be labels"
+NO_LABELS = "two class sub-folders or more, or class names in a list, would be labels"
 
 
 class Subset:
@@ -147,7 +147,7 @@ def _held_out(source: ImageSource, share: float, split: str, seed: int) -> Subse
         raise UserError(
             "the split holdout is a share of the training images: give data.holdout_share, such as 0.1"
         )
-    members = class_members(source, "holdout_share")
+    members = class_members(source, "data.holdout_share")
     held_out: set[int] = set()
     for label, indices in members.items():
         count = min(max(1, round(share * len(indices))), len(indices) - 1)
@@ -165,8 +165,7 @@ def label_subset(source: ImageSource, *, share: float | None, per_class: int | N
     """A keyed draw of images from each class, a function of the seed and of the source's order.
 
     A class's images are ranked by a draw keyed by (seed, class) and the first of them taken, so the images
-    of a smaller draw are among those of a larger one. Where labels are known only on reading, every image
-    is read once.
+    of a smaller draw are among those of a larger one. See `read_labels`.
 
     Args:
         source: labelled images; their order is the same on every machine.
@@ -180,7 +179,7 @@ def label_subset(source: ImageSource, *, share: float | None, per_class: int | N
     Raises:
         UserError: if there are no labels, or a class has fewer than `per_class` images.
     """
-    members = class_members(source, "labels_per_class" if share is None else "label_share")
+    members = class_members(source, "data.labels_per_class" if share is None else "data.label_share")
     taken: list[int] = []
     for label, indices in members.items():
         if share is not None:
@@ -199,25 +198,32 @@ def label_subset(source: ImageSource, *, share: float | None, per_class: int | N
 
 
 def class_members(source: ImageSource, key: str) -> dict[int, list[int]]:
-    """The numbers of each class's images, ascending.
-
-    Args:
-        source: labelled images; where labels are known only on reading, every image is read.
-        key: of the data, that asks for them.
-
-    Raises:
-        UserError: if there are no labels.
-    """
-    if source.classes is None:
-        raise UserError(f"data.{key} needs labels, and the data has none ({NO_LABELS})")
+    """The numbers of each class's images, ascending; see `read_labels`."""
     members: dict[int, list[int]] = {}
-    labels = source.all_labels()
-    for index in range(len(source)):
-        label = source.label(index) if labels is None else labels[index]
-        if label < 0:
-            raise UserError(f"data.{key} needs labels, and image {source.name(index)!r} has none")
+    for index, label in enumerate(read_labels(source, f"data.{key}")):
         members.setdefault(label, []).append(index)
     return members
+
+
+def read_labels(source: ImageSource, key: str) -> list[int]:
+    """Each image's class index. Where labels are known only on reading, every image is read once.
+
+    Args:
+        source: labelled images.
+        key: of the recipe, which needs them.
+
+    Raises:
+        UserError: if there are no labels, or an image has none.
+    """
+    if source.classes is None:
+        raise UserError(f"{key} needs labels, and the data has none ({NO_LABELS})")
+    labels = source.all_labels()
+    if labels is None:
+        labels = [source.label(index) for index in range(len(source))]
+    for index, label in enumerate(labels):
+        if label < 0:
+            raise UserError(f"{key} needs labels, and image {source.name(index)!r} has none")
+    return labels
 
 
 def read_anew(source: ImageSource, reading: Reading) -> ImageSource:
