@@ -96,7 +96,10 @@ def _first_mistake(error: ValidationError, root: type[BaseModel]) -> str:
     quotes = "; put it in quotes" if kind == "string_type" and isinstance(value, int | float) else ""
     message = first["msg"].removeprefix("Input ")
     default = _default_instead(models, path[-1]) if value is None else ""
-    return f"{key} is {shown(value)}: it {message}{quotes}{default}"
+    others = [e for e in error.errors(include_url=False)[1:] if e["type"] == "literal_error"]
+    words = [e["ctx"]["expected"] for e in others if _walk(e["loc"], root)[0] == path]
+    word = f", or be {words[0]}" if words else ""
+    return f"{key} is {shown(value)}: it {message}{word}{quotes}{default}"
 
 
 def _default_instead(models: list[type[BaseModel]], key: str) -> str:
@@ -154,6 +157,10 @@ def shown_text(text: str, length: int = 300) -> str:
     return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 
 
+PLAIN_TYPES = ("int", "float", "bool", "str", "constrained-float", "literal")
+"""How pydantic calls members of a union that are no Configs."""
+
+
 def _walk(
     loc: tuple[int | str, ...], root: type[BaseModel]
 ) -> tuple[list[str], list[type[BaseModel]], list[type[BaseModel]]]:
@@ -173,11 +180,7 @@ def _walk(
             models = tagged
             continue
         named = any(model.__name__ == part for model in models)
-        if (
-            named
-            or part.endswith("]")
-            or part.split("[")[0] in ("int", "float", "bool", "str", "constrained-float", "literal")
-        ):
+        if named or part.endswith("]") or part.split("[")[0] in PLAIN_TYPES:
             continue
         path.append(part)
         around = models
