@@ -173,7 +173,7 @@ def fit_head(
         UserError: if a holdout is needed and no class has two images.
     """
     settings = list(product(config.base_lrs, config.weight_decays))
-    chosen, top1 = settings[0], None
+    chosen, top1, beside = settings[0], None, holdout is not None
     if len(settings) > 1:
         rest = train
         if holdout is None:
@@ -184,6 +184,8 @@ def fit_head(
         losses = cross_entropies(heads, features, holdout.labels).tolist()
         best = min(range(len(settings)), key=lambda number: (-found[number], losses[number]))
         chosen, top1 = settings[best], found[best]
+        if beside:
+            return FittedHead(heads.one(best), scale, *chosen, top1)
     heads, scale = _trained(config, train, [chosen], num_classes, seed)
     return FittedHead(heads, scale, *chosen, top1)
 
@@ -236,6 +238,10 @@ class Heads:
 
     weight_DSC: Tensor
     bias_SC: Tensor
+
+    def one(self, number: int) -> Heads:
+        """A single one of them."""
+        return Heads(self.weight_DSC[:, number : number + 1], self.bias_SC[number : number + 1])
 
     def logits(self, features: Tensor) -> Tensor:
         """float32 (B, D) to (B, S, C)."""

@@ -14,12 +14,16 @@ import yaml
 from ranks import Server
 from safetensors.torch import load_file
 from tiny_runs import TINY_CLASSIFIER
+from torch import Tensor, nn
 
 from etpp_ssl.config import UserError
 from etpp_ssl.recipe import FinetuneRecipe, load_any, load_probed
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.tasks.classify import Classification
+from etpp_ssl.tasks.classify import Classification, Judge
 from etpp_ssl.train.launch import finetune, open_run
+from etpp_ssl.train.loop import on_step_end
+from etpp_ssl.train.run import Run
+from etpp_ssl.train.selection import best_of
 
 Build = Callable[..., FinetuneRecipe]
 SMALL = ["model.head=linear", "data.holdout_share=0.2", "evaluate.keep_better=true", "augment.ramp=false"]
@@ -52,7 +56,7 @@ def test_a_run_begins_with_the_head_that_is_best_on_the_holdout(
     told = re.search(r"linear head on frozen features: ([\d.]+) % on the holdout", capsys.readouterr().err)
     assert told is not None
     assert float(told[1]) == 100.0 * right.double().mean().item()
-    assert right.sum() > 2 * fitted.task.judge.right(random.bare_model).sum()
+    assert right.sum() > max(5, fitted.task.judge.right(random.bare_model).sum())
 
 
 def test_the_learning_rate_is_chosen_by_trials_and_resumed_in_the_same_bits(
@@ -62,7 +66,7 @@ def test_the_learning_rate_is_chosen_by_trials_and_resumed_in_the_same_bits(
     finetune(tiny_classifier(*SMALL, *AUTO, f"output={whole}"))
     chosen = json.loads((whole / "trials" / "chosen.json").read_text())
     assert [trial["base_lr"] for trial in chosen["trials"]] == [0.001, 0.01]
-    best = min(chosen["trials"], key=lambda trial: trial["eval_loss"])
+    best = best_of(chosen["trials"])
     assert chosen["base_lr"] == best["base_lr"] == RunFolder(whole).any_recipe().optim.base_lr
     assert not list(whole.glob("trials/*/checkpoints"))
     # Stopped in the first trial, then in the second one, then in the run itself.
@@ -77,20 +81,51 @@ def test_the_learning_rate_is_chosen_by_trials_and_resumed_in_the_same_bits(
     assert last_choice(cut) == last_choice(whole)
 
 
-@pytest.mark.parametrize("lr", [1e-6, 3.0])
-def test_what_the_run_began_with_is_kept_where_training_has_made_it_worse(
-    tiny_classifier: Build, tmp_path: Path, lr: float
+@pytest.mark.parametrize(
+    ("top1", "num_images", "chosen"),
+    [((50, 55, 59), 50, 0), ((50, 55, 61), 50, 2), ((50, 54, 53), 5_000, 1), ((54, 50, 53), 5_000, 0)],
+)
+def test_another_learning_rate_is_taken_for_more_than_noise(
+    top1: tuple[float, ...], num_images: int, chosen: int
 ) -> None:
-    run = finetune(tiny_classifier(*SMALL, f"optim.base_lr={lr}", "data.num_images=120"))
-    assert isinstance(run.task, Classification)
-    assert run.task.judge is not None
-    began = run.task.judge.began().state_dict()
-    kept = all(value.equal(began[name]) for name, value in weights(tmp_path / "run").items())
+    trials = [{"base_lr": n, "top1": value, "num_images": num_images} for n, value in enumerate(top1)]
+    assert best_of(trials)["base_lr"] == chosen
+
+
+@pytest.mark.parametrize(
+    ("only_began", "only_trained", "kept"),
+    [(0, 0, False), (1, 0, False), (3, 0, True), (9, 5, True), (8, 5, False)],
+)
+def test_what_the_run_began_with_is_kept_where_training_has_made_it_worse(
+    tiny_classifier: Build, tmp_path: Path, only_began: int, only_trained: int, kept: bool
+) -> None:
+    recipe = tiny_classifier(*SMALL, "optim.base_lr=1e-3", "budget_epochs=0.4")
+    began = open_run(tiny_classifier(*SMALL, f"output={tmp_path / 'other'}")).bare_model.state_dict()
+
+    def right(model: nn.Module) -> Tensor:
+        images = torch.zeros(20, dtype=torch.bool)
+        if all(value.equal(began[name]) for name, value in model.state_dict().items()):
+            images[:only_began] = True
+        else:
+            images[10 : 10 + only_trained] = True
+        return images
+
+    def judged(run: Run) -> None:
+        assert isinstance(run.task, Classification)
+        assert run.task.judge is not None
+        run.task.judge = Judge(right, run.task.judge.began)
+
+    on_step_end.append(judged)
+    try:
+        finetune(recipe)
+    finally:
+        on_step_end.remove(judged)
+    saved = weights(tmp_path / "run")
+    assert all(value.equal(began[name]) for name, value in saved.items()) == kept
     row = last_choice(tmp_path / "run")
-    assert kept == row["start_kept"] == (lr > 1)
-    assert row["start_holdout_top1"] - row["holdout_top1"] > (5 if kept else -1e-9)
-    # What is evaluated afterwards is what was kept.
-    assert run.newest["top1"] == pytest.approx(run.task.evaluation.run(run.trained_model())["top1"])  # type: ignore[union-attr]
+    shares = {"start_holdout_top1": 5.0 * only_began, "holdout_top1": 5.0 * only_trained}
+    assert {key: row[key] for key in shares} == pytest.approx(shares)
+    assert row["start_kept"] == kept
 
 
 def test_two_processes_choose_what_one_does(tiny_classifier: Build, tmp_path: Path, ranks: Server) -> None:
@@ -111,7 +146,16 @@ def test_two_processes_choose_what_one_does(tiny_classifier: Build, tmp_path: Pa
         (["optim.base_lr=auto", "optim.auto_lrs=[]"], ["auto_lrs is empty"]),
         (["evaluate.split=holdout"], ["give data.holdout_share"]),
         ([*SMALL, "data.labels_per_class=1"], ["holds out none", "no class has two", "optim.base_lr"]),
-        ([*SMALL, "model.name=resnetv2_50x1_bit", "model.patch_size=null"], ["head", "not a linear layer"]),
+        (
+            [
+                *SMALL,
+                "model={name: resnetv2_50x1_bit}",
+                "data.num_images=40",
+                "image_size=32",
+                "curriculum=constant",
+            ],
+            ["head is linear", "not a linear layer"],
+        ),
     ],
 )
 def test_what_cannot_be_chosen_is_refused(
@@ -148,7 +192,7 @@ def test_init_without_a_learning_rate_asks_for_the_protocol_of_small_sets(tmp_pa
     # A probe fine-tunes nothing, and a run's own recipe is as it was written.
     assert load_probed(file, ["init=weights.pth", "probe=knn"]).data.holdout_share == 0
     small.save(tmp_path / "run.yaml")
-    assert load_any(tmp_path / "run.yaml") == small
+    assert load_any(tmp_path / "run.yaml").model_dump() == small.model_dump()
 
 
 @pytest.mark.parametrize("num_images", [100, 2_000, 29_999, 30_000])
