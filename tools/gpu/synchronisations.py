@@ -1,9 +1,9 @@
 """Count where the host would wait for a GPU, on a machine without one.
 
 On a CPU every tensor is the host's, so the counter remembers which memory would be a GPU's: that of the
-tensors it is told of, of what is copied to a device or made there, and of every result of these. It notes each
-operation that reads such a tensor's values (`item`, `tolist`, `nonzero`, an index by a mask, a copy to the
-host) and each copy to the device that blocks. It cannot see whether the source of a copy is pinned.
+tensors it is told of, of what is copied to a device or made there, and of every result of these. It notes
+each operation that reads such a tensor's values (`item`, `tolist`, `nonzero`, an index by a mask, a copy to
+the host) and each copy to the device that blocks. It cannot see whether the source of a copy is pinned.
 
 A device is a `torch.device`; the text "cpu" means the host.
 """
