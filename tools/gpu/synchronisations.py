@@ -11,7 +11,9 @@ A device is a `torch.device`; the text "cpu" means the host.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from etpp_ssl.train.loop import on_step_end
 from etpp_ssl.train.run import Run
 
 PACKAGE = "etpp_ssl"
-AT_LEISURE = {"log_row", "save", "evaluate_and_record", "open_run", "prepare_run", "write_dump"}
+AT_LEISURE = {"log_row", "save", "synchronise", "evaluate_and_record", "prepare_run", "write_dump"}
 """Functions of the package that may wait: rows, checkpoints, evaluations, the start, a dump."""
 ATEN = torch.ops.aten
 READS = {
@@ -164,23 +166,49 @@ class _Functions(TorchFunctionMode):
         return result
 
 
+@contextmanager
+def warned() -> Iterator[WaitCounter]:
+    """Inside, torch itself tells of what makes the host wait for a GPU, and a counter notes it.
+
+    It tells of neither `synchronize` nor an event's; these are only where they are meant.
+    """
+    counter = WaitCounter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        shown = warnings.showwarning
+
+        def note(message: Warning | str, *others: Any) -> None:
+            if "synchroniz" in str(message):
+                counter.note("a wait")
+            else:
+                shown(message, *others)
+
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield counter
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def waits_of_steps(run: Run) -> list[list[str]]:
-    """Train a run, opened on a CPU, and tell the waits of each step.
+    """Train a run that was opened, and tell the waits of each step: on a CPU, those that a GPU would have.
 
     Those of a stage's first step are left out: it makes the tables of its size, and copies them once.
     """
-    counter = WaitCounter([*run.bare_model.parameters(), *run.bare_model.buffers()])
     steps: list[list[str]] = []
+    on_gpu = run.accelerator.device.type == "cuda"
+    held = [*run.bare_model.parameters(), *run.bare_model.buffers()]
+    with warned() if on_gpu else WaitCounter(held) as counter:
 
-    def step_done(run: Run) -> None:
-        done = run.curriculum.stage_at(run.state.step - 1)
-        steps.append([] if done.first_step == done.step else counter.waits.copy())
-        counter.waits.clear()
+        def step_done(run: Run) -> None:
+            done = run.curriculum.stage_at(run.state.step - 1)
+            steps.append([] if done.first_step == done.step else counter.waits.copy())
+            counter.waits.clear()
 
-    on_step_end.append(step_done)
-    try:
-        with counter:
+        on_step_end.append(step_done)
+        try:
             launch(run)
-    finally:
-        on_step_end.remove(step_done)
+        finally:
+            on_step_end.remove(step_done)
     return steps
