@@ -28,6 +28,7 @@ import tempfile
 import time
 import tomllib
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def main() -> None:
         print(f"missing: {', '.join(wheels)}\nthere:  pip download -d wheels {names}")
         sys.exit(f"here:   pip install --no-index --find-links wheels {names}")
     if options.run is not None:
-        run_cases(_part(options.run), place_of(options), options.results)
+        part = next(part for part in PARTS if part.name == options.run)
+        run_cases(part, place_of(options), options.results, _own_terminal(options.folder))
         return
     if options.table:
         print(results.tables(results.rows_of(options.results)))
@@ -120,10 +122,6 @@ def place_of(options: argparse.Namespace) -> Place:
 
     device = "cuda" if torch.cuda.is_available() and not options.smoke else "cpu"
     return Place(device, options.smoke, options.folder, options.original, options.images)
-
-
-def _part(name: str) -> Part:
-    return next(part for part in PARTS if part.name == name)
 
 
 def run_parts(options: argparse.Namespace, done: set[str]) -> int:
@@ -193,12 +191,17 @@ def _wait(process: subprocess.Popen[bytes], limit: float) -> int | None:
         process.wait()
 
 
-def run_cases(part: Part, place: Place, file: Path) -> None:
-    """Inside a part's process: run its open cases and record each."""
-    terminal = os.fdopen(os.dup(1), "w")
-    log = os.open(place.folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def _own_terminal(folder: Path) -> Callable[[str], None]:
+    """Says a line where this process printed so far; what else it and its children print goes to a log."""
+    terminal = os.fdopen(os.dup(1), "w", buffering=1)
+    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
+    return lambda line: print(line, file=terminal)
+
+
+def run_cases(part: Part, place: Place, file: Path, say: Callable[[str], None]) -> None:
+    """Run a part's open cases, and record each."""
     done = results.cases_of(results.rows_of(file), part.name)
     cases = getattr(importlib.import_module(f"gpu.{part.file}"), part.name)
     for case, run in cases(place):
@@ -220,7 +223,7 @@ def run_cases(part: Part, place: Place, file: Path) -> None:
         results.append(file, results.row(part.name, case, state, what=what, figures=figures, seconds=seconds))
         shown = ", ".join(f"{name} {results.shown(value)}" for name, value in figures.items())
         said = "; ".join(text for text in (shown, what) if text)
-        print(f"  {state:8} {case}: {said} ({seconds:.1f} s)", file=terminal, flush=True)
+        say(f"  {state:8} {case}: {said} ({seconds:.1f} s)")
     (place.folder / CASE).unlink(missing_ok=True)
 
 
