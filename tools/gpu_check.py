@@ -47,6 +47,10 @@ TAIL_LINES = 12
 LOG, CASE = "log.txt", "case.txt"
 """In a part's folder: what it prints, and the name of the case in work."""
 OUT_OF_TIME = "out of time"
+CASES_LEFT = 75
+"""Exit code of a part's process that has stopped between two cases, to be resumed."""
+STARTING_SECONDS = 10
+"""Of a part's time limit, for what comes before its first case."""
 
 
 def main() -> None:
@@ -59,8 +63,8 @@ def main() -> None:
         sys.exit(f"here:   pip install --no-index --find-links wheels {names}")
     if options.run is not None:
         part = next(part for part in PARTS if part.name == options.run)
-        run_cases(part, place_of(options), options.results, _own_terminal(options.folder))
-        return
+        say, deadline = _own_terminal(options.folder), time.monotonic() + options.seconds
+        sys.exit(0 if run_cases(part, place_of(options), options.results, say, deadline) else CASES_LEFT)
     if options.table:
         print(results.tables(results.rows_of(options.results)))
         return
@@ -88,6 +92,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="Imagenette")
     parser.add_argument("--run", metavar="PART", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     names = {part.name for part in PARTS}
     if unknown := [name for name in options.only if name not in names]:
@@ -158,13 +163,16 @@ def run_part(part: Part, options: argparse.Namespace, limit: float) -> str:
     print(f"{part.name}: {part.what}", flush=True)
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as folder:
         command = [sys.executable, __file__, "--run", part.name, "--folder", folder, "--results", str(file)]
+        command += ["--seconds", str(limit - STARTING_SECONDS)]
         command += ["--smoke"] if options.smoke else []
         for name in ("original", "images"):
             path = getattr(options, name)
             command += [f"--{name}", str(path.absolute())] if path is not None else []
         code = _wait(subprocess.Popen(command, start_new_session=True, env=_environment()), limit)
-        what = "" if code == 0 else f"after {limit:.0f} s" if code is None else f"exit code {code}"
-        if what:
+        what = f"after {limit:.0f} s" if code is None else f"exit code {code}" if code else ""
+        if code == CASES_LEFT:
+            state, what = OUT_OF_TIME, "cases are left"
+        elif what:
             state = OUT_OF_TIME if code is None else "crashed"
             print(f"  {state} {what}\n{_tail(folder)}")
             case = _read(folder, CASE)
@@ -200,13 +208,28 @@ def _own_terminal(folder: Path) -> Callable[[str], None]:
     return lambda line: print(line, file=terminal)
 
 
-def run_cases(part: Part, place: Place, file: Path, say: Callable[[str], None]) -> None:
-    """Run a part's open cases, and record each."""
+def run_cases(
+    part: Part, place: Place, file: Path, say: Callable[[str], None], deadline: float = float("inf")
+) -> bool:
+    """Run a part's open cases, and record each.
+
+    Args:
+        part, place: what, and where.
+        file: of the results.
+        say: is told of each.
+        deadline: by `time.monotonic`; a case is begun if one as long as the longest so far would end by then.
+
+    Returns:
+        Whether none is left.
+    """
+    longest = 0.0
     done = results.cases_of(results.rows_of(file), part.name)
     cases = getattr(importlib.import_module(f"gpu.{part.file}"), part.name)
     for case, run in cases(place):
         if case in done:
             continue
+        if time.monotonic() + longest > deadline:
+            return False
         (place.folder / CASE).write_text(case)
         start, what, figures = time.monotonic(), "", {}
         try:
@@ -223,8 +246,10 @@ def run_cases(part: Part, place: Place, file: Path, say: Callable[[str], None]) 
         results.append(file, results.row(part.name, case, state, what=what, figures=figures, seconds=seconds))
         shown = ", ".join(f"{name} {results.shown(value)}" for name, value in figures.items())
         said = "; ".join(text for text in (shown, what) if text)
+        longest = max(longest, seconds)
+        (place.folder / CASE).unlink()
         say(f"  {state:8} {case}: {said} ({seconds:.1f} s)")
-    (place.folder / CASE).unlink(missing_ok=True)
+    return True
 
 
 def _environment() -> dict[str, str]:

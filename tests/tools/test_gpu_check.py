@@ -121,6 +121,14 @@ def test_cases_are_recorded_one_by_one_and_not_run_again(part: Part, place: Plac
     assert len(results.rows_of(file)) == 9
 
 
+def test_a_part_stops_between_cases_before_its_time_is_up(part: Part, place: Place, tmp_path: Path) -> None:
+    file = tmp_path / "gpu.jsonl"
+    assert not gpu_check.run_cases(part, place, file, print, time.monotonic() - 1)
+    assert results.rows_of(file) == []
+    assert gpu_check.run_cases(part, place, file, print, time.monotonic() + 60)
+    assert len(results.rows_of(file)) == 4
+
+
 def test_results_of_other_code_or_another_device_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [results.row("crop", None, "ok"), results.row("hog", None, "out of time")]
     assert results.finished_parts(rows) == {"crop"}

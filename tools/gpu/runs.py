@@ -60,7 +60,8 @@ KINDS = {
         "model.decoder={name: cross, embed_dim: 32, depth: 1, num_heads: 2}",
         "model.compiled=true",
     ),
-    "classifier": (FINETUNE,),
+    "classifier": (FINETUNE, "curriculum={name: constant}"),
+    "classifier at stages": (FINETUNE,),
 }
 KILLED = """
 import os, signal, sys
