@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class WaitCounter:
 
     def note(self, operation: str) -> None:
         """Remember a wait, unless it is where waiting is right."""
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         place = ""
         while frame is not None:
             file = Path(frame.f_code.co_filename)
@@ -183,7 +184,7 @@ def warned() -> Iterator[WaitCounter]:
             else:
                 shown(message, *others)
 
-        warnings.showwarning = note
+        warnings.showwarning = note  # type: ignore[assignment]
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield counter
