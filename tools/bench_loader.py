@@ -36,7 +36,8 @@ from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.data.formats.base import Channels, DecodedPicture, Decoder, Picture, Reading, Region
 from etpp_ssl.data.loader import BatchBuilder
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
-from etpp_ssl.data.sources.folder import FileSource, image_files
+from etpp_ssl.data.sources.folder import FileSource
+from etpp_ssl.data.sources.found import find_images
 from etpp_ssl.data.views import TrainView
 
 SIZE = (224, 224)
@@ -185,7 +186,7 @@ def source_of(files: Paths) -> FileSource:
 @contextmanager
 def files_of(folder: Path, count: int, *, enlarge: bool) -> Iterator[Paths]:
     """Evenly spread files of a folder, or temporary sheets made from them."""
-    found = sorted(image_files(folder))
+    found = sorted(find_images(folder).files)
     needed = 4 * count if enlarge else count
     chosen = [folder / name for name in islice(found, 0, None, max(1, len(found) // needed))][:needed]
     if not enlarge:

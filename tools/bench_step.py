@@ -3,7 +3,7 @@
     python tools/bench_step.py RECIPE [key=value ...] [--batch 16] [--stages 0,2] [--precision fp32,bf16]
         [--modes eager,compiled] [--attention auto,fused,unfused] [--repeats 6] [--against CLONE]
 
-The step is the one of `train/pretrain.py`: crop, mask, forward, loss, backward, AdamW; images are random
+The step is the one of `train/loop.py`: crop, mask, forward, loss, backward, AdamW; images are random
 and on the device already. All variants of a stage take turns in one process; ratios are pairwise within a
 turn, of the variant to the first one that is listed (with `--against`, to the original). A share of the
 machine's own rate is of 2048^3 matrix products, measured before each stage in the same precision.
@@ -54,7 +54,7 @@ class Variant:
     name: str
     dtype: torch.dtype
     step: Callable[[], list[float]]
-    """Takes a step; returns the moments between its parts."""
+    """Takes a step; returns the seconds of its parts."""
     seconds: list[float] = field(default_factory=list)
     parts: list[list[float]] = field(default_factory=list)
     peak_bytes: int = 0
@@ -158,8 +158,8 @@ def our_step(
     device: torch.device,
     attention: AttentionName,
     runner: BlockRunner,
-) -> Callable[[], list[float]]:
-    """The step of `train/pretrain.py` on one process, timed part by part."""
+) -> Callable[..., list[float]]:
+    """The step of `train/loop.py` on one process, timed part by part; with `exact=False` nothing waits."""
     torch.manual_seed(0)
     model, objective = recipe.build_model().to(device), recipe.build_objective()
     use_attention(model, attention)
@@ -169,8 +169,8 @@ def our_step(
     positions = torch.arange(recipe.batch_size, device=device)
     masker = recipe.build_masker()
 
-    def step() -> list[float]:
-        clock = Clock(device)
+    def step(exact: bool = True) -> list[float]:
+        clock = Clock(device, exact)
         shown = low_frequency_crop(images, bandwidth)
         mask = masker(positions, bandwidth, 1.0)
         clock.part()
@@ -191,7 +191,7 @@ def our_step(
 
 def original_step(
     recipe: Recipe, bandwidth: tuple[int, int], precision: str, device: torch.device, clone: Path
-) -> Callable[[], list[float]]:
+) -> Callable[..., list[float]]:
     """The same step with the original's model, which wants a square image of a fixed size."""
     try:
         model = original_model(recipe, bandwidth, clone).to(device)
@@ -200,8 +200,8 @@ def original_step(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95))
     images = torch.randn(recipe.batch_size, recipe.in_chans, *bandwidth, device=device)
 
-    def step() -> list[float]:
-        clock = Clock(device)
+    def step(exact: bool = True) -> list[float]:
+        clock = Clock(device, exact)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss: Tensor = model(images, mask_ratio=recipe.model.final_mask_ratio)[0]
         clock.part()
@@ -216,10 +216,11 @@ def original_step(
 
 
 class Clock:
-    """Seconds between the parts of a step, device work included."""
+    """Seconds between the parts of a step, device work included where they are to be exact."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, exact: bool = True) -> None:
         self.device = device
+        self.exact = exact
         self.parts: list[float] = []
         self._last = self._now()
 
@@ -230,14 +231,14 @@ class Clock:
         self._last = now
 
     def _now(self) -> float:
-        if self.device.type != "cpu":
+        if self.exact and self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
 
-def product_rate(dtype: torch.dtype, device: torch.device) -> float:
+def product_rate(dtype: torch.dtype, device: torch.device, size: int = PRODUCT) -> float:
     """Operations per second of large matrix products: what the machine can do at best."""
-    a = torch.randn(PRODUCT, PRODUCT, device=device).to(dtype)
+    a = torch.randn(size, size, device=device).to(dtype)
     seconds = []
     for turn in range(8):
         clock = Clock(device)
@@ -245,7 +246,7 @@ def product_rate(dtype: torch.dtype, device: torch.device) -> float:
         clock.part()
         if turn >= WARM_UP:
             seconds += clock.parts
-    return 2 * PRODUCT**3 / statistics.median(seconds)
+    return 2 * size**3 / statistics.median(seconds)
 
 
 def peak_memory(step: Callable[[], list[float]], device: torch.device) -> int:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from etpp_ssl.config import UserError
 
@@ -137,6 +138,9 @@ def resampled_pos_embed(
     """
     if grid == base_grid:
         return pos_embed
+    if pos_embed.is_cuda and torch.are_deterministic_algorithms_enabled():
+        # torch refuses the backward pass of its interpolation there; that of a product is deterministic.
+        return resampled_by_products(pos_embed, grid, base_grid, num_prefix)
     from timm.layers import resample_abs_pos_embed
 
     # Without old_size, timm takes any grid of the same number of tokens for a square one.
@@ -144,3 +148,27 @@ def resampled_pos_embed(
         pos_embed, new_size=list(grid), old_size=list(base_grid), num_prefix_tokens=num_prefix
     )
     return resampled
+
+
+def resampled_by_products(
+    pos_embed: Tensor, grid: tuple[int, int], base_grid: tuple[int, int], num_prefix: int
+) -> Tensor:
+    """`resampled_pos_embed` as one matrix product per axis, equal up to rounding."""
+    prefix, table = pos_embed[:, :num_prefix], pos_embed[0, num_prefix:].float()
+    rows, columns = (
+        _resampling(base, new, pos_embed.device) for base, new in zip(base_grid, grid, strict=True)
+    )
+    with torch.autocast(device_type=pos_embed.device.type, enabled=False):
+        along_rows = rows @ table.view(base_grid[0], -1)
+        resampled = columns @ along_rows.view(grid[0], base_grid[1], -1)
+    return torch.cat([prefix, resampled.flatten(0, 1)[None].to(pos_embed.dtype)], dim=1)
+
+
+@lru_cache(maxsize=64)
+def _resampling(base: int, new: int, device: torch.device) -> Tensor:
+    """What torch's antialiased bicubic interpolation does to an axis, float32 (new, base)."""
+    with torch.inference_mode(False), torch.no_grad():
+        # Two equal columns: of one, torch's result is wrong.
+        unit_vectors = torch.eye(base)[:, None, :, None].expand(-1, -1, -1, 2)
+        columns = interpolate(unit_vectors, size=(new, 2), mode="bicubic", antialias=True)
+        return columns[:, 0, :, 0].T.contiguous().to(device)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import Dataset
@@ -91,6 +92,8 @@ class TrainingBatches:
             replay.refill(self._loaded)
             self._batches = replay.batches(self._loaded)
         self._device = accelerator.device
+        on_gpu = self._device.type == "cuda"
+        self._copies = torch.cuda.Stream(self._device) if on_gpu else None
         self._taken = taken
         self._clock = clock
         self.wait_seconds = 0.0
@@ -111,7 +114,20 @@ class TrainingBatches:
             last = batch.request.last
             self._keep(batch)
             self._taken(batch)
-            yield batch.to(self._device)
+            yield self._on_device(batch)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        if self._copies is None:
+            return batch.to(self._device)
+        # The host is up to a step ahead: on a stream of its own the copy runs beside the step in work.
+        with torch.cuda.stream(self._copies):
+            batch = batch.to(self._device)
+        training = torch.cuda.current_stream(self._device)
+        training.wait_stream(self._copies)
+        for tensor in (batch.images, batch.labels, batch.sample_ids):
+            # Its memory is the other stream's, which may not use it again before this one is done with it.
+            tensor.record_stream(training)
+        return batch
 
     def _keep(self, batch: Batch) -> None:
         self.kept.setdefault(batch.request.step, []).append(batch)

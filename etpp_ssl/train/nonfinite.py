@@ -82,7 +82,7 @@ class NonFiniteCheck:
         Raises:
             NonFinite: on all processes, if the run is to stop or to go back.
         """
-        run, step = self.run, self.run.state.step
+        step = self.run.state.step
         finite = self._finite()
         # Before the new verdict reaches the optimizer: the weights are still those of the step before.
         self.settle()
@@ -91,16 +91,16 @@ class NonFiniteCheck:
             before.copy_(torch.where(bad > 0, before, buffer))
             buffer.copy_(before)
         if not self.late:
-            self._act(step, bool(bad))
-            return not bool(bad)
+            left_out = bool(bad)
+            self._act(step, left_out)
+            return not left_out
         self._optimizer.found_inf = bad
-        if run.accelerator.device.type == "cuda":
-            on_host = torch.empty_like(bad, device="cpu", pin_memory=True).copy_(bad, non_blocking=True)
+        on_gpu, arrived = bad.device.type == "cuda", None
+        on_host = torch.empty_like(bad, device="cpu", pin_memory=on_gpu).copy_(bad, non_blocking=True)
+        if on_gpu:
             arrived = torch.cuda.Event()
             arrived.record()
-            self._pending = (step, on_host, arrived)
-        else:
-            self._pending = (step, bad, None)
+        self._pending = (step, on_host, arrived)
         return True
 
     def settle(self) -> None:

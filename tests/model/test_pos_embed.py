@@ -12,7 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from etpp_ssl.config import UserError
-from etpp_ssl.model.pos_embed import patch_centres, resampled_pos_embed, sincos_pos_embed
+from etpp_ssl.model.pos_embed import (
+    patch_centres,
+    resampled_by_products,
+    resampled_pos_embed,
+    sincos_pos_embed,
+)
 
 
 def sincos_by_meshgrid(rows: np.ndarray, columns: np.ndarray, dim: int) -> Tensor:
@@ -103,6 +108,22 @@ def test_a_learned_embedding_is_resampled_bicubically_as_timm_does(
     image = parameter[:, num_prefix:].transpose(1, 2).unflatten(2, base)
     smooth = functional.interpolate(image, size=grid, mode="bicubic", antialias=True)
     torch.testing.assert_close(resampled[:, num_prefix:], smooth.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize(("base", "grid"), [*RESAMPLINGS, ((6, 1), (3, 1)), ((14, 14), (1, 6))])
+@pytest.mark.parametrize("num_prefix", [0, 5])
+def test_products_are_torchs_resampling_forward_and_backward(
+    base: tuple[int, int], grid: tuple[int, int], num_prefix: int
+) -> None:
+    results = []
+    for resample in (resampled_pos_embed, resampled_by_products):
+        parameter = torch.nn.Parameter(learned(base, num_prefix))
+        with torch.autocast("cpu", torch.bfloat16):
+            resampled = resample(parameter, grid, base, num_prefix)
+        weights = torch.arange(resampled.numel()).sin().view(resampled.shape)
+        (resampled * weights).sum().backward()
+        results.append((resampled, parameter.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize(("base", "grid"), RESAMPLINGS)

@@ -16,6 +16,7 @@ from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.synthetic import SyntheticConfig
 from etpp_ssl.data.views import TrainView
 from etpp_ssl.run_state import TrainState
+from etpp_ssl.train import batches
 from etpp_ssl.train.batches import BadImages, TrainingBatches
 
 SIZE = (8, 8)
@@ -117,6 +118,43 @@ def test_the_wait_is_that_of_the_current_step_and_of_data_only() -> None:
         for _ in reader.step():
             builder.now += 100.0
         assert reader.wait_seconds == 1.0
+
+
+def test_a_batch_is_copied_to_a_gpu_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    now = ["training"]
+
+    class Stream:
+        def __init__(self, name: object) -> None:
+            self.name = "copies" if isinstance(name, torch.device) else str(name)
+
+        def wait_stream(self, other: Stream) -> None:
+            said.append(f"{self.name} waits for {other.name}")
+
+        def __enter__(self) -> None:
+            now.append(self.name)
+
+        def __exit__(self, *error: object) -> None:
+            now.pop()
+
+    def to(batch: Batch, device: torch.device) -> Batch:
+        said.append(f"copy on {now[-1]}")
+        return batch
+
+    # There is no GPU here: only the order of what is asked of it can be seen.
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("training"))
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, stream: said.append(f"kept for {stream.name}")
+    )
+    monkeypatch.setattr(Batch, "to", to)
+    monkeypatch.setattr(
+        batches, "load_batches", lambda builder, requests, **_: (builder[r] for r in requests)
+    )
+    reader = open_batches(range(1), device="cuda")
+    assert len(list(reader.step())) == 3
+    assert said == 3 * ["copy on copies", "training waits for copies", *3 * ["kept for training"]]
 
 
 def test_a_bad_image_is_named_once_with_its_reason() -> None:
