@@ -25,6 +25,8 @@ from etpp_ssl.data.formats.base import (
     Channels,
     DecodedPicture,
     Format,
+    FramedPicture,
+    LazyPicture,
     Picture,
     Reader,
     Reading,
@@ -66,15 +68,15 @@ def extensions_of(reader: Reader) -> frozenset[str]:
 def open_picture(data: bytes, reading: Reading) -> Picture:
     """A file's bytes as a picture of `reading.in_chans` channels.
 
-    EXIF orientation is applied, of an animation (GIF, PNG, WebP) only the first frame is used, colour
-    profiles are ignored. Gray, palette, RGBA and CMYK of 8 bits become RGB for 3 channels and luma for 1
-    (alpha is dropped). Other channel counts are read from the channels of the file, from the pages of a
-    TIFF, or from a numpy array.
+    EXIF orientation is applied, colour profiles are ignored. Gray, palette, RGBA and CMYK of 8 bits become
+    RGB for 3 channels and luma for 1 (alpha is dropped). Other channel counts are read from the channels of
+    the file, from the pages of a TIFF, or from a numpy array. Of an animation (GIF, PNG, WebP, AVIF) the
+    first frame is used; with `reading.frames` the picture of a file of several images is a `FramedPicture`.
 
     Without `reading.range` values are 8 bits: 16-bit ones keep their high byte, and others, which have no
     agreed range, are refused. With it values keep their depth; see `ValuePicture`.
 
-    Plain gray and colour JPEGs are decoded when their pixels are asked for; everything else is decoded here.
+    Most are decoded when their pixels are asked for.
 
     Raises:
         UnreadableImage: for anything that cannot be read so, with the reason.
@@ -91,6 +93,15 @@ def finished(picture: Picture, reading: Reading) -> Picture:
     """
     if reading.range == "raw":
         return picture
+    if isinstance(picture, FramedPicture):
+        frame = picture.frame
+
+        def later(number: int) -> Picture:
+            if reading.deep:
+                return finished(frame(number), reading)
+            return LazyPicture(picture.size, False, lambda: finished(frame(number), reading))
+
+        return FramedPicture(later(0), picture.num_frames, later)
     if reading.deep:
         return ValuePicture(picture, reading)
     if not picture.deep:
@@ -146,8 +157,8 @@ def open_file(path: str | os.PathLike[str], reading: Reading, *, in_parts: bool 
     Raises:
         UnreadableImage: for anything that cannot be read so, a named pipe or a device among it.
     """
-    at_most = None if in_parts else most_bytes(reading)
-    by_path = reading.deep or os.path.isdir(path)
+    at_most = None if in_parts or reading.frames else most_bytes(reading)
+    by_path = reading.deep or reading.frames or os.path.isdir(path)
     form = _format_at(path, at_most, reading.reader) if by_path else None
     if form is None or form.open_path is None:
         return open_picture(read_file(path, most_bytes(reading)), reading)

@@ -82,6 +82,8 @@ class Reading:
     """Whether a file may have more channels, of which a view shows C; see `data.channel_sampling`."""
     overviews: bool = False
     """Whether a file's smaller copies of itself may serve regions that need few pixels; see `level_for`."""
+    frames: bool = False
+    """Whether a file may hold several images, which are then the frames of its picture; see `data.frames`."""
 
     @property
     def deep(self) -> bool:
@@ -96,6 +98,9 @@ class Reading:
     def settings(self) -> dict[str, Any]:
         """What turns raw values into a model's input, for the config of an export; empty for 8 bits."""
         own = {key: getattr(self, key) for key in _OF_VALUES}
+        if self.frames and self.axes is not None:
+            # Of one frame, which is what a model is given.
+            own["axes"] = "".join(axis for axis in self.axes if axis in "hwc")
         return {key: value for key, value in own.items() if value != getattr(Reading, key)}
 
     @classmethod
@@ -160,7 +165,8 @@ class Picture(Protocol):
     """An image whose size is known before it is decoded.
 
     Pictures of files that say where they lie have a `place`, too, and those that read only what is asked for
-    have `reads_parts`; see the functions of these names.
+    have `reads_parts`; see the functions of these names. Of several images in a file one is a picture, and
+    `FramedPicture` knows the others.
     """
 
     size: tuple[int, int]
@@ -243,6 +249,62 @@ class ArrayPicture:
         part = (slice(top, bottom), slice(left, right))
         valid = None if self._valid is None else self._valid[part]
         return Region(self._values[part], (0, 0, right - left, bottom - top), valid)
+
+
+class LazyPicture:
+    """A picture that is decoded once, when its pixels are asked for: a start looks at many headers.
+
+    Args:
+        size: (width, height), upright.
+        deep: whether its values keep their depth.
+        decode: gives its pixels.
+    """
+
+    def __init__(self, size: tuple[int, int], deep: bool, decode: Callable[[], Picture]) -> None:
+        self.size = size
+        self.deep = deep
+        self._decode = decode
+        self._decoded: Picture | None = None
+
+    def channels(self) -> Channels:
+        """Of 8 bits; see `Picture.channels`."""
+        if self.deep:
+            raise TypeError("a deep picture has regions only")
+        return self._picture().channels()
+
+    def region(
+        self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
+    ) -> Region:
+        """See `Picture.region`."""
+        return self._picture().region(box, at_least, decoder)
+
+    def _picture(self) -> Picture:
+        if self._decoded is None:
+            with one_line_reasons():
+                self._decoded = self._decode()
+        return self._decoded
+
+
+class FramedPicture:
+    """A file of several images of one size: the first of them as a picture, and the way to the others.
+
+    Args:
+        first: the picture of the first.
+        num_frames: how many there are.
+        frame: from a number below that to the picture.
+    """
+
+    def __init__(self, first: Picture, num_frames: int, frame: Callable[[int], Picture]) -> None:
+        self.num_frames = num_frames
+        self.frame = frame
+        self.size, self.deep = first.size, first.deep
+        self.place, self.reads_parts = place_of(first), reads_parts(first)
+        self.channels, self.region = first.channels, first.region
+
+
+def frames_of(picture: Picture) -> int:
+    """Number of images in a picture's file."""
+    return picture.num_frames if isinstance(picture, FramedPicture) else 1
 
 
 def place_of(picture: Picture) -> Place | None:

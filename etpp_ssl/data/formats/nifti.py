@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from etpp_ssl.data.formats.arrays import Scale, StoredArray, check_claim
+from etpp_ssl.data.formats.arrays import Scale, check_claim, picture_of_array
 from etpp_ssl.data.formats.base import (
     Format,
     Picture,
@@ -119,7 +119,7 @@ def _picture(values: np.ndarray, header: Any, reading: Reading, *, on_disk: bool
     for axis, letter in ((min(width, height), "w"), (max(width, height), "h")):
         names[axis] = letter
     scale: Scale = (1.0, 0.0) if slope is None or colours else (slope, intercept)
-    return StoredArray(values, reading, "".join(names), scale=scale, on_disk=on_disk)
+    return picture_of_array(values, reading, "".join(names), scale=scale, on_disk=on_disk)
 
 
 def _check_packed(data: bytes, max_pixels: int) -> None:

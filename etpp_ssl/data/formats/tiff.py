@@ -18,9 +18,12 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from etpp_ssl.data.formats import pillow
 from etpp_ssl.data.formats.base import (
     Format,
+    FramedPicture,
     Picture,
     Place,
     Reading,
@@ -125,7 +128,13 @@ def _all_plain(pages: list[Tags], reading: Reading) -> bool:
     sizes = [(page[_WIDTH][0], page[_HEIGHT][0]) for page in images]
     as_channels = samples == 1 and len(images) == 3 == reading.in_chans
     named = _NAMED.match(first.get(_DESCRIPTION, (b"",))[0])
-    return not (is_narrow(size) or as_channels or named or any(is_copy(size, other) for other in sizes))
+    return not (
+        reading.frames
+        or is_narrow(size)
+        or as_channels
+        or named
+        or any(is_copy(size, other) for other in sizes)
+    )
 
 
 def _tifffile_has_the_same(file: BinaryIO, reading: Reading) -> bool:
@@ -182,7 +191,7 @@ MOST_PAGES = 10_000
 """Of a file: each costs a tenth of a millisecond."""
 REDUCED, MASK = 1, 4
 """Bits of the tag SubfileType."""
-_GDAL_METADATA = 42112
+_ORIENTATION = 274
 _PIXEL_SCALE, _TIE_POINTS, _TRANSFORM, _GEO_KEYS = 33550, 33922, 34264, 34735
 _RASTER_TYPE, _GEOGRAPHIC, _PROJECTED, _POINTS, _USER_DEFINED = 1025, 2048, 3072, 2, 32767
 """GeoTIFF's keys: numbers below the last are those of EPSG."""
@@ -191,7 +200,7 @@ _ITEM = re.compile(r"<Item\b([^>]*)>([^<]*)</Item>")
 _ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
 
 
-def by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, in_parts: bool = False) -> TiffPicture:
+def by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, in_parts: bool = False) -> Picture:
     """A file as a picture, of which the tags are read here.
 
     Args:
@@ -219,20 +228,31 @@ def by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, in_parts: b
             prepare(page, reading)
         size = _size(images[0])
         check_pixels(size, reading.max_pixels)
-        images, names = _as_channels(found, images, reading)
-        bands, alpha = _bands(images, reading, names)
+        images, num_channels, names = _in_order(found, images, reading)
+        bands, alpha = _bands(images[:num_channels], reading, names)
         masks = [page for page in pages if page.subfiletype & (REDUCED | MASK) == MASK]
-        return TiffPicture(
+        starts = range(0, len(images), num_channels)
+        scales, *others = (
+            [_scale(images[start + page], sample) for page, sample in bands] for start in starts
+        )
+        if others and (masks or any(other != scales for other in others)):
+            raise UnreadableImage(
+                "its pages have masks or scales of their own: write each to a file of its own"
+            )
+        first = TiffPicture(
             opened,
             [images, *_levels(images, pages)],
             bands,
             reading,
-            [_scale(images[page], sample) for page, sample in bands],
+            scales,
             mask=next((page for page in masks if _size(page) == size), None),
             alpha=alpha,
             place=_place(images[0]),
             reads_parts=in_parts,
         )
+        if len(starts) == 1:
+            return first
+        return FramedPicture(first, len(starts), lambda number: first.from_page(starts[number]))
 
 
 def _place(page: Page) -> Place | None:
@@ -271,42 +291,50 @@ def _whole(images: list[Page]) -> list[Page]:
     if len(sizes) > 1:
         some = ", ".join(f"{width:,} x {height:,}" for width, height in sizes[:3])
         raise UnreadableImage(f"its pages differ in size ({some}), and no tag says which one is the image")
-    if len({(str(page.dtype), page.samplesperpixel, int(page.photometric)) for page in images}) > 1:
+    if len({(str(p.dtype), p.samplesperpixel, int(p.photometric)) for p in images}) > 1:
         raise UnreadableImage("its pages differ in the type of their values, in channels or in colours")
+    if len({(p.tags.valueof(_ORIENTATION), p.tags.valueof(_GDAL_NODATA)) for p in images}) > 1:
+        raise UnreadableImage("its pages differ in orientation, or in the value that stands for no data")
     return images
 
 
-def _as_channels(found: Any, images: list[Page], reading: Reading) -> tuple[list[Page], list[str]]:
-    """The pages in the order of their channels, and the channels' names, [] for none.
+def _in_order(found: Any, images: list[Page], reading: Reading) -> tuple[list[Page], int, list[str]]:
+    """The pages in the order of images and their channels, pages an image, and the channels' names or [].
 
     Raises:
-        UnreadableImage: for several pages that need not be channels.
+        UnreadableImage: for several pages of which it is not sure what they are.
     """
     number, page = len(images), images[0]
     series, extents = _series(found) if number > 1 or not found.is_ome else None, {}
     if series is not None:
         extents = {a: n for a, n in zip(series.axes, series.shape, strict=True) if a not in "YXS" and n > 1}
     planes = math.prod(extents.values())
-    if extents and planes != number and reading.axes is None:
+    if extents and planes != number and (reading.axes is None or reading.frames):
         plural = "s" * (number > 1)
         raise UnreadableImage(
             f"its description tells of {planes} planes, and it has {number} page{plural}: write each plane "
             f"to a page"
         )
     if number == 1:
-        return images, _described(page, "description")
-    if page.samplesperpixel > 1:
-        raise UnreadableImage(
-            f"it has {number} pages of {page.samplesperpixel} channels: write each page to a file of its own"
-        )
-    out = "data.axes=pages takes them as channels, of which data.channels chooses"
+        return images, 1, _described(page, "description")
+    frames = "data.frames=all makes images of them"
+    out = f"{frames}, data.axes=pages makes them channels, of which data.channels chooses"
     if reading.axes not in (None, "pages", "chw"):
         raise UnreadableImage(f"it has {number} pages, and data.axes is {reading.axes}: {out}")
-    if reading.axes is None and extents.keys() == {"C"}:
+    if extents and reading.axes is None and (reading.frames or extents.keys() == {"C"}):
         assert series is not None
         by_index = {page.index: page for page in images}
+        order = np.array([page.index for page in series.pages]).reshape([*extents.values()])
+        if "C" in extents:
+            order = np.moveaxis(order, [*extents].index("C"), -1)
+        num_channels = extents.get("C", 1)
         names = re.findall(r'<Channel\b[^>]*\bName="([^"]*)"', found.ome_metadata or "")
-        return [by_index[page.index] for page in series.pages], names if len(names) == number else []
+        named = page.samplesperpixel == 1 and len(names) == num_channels
+        return [by_index[index] for index in order.flat], num_channels, names if named else []
+    if reading.frames:
+        return images, 1, []
+    if page.samplesperpixel > 1:
+        raise UnreadableImage(f"it has {number} pages of {page.samplesperpixel} channels: {frames}")
     if reading.axes is None and not extents.keys() <= {"I", "Q"}:
         stack = ", ".join(f"{axis} {extent}" for axis, extent in extents.items())
         raise UnreadableImage(f"it is a stack of {number} pages ({stack}) and not one image: {out}")
@@ -322,7 +350,7 @@ def _as_channels(found: Any, images: list[Page], reading: Reading) -> tuple[list
                 f"are meant"
             )
         raise UnreadableImage(f"{reason}{',' if narrow else ':'} {out}")
-    return images, []
+    return images, number, []
 
 
 def _series(found: Any) -> Any:

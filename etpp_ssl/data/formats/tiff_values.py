@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -49,7 +50,7 @@ class TiffPicture:
     Args:
         opened: opens the file.
         levels: the pages whose samples are channels, each prepared (see `prepare`), then the same for each
-            smaller copy of the image.
+            smaller copy of the image; behind them those of other images in the file.
         bands: (page, sample) per channel; of a single one with a palette, its colours are shown.
         reading: says how deep.
         scales: per channel (scale, offset), which make the stored values the ones that are meant.
@@ -95,6 +96,13 @@ class TiffPicture:
         self._white = page.photometric == WHITE_IS_ZERO
         steps = np.array(scales).T
         self._steps = steps if reading.deep and (steps != [[1.0], [0.0]]).any() else None
+        self._start = 0
+
+    def from_page(self, start: int) -> TiffPicture:
+        """Another image of the file, whose pages begin at this one."""
+        other = copy(self)
+        other._start = start
+        return other
 
     def channels(self) -> Channels:
         """Not of 8 bits."""
@@ -117,6 +125,7 @@ class TiffPicture:
 
     def _values(self, pages: list[Page], box: IntBox) -> tuple[np.ndarray, np.ndarray]:
         """(H, W, C), and bool (H, W) where there is no data."""
+        pages = pages[self._start :]
         parts, missing = [], np.zeros((box[3] - box[1], box[2] - box[0]), bool)
         with self._opened() as file:
             for page, samples in self._runs(pages):

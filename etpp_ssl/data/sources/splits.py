@@ -16,7 +16,7 @@ from etpp_ssl.data.sources.folder import FileListConfig, FolderConfig
 from etpp_ssl.data.sources.shards import ShardsConfig
 from etpp_ssl.data.sources.synthetic import SyntheticConfig
 from etpp_ssl.data.sources.timm_dataset import TimmConfig
-from etpp_ssl.data.sources.windows import TiledConfig, WindowSource
+from etpp_ssl.data.sources.windows import PartSource, TiledConfig
 from etpp_ssl.randomness import keyed_torch
 
 AnyIndexedData = FolderConfig | FileListConfig | TimmConfig | SyntheticConfig | ShardsConfig
@@ -101,7 +101,7 @@ def open_split(
 
     With `data.holdout`, a keyed draw of that many training images is the evaluation part, and
     training never sees them. Of the others, `data.label_share` or `data.labels_per_class` takes some of
-    each class. With `data.tile` all of these are files, whose windows are then the images.
+    each class. With `data.tile` or `data.frames` all of these are files, whose parts are then the images.
 
     Raises:
         UserError: if the data is not there or has no images, the holdout leaves nothing to train on, or
@@ -112,7 +112,7 @@ def open_split(
     if split == "train" and (share is not None or per_class is not None):
         indices = label_subset(source, share=share, per_class=per_class, seed=seed)
         source = Subset(source, indices, hash_indices=True)
-    return config.windows(source) if isinstance(config, TiledConfig) else source
+    return config.parts(source) if isinstance(config, TiledConfig) else source
 
 
 def _open_whole(
@@ -184,7 +184,7 @@ def label_subset(source: ImageSource, *, share: float | None, per_class: int | N
 def read_anew(source: ImageSource, reading: Reading) -> ImageSource:
     """The same images, whose files become pictures in another way; nothing is looked for again."""
     other: Any = copy(source)
-    if isinstance(source, Subset | WindowSource):
+    if isinstance(source, Subset | PartSource):
         other.source = read_anew(source.source, reading)
     else:
         object.__setattr__(other, "reading", reading)  # One is frozen.
