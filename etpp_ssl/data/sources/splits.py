@@ -95,13 +95,20 @@ class Subset:
 
 
 def open_split(
-    config: DataConfig, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int
+    config: DataConfig,
+    split: str,
+    *,
+    in_chans: int,
+    image_size: tuple[int, int],
+    seed: int,
+    parts: bool = True,
 ) -> ImageSource:
     """Open the "train" or the "eval" part of a recipe's data.
 
     With `data.holdout`, a keyed draw of that many training images is the evaluation part, and
     training never sees them. Of the others, `data.label_share` or `data.labels_per_class` takes some of
-    each class. With `data.tile` or `data.frames` all of these are files, whose parts are then the images.
+    each class. With `data.tile` or `data.frames` all of these are files, whose parts are then the images,
+    unless the files are asked for by `parts=False`.
 
     Raises:
         UserError: if the data is not there or has no images, the holdout leaves nothing to train on, or
@@ -112,7 +119,7 @@ def open_split(
     if split == "train" and (share is not None or per_class is not None):
         indices = label_subset(source, share=share, per_class=per_class, seed=seed)
         source = Subset(source, indices, hash_indices=True)
-    return config.parts(source) if isinstance(config, TiledConfig) else source
+    return config.parts(source) if parts and isinstance(config, TiledConfig) else source
 
 
 def _open_whole(
