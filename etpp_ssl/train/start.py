@@ -156,9 +156,18 @@ def starting_point(
             f"for a fork; give a larger budget"
         )
     say(f"forked from {start.path} at step {state.step}")
-    # The rest is the old run's own: losses of no row yet, unreadable images by number, the place in a stream,
-    # rewinds and what they made of its learning rate.
-    return start, TrainState(step=state.step, seconds=state.seconds, elapsed=state.elapsed, plan=plan)
+    # Counts that are told beside all images since the first step count from there, too. The rest is the old
+    # run's own: losses of no row yet, unreadable images by number, the place in a stream, rewinds and what
+    # they made of its learning rate.
+    kept = TrainState(
+        step=state.step,
+        seconds=state.seconds,
+        elapsed=state.elapsed,
+        plan=plan,
+        num_outside=state.num_outside,
+        num_without_data=state.num_without_data,
+    )
+    return start, kept
 
 
 def _is_leftover(path: Path) -> bool:

@@ -245,6 +245,17 @@ def test_a_resumed_run_has_counted_the_same(images: Path, stages: list[str]) -> 
         assert pretrain(again).state.num_outside == whole.state.num_outside
 
 
+def test_a_fork_counts_on(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, counts = outside(images)
+    parent = pretrain(recipe("data.range=[0,1]", "budget_epochs=2", "data.crop_scale=[1,1]", "output=parent"))
+    assert 0 < parent.state.num_outside < counts[-1]
+    longer = recipe("data.range=[0,1]", "budget_epochs=4", "data.crop_scale=[1,1]", "output=fork")
+    capsys.readouterr()
+    assert pretrain(longer, fork=Path("parent")).state.num_outside == whole.state.num_outside == counts[-1]
+    loaded = whole.curriculum.stage_at(whole.curriculum.num_steps - 1).samples.stop
+    assert f"{counts[-1]} of {loaded} images had values" in capsys.readouterr().err
+
+
 def test_clipped_images_are_told_as_such(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outside(images, "data.clip=true")
     assert "images had values outside data.range, which were clipped" in capsys.readouterr().err
