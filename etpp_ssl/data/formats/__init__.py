@@ -33,6 +33,7 @@ from etpp_ssl.data.formats.base import (
     UnreadableImage,
     one_line_reasons,
 )
+from etpp_ssl.data.formats.url import is_url, read_url
 from etpp_ssl.data.formats.values import ValuePicture
 from etpp_ssl.files import read_head, read_regular
 
@@ -131,11 +132,14 @@ def _format_of(data: bytes, reader: Reader) -> Format:
 
 
 def read_file(path: str | os.PathLike[str], at_most: int) -> bytes:
-    """A file's bytes, as they are stored.
+    """A file's bytes, as they are stored; `path` may be a URL, see `etpp_ssl.data.formats.url`.
 
     Raises:
         UnreadableImage: if the file cannot be read, is none (a named pipe, a device), or has more bytes.
+        RunFault: if a URL cannot be read, and perhaps could another time.
     """
+    if is_url(os.fspath(path)):
+        return read_url(os.fspath(path), at_most)
     try:
         return read_regular(path, at_most)
     except (OSError, ValueError) as error:
@@ -149,7 +153,7 @@ def open_file(path: str | os.PathLike[str], reading: Reading, *, in_parts: bool 
     Where values are deep, formats that can read only what is asked for do so; folders are always read so.
 
     Args:
-        path: of the file.
+        path: of the file, or its URL, of which all bytes are read.
         reading: how it becomes a picture.
         in_parts: whether only parts of it will be asked for, of at most `reading.max_pixels`: a file of a
             format that reads those alone may then have any number of pixels and bytes.
@@ -158,7 +162,8 @@ def open_file(path: str | os.PathLike[str], reading: Reading, *, in_parts: bool 
         UnreadableImage: for anything that cannot be read so, a named pipe or a device among it.
     """
     at_most = None if in_parts or reading.frames else most_bytes(reading)
-    by_path = reading.deep or reading.frames or os.path.isdir(path)
+    deep = reading.deep or reading.frames
+    by_path = not is_url(os.fspath(path)) and (deep or os.path.isdir(path))
     form = _format_at(path, at_most, reading.reader) if by_path else None
     if form is None or form.open_path is None:
         return open_picture(read_file(path, most_bytes(reading)), reading)
