@@ -261,7 +261,8 @@ def print_inspection(found: Inspection, console: Console) -> None:
     if len(values.sizes) > 1:
         size = f"{min(widths)} to {max(widths)} x {min(heights)} to {max(heights)} pixels, most {size}"
     kinds = ", ".join(f"{number:,} of {name}" for name, number in values.num_images.items())
-    console.print(f"{by_extension(values.extensions)}; {size}; {kinds}", markup=False)
+    extensions = f"{by_extension(values.extensions)}; " if any(values.extensions) else ""
+    console.print(f"{extensions}{size}; {kinds}", markup=False)
     if values.num_missing:
         share = values.num_missing / values.num_pixels
         console.print(f"without data: {_percent(share)} of the pixels", markup=False)

@@ -197,6 +197,7 @@ def test_slices_are_counted_one_by_one(tmp_path: Path, capsys: pytest.CaptureFix
     assert run(str(folder), "data.frames=all", "data.axes=zhw", "--images", "10") == 0
     text = capsys.readouterr().out
     assert "10 read of 24 frames of 4 images" in text
+    assert "\n10 .npy; 14 x 12 pixels; 10 of uint16" in text
     assert "in_chans: 1" in text
     found = inspect(str(folder), ["data.frames=all", "data.axes=zhw"], images=0)
     (channel,) = found.values.channels["uint16"]

@@ -95,12 +95,15 @@ class Reading:
         """What a format is asked for: all channels of the file, where the view chooses among them."""
         return replace(self, in_chans=0) if self.sampled else self
 
+    @property
+    def of_one(self) -> Reading:
+        """Of images that are no part of a file: one frame is given at a time."""
+        axes = self.axes and "".join(axis for axis in self.axes if axis in "hwc" or not self.frames)
+        return replace(self, frames=False, axes=axes)
+
     def settings(self) -> dict[str, Any]:
         """What turns raw values into a model's input, for the config of an export; empty for 8 bits."""
-        own = {key: getattr(self, key) for key in _OF_VALUES}
-        if self.frames and self.axes is not None:
-            # Of one frame, which is what a model is given.
-            own["axes"] = "".join(axis for axis in self.axes if axis in "hwc")
+        own = {key: getattr(self.of_one, key) for key in _OF_VALUES}
         return {key: value for key, value in own.items() if value != getattr(Reading, key)}
 
     @classmethod

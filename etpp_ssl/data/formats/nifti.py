@@ -47,7 +47,8 @@ def _open_path(path: str | os.PathLike[str], reading: Reading) -> Picture:
         header = _header(file.read(540))
     shape, dtype = _layout(header)
     _require(shape, dtype, header, os.stat(path).st_size)
-    return _picture(np.memmap(path, dtype, "r", header.get_data_offset(), shape, order="F"), header, reading)
+    values = np.memmap(path, dtype, "r", header.get_data_offset(), shape, order="F")
+    return _picture(values, header, reading, on_disk=True)
 
 
 def _open_packed(data: bytes, reading: Reading) -> Picture:

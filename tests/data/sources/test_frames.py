@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from pydantic import ValidationError
 from etpp_ssl.config import UserError
 from etpp_ssl.data.formats import open_picture
 from etpp_ssl.data.formats.base import FramedPicture, Reading, UnreadableImage
+from etpp_ssl.data.given import viewed
 from etpp_ssl.data.loader import BatchBuilder, load_batches
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.folder import FolderConfig
 from etpp_ssl.data.sources.splits import open_split, read_anew
-from etpp_ssl.data.views import TrainView
+from etpp_ssl.data.views import EvalView, TrainView
 
 T, Z, C, H, W = 2, 3, 2, 21, 34
 SIZE = (8, 12)
@@ -160,7 +162,10 @@ def test_slices_of_a_volume_along_each_axis(tmp_path: Path) -> None:
     values = drawn(W, H, Z, T, dtype="int16")
     nibabel.Nifti1Image(values, np.eye(4)).to_filename(tmp_path / "a.nii")
     axial = values.transpose(2, 3, 1, 0).reshape(Z * T, H, W, 1)
-    assert_shows(opened(tmp_path), axial)
+    source = opened(tmp_path)
+    assert_shows(source, axial)
+    assert len(source._held.pictures) == 1
+    assert "read whole" not in source.describe()
     coronal = values.transpose(1, 3, 2, 0).reshape(H * T, Z, W, 1)
     assert_shows(opened(tmp_path, axes="wzht"), coronal)
     (tmp_path / "a.nii").rename(tmp_path / "b.nii")
@@ -297,5 +302,12 @@ def test_a_volume_smaller_than_a_window_is_named(tmp_path: Path) -> None:
 
 
 def test_a_model_is_given_one_frame_at_a_time() -> None:
-    reading = Reading(1, range=((0.0, 1.0),), axes="tzchw", frames=True)
-    assert Reading.of_settings(reading.settings(), (0.5,)).axes == "chw"
+    reading = Reading(2, range=((0.0, 255.0),), axes="tzchw", frames=True, fill=(0.5, 0.5))
+    assert (reading.of_one.axes, reading.of_one.frames) == ("chw", False)
+    assert Reading.of_settings(reading.settings(), (0.5, 0.5)).axes == "chw"
+    assert replace(reading, frames=False).of_one.axes == "tzchw"
+    view = EvalView((H, W), 1.0)
+    values = drawn(2, H, W, dtype="float32")
+    np.testing.assert_array_equal(viewed(values, 0, view, reading)[:, :H], values)
+    with pytest.raises(UserError, match=r"its shape is \(3, 2, 21, 34\), but data.axes is chw"):
+        viewed(drawn(3, 2, H, W), 0, view, reading)
