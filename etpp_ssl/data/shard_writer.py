@@ -30,7 +30,8 @@ from pydantic import Field
 
 from etpp_ssl.config import Config, UserError
 from etpp_ssl.data.formats import EXTENSIONS, check_header, decode, jpeg, open_picture
-from etpp_ssl.data.formats.base import FramedPicture, Reading, UnreadableImage, frames_of
+from etpp_ssl.data.formats.base import Reading, UnreadableImage
+from etpp_ssl.data.formats.pictures import FramedPicture, frames_of
 from etpp_ssl.data.sources.folder import FileSource
 from etpp_ssl.data.sources.found import extension_of
 from etpp_ssl.data.sources.shard_index import ShardIndex, ShardRows

@@ -13,7 +13,7 @@ from PIL import Image
 
 from etpp_ssl.cli import main
 from etpp_ssl.commands.inspect import inspect, yaml_of
-from etpp_ssl.data.formats.base import ArrayPicture
+from etpp_ssl.data.formats.pictures import ArrayPicture
 from etpp_ssl.data.proposal import propose
 from etpp_ssl.data.statistics import Values, values_of
 from etpp_ssl.recipe import Recipe, load_any

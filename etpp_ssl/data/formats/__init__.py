@@ -23,16 +23,14 @@ from etpp_ssl.data.formats import (
 from etpp_ssl.data.formats.base import (
     MAX_PIXELS,
     Channels,
-    DecodedPicture,
     Format,
-    FramedPicture,
-    LazyPicture,
     Picture,
     Reader,
     Reading,
     UnreadableImage,
     one_line_reasons,
 )
+from etpp_ssl.data.formats.pictures import DecodedPicture, FramedPicture, LazyPicture
 from etpp_ssl.data.formats.url import is_url, read_url
 from etpp_ssl.data.formats.values import ValuePicture
 from etpp_ssl.files import read_head, read_regular

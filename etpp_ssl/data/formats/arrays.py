@@ -19,7 +19,6 @@ from etpp_ssl.config import listed
 from etpp_ssl.data.formats.base import (
     Channels,
     Decoder,
-    FramedPicture,
     Reading,
     Region,
     UnreadableImage,
@@ -28,6 +27,7 @@ from etpp_ssl.data.formats.base import (
     one_line_reasons,
     whole_pixels,
 )
+from etpp_ssl.data.formats.pictures import FramedPicture
 from etpp_ssl.data.formats.values import channel_numbers, without_data
 
 Scale = tuple[float, float]

@@ -17,10 +17,7 @@ import numpy as np
 
 from etpp_ssl.data.formats.arrays import Scale, scaled
 from etpp_ssl.data.formats.base import (
-    ArrayPicture,
     Format,
-    FramedPicture,
-    LazyPicture,
     Picture,
     Reading,
     UnreadableImage,
@@ -28,6 +25,7 @@ from etpp_ssl.data.formats.base import (
     imported,
     one_line_reasons,
 )
+from etpp_ssl.data.formats.pictures import ArrayPicture, FramedPicture, LazyPicture
 from etpp_ssl.data.formats.values import channel_numbers
 
 _GRAY = ("MONOCHROME1", "MONOCHROME2")

@@ -11,12 +11,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from etpp_ssl.data.formats.base import (
-    ArrayPicture,
     Channels,
-    DecodedPicture,
     Format,
-    FramedPicture,
-    LazyPicture,
     Picture,
     Reading,
     UnreadableImage,
@@ -24,6 +20,7 @@ from etpp_ssl.data.formats.base import (
     imported,
     one_line_reasons,
 )
+from etpp_ssl.data.formats.pictures import ArrayPicture, DecodedPicture, FramedPicture, LazyPicture
 from etpp_ssl.data.formats.values import chosen
 
 FORMATS = (

@@ -23,21 +23,20 @@ import numpy as np
 from etpp_ssl.data.formats import pillow
 from etpp_ssl.data.formats.base import (
     Format,
-    FramedPicture,
     Picture,
-    Place,
     Reading,
     UnreadableImage,
     check_pixels,
     imported,
 )
-from etpp_ssl.data.formats.tiff_values import PALETTE, Page, TiffPicture, prepare
+from etpp_ssl.data.formats.pictures import FramedPicture
+from etpp_ssl.data.formats.tiff_values import PALETTE, Page, TiffPicture, place_of_page, prepare, size_of
 from etpp_ssl.data.formats.values import channel_numbers, check_channels
 from etpp_ssl.files import read_regular
 
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _COLOURS, _DESCRIPTION = 254, 256, 257, 258, 259, 262, 270
 _SAMPLES, _STRIP_BYTES, _PLANES, _TILE_BYTES, _EXTRA, _SAMPLE_FORMAT = 277, 279, 284, 325, 338, 339
-_GDAL_METADATA, _GDAL_NODATA = 42112, 42113
+_ORIENTATION, _GDAL_METADATA, _GDAL_NODATA = 274, 42112, 42113
 _READ = frozenset(
     (
         _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _COLOURS, _DESCRIPTION, _SAMPLES, _STRIP_BYTES,
@@ -191,10 +190,6 @@ MOST_PAGES = 10_000
 """Of a file: each costs a tenth of a millisecond."""
 REDUCED, MASK = 1, 4
 """Bits of the tag SubfileType."""
-_ORIENTATION = 274
-_PIXEL_SCALE, _TIE_POINTS, _TRANSFORM, _GEO_KEYS = 33550, 33922, 34264, 34735
-_RASTER_TYPE, _GEOGRAPHIC, _PROJECTED, _POINTS, _USER_DEFINED = 1025, 2048, 3072, 2, 32767
-"""GeoTIFF's keys: numbers below the last are those of EPSG."""
 _NARROW = 16
 _ITEM = re.compile(r"<Item\b([^>]*)>([^<]*)</Item>")
 _ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
@@ -226,7 +221,7 @@ def by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, in_parts: b
         for page in images:
             check_channels(page.samplesperpixel)
             prepare(page, reading)
-        size = _size(images[0])
+        size = size_of(images[0])
         check_pixels(size, reading.max_pixels)
         images, num_channels, names = _in_order(found, images, reading)
         bands, alpha = _bands(images[:num_channels], reading, names)
@@ -245,9 +240,9 @@ def by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, in_parts: b
             bands,
             reading,
             scales,
-            mask=next((page for page in masks if _size(page) == size), None),
+            mask=next((page for page in masks if size_of(page) == size), None),
             alpha=alpha,
-            place=_place(images[0]),
+            place=place_of_page(images[0]),
             reads_parts=in_parts,
         )
         if len(starts) == 1:
@@ -255,39 +250,13 @@ def by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, in_parts: b
         return FramedPicture(first, len(starts), lambda number: first.from_page(starts[number]))
 
 
-def _place(page: Page) -> Place | None:
-    """Where a GeoTIFF says that it lies; None for what is none, or says so by several points."""
-    scale, points = page.tags.valueof(_PIXEL_SCALE), page.tags.valueof(_TIE_POINTS)
-    matrix = page.tags.valueof(_TRANSFORM)
-    if matrix is not None and len(matrix) == 16:
-        x_column, x_row, _, x, y_column, y_row, _, y = matrix[:8]
-    elif scale is not None and points is not None and len(points) == 6 and len(scale) >= 2:
-        x_column, x_row, y_column, y_row = scale[0], 0.0, 0.0, -scale[1]
-        x, y = points[3] - points[0] * x_column, points[4] - points[1] * y_row
-    else:
-        return None
-    keys = page.tags.valueof(_GEO_KEYS) or ()
-    # (key, where its value is, 0 for here, how many, the value) each, behind a header of the same size.
-    here = {keys[i]: keys[i + 3] for i in range(4, len(keys) - 3, 4) if keys[i + 1] == 0}
-    number = here.get(_PROJECTED) or here.get(_GEOGRAPHIC) or _USER_DEFINED
-    place = Place(
-        (x, x_column, x_row, y, y_column, y_row), f"EPSG:{number}" if number < _USER_DEFINED else ""
-    )
-    # The transform may be that of the centres of pixels.
-    return place.at(-0.5, -0.5) if here.get(_RASTER_TYPE) == _POINTS else place
-
-
-def _size(page: Page) -> tuple[int, int]:
-    return page.imagewidth, page.imagelength
-
-
 def _whole(images: list[Page]) -> list[Page]:
     """The pages that are not a smaller copy of another one."""
     if not images:
         raise UnreadableImage("it holds reduced copies of an image, and not the image")
-    largest = max(map(_size, images), key=math.prod)
-    images = [page for page in images if not is_copy(_size(page), largest)]
-    sizes = list(dict.fromkeys(map(_size, images)))
+    largest = max(map(size_of, images), key=math.prod)
+    images = [page for page in images if not is_copy(size_of(page), largest)]
+    sizes = list(dict.fromkeys(map(size_of, images)))
     if len(sizes) > 1:
         some = ", ".join(f"{width:,} x {height:,}" for width, height in sizes[:3])
         raise UnreadableImage(f"its pages differ in size ({some}), and no tag says which one is the image")
@@ -339,7 +308,7 @@ def _in_order(found: Any, images: list[Page], reading: Reading) -> tuple[list[Pa
         stack = ", ".join(f"{axis} {extent}" for axis, extent in extents.items())
         raise UnreadableImage(f"it is a stack of {number} pages ({stack}) and not one image: {out}")
     if reading.axes is None and number != reading.in_chans:
-        width, height = _size(page)
+        width, height = size_of(page)
         narrow = is_narrow((width, height))
         wanted = f", but in_chans is {reading.in_chans}" if reading.in_chans else ""
         reason = f"it has 1 channel and {number} pages{wanted}"
@@ -373,7 +342,7 @@ def _levels(images: list[Page], pages: list[Page]) -> list[list[Page]]:
     for copies in zip(*below, strict=False):
         factor = round(full.imagewidth / max(1, copies[0].imagewidth))
         size = (math.ceil(full.imagewidth / max(1, factor)), math.ceil(full.imagelength / max(1, factor)))
-        kinds = {(_size(c), c.dtype, c.samplesperpixel, c.photometric) for c in copies}
+        kinds = {(size_of(c), c.dtype, c.samplesperpixel, c.photometric) for c in copies}
         same = kinds == {(size, full.dtype, full.samplesperpixel, full.photometric)}
         if factor > 1 and factor.bit_count() == 1 and same:
             found.append(list(copies))

@@ -27,16 +27,15 @@ from etpp_ssl.config import UserError, as_pair, legal_size, show_size
 from etpp_ssl.data.formats.base import (
     Channels,
     Decoder,
-    FramedPicture,
     Picture,
     Place,
     Reading,
     Region,
     UnreadableImage,
-    frames_of,
     place_of,
     reads_parts,
 )
+from etpp_ssl.data.formats.pictures import FramedPicture, frames_of
 from etpp_ssl.data.sources.base import DataConfig, ImageSource
 
 MAX_OPEN = 16

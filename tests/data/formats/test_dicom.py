@@ -18,7 +18,8 @@ from pydicom.encaps import encapsulate, get_frame
 from stored import as_floats, damage, deep, opened, refusal, values, whole
 
 from etpp_ssl.data.formats import check_header, open_file, open_picture
-from etpp_ssl.data.formats.base import Reading, UnreadableImage, frames_of
+from etpp_ssl.data.formats.base import Reading, UnreadableImage
+from etpp_ssl.data.formats.pictures import frames_of
 
 HEIGHT, WIDTH = 33, 46
 JPEGS = {

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from etpp_ssl.data.formats import decode, open_picture, tiff
-from etpp_ssl.data.formats.base import DecodedPicture, Picture, Reading, Region, UnreadableImage, pixels_of
+from etpp_ssl.data.formats.base import Picture, Reading, Region, UnreadableImage, pixels_of
+from etpp_ssl.data.formats.pictures import DecodedPicture
 from etpp_ssl.data.formats.tiff import by_tifffile
 from etpp_ssl.data.formats.tiff_values import TiffPicture
 

@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.formats import open_picture
-from etpp_ssl.data.formats.base import ArrayPicture, Reading, Region, UnreadableImage
+from etpp_ssl.data.formats.base import Reading, Region, UnreadableImage
+from etpp_ssl.data.formats.pictures import ArrayPicture
 from etpp_ssl.data.formats.values import ValuePicture
 from etpp_ssl.data.given import viewed
 from etpp_ssl.data.resize import resize

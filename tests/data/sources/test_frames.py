@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.formats import open_picture
-from etpp_ssl.data.formats.base import FramedPicture, Reading, UnreadableImage
+from etpp_ssl.data.formats.base import Reading, UnreadableImage
+from etpp_ssl.data.formats.pictures import FramedPicture
 from etpp_ssl.data.given import viewed
 from etpp_ssl.data.loader import BatchBuilder, load_batches
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler

@@ -15,15 +15,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.formats.base import (
-    ArrayPicture,
-    Decoder,
-    Picture,
-    Place,
-    Region,
-    UnreadableImage,
-    place_of,
-)
+from etpp_ssl.data.formats.base import Decoder, Picture, Place, Region, UnreadableImage, place_of
+from etpp_ssl.data.formats.pictures import ArrayPicture
 from etpp_ssl.data.loader import Batch, BatchBuilder, load_batches
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.base import DataConfig, ImageSource
