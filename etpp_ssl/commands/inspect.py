@@ -101,6 +101,8 @@ def inspect(
 
     files = drawn(found)
     in_chans, notes = _num_channels(found, files[:: max(1, len(files) // TRIED)], reading, stated=stated)
+    if isinstance(found, StreamSample) and found.fault:
+        notes.append(f"the sample ended early: {found.fault}")
     raw = read_anew(found, replace(reading, in_chans=in_chans))
     if isinstance(recipe.data, TiledConfig):
         raw = recipe.data.parts(raw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 from pathlib import Path
 
@@ -240,6 +241,10 @@ def test_of_a_stream_the_beginnings_of_keyed_shards_are_read(
     assert run(str(tmp_path / "base.yaml"), *overrides, "--out", str(tmp_path / "out")) == 0
     assert "9 read of 9 images at the beginning of 3 shards" in capsys.readouterr().out
     assert (tmp_path / "out/sheet.png").is_file()
+    # Which of them is met first depends on the seed.
+    (tmp_path / "tars/0.tar").write_bytes(b"no")
+    (note,) = inspect(str(tmp_path / "base.yaml"), [*overrides, "seed=2"]).notes[-1:]
+    assert re.match(r"the sample ended early: shard '.*0\.tar' cannot be read after 1 try", note)
 
 
 def test_a_value_that_stands_apart_is_taken_for_missing_data_unless_told_otherwise(tmp_path: Path) -> None:

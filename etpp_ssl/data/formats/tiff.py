@@ -212,6 +212,7 @@ def by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, in_parts: b
     # It writes about broken metadata around a sound picture.
     logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
     with opened() as file, tifffile.TiffFile(file, _multifile=False) as found:
+        found.pages.cache = True  # Series would read them again.
         pages = list(itertools.islice(found.pages, MOST_PAGES + 1))
         if len(pages) > MOST_PAGES:
             raise UnreadableImage(f"it has more than {MOST_PAGES:,} pages")

@@ -123,21 +123,21 @@ class ShardStream:
             )
 
     def sample(self, count: int) -> Iterator[Item]:
-        """The first items of the first shards of the run; see `Stream.sample`."""
+        """The first items of the first shards of the run, without a second try; see `Stream.sample`."""
         left, each = count, -(-count // min(SAMPLED_SHARDS, len(self.reader.names)))
         for shard in self.shards_of(0, 1, 0):
-            with closing(self.read_shard(shard, 0)) as items:
+            with closing(self.read_shard(shard, 0, retries=0)) as items:
                 for item in islice(items, min(each, left)):
                     yield item
                     left -= 1
             if left == 0:
                 return
 
-    def read_shard(self, shard: int, offset: int) -> Generator[Item]:
+    def read_shard(self, shard: int, offset: int, retries: int) -> Generator[Item]:
         """Items of a shard from number `offset` on; see `read_patiently`."""
         reader = self.reader
         return read_patiently(
-            lambda start: reader.read(shard, start), offset, retries=self.retries, name=reader.names[shard]
+            lambda start: reader.read(shard, start), offset, retries=retries, name=reader.names[shard]
         )
 
     def worker_shard(self, worker: int, num_workers: int, cursor: Cursor | None) -> ShuffledWorkerShard:
@@ -241,7 +241,7 @@ class ShuffledWorkerShard:
             shards = self.stream.shards_of(self.worker, self.num_workers, epoch)
             empty = (place, offset) == (0, 0)
             while place < len(shards):
-                for item in self.stream.read_shard(shards[place], offset):
+                for item in self.stream.read_shard(shards[place], offset, self.stream.retries):
                     yield _Found(epoch, place, offset, item)
                     offset += 1
                     empty = False
