@@ -274,12 +274,15 @@ def _in_order(found: Any, images: list[Page], reading: Reading) -> tuple[list[Pa
     Raises:
         UnreadableImage: for several pages of which it is not sure what they are.
     """
-    number, page = len(images), images[0]
-    series, extents = _series(found) if number > 1 or not found.is_ome else None, {}
-    if series is not None:
-        extents = {a: n for a, n in zip(series.axes, series.shape, strict=True) if a not in "YXS" and n > 1}
-    planes = math.prod(extents.values())
-    if extents and planes != number and (reading.axes is None or reading.frames):
+    number, page, as_images = len(images), images[0], reading.frames and reading.axes is None
+    series, extents = _series(found) if number > 1 or not found.is_ome else [], {}
+    if series:
+        axes = zip(series[0].axes, series[0].shape, strict=True)
+        extents = {a: n for a, n in axes if a not in "YXS" and n > 1}
+        alike = all((other.axes, other.shape) == (series[0].axes, series[0].shape) for other in series)
+        series = series if as_images and alike else series[:1]
+    planes = math.prod(extents.values()) * max(1, len(series))
+    if extents and planes != number and reading.axes is None:
         plural = "s" * (number > 1)
         raise UnreadableImage(
             f"its description tells of {planes} planes, and it has {number} page{plural}: write each plane "
@@ -290,18 +293,20 @@ def _in_order(found: Any, images: list[Page], reading: Reading) -> tuple[list[Pa
     frames = "data.frames=all makes images of them"
     out = f"{frames}, data.axes=pages makes them channels, of which data.channels chooses"
     if reading.axes not in (None, "pages", "chw"):
-        raise UnreadableImage(f"it has {number} pages, and data.axes is {reading.axes}: {out}")
+        remedy = "data.axes is for arrays: leave it out" if reading.frames else out
+        raise UnreadableImage(f"it has {number} pages, and data.axes is {reading.axes}: {remedy}")
     if extents and reading.axes is None and (reading.frames or extents.keys() == {"C"}):
-        assert series is not None
         by_index = {page.index: page for page in images}
-        order = np.array([page.index for page in series.pages]).reshape([*extents.values()])
+        indices = [page.index for one in series for page in one.pages]
+        order = np.array(indices).reshape([len(series), *extents.values()])
         if "C" in extents:
-            order = np.moveaxis(order, [*extents].index("C"), -1)
+            order = np.moveaxis(order, 1 + [*extents].index("C"), -1)
         num_channels = extents.get("C", 1)
         names = re.findall(r'<Channel\b[^>]*\bName="([^"]*)"', found.ome_metadata or "")
-        named = page.samplesperpixel == 1 and len(names) == num_channels
-        return [by_index[index] for index in order.flat], num_channels, names if named else []
-    if reading.frames:
+        own = names[:num_channels]
+        named = page.samplesperpixel == 1 and names == own * len(series)
+        return [by_index[index] for index in order.flat], num_channels, own if named else []
+    if as_images:
         return images, 1, []
     if page.samplesperpixel > 1:
         raise UnreadableImage(f"it has {number} pages of {page.samplesperpixel} channels: {frames}")
@@ -323,15 +328,15 @@ def _in_order(found: Any, images: list[Page], reading: Reading) -> tuple[list[Pa
     return images, number, []
 
 
-def _series(found: Any) -> Any:
-    """What whoever wrote the file says that its pages are; None where it says nothing."""
+def _series(found: Any) -> list[Any]:
+    """What whoever wrote the file says that its pages are; [] where they say nothing."""
     if not (found.is_ome or found.is_imagej or found.is_shaped or found.is_stk):
-        return None
+        return []
     try:
-        return found.series[0]
+        return list(found.series)
     except Exception:
         # Another program has changed the pages and left the description.
-        return None
+        return []
 
 
 def _levels(images: list[Page], pages: list[Page]) -> list[list[Page]]:

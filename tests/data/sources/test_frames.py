@@ -139,6 +139,21 @@ def test_pages_of_a_tiff(shape: tuple[int, ...], options: dict[str, Any], tmp_pa
     np.testing.assert_array_equal(last, expected[-1, 2:11, 3:9])
 
 
+def test_positions_of_an_ome_tiff_follow_each_other(tmp_path: Path) -> None:
+    values = drawn(2, Z, C, H, W)
+    with pytest.importorskip("tifffile").TiffWriter(tmp_path / "a.tif", ome=True) as file:
+        for position in values:
+            channels = {"axes": "ZCYX", "Channel": {"Name": ["a", "b"]}}
+            file.write(position, photometric="minisblack", metadata=channels)
+    expected = values.reshape(2 * Z, C, H, W).transpose(0, 2, 3, 1)
+    assert_shows(opened(tmp_path, C), expected)
+    assert_shows(opened(tmp_path, 1, channels=["b"]), expected[..., 1:])
+    with pytest.raises(UnreadableImage, match=r"data\.axes is for arrays: leave it out"):
+        opened(tmp_path, C, axes="zchw").open(0)
+    with pytest.raises(UnreadableImage, match="tells of 6 planes, and it has 12 pages"):
+        opened(tmp_path, C, frames="one").open(0)
+
+
 def test_a_document_of_8_bits_without_a_range(tmp_path: Path) -> None:
     values = drawn(Z, H, W, dtype="uint8")
     pages = [Image.fromarray(page) for page in values]
