@@ -304,7 +304,7 @@ def _in_order(found: Any, images: list[Page], reading: Reading) -> tuple[list[Pa
         num_channels = extents.get("C", 1)
         names = re.findall(r'<Channel\b[^>]*\bName="([^"]*)"', found.ome_metadata or "")
         own = names[:num_channels]
-        named = page.samplesperpixel == 1 and names == own * len(series)
+        named = page.samplesperpixel == 1 and len(own) == num_channels and names == own * len(series)
         return [by_index[index] for index in order.flat], num_channels, own if named else []
     if as_images:
         return images, 1, []
