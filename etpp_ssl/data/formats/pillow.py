@@ -183,22 +183,19 @@ def _open(data: bytes, reading: Reading) -> Picture:
 
 def _picture(image: Image.Image, data: bytes, reading: Reading) -> Picture:
     """Of a file's first image, or the frame that is sought."""
-    turned = orientation(image, data) >= 5
-    size = image.size[::-1] if turned else image.size
-    if reading.range == "raw":
-        values = _deep_values(image, data)
-        if values is None:
-            return LazyPicture(size, False, lambda: DecodedPicture(from_picture(image, reading)))
+    if reading.range == "raw" and (values := _deep_values(image, data)) is not None:
         return ArrayPicture(chosen(values, reading))
     # The pages of a TIFF may be channels, which do not follow its orientation.
-    if (reading.deep or reading.frames) and image.format != "TIFF":
-        return LazyPicture(size, reading.deep, lambda: _decoded(data, image, reading))
+    if reading.range == "raw" or ((reading.deep or reading.frames) and image.format != "TIFF"):
+        size = image.size[::-1] if orientation(image, data) >= 5 else image.size
+        deep = reading.deep and reading.range != "raw"
+        return LazyPicture(size, deep, lambda: _decoded(data, image, reading))
     with image:
         return _decoded(data, image, reading)
 
 
 def _decoded(data: bytes, image: Image.Image, reading: Reading) -> Picture:
-    values = _deep_values(image, data) if reading.deep else None
+    values = _deep_values(image, data) if reading.deep and reading.range != "raw" else None
     if values is not None:
         return ArrayPicture(chosen(values, reading))
     return DecodedPicture(_from_image(image, reading))
