@@ -300,7 +300,10 @@ def _apply(values: dict[str, Any], override: str, kind: type[BaseModel]) -> None
     if has_name and not isinstance(value, dict | None):
         # section=name is short for section.name=name.
         sections, leaf = path, "name"
-        node = node.setdefault(path[-1], _default_section(path, kind))
+        if not isinstance(node.get(path[-1]), dict):
+            # A recipe may have the name alone there, too, or null.
+            node[path[-1]] = _default_section(path, kind)
+        node = node[path[-1]]
     if leaf == "name":
         _drop_stale(node, value, kind, sections)
     node[leaf] = value

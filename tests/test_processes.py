@@ -201,3 +201,19 @@ def test_images_that_leave_the_range_are_counted_over_all_processes(ranks: Serve
         assert not any(said[1:])
     assert counts[0] == counts[1]
     assert 0 < counts[0][-1] < rows[-1]["images_loaded"]
+
+
+def test_pixels_without_data_weigh_the_same_over_several_processes(ranks: Server, folder: Path) -> None:
+    """Batches of 11 of which the parts have different shares of gaps: no process's mean is the batch's."""
+    gaps = ["data.dtype=float32", "data.range=[0,1]", "data.gaps=0.4", "data.min_valid=0.6"]
+    runs = []
+    for count in (1, 2):
+        output = folder / f"gaps{count}"
+        command = ["pretrain", str(recipe(folder)), f"output={output}", "target=combined", *gaps, *UNEVEN]
+        ranks.run([*command, "budget_epochs=2"], count)
+        runs.append([row for row in RunFolder(output).metrics() if "loss" in row])
+    assert len(runs[0]) > 15
+    assert worst_difference(*runs) < CLOSE
+    lost = [[row.get("images_without_data", 0) for row in rows] for rows in runs]
+    assert lost[0] == lost[1]
+    assert lost[0][-1] > 0

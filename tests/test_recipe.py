@@ -28,6 +28,12 @@ def test_floats_are_read_as_yaml_1_2_writes_them(text: str) -> None:
     assert Recipe.parse(MINIMAL, [f"optim.base_lr={text}"]).optim.base_lr == 5e-4
 
 
+@pytest.mark.parametrize("stated", ["efficienttrain", "null"])
+def test_a_name_takes_the_place_of_a_name_or_of_nothing(stated: str) -> None:
+    recipe = Recipe.parse(f"{MINIMAL}curriculum: {stated}\n", ["curriculum=constant"])
+    assert recipe.curriculum.name == "constant"
+
+
 def test_an_override_of_a_section_by_name_stands_for_its_name() -> None:
     stages = "curriculum: {name: efficienttrain, crop: lanczos, stages: [{bandwidth: 224, share: 1.0}]}\n"
     recipe = Recipe.parse(MINIMAL + stages, ["curriculum=constant"])

@@ -33,7 +33,8 @@ from torchvision import transforms
 from torchvision.datasets.folder import default_loader
 
 from etpp_ssl.curriculum.frequency import low_frequency_crop
-from etpp_ssl.data.formats.base import Channels, DecodedPicture, Decoder, Picture, Reading, Region
+from etpp_ssl.data.formats.base import Channels, Decoder, Picture, Reading, Region
+from etpp_ssl.data.formats.pictures import DecodedPicture
 from etpp_ssl.data.loader import BatchBuilder
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder
 from etpp_ssl.data.sources.folder import FileSource

@@ -24,7 +24,8 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from etpp_ssl.data.formats.base import DecodedPicture, Picture
+from etpp_ssl.data.formats.base import Picture
+from etpp_ssl.data.formats.pictures import DecodedPicture
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.evaluation.features import EvaluationLoader, extract_features, pooled_features
 from etpp_ssl.evaluation.knn import knn_sweep

@@ -10,7 +10,7 @@ from typing import Any
 from etpp_ssl.commands.trained import trained_model
 from etpp_ssl.config import UserError, show_size
 from etpp_ssl.data.sources.base import existing_folder, printable
-from etpp_ssl.data.sources.windows import WindowSource
+from etpp_ssl.data.sources.windows import PartSource
 from etpp_ssl.data.views import EvalView
 from etpp_ssl.dist.accelerator import open_accelerator, process_as_found
 from etpp_ssl.dist.peers import leave, with_peers
@@ -134,7 +134,7 @@ def embed(
                 "crop_pct": f"{recipe.data.crop_pct:g}",
                 "num_unreadable": str(unreadable),
             },
-            windows=Windows.of(source, numbers) if isinstance(source, WindowSource) else None,
+            windows=Windows.of(source, numbers) if isinstance(source, PartSource) else None,
         )
         write_embeddings(out, embeddings)
     leave(accelerator)

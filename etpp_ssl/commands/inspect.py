@@ -20,9 +20,11 @@ from etpp_ssl.data.formats.base import Reading, UnreadableImage
 from etpp_ssl.data.proposal import Proposal, missing_value, propose
 from etpp_ssl.data.sources.base import ImageSource, images_of
 from etpp_ssl.data.sources.found import by_extension
-from etpp_ssl.data.sources.splits import keyed_indices, read_anew
+from etpp_ssl.data.sources.splits import keyed_indices, open_split, read_anew
+from etpp_ssl.data.sources.windows import TiledConfig
 from etpp_ssl.data.statistics import Channel, Values, read_values
 from etpp_ssl.data.streams.base import StreamConfig
+from etpp_ssl.data.streams.sample import StreamSample
 from etpp_ssl.files import check_place, write_text
 from etpp_ssl.recipe import FinetuneRecipe, Recipe, any_of
 from etpp_ssl.recipe_base import task_of
@@ -90,18 +92,21 @@ def inspect(
         check_place(out / SHEET)
     stated = not is_folder or any(override.startswith("in_chans=") for override in overrides)
     recipe, has_range = _recipe(source, overrides)
-    if isinstance(recipe.data, StreamConfig):
-        raise UserError(
-            f"data.name {recipe.data.name} is a stream, whose images cannot be drawn: inspect a folder with "
-            f"some of them"
-        )
-    found = recipe.open_split("train")
-    count = min(images, len(found)) if images else len(found)
-    indices = keyed_indices(len(found), count, recipe.seed, "inspect")
     nodata = recipe.data.nodata if nodata is None else nodata
     reading = replace(recipe.data.reading(recipe.in_chans), range="raw", clip=False)
-    in_chans, notes = _num_channels(found, indices[:: max(1, len(indices) // TRIED)], reading, stated=stated)
+    found = _opened(recipe, images, reading)
+
+    def drawn(source: ImageSource) -> list[int]:
+        return keyed_indices(len(source), min(images or len(source), len(source)), recipe.seed, "inspect")
+
+    files = drawn(found)
+    in_chans, notes = _num_channels(found, files[:: max(1, len(files) // TRIED)], reading, stated=stated)
+    if isinstance(found, StreamSample) and found.fault:
+        notes.append(f"the sample ended early: {found.fault}")
     raw = read_anew(found, replace(reading, in_chans=in_chans))
+    if isinstance(recipe.data, TiledConfig):
+        raw = recipe.data.parts(raw)
+    indices = drawn(raw)
 
     def read(what: str, nodata: float | None) -> Values:
         with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
@@ -146,8 +151,34 @@ def inspect(
             f"images of {_and(values.channels)} have no common range: train on them apart, or convert them"
         )
     if write is not None and proposal is not None:
-        write_text(write, _extending(source, overrides, write, proposal, len(indices), len(found)))
+        write_text(write, _extending(source, overrides, write, proposal, len(indices), len(raw)))
     return Inspection(raw, indices, values, nodata, proposal, notes)
+
+
+def _opened(recipe: Recipe | FinetuneRecipe, count: int, reading: Reading) -> ImageSource:
+    """The training images: whole files, and of a stream as many as are asked for.
+
+    Raises:
+        UserError: if they are not there, or cannot be read.
+    """
+    if not isinstance(recipe.data, StreamConfig):
+        return open_split(
+            recipe.data,
+            "train",
+            in_chans=recipe.in_chans,
+            image_size=recipe.size,
+            seed=recipe.seed,
+            parts=False,
+        )
+    if not count:
+        raise UserError(
+            f"--images 0 reads all, and data.name {recipe.data.name} is a stream: give the number of its "
+            f"first images to read"
+        )
+    sample = StreamSample(recipe.data.open_stream(recipe.seed), count, reading)
+    if not len(sample):
+        raise UserError(f"the stream has no image{f': {sample.fault}' if sample.fault else ''}")
+    return sample
 
 
 def _recipe(source: str, overrides: Sequence[str]) -> tuple[Recipe | FinetuneRecipe, bool]:
@@ -232,7 +263,8 @@ def print_inspection(found: Inspection, console: Console) -> None:
     if len(values.sizes) > 1:
         size = f"{min(widths)} to {max(widths)} x {min(heights)} to {max(heights)} pixels, most {size}"
     kinds = ", ".join(f"{number:,} of {name}" for name, number in values.num_images.items())
-    console.print(f"{by_extension(values.extensions)}; {size}; {kinds}", markup=False)
+    extensions = f"{by_extension(values.extensions)}; " if any(values.extensions) else ""
+    console.print(f"{extensions}{size}; {kinds}", markup=False)
     if values.num_missing:
         share = values.num_missing / values.num_pixels
         console.print(f"without data: {_percent(share)} of the pixels", markup=False)

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from etpp_ssl.config import Config, UserError
+from etpp_ssl.data.formats import FOLDER_EXTENSIONS
 from etpp_ssl.data.formats.base import MAX_PIXELS, Reading
 from etpp_ssl.data.shard_writer import (
     Converter,
@@ -34,7 +35,9 @@ from etpp_ssl.data.shard_writer import (
     converted,
     remove_traces,
 )
+from etpp_ssl.data.sources.base import printable
 from etpp_ssl.data.sources.folder import EVAL_SYNONYMS, FileListConfig, FileSource, open_folder
+from etpp_ssl.data.sources.found import extension_of
 from etpp_ssl.data.sources.shard_index import INDEX_FILE, open_index
 from etpp_ssl.data.sources.shards import ShardSource
 from etpp_ssl.files import read_text, write_text
@@ -156,6 +159,8 @@ def prepare(
     destination = Path(os.path.abspath(destination))
     _check_places(source, destination)
     splits = _open_splits(source, config.max_pixels)
+    for split in splits.values():
+        _refuse_folders(split)
     job = _job(splits, config)
     if not _is_done(destination, job):
         try:
@@ -208,6 +213,15 @@ def _open_splits(source: Path, max_pixels: int) -> dict[str, FileSource]:
             least = 1 if name in EVAL_SYNONYMS else 2
             splits[name] = open_folder("SRC", folder, Reading(3, max_pixels), least_classes=least)
     return splits
+
+
+def _refuse_folders(source: FileSource) -> None:
+    folder = next((file for file in source.files if extension_of(file) in FOLDER_EXTENSIONS), None)
+    if folder is not None:
+        raise UserError(
+            f"SRC: {printable(folder)!r} is an image in a folder, which no shard can hold: data=folder reads "
+            f"it where it is, and as .h5 or .npy it can be prepared"
+        )
 
 
 def _job(splits: dict[str, FileSource], config: PrepareConfig) -> dict[str, Any]:

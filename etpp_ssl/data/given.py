@@ -49,7 +49,8 @@ def viewed(image: AnyImage, number: int, view: EvalView, reading: Reading) -> Te
         image: a file, a PIL image or an array.
         number: of the image among those given, which names it in messages.
         view: how it is resized and cropped.
-        reading: as that of the training images; see `etpp_ssl.data.formats.open_picture`.
+        reading: as that of the training images, each of which has a file of its own here; see
+            `etpp_ssl.data.formats.open_picture`.
 
     Returns:
         (C, H, W), see `View`.
@@ -58,7 +59,7 @@ def viewed(image: AnyImage, number: int, view: EvalView, reading: Reading) -> Te
         UserError: naming the file, or the number of the image, if it cannot be read so.
     """
     try:
-        return view(_picture(image, number, reading), number, view.image_size)
+        return view(_picture(image, number, reading.of_one), number, view.image_size)
     except UnreadableImage as error:
         name = repr(os.fspath(image)) if isinstance(image, str | os.PathLike) else str(number)
         raise UserError(f"image {name} cannot be read: {error}") from error

@@ -1,5 +1,7 @@
 """Writes one split as shards for `etpp prepare`: the images' bytes as they are, or re-encoded as JPEG.
 
+Bytes as they are keep values of any depth. JPEG does not, and such images are refused.
+
 The shards are the same to the byte for any number of workers, and writing resumes after a stop. Every
 finished `shard-000003.tar` has its rows of the index beside it, in `shard-000003.rows.json`. The index joins
 them at the end, so a folder without `index.json` is not finished.
@@ -16,18 +18,20 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from pydantic import Field
 
 from etpp_ssl.config import Config, UserError
-from etpp_ssl.data.formats import EXTENSIONS, check_header, decode, jpeg
-from etpp_ssl.data.formats.base import UnreadableImage
+from etpp_ssl.data.formats import EXTENSIONS, check_header, decode, jpeg, open_picture
+from etpp_ssl.data.formats.base import Reading, UnreadableImage
+from etpp_ssl.data.formats.pictures import FramedPicture, frames_of
 from etpp_ssl.data.sources.folder import FileSource
 from etpp_ssl.data.sources.found import extension_of
 from etpp_ssl.data.sources.shard_index import ShardIndex, ShardRows
@@ -76,14 +80,45 @@ class Converter:
         try:
             data = self.source.read(index)
             if self.recode is not None:
+                _require_8_bits(data, reading)
                 return Stored(encode(decode(data, reading)[0], self.recode), ".jpg", None)
             if self.decode:
-                decode(data, reading)
+                _decode_all(data, reading)
             else:
                 check_header(data, reading.max_pixels, reading.reader)
         except UnreadableImage as error:
             return Stored(data, extension, str(error))
         return Stored(data, extension, None)
+
+
+def _require_8_bits(data: bytes, reading: Reading) -> None:
+    """Check that JPEG can hold a file's values.
+
+    Raises:
+        UnreadableImage: if they are deeper. What cannot be read at all is left to `decode`.
+    """
+    try:
+        picture = open_picture(data, replace(reading, in_chans=0, range="raw"))
+        dtype = picture.region((0, 0, 1, 1), (1, 1)).pixels.dtype if picture.deep else np.dtype(np.uint8)
+    except UnreadableImage:
+        return
+    if dtype.itemsize > 1:
+        raise UnreadableImage(
+            f"its values are {dtype}, of which JPEG keeps 8 bits: without --size and --quality they are "
+            f"copied whole"
+        )
+
+
+def _decode_all(data: bytes, reading: Reading) -> None:
+    """Decode every image of a file, whatever its depth and channels.
+
+    Raises:
+        UnreadableImage: if one cannot be.
+    """
+    picture = open_picture(data, replace(reading, in_chans=0, range="raw", frames=True))
+    for number in range(frames_of(picture)):
+        one = picture.frame(number) if isinstance(picture, FramedPicture) else picture
+        one.region((0, 0, *one.size), one.size)
 
 
 def encode(picture: Image.Image, recode: RecodeConfig) -> bytes:

@@ -11,6 +11,7 @@ Legend: H, W pixels, C channels.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ AT_ONCE = 4
 """Images of a request to a worker."""
 STRIP_VALUES = 1 << 22
 """Values that are counted together: a large image is read in strips."""
+_PART = re.compile(r"#\d+(,\d+)*$")
+"""Of a file: what its name ends in."""
 FLOAT_BITS = 20
 """Upper bits of a float32 that its bin is known by: sign, exponent and 11 bits of the fraction."""
 
@@ -206,7 +209,9 @@ class Values:
             return
         self.num_images[image.dtype] += 1
         self.sizes[image.size] += 1
-        self.extensions[extension_of(image.name)] += 1
+        file = _PART.sub("", image.name)
+        # An item of a stream is named by its shard.
+        self.extensions["" if " :: " in file else extension_of(file)] += 1
         self.num_pixels += image.size[0] * image.size[1]
         self.num_missing += image.missing
         channels = self.channels.setdefault(image.dtype, [])

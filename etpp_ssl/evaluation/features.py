@@ -7,8 +7,10 @@ In fp32 they are what an export gives, to the last bit. Those of a data set are 
     indices     int64 (n,), the images' numbers in their split
     names       uint8, the images' names in UTF-8 with a zero byte between two
 
-and, where images are windows of files (`data.tile`), whose names are `file#row,column`:
+and, where images are parts of files (`data.tile`, `data.frames`), whose names are `file#row,column`,
+`file#frame`, or `file#frame,row,column`:
 
+    frames      int64 (n,), number of the frame in its file
     corners     int64 (n, 2), row and column of the window's upper left pixel in its file
     transforms  float64 (n, 6), GDAL's geotransform of the window, NaN where the file has none
     crs         int64 (n,), which coordinate system of the JSON list `crs_names` in the metadata
@@ -45,7 +47,7 @@ from etpp_ssl.data.formats.base import Place
 from etpp_ssl.data.loader import Batch, BatchBuilder, evaluation_requests, load_batches
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder, process_part
 from etpp_ssl.data.sources.base import ImageSource
-from etpp_ssl.data.sources.windows import WindowSource
+from etpp_ssl.data.sources.windows import PartSource
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.files import replaced_file, save_tensors
 from etpp_ssl.messages import shown
@@ -294,12 +296,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 TENSORS = ("features", "labels", "indices", "names")
-WINDOW_TENSORS = ("corners", "transforms", "crs")
+WINDOW_TENSORS = ("frames", "corners", "transforms", "crs")
 
 
 class Windows(NamedTuple):
-    """Where n windows of files lie."""
+    """Where n parts of files lie."""
 
+    frames: Tensor
+    """int64 (n,), numbers of the frames in their files."""
     corners: Tensor
     """int64 (n, 2), row and column in pixels of the file."""
     transforms: Tensor
@@ -309,18 +313,20 @@ class Windows(NamedTuple):
     crs_names: list[str]
 
     @classmethod
-    def of(cls, source: WindowSource, indices: Sequence[int]) -> Windows:
+    def of(cls, source: PartSource, indices: Sequence[int]) -> Windows:
         """Those of some images of a source."""
         known: dict[str, int] = {}
+        frames = torch.zeros(len(indices), dtype=torch.int64)
         corners = torch.zeros(len(indices), 2, dtype=torch.int64)
         transforms = torch.full((len(indices), 6), torch.nan, dtype=torch.float64)
         crs = torch.zeros(len(indices), dtype=torch.int64)
         for n, index in enumerate(indices):
             place = source.place(index) or _NOWHERE
-            corners[n] = torch.tensor(source.window(index)[1:])
+            part = source.part(index)
+            frames[n], corners[n] = part.frame, torch.tensor((part.row, part.column))
             transforms[n] = torch.tensor(place.transform, dtype=torch.float64)
             crs[n] = known.setdefault(place.crs, len(known))
-        return cls(corners, transforms, crs, list(known))
+        return cls(frames, corners, transforms, crs, list(known))
 
 
 _NOWHERE = Place((math.nan,) * 6, "")
@@ -338,7 +344,7 @@ class Embeddings:
     notes: dict[str, str]
     """How the features were made."""
     windows: Windows | None = None
-    """Of images that are windows of files."""
+    """Of images that are parts of files."""
 
 
 def write_embeddings(file: Path, embeddings: Embeddings) -> None:

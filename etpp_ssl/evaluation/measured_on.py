@@ -11,7 +11,7 @@ from etpp_ssl.config import UserError
 from etpp_ssl.data.sources.base import DataConfig, ImageSource
 from etpp_ssl.data.sources.folder import FileSource, SplitFoldersConfig
 from etpp_ssl.data.sources.splits import TRAINING, Subset
-from etpp_ssl.data.sources.windows import WindowSource
+from etpp_ssl.data.sources.windows import PartSource
 from etpp_ssl.data.streams.base import StreamConfig
 
 
@@ -123,7 +123,7 @@ def _root(data: Any, split: str, source: ImageSource) -> str:
 
 
 def _whole(source: ImageSource) -> ImageSource:
-    while isinstance(source, Subset | WindowSource):
+    while isinstance(source, Subset | PartSource):
         source = source.source
     return source
 
@@ -171,6 +171,6 @@ def _identities(source: ImageSource) -> Counter[tuple[str, str]]:
 def _file_name(source: ImageSource, index: int) -> str:
     if isinstance(source, Subset):
         return _file_name(source.source, source.indices[index])
-    if isinstance(source, WindowSource):
-        return source.source.name(source.window(index).file)
+    if isinstance(source, PartSource):
+        return source.source.name(source.part(index).file)
     return source.name(index)

@@ -26,7 +26,8 @@ from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import Subset, read_anew
 from etpp_ssl.data.sources.synthetic import SyntheticSource
 from etpp_ssl.data.statistics import Channel, Values, values_of
-from etpp_ssl.data.training import StreamedImages, TrainingImages
+from etpp_ssl.data.streams.sample import StreamSample
+from etpp_ssl.data.training import IndexedImages, TrainingImages
 from etpp_ssl.files import write_text
 from etpp_ssl.randomness import derive_key
 from etpp_ssl.recipe_base import RunRecipe
@@ -155,9 +156,18 @@ def starting_point(
             f"for a fork; give a larger budget"
         )
     say(f"forked from {start.path} at step {state.step}")
-    # The rest is the old run's own: losses of no row yet, unreadable images by number, the place in a stream,
-    # rewinds and what they made of its learning rate.
-    return start, TrainState(step=state.step, seconds=state.seconds, elapsed=state.elapsed, plan=plan)
+    # Counts that are told beside all images since the first step count from there, too. The rest is the old
+    # run's own: losses of no row yet, unreadable images by number, the place in a stream, rewinds and what
+    # they made of its learning rate.
+    kept = TrainState(
+        step=state.step,
+        seconds=state.seconds,
+        elapsed=state.elapsed,
+        plan=plan,
+        num_outside=state.num_outside,
+        num_without_data=state.num_without_data,
+    )
+    return start, kept
 
 
 def _is_leftover(path: Path) -> bool:
@@ -238,7 +248,7 @@ REMEDY = "`etpp inspect` with this recipe proposes data.range, which keeps them"
 def check_depth(images: TrainingImages, reading: Reading, stall_seconds: float | None) -> str:
     """What a start says of images that a run without `data.range` reads; "" for those of 8 bits.
 
-    Streams are not looked at. Nor is what cannot be read in time: the loader has a sentence for that.
+    What cannot be read, or not in time, is not looked at: the loader has a sentence for that.
 
     Args:
         images: to train on.
@@ -249,17 +259,18 @@ def check_depth(images: TrainingImages, reading: Reading, stall_seconds: float |
         UserError: if 8 bits lose what the images hold: integers of 16 bits that use few of them, other types,
             or several types.
     """
-    if reading.deep or isinstance(images, StreamedImages):
+    if reading.deep:
         return ""
-    source = images.source
-    whole = source.source if isinstance(source, Subset) else source
-    if isinstance(whole, SyntheticSource) and whole.dtype == "uint8":
-        return ""  # They have no header: each would be drawn.
+    if isinstance(images, IndexedImages):
+        source = images.source
+        whole = source.source if isinstance(source, Subset) else source
+        if isinstance(whole, SyntheticSource) and whole.dtype == "uint8":
+            return ""  # They have no header: each would be drawn.
     seen = Future[tuple[Values, int]]()
 
     def look() -> None:
         try:
-            seen.set_result(_look(source, reading, images.seed))
+            seen.set_result(_look(images, reading))
         except BaseException as error:
             seen.set_exception(error)
 
@@ -300,14 +311,22 @@ def _levels(channel: Channel) -> int:
     return levels
 
 
-def _look(source: ImageSource, reading: Reading, seed: int) -> tuple[Values, int]:
+def _look(images: TrainingImages, reading: Reading) -> tuple[Values, int]:
     """What a keyed sample holds that is deep, and how many images of 8 bits are not even decoded."""
-    raw, values, num_shallow = read_anew(source, replace(reading, range="raw")), Values(), 0
-    for index in sorted({derive_key(seed, "depth", number) % len(raw) for number in range(SAMPLE)}):
+    raw, values, num_shallow = replace(reading, range="raw"), Values(), 0
+    source: ImageSource
+    if isinstance(images, IndexedImages):
+        source = read_anew(images.source, raw)
+        draws = (derive_key(images.seed, "depth", number) % len(source) for number in range(SAMPLE))
+        indices = sorted(set(draws))
+    else:
+        source = StreamSample(images.stream, SAMPLE, raw)
+        indices = list(range(len(source)))
+    for index in indices:
         try:
-            picture = raw.open(index)
+            picture = source.open(index)
             if picture.deep:
-                values.add(values_of(picture, raw.name(index), None, most_pixels=MOST_PIXELS))
+                values.add(values_of(picture, source.name(index), None, most_pixels=MOST_PIXELS))
             else:
                 num_shallow += 1
         except UnreadableImage:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ from PIL import Image
 
 from etpp_ssl.cli import main
 from etpp_ssl.commands.inspect import inspect, yaml_of
-from etpp_ssl.data.formats.base import ArrayPicture
+from etpp_ssl.data.formats.pictures import ArrayPicture
 from etpp_ssl.data.proposal import propose
 from etpp_ssl.data.statistics import Values, values_of
 from etpp_ssl.recipe import Recipe, load_any
@@ -170,7 +173,7 @@ def test_images_that_differ_in_channels_count_together_where_channels_are_sample
 def test_windows_are_counted_with_the_values_of_their_files(tmp_path: Path) -> None:
     images = [drawn(1, 3000)[0].repeat(3, axis=0).repeat(3, axis=1) for _ in range(3)]
     folder = saved(tmp_path / "large", *images)
-    found = inspect(str(folder), ["data.tile=[9,14]", "in_chans=1"], images=0)
+    found = inspect(str(folder), ["data.tile=[9,14]"], images=0)
     assert found.proposal is not None
     assert found.proposal.range == ((0, 4095),)
     assert found.values.num_images == {"uint16": 3 * 4 * 3}
@@ -179,6 +182,69 @@ def test_windows_are_counted_with_the_values_of_their_files(tmp_path: Path) -> N
     assert channel.total == whole.size
     assert (channel.least, channel.most) == (whole.min(), whole.max())
     np.testing.assert_allclose(channel.moments(), (whole.mean(), whole.std()), rtol=1e-12)
+
+
+def test_windows_of_many_channels_need_no_in_chans(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "large", *drawn(3, 3000, chans=5))
+    found = inspect(str(folder), ["data.tile=[6,14]"], images=0)
+    assert found.proposal is not None
+    assert found.proposal.in_chans == 5
+    assert (found.values.sizes, found.values.unreadable) == ({(14, 6): 6}, {})
+
+
+def test_slices_are_counted_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    volumes = [np.moveaxis(image, 2, 0) for image in drawn(4, 3000, chans=6)]
+    folder = saved(tmp_path / "volumes", *volumes)
+    assert run(str(folder), "data.frames=all", "data.axes=zhw", "--images", "10") == 0
+    text = capsys.readouterr().out
+    assert "10 read of 24 frames of 4 images" in text
+    assert "\n10 .npy; 14 x 12 pixels; 10 of uint16" in text
+    assert "in_chans: 1" in text
+    found = inspect(str(folder), ["data.frames=all", "data.axes=zhw"], images=0)
+    (channel,) = found.values.channels["uint16"]
+    np.testing.assert_allclose(channel.moments()[0], np.mean(volumes), rtol=1e-12)
+
+
+def write_stream(folder: Path, images: list[np.ndarray]) -> list[str]:
+    """Three tars of arrays, and the overrides that name them."""
+    folder.mkdir()
+    for shard in range(3):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for number, image in enumerate(images[shard::3]):
+                file = io.BytesIO()
+                np.save(file, image)
+                member = tarfile.TarInfo(f"{number}.npy")
+                member.size = len(file.getvalue())
+                tar.addfile(member, io.BytesIO(file.getvalue()))
+    return [
+        "curriculum=constant",
+        f"data={{name: webdataset, urls: {folder}, image_keys: [npy], num_images: 9}}",
+    ]
+
+
+def test_of_a_stream_the_beginnings_of_keyed_shards_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = drawn(9, 3000, chans=4)
+    (tmp_path / "base.yaml").write_text(RECIPE)
+    overrides = write_stream(tmp_path / "tars", images)
+    found = inspect(str(tmp_path / "base.yaml"), overrides)
+    assert found.proposal is not None
+    assert (found.proposal.in_chans, found.proposal.range) == (4, ((0, 4095),))
+    np.testing.assert_allclose(
+        found.values.channels["uint16"][0].moments()[0], np.stack(images)[..., 0].mean()
+    )
+    few = inspect(str(tmp_path / "base.yaml"), overrides, images=6)
+    assert sorted(few.source.name(number).rpartition("/")[2] for number in range(6)) == [
+        f"{shard}.tar :: {number}" for shard in range(3) for number in range(2)
+    ]
+    assert run(str(tmp_path / "base.yaml"), *overrides, "--out", str(tmp_path / "out")) == 0
+    assert "9 read of 9 images at the beginning of 3 shards" in capsys.readouterr().out
+    assert (tmp_path / "out/sheet.png").is_file()
+    # Which of them is met first depends on the seed.
+    (tmp_path / "tars/0.tar").write_bytes(b"no")
+    (note,) = inspect(str(tmp_path / "base.yaml"), [*overrides, "seed=2"]).notes[-1:]
+    assert re.match(r"the sample ended early: shard '.*0\.tar' cannot be read after 1 try", note)
 
 
 def test_a_value_that_stands_apart_is_taken_for_missing_data_unless_told_otherwise(tmp_path: Path) -> None:
@@ -280,7 +346,9 @@ def test_a_recipe_is_written_that_extends_the_given_one_with_its_overrides(
         (["empty"], "no image below"),
         (["broken"], "none of the 1 image can be read: '0.npy': "),
         (["missing"], "no pixel of the 2 images has data"),
-        (["stream.yaml"], "is a stream"),
+        (["stream.yaml", "--images", "0"], "--images 0 reads all, and data.name webdataset is a stream"),
+        (["stream.yaml"], "'a.tar' does not exist"),
+        (["hollow.yaml"], "the stream has no image: shard '"),
         (["bands", "data.range=[3,1]"], "low < high"),
     ],
 )
@@ -301,6 +369,8 @@ def test_mistakes_are_sentences_and_nothing_is_written(
         "{name: folder, root: nowhere,", "{name: webdataset, urls: [a.tar], num_images: 3,"
     )
     Path("stream.yaml").write_text(stream)
+    Path("b.tar").write_bytes(b"no")
+    Path("hollow.yaml").write_text(stream.replace("a.tar]", "b.tar], retries: 0"))
     before = sorted(tmp_path.rglob("*"))
     assert run(*arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -426,6 +427,60 @@ def test_headers_are_checked_and_what_is_no_image_is_counted(
     ]
     source = open_one(ShardsConfig(root=str(tmp_path / "shards")))
     assert f"60 were unreadable when they were written, as 'pine/00.jpg': {reason}" in source.describe()
+
+
+def write_deep(root: Path) -> dict[str, np.ndarray]:
+    """Gray images of 12 bits in four formats, (H, W) each."""
+    draw = np.random.default_rng(0)
+    found = {f"{n}{kind}": draw.integers(0, 4096, (9, 14), np.uint16) for n, kind in enumerate(DEEP)}
+    root.mkdir()
+    for name, values in found.items():
+        DEEP[Path(name).suffix](root / name, values)
+    return found
+
+
+DEEP: dict[str, Callable[[Path, np.ndarray], Any]] = {
+    ".png": lambda path, values: Image.fromarray(values).save(path),
+    ".npy": lambda path, values: np.save(path, values.astype(np.float32)),
+    ".tif": lambda path, values: tifffile.imwrite(path, values),
+    ".npz": lambda path, values: np.savez(path, values),
+}
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_values_of_any_depth_are_the_same_in_shards(skip_bad: bool, tmp_path: Path) -> None:
+    values = write_deep(tmp_path / "files")
+    np.save(tmp_path / "files/5.npy", np.zeros((3, 9, 14), np.uint16))
+    (found,) = convert(tmp_path / "files", tmp_path / "shards", skip_bad=skip_bad)
+    assert (found.images, found.bad) == (5, [])
+    deep = {"range": (0, 4095), "channels": (0,)}
+    shards = ShardsConfig(root=str(tmp_path / "shards"), **deep)
+    source = shards.open("train", in_chans=1, image_size=(8, 8), seed=0)
+    for index, (name, expected) in enumerate(values.items()):
+        assert source.name(index) == name
+        pixels = source.open(index).region((0, 0, 14, 9), (14, 9)).pixels
+        np.testing.assert_array_equal(pixels[:, :, 0], expected)
+
+
+def test_jpeg_is_not_made_of_values_that_it_cannot_hold(tmp_path: Path) -> None:
+    write_deep(tmp_path / "files")
+    Image.fromarray(np.zeros((9, 14, 3), np.uint8)).save(tmp_path / "files/photo.png")
+    (found,) = convert(tmp_path / "files", tmp_path / "shards", recode=RecodeConfig())
+    said = "its values are {}, of which JPEG keeps 8 bits: without --size and --quality they are copied whole"
+    assert found.bad == [
+        (name, said.format("float32" if name.endswith(".npy") else "uint16"))
+        for name in ("0.png", "1.npy", "2.tif", "3.npz")
+    ]
+
+
+def test_an_image_in_a_folder_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    write_deep(tmp_path / "files")
+    (tmp_path / "files/a.zarr").mkdir()
+    with pytest.raises(
+        UserError, match=r"'a\.zarr' is an image in a folder, which no shard can hold: data=folder"
+    ):
+        convert(tmp_path / "files", tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
 
 
 def test_only_pointers_are_an_error(tmp_path: Path) -> None:

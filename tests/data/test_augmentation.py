@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.augmentation import AugmentConfig
-from etpp_ssl.data.formats.base import DecodedPicture
+from etpp_ssl.data.formats.pictures import DecodedPicture
 from etpp_ssl.data.loader import Batch, BatchBuilder, load_batches
 from etpp_ssl.data.resize import KERNELS
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder

@@ -16,7 +16,8 @@ from torch import Tensor
 from etpp_ssl.config import UserError
 from etpp_ssl.data.channels import mean_over_channels, stacked
 from etpp_ssl.data.formats import open_picture
-from etpp_ssl.data.formats.base import ArrayPicture, Reading, UnreadableImage
+from etpp_ssl.data.formats.base import Reading, UnreadableImage
+from etpp_ssl.data.formats.pictures import ArrayPicture
 from etpp_ssl.data.formats.values import ValuePicture
 from etpp_ssl.data.sources.folder import FolderConfig
 from etpp_ssl.data.views import EvalView, Normalise, TrainView

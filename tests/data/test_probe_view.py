@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from etpp_ssl.data.formats.base import DecodedPicture
+from etpp_ssl.data.formats.pictures import DecodedPicture
 from etpp_ssl.data.views import ProbeView, single_draw_crop_box
 
 SIZES = [(31, 17), (17, 31), (200, 20), (1, 1), (3, 90)]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from etpp_ssl.data import statistics
-from etpp_ssl.data.formats.base import ArrayPicture, Reading, UnreadableImage
+from etpp_ssl.data.formats.base import Reading, UnreadableImage
+from etpp_ssl.data.formats.pictures import ArrayPicture
 from etpp_ssl.data.sources.folder import open_folder
 from etpp_ssl.data.statistics import Channel, Values, read_values, values_of
 

@@ -15,7 +15,8 @@ from PIL import Image
 from timm.data.transforms_factory import transforms_imagenet_eval
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
 
-from etpp_ssl.data.formats.base import Channels, DecodedPicture
+from etpp_ssl.data.formats.base import Channels
+from etpp_ssl.data.formats.pictures import DecodedPicture
 from etpp_ssl.data.views import EvalView, Normalise, TrainView, random_crop_box, to_tensor
 from etpp_ssl.randomness import keyed_random
 

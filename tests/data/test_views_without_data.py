@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from etpp_ssl.data.formats.base import ArrayPicture, Reading, WithoutData
+from etpp_ssl.data.formats.base import Reading, WithoutData
+from etpp_ssl.data.formats.pictures import ArrayPicture
 from etpp_ssl.data.formats.values import ValuePicture
 from etpp_ssl.data.loader import Batch, BatchBuilder
 from etpp_ssl.data.sampler import BatchRequest, KeyedOrder

@@ -172,7 +172,8 @@ def test_prepare_names_bad_files_on_one_line_each(
         assert found.startswith(f"etpp: {NUM_IMAGES} images in ")
         assert all(line.startswith("etpp: kept as it is: ") for line in told)
         # Of copied bytes only the header is read: what is damaged behind it is not known.
-        assert len(told) == (NUM_BAD if options else NUM_BAD_HEADERS)
+        # Two of the odd ones have 16 bits, which JPEG does not.
+        assert len(told) == (NUM_BAD + 2 if options else NUM_BAD_HEADERS)
         assert f"{len(told)} bad" in said.out
         index = json.loads((out / "index.json").read_text(encoding="utf-8"))
         assert len(index["bad"]) == len(told)

@@ -19,7 +19,8 @@ from PIL import Image
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.efficienttrain import EfficientTrain
 from etpp_ssl.data.formats import open_picture
-from etpp_ssl.data.formats.base import DecodedPicture, Reading
+from etpp_ssl.data.formats.base import Reading
+from etpp_ssl.data.formats.pictures import DecodedPicture
 from etpp_ssl.data.views import EvalView, covering_size, random_crop_box
 from etpp_ssl.model.mask_patterns import BlockMaskingConfig, GridMaskingConfig, UniformMaskingConfig
 from etpp_ssl.model.masking import Masker, num_visible

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,41 @@ def test_of_photographs_only_headers_are_read(images: Path, monkeypatch: pytest.
     assert check("data.holdout=2") == ""
 
 
+def streamed(folder: Path, **options: object) -> list[str]:
+    """Overrides for a stream of one tar of the folder's images."""
+    with tarfile.open("images.tar", "w") as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, path.name)
+    keys = {
+        "name": "webdataset",
+        "urls": "images.tar",
+        "image_keys": ["npy", "jpg"],
+        "num_images": 20,
+        **options,
+    }
+    return ["curriculum=constant", f"data={json.dumps(keys)}"]
+
+
+def test_the_beginning_of_a_stream_is_looked_at(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(images, "uint16", 0, 4096)
+    with pytest.raises(UserError, match="uint16 values from 0 to 4,095, of which 8 bits leave 16 levels"):
+        check(*streamed(images))
+    assert check(*streamed(images, range=[0, 4095])) == ""
+    Path("images.tar").write_bytes(b"no tar")
+    # The loader says what is wrong with it.
+    stream = json.dumps({"name": "webdataset", "urls": "images.tar", "num_images": 20, "retries": 0})
+    assert check("curriculum=constant", f"data={stream}") == ""
+
+
+def test_of_photographs_in_a_stream_only_headers_are_read(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(40):
+        Image.new("RGB", (20, 30)).save(images / f"{number}.jpg")
+    monkeypatch.setattr(jpeg.JpegPicture, "region", None)
+    assert check(*streamed(images)) == ""
+
+
 def test_synthetic_images_stop_where_their_depth_needs_a_range() -> None:
     synthetic = ["data=synthetic", "data.num_images=40"]
     assert check(*synthetic) == ""
@@ -207,6 +243,17 @@ def test_a_resumed_run_has_counted_the_same(images: Path, stages: list[str]) -> 
             run.batches.close()
             run.lock.release()
         assert pretrain(again).state.num_outside == whole.state.num_outside
+
+
+def test_a_fork_counts_on(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, counts = outside(images)
+    parent = pretrain(recipe("data.range=[0,1]", "budget_epochs=2", "data.crop_scale=[1,1]", "output=parent"))
+    assert 0 < parent.state.num_outside < counts[-1]
+    longer = recipe("data.range=[0,1]", "budget_epochs=4", "data.crop_scale=[1,1]", "output=fork")
+    capsys.readouterr()
+    assert pretrain(longer, fork=Path("parent")).state.num_outside == whole.state.num_outside == counts[-1]
+    loaded = whole.curriculum.stage_at(whole.curriculum.num_steps - 1).samples.stop
+    assert f"{counts[-1]} of {loaded} images had values" in capsys.readouterr().err
 
 
 def test_clipped_images_are_told_as_such(images: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,6 @@ from etpp_ssl.data.formats import (
 from etpp_ssl.data.formats.base import (
     MAX_PIXELS,
     Channels,
-    DecodedPicture,
     Format,
     Picture,
     Reader,
@@ -31,6 +30,8 @@ from etpp_ssl.data.formats.base import (
     UnreadableImage,
     one_line_reasons,
 )
+from etpp_ssl.data.formats.pictures import DecodedPicture, FramedPicture, LazyPicture
+from etpp_ssl.data.formats.url import is_url, read_url
 from etpp_ssl.data.formats.values import ValuePicture
 from etpp_ssl.files import read_head, read_regular
 
@@ -66,15 +67,15 @@ def extensions_of(reader: Reader) -> frozenset[str]:
 def open_picture(data: bytes, reading: Reading) -> Picture:
     """A file's bytes as a picture of `reading.in_chans` channels.
 
-    EXIF orientation is applied, of an animation (GIF, PNG, WebP) only the first frame is used, colour
-    profiles are ignored. Gray, palette, RGBA and CMYK of 8 bits become RGB for 3 channels and luma for 1
-    (alpha is dropped). Other channel counts are read from the channels of the file, from the pages of a
-    TIFF, or from a numpy array.
+    EXIF orientation is applied, colour profiles are ignored. Gray, palette, RGBA and CMYK of 8 bits become
+    RGB for 3 channels and luma for 1 (alpha is dropped). Other channel counts are read from the channels of
+    the file, from the pages of a TIFF, or from a numpy array. Of an animation (GIF, PNG, WebP, AVIF) the
+    first frame is used; with `reading.frames` the picture of a file of several images is a `FramedPicture`.
 
     Without `reading.range` values are 8 bits: 16-bit ones keep their high byte, and others, which have no
     agreed range, are refused. With it values keep their depth; see `ValuePicture`.
 
-    Plain gray and colour JPEGs are decoded when their pixels are asked for; everything else is decoded here.
+    Most are decoded when their pixels are asked for.
 
     Raises:
         UnreadableImage: for anything that cannot be read so, with the reason.
@@ -91,6 +92,15 @@ def finished(picture: Picture, reading: Reading) -> Picture:
     """
     if reading.range == "raw":
         return picture
+    if isinstance(picture, FramedPicture):
+        frame = picture.frame
+
+        def later(number: int) -> Picture:
+            if reading.deep:
+                return finished(frame(number), reading)
+            return LazyPicture(picture.size, False, lambda: finished(frame(number), reading))
+
+        return FramedPicture(later(0), picture.num_frames, later)
     if reading.deep:
         return ValuePicture(picture, reading)
     if not picture.deep:
@@ -120,11 +130,14 @@ def _format_of(data: bytes, reader: Reader) -> Format:
 
 
 def read_file(path: str | os.PathLike[str], at_most: int) -> bytes:
-    """A file's bytes, as they are stored.
+    """A file's bytes, as they are stored; `path` may be a URL, see `etpp_ssl.data.formats.url`.
 
     Raises:
         UnreadableImage: if the file cannot be read, is none (a named pipe, a device), or has more bytes.
+        RunFault: if a URL cannot be read, and perhaps could another time.
     """
+    if is_url(os.fspath(path)):
+        return read_url(os.fspath(path), at_most)
     try:
         return read_regular(path, at_most)
     except (OSError, ValueError) as error:
@@ -138,7 +151,7 @@ def open_file(path: str | os.PathLike[str], reading: Reading, *, in_parts: bool 
     Where values are deep, formats that can read only what is asked for do so; folders are always read so.
 
     Args:
-        path: of the file.
+        path: of the file, or its URL, of which all bytes are read.
         reading: how it becomes a picture.
         in_parts: whether only parts of it will be asked for, of at most `reading.max_pixels`: a file of a
             format that reads those alone may then have any number of pixels and bytes.
@@ -146,8 +159,9 @@ def open_file(path: str | os.PathLike[str], reading: Reading, *, in_parts: bool 
     Raises:
         UnreadableImage: for anything that cannot be read so, a named pipe or a device among it.
     """
-    at_most = None if in_parts else most_bytes(reading)
-    by_path = reading.deep or os.path.isdir(path)
+    at_most = None if in_parts or reading.frames else most_bytes(reading)
+    deep = reading.deep or reading.frames
+    by_path = not is_url(os.fspath(path)) and (deep or os.path.isdir(path))
     form = _format_at(path, at_most, reading.reader) if by_path else None
     if form is None or form.open_path is None:
         return open_picture(read_file(path, most_bytes(reading)), reading)

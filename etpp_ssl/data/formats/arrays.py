@@ -10,6 +10,7 @@ import binascii
 import math
 import struct
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from etpp_ssl.data.formats.base import (
     one_line_reasons,
     whole_pixels,
 )
+from etpp_ssl.data.formats.pictures import FramedPicture
 from etpp_ssl.data.formats.values import channel_numbers, without_data
 
 Scale = tuple[float, float]
@@ -38,6 +40,23 @@ _LETTERS = {
     "z": "z", "t": "t", "time": "t",
 }  # fmt: skip
 """Of the names that axes have in OME's files and in those of netCDF and xarray."""
+
+
+def picture_of_array(
+    array: Any, reading: Reading, own_axes: str | None = None, **options: Any
+) -> StoredArray | FramedPicture:
+    """An array as a picture, of several images where `reading.frames` says that its other axes count them.
+
+    Args:
+        array, reading, own_axes: see `StoredArray`.
+        options: its others.
+
+    Raises:
+        UnreadableImage: see `StoredArray`.
+    """
+    first = StoredArray(array, reading, own_axes, **options)
+    number = math.prod(first.extents)
+    return first if number == 1 else FramedPicture(first, number, first.frame)
 
 
 class StoredArray:
@@ -77,8 +96,13 @@ class StoredArray:
         self._nodata = nodata
         self._scale = scale
         lengths = dict(zip(self._axes, array.shape, strict=True))
+        self.extents = [
+            length for axis, length in zip(self._axes, array.shape, strict=True) if axis not in "hwc"
+        ]
+        """Lengths of the axes that count images, the last of which counts fastest."""
+        self._place = [0] * len(self.extents)
         self.size = (lengths["w"], lengths["h"])
-        self._levels = [array, *(copy for copy in copies if self._is_copy(copy, array))]
+        self._levels = [array, *(other for other in copies if self._is_copy(other, array))]
         self._sizes = [
             (level.shape[self._axes.index("w")], level.shape[self._axes.index("h")]) for level in self._levels
         ]
@@ -86,6 +110,12 @@ class StoredArray:
         check_numbers(array.dtype)
         num_channels = lengths.get("c", 1)
         self._numbers = channel_numbers(num_channels, reading, names) or list(range(num_channels))
+
+    def frame(self, number: int) -> StoredArray:
+        """One of the images, the same in all else."""
+        other = copy(self)
+        other._place = [int(place) for place in np.unravel_index(number, self.extents)]
+        return other
 
     def channels(self) -> Channels:
         """Not of 8 bits."""
@@ -99,8 +129,10 @@ class StoredArray:
         (left, top, right, bottom), part = whole_pixels(wanted)
         first, last = min(self._numbers), max(self._numbers) + 1
         parts = {"h": slice(top, bottom), "w": slice(left, right), "c": slice(first, last)}
+        others = iter(self._place)
+        where = tuple(parts[axis] if axis in parts else next(others) for axis in self._axes)
         with one_line_reasons("a part of it is damaged"):
-            values = np.asarray(self._levels[level][tuple(parts.get(axis, 0) for axis in self._axes)])
+            values = np.asarray(self._levels[level][where])
         axes = "".join(axis for axis in self._axes if axis in parts)
         if "c" not in axes:
             values, axes = values[..., None], f"{axes}c"
@@ -153,7 +185,7 @@ def scaled(values: np.ndarray, scale: Scale) -> np.ndarray:
 
 
 def axes_of(shape: tuple[int, ...], reading: Reading, own_axes: str | None = None) -> str:
-    """One letter an axis: `h`, `w`, and `c` where there is one; all others have the length 1.
+    """One letter an axis: `h`, `w`, and `c` where there is one. Others count images, or have the length 1.
 
     `data.axes` counts first, for all axes or for those longer than 1, then what the file says itself. An
     array without names has the axes (height, width) or (height, width, channels).
@@ -178,22 +210,23 @@ def axes_of(shape: tuple[int, ...], reading: Reading, own_axes: str | None = Non
             raise UnreadableImage(
                 f"its shape is {shape}{named}, but data.axes is {reading.axes}: give a letter an axis"
             )
-        _require_no_others(shape, axes)
+        _require_no_others(shape, axes, reading)
         return axes
     if own_axes is None:
         raise UnreadableImage(f"its shape is {shape}, and it has no pages: give data.axes such as chw")
     long = [axis for axis, length in zip(own_axes, shape, strict=True) if axis not in "hw" and length > 1]
-    if "c" not in long and len(long) == 1:
+    if "c" not in long and len(long) == 1 and not reading.frames:
         (stack,) = long
         as_channels = own_axes.replace("c", "-").replace(stack, "c")
         if reading.axes != "pages":
             length = shape[own_axes.index(stack)]
             raise UnreadableImage(
-                f"it is a stack, of shape {shape} with axes {own_axes}: data.axes=pages makes the {length} "
-                f"entries of {stack} channels, data.channels chooses among them"
+                f"it is a stack, of shape {shape} with axes {own_axes}: data.frames=all makes each of the "
+                f"{length} entries of {stack} an image, data.axes=pages makes them channels, of which "
+                f"data.channels chooses"
             )
         return as_channels
-    _require_no_others(shape, own_axes)
+    _require_no_others(shape, own_axes, reading)
     return own_axes
 
 
@@ -208,12 +241,12 @@ def _spread(shape: tuple[int, ...], axes: str) -> str | None:
     return "".join(next(letters) if is_long else "-" for is_long in long)
 
 
-def _require_no_others(shape: tuple[int, ...], axes: str) -> None:
+def _require_no_others(shape: tuple[int, ...], axes: str, reading: Reading) -> None:
     for axis, length in zip(axes, shape, strict=True):
-        if axis not in "hwc" and length > 1:
+        if axis not in "hwc" and length > 1 and not reading.frames:
             raise UnreadableImage(
                 f"its shape is {shape} with axes {axes}: an image has h, w and c, and {axis} has {length} "
-                f"entries"
+                f"entries, each of which data.frames=all makes an image"
             )
 
 
@@ -223,6 +256,8 @@ def _of_numpy(shape: tuple[int, ...], reading: Reading) -> str:
         remedy = (
             ": data.axes says which axis is which, such as chw, data.channels chooses among channels"
             if fits
+            else ": data.frames=all with data.axes such as nhwc makes images of a further axis"
+            if len(shape) > 3
             else ""
         )
         raise UnreadableImage(f"its shape is {shape}, not (height, width, {reading.in_chans}){remedy}")

@@ -82,6 +82,8 @@ class Reading:
     """Whether a file may have more channels, of which a view shows C; see `data.channel_sampling`."""
     overviews: bool = False
     """Whether a file's smaller copies of itself may serve regions that need few pixels; see `level_for`."""
+    frames: bool = False
+    """Whether a file may hold several images, which are then the frames of its picture; see `data.frames`."""
 
     @property
     def deep(self) -> bool:
@@ -93,9 +95,15 @@ class Reading:
         """What a format is asked for: all channels of the file, where the view chooses among them."""
         return replace(self, in_chans=0) if self.sampled else self
 
+    @property
+    def of_one(self) -> Reading:
+        """Of images that are no part of a file: one frame is given at a time."""
+        axes = self.axes and "".join(axis for axis in self.axes if axis in "hwc" or not self.frames)
+        return replace(self, frames=False, axes=axes)
+
     def settings(self) -> dict[str, Any]:
         """What turns raw values into a model's input, for the config of an export; empty for 8 bits."""
-        own = {key: getattr(self, key) for key in _OF_VALUES}
+        own = {key: getattr(self.of_one, key) for key in _OF_VALUES}
         return {key: value for key, value in own.items() if value != getattr(Reading, key)}
 
     @classmethod
@@ -160,7 +168,8 @@ class Picture(Protocol):
     """An image whose size is known before it is decoded.
 
     Pictures of files that say where they lie have a `place`, too, and those that read only what is asked for
-    have `reads_parts`; see the functions of these names.
+    have `reads_parts`; see the functions of these names. Of several images in a file one is a picture, and
+    `FramedPicture` knows the others.
     """
 
     size: tuple[int, int]
@@ -189,60 +198,6 @@ class Picture(Protocol):
         Raises:
             UnreadableImage: if it cannot be decoded.
         """
-
-
-class DecodedPicture:
-    """A picture of 8 bits that is decoded already.
-
-    Args:
-        channels: its pixels.
-    """
-
-    deep = False
-
-    def __init__(self, channels: Channels) -> None:
-        self._channels = channels
-        self.size = channels[0].size
-
-    def channels(self) -> Channels:
-        """See `Picture.channels`."""
-        return self._channels
-
-    def region(
-        self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
-    ) -> Region:
-        """Always full resolution; see `Picture.region`."""
-        part = (0, 0, box[2] - box[0], box[3] - box[1])
-        return Region(pixels_of(tuple(channel.crop(box) for channel in self._channels)), part)
-
-
-class ArrayPicture:
-    """Values that are in memory already.
-
-    Args:
-        values: (H, W, C) of any numbers, in this machine's byte order.
-        valid: bool (H, W), False where there is no data; None where there is everywhere.
-    """
-
-    deep = True
-
-    def __init__(self, values: np.ndarray, valid: np.ndarray | None = None) -> None:
-        self._values = values
-        self._valid = valid
-        self.size = (values.shape[1], values.shape[0])
-
-    def channels(self) -> Channels:
-        """Not of 8 bits."""
-        raise TypeError("a deep picture has regions only")
-
-    def region(
-        self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
-    ) -> Region:
-        """Always full resolution; see `Picture.region`."""
-        left, top, right, bottom = box
-        part = (slice(top, bottom), slice(left, right))
-        valid = None if self._valid is None else self._valid[part]
-        return Region(self._values[part], (0, 0, right - left, bottom - top), valid)
 
 
 def place_of(picture: Picture) -> Place | None:

@@ -17,7 +17,6 @@ import numpy as np
 
 from etpp_ssl.data.formats.arrays import Scale, scaled
 from etpp_ssl.data.formats.base import (
-    ArrayPicture,
     Format,
     Picture,
     Reading,
@@ -26,6 +25,7 @@ from etpp_ssl.data.formats.base import (
     imported,
     one_line_reasons,
 )
+from etpp_ssl.data.formats.pictures import ArrayPicture, FramedPicture, LazyPicture
 from etpp_ssl.data.formats.values import channel_numbers
 
 _GRAY = ("MONOCHROME1", "MONOCHROME2")
@@ -51,19 +51,34 @@ def _picture(pydicom: ModuleType, dataset: Any, reading: Reading) -> Picture:
     _check_dataset(pydicom, dataset, reading.max_pixels)
     num_frames = int(dataset.get("NumberOfFrames") or 1)
     colours = dataset.PhotometricInterpretation not in _GRAY
-    if num_frames > 1 and colours:
-        raise UnreadableImage(f"it has {num_frames} frames of colours: an image has one")
-    if num_frames > 1 and reading.axes != "pages":
+    if num_frames > 1 and reading.frames:
+        numbers = channel_numbers(3 if colours else 1, reading)
+
+        def frame(number: int) -> Picture:
+            size = (int(dataset.Columns), int(dataset.Rows))
+            return LazyPicture(size, True, lambda: _of_frames(pydicom, dataset, [number], numbers))
+
+        return FramedPicture(frame(0), num_frames, frame)
+    if num_frames > 1 and (colours or reading.axes != "pages"):
+        pages = ", data.axes=pages makes them channels, of which data.channels chooses"
         raise UnreadableImage(
-            f"it has {num_frames} frames: data.axes=pages makes them channels, data.channels chooses among "
-            f"them"
+            f"it has {num_frames} frames{' of colours' * colours}: data.frames=all makes each an image"
+            f"{'' if colours else pages}"
         )
     numbers = channel_numbers(3 if colours else num_frames, reading)
-    frames = [0] if colours else list(range(num_frames)) if numbers is None else numbers
+    if colours:
+        return _of_frames(pydicom, dataset, [0], numbers)
+    return _of_frames(pydicom, dataset, list(range(num_frames)) if numbers is None else numbers)
+
+
+def _of_frames(
+    pydicom: ModuleType, dataset: Any, frames: list[int], numbers: list[int] | None = None
+) -> Picture:
+    """Frames side by side as channels, and of those the ones with these numbers."""
     decoded = _decoded(pydicom, dataset, sorted(set(frames)))
     planes = [_values(pydicom, dataset, decoded[number], number) for number in frames]
     values = np.concatenate([np.atleast_3d(plane) for plane, _ in planes], axis=2)
-    if colours and numbers is not None:
+    if numbers is not None:
         values = values[:, :, numbers]
     gaps = [missing for _, missing in planes if missing is not None]
     return ArrayPicture(np.ascontiguousarray(values), ~np.logical_or.reduce(gaps) if gaps else None)

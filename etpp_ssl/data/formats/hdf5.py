@@ -9,7 +9,7 @@ from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
-from etpp_ssl.data.formats.arrays import StoredArray, conventions, letters_of, named_array
+from etpp_ssl.data.formats.arrays import conventions, letters_of, named_array, picture_of_array
 from etpp_ssl.data.formats.base import Format, Picture, Reading, UnreadableImage, imported, one_line_reasons
 
 _FAULT = "it is an HDF5 file that is damaged or incomplete"
@@ -52,7 +52,9 @@ def _picture_in(file: Any, reading: Reading, *, on_disk: bool) -> Picture:
     nodata, scale = conventions(dataset.attrs)
     # netCDF names axes by a data set of coordinates for each.
     dimensions = [d.label or (d[0].name.rpartition("/")[2] if len(d) else "") for d in dataset.dims]
-    return StoredArray(dataset, reading, letters_of(dimensions), nodata=nodata, scale=scale, on_disk=on_disk)
+    return picture_of_array(
+        dataset, reading, letters_of(dimensions), nodata=nodata, scale=scale, on_disk=on_disk
+    )
 
 
 def _require_filters(h5py: ModuleType, dataset: Any) -> None:

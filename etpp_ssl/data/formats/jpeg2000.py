@@ -9,15 +9,8 @@ import struct
 from typing import NamedTuple
 
 from etpp_ssl.data.formats import pillow
-from etpp_ssl.data.formats.base import (
-    ArrayPicture,
-    Format,
-    Picture,
-    Reading,
-    UnreadableImage,
-    check_pixels,
-    imported,
-)
+from etpp_ssl.data.formats.base import Format, Picture, Reading, UnreadableImage, check_pixels, imported
+from etpp_ssl.data.formats.pictures import ArrayPicture
 from etpp_ssl.data.formats.values import chosen
 
 _STREAM = b"\xff\x4f\xff\x51"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from etpp_ssl.data.formats.arrays import Scale, StoredArray, check_claim
+from etpp_ssl.data.formats.arrays import Scale, check_claim, picture_of_array
 from etpp_ssl.data.formats.base import (
     Format,
     Picture,
@@ -47,7 +47,8 @@ def _open_path(path: str | os.PathLike[str], reading: Reading) -> Picture:
         header = _header(file.read(540))
     shape, dtype = _layout(header)
     _require(shape, dtype, header, os.stat(path).st_size)
-    return _picture(np.memmap(path, dtype, "r", header.get_data_offset(), shape, order="F"), header, reading)
+    values = np.memmap(path, dtype, "r", header.get_data_offset(), shape, order="F")
+    return _picture(values, header, reading, on_disk=True)
 
 
 def _open_packed(data: bytes, reading: Reading) -> Picture:
@@ -119,7 +120,7 @@ def _picture(values: np.ndarray, header: Any, reading: Reading, *, on_disk: bool
     for axis, letter in ((min(width, height), "w"), (max(width, height), "h")):
         names[axis] = letter
     scale: Scale = (1.0, 0.0) if slope is None or colours else (slope, intercept)
-    return StoredArray(values, reading, "".join(names), scale=scale, on_disk=on_disk)
+    return picture_of_array(values, reading, "".join(names), scale=scale, on_disk=on_disk)
 
 
 def _check_packed(data: bytes, max_pixels: int) -> None:

@@ -16,7 +16,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
-from etpp_ssl.data.formats.arrays import StoredArray, axes_of, check_claim, check_numbers, named_array
+from etpp_ssl.data.formats.arrays import axes_of, check_claim, check_numbers, named_array, picture_of_array
 from etpp_ssl.data.formats.base import (
     Channels,
     Format,
@@ -39,7 +39,7 @@ def from_array(array: np.ndarray, reading: Reading, *, on_disk: bool = False) ->
     Raises:
         UnreadableImage: for another shape, or values that cannot be read so.
     """
-    return StoredArray(array, reading, on_disk=on_disk)
+    return picture_of_array(array, reading, on_disk=on_disk)
 
 
 def eight_bits(values: np.ndarray) -> Channels:

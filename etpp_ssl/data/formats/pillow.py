@@ -11,18 +11,16 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from etpp_ssl.data.formats.base import (
-    ArrayPicture,
     Channels,
-    DecodedPicture,
-    Decoder,
     Format,
     Picture,
     Reading,
-    Region,
     UnreadableImage,
     check_pixels,
+    imported,
     one_line_reasons,
 )
+from etpp_ssl.data.formats.pictures import ArrayPicture, DecodedPicture, FramedPicture, LazyPicture
 from etpp_ssl.data.formats.values import chosen
 
 FORMATS = (
@@ -48,6 +46,10 @@ dozen bytes, so that a small file of many keeps a decoder busy for hours."""
 MORE_PAGES = 100
 """Pages that are counted beyond those wanted."""
 
+_ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
+MOST_FRAMES = 10_000
+"""Of an animation: each is decoded from the first one on."""
+
 _GRAY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
 """Modes of one channel, alpha left aside."""
 _ORIENTATION = 0x0112
@@ -71,6 +73,9 @@ ROTATED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
 }
 """The same for (H, W, C)."""
+_AV1 = re.compile(rb"av1C\x81.(.)", re.DOTALL)
+"""The decoder's settings in an AVIF; one of the bits of its group tells more than 8 bits a value."""
+_OVER_8_BITS = 0x40
 _PGM = re.compile(rb"P[2356](?:\s|#[^\n]*\n)+\d+(?:\s|#[^\n]*\n)+\d+(?:\s|#[^\n]*\n)+(\d+)\s")
 """The header of a PGM or PPM; its group is the largest value."""
 
@@ -155,79 +160,48 @@ def _tells_behind_pixels(png: bytes) -> bool:
     return False
 
 
-class _RawPicture:
-    """A picture of 8 bits that is decoded when its pixels are asked for: a start looks at many headers."""
-
-    deep = False
-
-    def __init__(self, image: Image.Image, reading: Reading) -> None:
-        self._image = image
-        self._reading = reading
-        self.size = image.size[::-1] if orientation(image) >= 5 else image.size
-
-    def channels(self) -> Channels:
-        """See `Picture.channels`."""
-        return from_picture(self._image, self._reading)
-
-    def region(
-        self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
-    ) -> Region:
-        """Always full resolution; see `Picture.region`."""
-        return DecodedPicture(self.channels()).region(box, at_least)
-
-
-class UndecodedPicture:
-    """A file whose header has been read, and whose values keep their depth once they are asked for.
-
-    Args:
-        data: the file.
-        image: Pillow's picture of it, not yet loaded.
-        reading: its header has been checked against it.
-    """
-
-    deep = True
-
-    def __init__(self, data: bytes, image: Image.Image, reading: Reading) -> None:
-        self._data = data
-        self._image = image
-        self._reading = reading
-        self._decoded: Picture | None = None
-        self.size = image.size[::-1] if orientation(image, data) >= 5 else image.size
-
-    def channels(self) -> Channels:
-        """Not of 8 bits."""
-        raise TypeError("a deep picture has regions only")
-
-    def region(
-        self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
-    ) -> Region:
-        """Always full resolution; see `Picture.region`."""
-        if self._decoded is None:
-            with one_line_reasons():
-                self._decoded = _decoded(self._data, self._image, self._reading)
-        return self._decoded.region(box, at_least, decoder)
-
-
 def _open(data: bytes, reading: Reading) -> Picture:
     image = open_image(data, reading.max_pixels)
-    if reading.range == "raw":
-        values = _sixteen_bits(image, data)
-        return _RawPicture(image, reading) if values is None else ArrayPicture(chosen(values, reading))
+    number = getattr(image, "n_frames", 1) if reading.frames and image.format in _ANIMATED else 1
+    if number == 1:
+        return _picture(image, data, reading)
+    if number > MOST_FRAMES:
+        raise UnreadableImage(f"it is an animation of {number:,} frames, more than {MOST_FRAMES:,}")
+    if image.format == "PNG" and data[24] == 16:
+        raise UnreadableImage(
+            "it is an animation of 16 bits, of which only 8 are read: write its frames apart"
+        )
+
+    def frame(number: int) -> Picture:
+        image = open_image(data, reading.max_pixels)
+        with one_line_reasons("its animation is damaged"):
+            image.seek(number)
+        return _picture(image, data, reading)
+
+    return FramedPicture(_picture(image, data, reading), number, frame)
+
+
+def _picture(image: Image.Image, data: bytes, reading: Reading) -> Picture:
+    """Of a file's first image, or the frame that is sought."""
+    if reading.range == "raw" and (values := _deep_values(image, data)) is not None:
+        return ArrayPicture(chosen(values, reading))
     # The pages of a TIFF may be channels, which do not follow its orientation.
-    if reading.deep and image.format != "TIFF":
-        return UndecodedPicture(data, image, reading)
+    if reading.range == "raw" or ((reading.deep or reading.frames) and image.format != "TIFF"):
+        size = image.size[::-1] if orientation(image, data) >= 5 else image.size
+        deep = reading.deep and reading.range != "raw"
+        return LazyPicture(size, deep, lambda: _decoded(data, image, reading))
     with image:
         return _decoded(data, image, reading)
 
 
 def _decoded(data: bytes, image: Image.Image, reading: Reading) -> Picture:
-    values = _sixteen_bits(image, data) if reading.deep else None
+    values = _deep_values(image, data) if reading.deep and reading.range != "raw" else None
     if values is not None:
         return ArrayPicture(chosen(values, reading))
     return DecodedPicture(_from_image(image, reading))
 
 
-def _sixteen_bits(image: Image.Image, data: bytes) -> np.ndarray | None:
+def _deep_values(image: Image.Image, data: bytes) -> np.ndarray | None:
     """uint16 (H, W, C) of a file that holds more than 8 bits, without alpha; None for one that does not."""
     if image.format == "PNG" and data[24] == 16:
         # Pillow keeps the high byte of colours. Where there are none, torchvision need not be loaded.
@@ -236,6 +210,10 @@ def _sixteen_bits(image: Image.Image, data: bytes) -> np.ndarray | None:
 
         values = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
         pixels = values.permute(1, 2, 0).numpy()[:, :, : 1 if len(values) <= 2 else 3]
+    elif image.format == "AVIF" and (header := _AV1.search(data)) and header[1][0] & _OVER_8_BITS:
+        imagecodecs = imported("imagecodecs", "AVIF of more than 8 bits", "tiff")
+        values = imagecodecs.avif_decode(data, image.tell())
+        pixels = np.atleast_3d(values)[:, :, : 1 if values.ndim == 2 or values.shape[2] == 2 else 3]
     elif image.format == "PPM" and image.mode == "I":
         # Pillow stretches what the file counts to `most` over 16 bits; rounding takes that back.
         most = int(_PGM.match(data)[1])  # type: ignore[index]

@@ -18,23 +18,25 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from etpp_ssl.data.formats import pillow
 from etpp_ssl.data.formats.base import (
     Format,
     Picture,
-    Place,
     Reading,
     UnreadableImage,
     check_pixels,
     imported,
 )
-from etpp_ssl.data.formats.tiff_values import PALETTE, Page, TiffPicture, prepare
+from etpp_ssl.data.formats.pictures import FramedPicture
+from etpp_ssl.data.formats.tiff_values import PALETTE, Page, TiffPicture, place_of_page, prepare, size_of
 from etpp_ssl.data.formats.values import channel_numbers, check_channels
 from etpp_ssl.files import read_regular
 
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _COLOURS, _DESCRIPTION = 254, 256, 257, 258, 259, 262, 270
 _SAMPLES, _STRIP_BYTES, _PLANES, _TILE_BYTES, _EXTRA, _SAMPLE_FORMAT = 277, 279, 284, 325, 338, 339
-_GDAL_METADATA, _GDAL_NODATA = 42112, 42113
+_ORIENTATION, _GDAL_METADATA, _GDAL_NODATA = 274, 42112, 42113
 _READ = frozenset(
     (
         _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _COLOURS, _DESCRIPTION, _SAMPLES, _STRIP_BYTES,
@@ -125,7 +127,13 @@ def _all_plain(pages: list[Tags], reading: Reading) -> bool:
     sizes = [(page[_WIDTH][0], page[_HEIGHT][0]) for page in images]
     as_channels = samples == 1 and len(images) == 3 == reading.in_chans
     named = _NAMED.match(first.get(_DESCRIPTION, (b"",))[0])
-    return not (is_narrow(size) or as_channels or named or any(is_copy(size, other) for other in sizes))
+    return not (
+        reading.frames
+        or is_narrow(size)
+        or as_channels
+        or named
+        or any(is_copy(size, other) for other in sizes)
+    )
 
 
 def _tifffile_has_the_same(file: BinaryIO, reading: Reading) -> bool:
@@ -182,16 +190,12 @@ MOST_PAGES = 10_000
 """Of a file: each costs a tenth of a millisecond."""
 REDUCED, MASK = 1, 4
 """Bits of the tag SubfileType."""
-_GDAL_METADATA = 42112
-_PIXEL_SCALE, _TIE_POINTS, _TRANSFORM, _GEO_KEYS = 33550, 33922, 34264, 34735
-_RASTER_TYPE, _GEOGRAPHIC, _PROJECTED, _POINTS, _USER_DEFINED = 1025, 2048, 3072, 2, 32767
-"""GeoTIFF's keys: numbers below the last are those of EPSG."""
 _NARROW = 16
 _ITEM = re.compile(r"<Item\b([^>]*)>([^<]*)</Item>")
 _ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
 
 
-def by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, in_parts: bool = False) -> TiffPicture:
+def by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, in_parts: bool = False) -> Picture:
     """A file as a picture, of which the tags are read here.
 
     Args:
@@ -208,6 +212,7 @@ def by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, in_parts: b
     # It writes about broken metadata around a sound picture.
     logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
     with opened() as file, tifffile.TiffFile(file, _multifile=False) as found:
+        found.pages.cache = True  # Series would read them again.
         pages = list(itertools.islice(found.pages, MOST_PAGES + 1))
         if len(pages) > MOST_PAGES:
             raise UnreadableImage(f"it has more than {MOST_PAGES:,} pages")
@@ -217,76 +222,66 @@ def by_tifffile(opened: Callable[[], BinaryIO], reading: Reading, *, in_parts: b
         for page in images:
             check_channels(page.samplesperpixel)
             prepare(page, reading)
-        size = _size(images[0])
+        size = size_of(images[0])
         check_pixels(size, reading.max_pixels)
-        images, names = _as_channels(found, images, reading)
-        bands, alpha = _bands(images, reading, names)
+        images, num_channels, names = _in_order(found, images, reading)
+        bands, alpha = _bands(images[:num_channels], reading, names)
         masks = [page for page in pages if page.subfiletype & (REDUCED | MASK) == MASK]
-        return TiffPicture(
+        starts = range(0, len(images), num_channels)
+        scales, *others = (
+            [_scale(images[start + page], sample) for page, sample in bands] for start in starts
+        )
+        if others and (masks or any(other != scales for other in others)):
+            raise UnreadableImage(
+                "its pages have masks or scales of their own: write each to a file of its own"
+            )
+        first = TiffPicture(
             opened,
             [images, *_levels(images, pages)],
             bands,
             reading,
-            [_scale(images[page], sample) for page, sample in bands],
-            mask=next((page for page in masks if _size(page) == size), None),
+            scales,
+            mask=next((page for page in masks if size_of(page) == size), None),
             alpha=alpha,
-            place=_place(images[0]),
+            place=place_of_page(images[0]),
             reads_parts=in_parts,
         )
-
-
-def _place(page: Page) -> Place | None:
-    """Where a GeoTIFF says that it lies; None for what is none, or says so by several points."""
-    scale, points = page.tags.valueof(_PIXEL_SCALE), page.tags.valueof(_TIE_POINTS)
-    matrix = page.tags.valueof(_TRANSFORM)
-    if matrix is not None and len(matrix) == 16:
-        x_column, x_row, _, x, y_column, y_row, _, y = matrix[:8]
-    elif scale is not None and points is not None and len(points) == 6 and len(scale) >= 2:
-        x_column, x_row, y_column, y_row = scale[0], 0.0, 0.0, -scale[1]
-        x, y = points[3] - points[0] * x_column, points[4] - points[1] * y_row
-    else:
-        return None
-    keys = page.tags.valueof(_GEO_KEYS) or ()
-    # (key, where its value is, 0 for here, how many, the value) each, behind a header of the same size.
-    here = {keys[i]: keys[i + 3] for i in range(4, len(keys) - 3, 4) if keys[i + 1] == 0}
-    number = here.get(_PROJECTED) or here.get(_GEOGRAPHIC) or _USER_DEFINED
-    place = Place(
-        (x, x_column, x_row, y, y_column, y_row), f"EPSG:{number}" if number < _USER_DEFINED else ""
-    )
-    # The transform may be that of the centres of pixels.
-    return place.at(-0.5, -0.5) if here.get(_RASTER_TYPE) == _POINTS else place
-
-
-def _size(page: Page) -> tuple[int, int]:
-    return page.imagewidth, page.imagelength
+        if len(starts) == 1:
+            return first
+        return FramedPicture(first, len(starts), lambda number: first.from_page(starts[number]))
 
 
 def _whole(images: list[Page]) -> list[Page]:
     """The pages that are not a smaller copy of another one."""
     if not images:
         raise UnreadableImage("it holds reduced copies of an image, and not the image")
-    largest = max(map(_size, images), key=math.prod)
-    images = [page for page in images if not is_copy(_size(page), largest)]
-    sizes = list(dict.fromkeys(map(_size, images)))
+    largest = max(map(size_of, images), key=math.prod)
+    images = [page for page in images if not is_copy(size_of(page), largest)]
+    sizes = list(dict.fromkeys(map(size_of, images)))
     if len(sizes) > 1:
         some = ", ".join(f"{width:,} x {height:,}" for width, height in sizes[:3])
         raise UnreadableImage(f"its pages differ in size ({some}), and no tag says which one is the image")
-    if len({(str(page.dtype), page.samplesperpixel, int(page.photometric)) for page in images}) > 1:
+    if len({(str(p.dtype), p.samplesperpixel, int(p.photometric)) for p in images}) > 1:
         raise UnreadableImage("its pages differ in the type of their values, in channels or in colours")
+    if len({(p.tags.valueof(_ORIENTATION), p.tags.valueof(_GDAL_NODATA)) for p in images}) > 1:
+        raise UnreadableImage("its pages differ in orientation, or in the value that stands for no data")
     return images
 
 
-def _as_channels(found: Any, images: list[Page], reading: Reading) -> tuple[list[Page], list[str]]:
-    """The pages in the order of their channels, and the channels' names, [] for none.
+def _in_order(found: Any, images: list[Page], reading: Reading) -> tuple[list[Page], int, list[str]]:
+    """The pages in the order of images and their channels, pages an image, and the channels' names or [].
 
     Raises:
-        UnreadableImage: for several pages that need not be channels.
+        UnreadableImage: for several pages of which it is not sure what they are.
     """
-    number, page = len(images), images[0]
-    series, extents = _series(found) if number > 1 or not found.is_ome else None, {}
-    if series is not None:
-        extents = {a: n for a, n in zip(series.axes, series.shape, strict=True) if a not in "YXS" and n > 1}
-    planes = math.prod(extents.values())
+    number, page, as_images = len(images), images[0], reading.frames and reading.axes is None
+    series, extents = _series(found) if number > 1 or not found.is_ome else [], {}
+    if series:
+        axes = zip(series[0].axes, series[0].shape, strict=True)
+        extents = {a: n for a, n in axes if a not in "YXS" and n > 1}
+        alike = all((other.axes, other.shape) == (series[0].axes, series[0].shape) for other in series)
+        series = series if as_images and alike else series[:1]
+    planes = math.prod(extents.values()) * max(1, len(series))
     if extents and planes != number and reading.axes is None:
         plural = "s" * (number > 1)
         raise UnreadableImage(
@@ -294,24 +289,32 @@ def _as_channels(found: Any, images: list[Page], reading: Reading) -> tuple[list
             f"to a page"
         )
     if number == 1:
-        return images, _described(page, "description")
-    if page.samplesperpixel > 1:
-        raise UnreadableImage(
-            f"it has {number} pages of {page.samplesperpixel} channels: write each page to a file of its own"
-        )
-    out = "data.axes=pages takes them as channels, of which data.channels chooses"
+        return images, 1, _described(page, "description")
+    frames = "data.frames=all makes images of them"
+    out = f"{frames}, data.axes=pages makes them channels, of which data.channels chooses"
     if reading.axes not in (None, "pages", "chw"):
-        raise UnreadableImage(f"it has {number} pages, and data.axes is {reading.axes}: {out}")
-    if reading.axes is None and extents.keys() == {"C"}:
-        assert series is not None
+        remedy = "data.axes is for arrays: leave it out" if reading.frames else out
+        raise UnreadableImage(f"it has {number} pages, and data.axes is {reading.axes}: {remedy}")
+    if extents and reading.axes is None and (reading.frames or extents.keys() == {"C"}):
         by_index = {page.index: page for page in images}
+        indices = [page.index for one in series for page in one.pages]
+        order = np.array(indices).reshape([len(series), *extents.values()])
+        if "C" in extents:
+            order = np.moveaxis(order, 1 + [*extents].index("C"), -1)
+        num_channels = extents.get("C", 1)
         names = re.findall(r'<Channel\b[^>]*\bName="([^"]*)"', found.ome_metadata or "")
-        return [by_index[page.index] for page in series.pages], names if len(names) == number else []
+        own = names[:num_channels]
+        named = page.samplesperpixel == 1 and len(own) == num_channels and names == own * len(series)
+        return [by_index[index] for index in order.flat], num_channels, own if named else []
+    if as_images:
+        return images, 1, []
+    if page.samplesperpixel > 1:
+        raise UnreadableImage(f"it has {number} pages of {page.samplesperpixel} channels: {frames}")
     if reading.axes is None and not extents.keys() <= {"I", "Q"}:
         stack = ", ".join(f"{axis} {extent}" for axis, extent in extents.items())
         raise UnreadableImage(f"it is a stack of {number} pages ({stack}) and not one image: {out}")
     if reading.axes is None and number != reading.in_chans:
-        width, height = _size(page)
+        width, height = size_of(page)
         narrow = is_narrow((width, height))
         wanted = f", but in_chans is {reading.in_chans}" if reading.in_chans else ""
         reason = f"it has 1 channel and {number} pages{wanted}"
@@ -322,18 +325,18 @@ def _as_channels(found: Any, images: list[Page], reading: Reading) -> tuple[list
                 f"are meant"
             )
         raise UnreadableImage(f"{reason}{',' if narrow else ':'} {out}")
-    return images, []
+    return images, number, []
 
 
-def _series(found: Any) -> Any:
-    """What whoever wrote the file says that its pages are; None where it says nothing."""
+def _series(found: Any) -> list[Any]:
+    """What whoever wrote the file says that its pages are; [] where they say nothing."""
     if not (found.is_ome or found.is_imagej or found.is_shaped or found.is_stk):
-        return None
+        return []
     try:
-        return found.series[0]
+        return list(found.series)
     except Exception:
         # Another program has changed the pages and left the description.
-        return None
+        return []
 
 
 def _levels(images: list[Page], pages: list[Page]) -> list[list[Page]]:
@@ -345,7 +348,7 @@ def _levels(images: list[Page], pages: list[Page]) -> list[list[Page]]:
     for copies in zip(*below, strict=False):
         factor = round(full.imagewidth / max(1, copies[0].imagewidth))
         size = (math.ceil(full.imagewidth / max(1, factor)), math.ceil(full.imagelength / max(1, factor)))
-        kinds = {(_size(c), c.dtype, c.samplesperpixel, c.photometric) for c in copies}
+        kinds = {(size_of(c), c.dtype, c.samplesperpixel, c.photometric) for c in copies}
         same = kinds == {(size, full.dtype, full.samplesperpixel, full.photometric)}
         if factor > 1 and factor.bit_count() == 1 and same:
             found.append(list(copies))

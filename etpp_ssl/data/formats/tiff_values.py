@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -41,6 +42,9 @@ _COLOUR_CODECS = frozenset((6, 7, 33003, 33005))
 """Compressions whose decoders make RGB of YCbCr."""
 _JPEGS, _JPEG_2000, _LERC = frozenset((6, 7)), frozenset((33003, 33004, 33005, 34712)), 34887
 _ORIENTATION, _COLOUR_MAP, _NODATA = 274, 320, 42113
+_PIXEL_SCALE, _TIE_POINTS, _TRANSFORM, _GEO_KEYS = 33550, 33922, 34264, 34735
+_RASTER_TYPE, _GEOGRAPHIC, _PROJECTED, _POINTS, _USER_DEFINED = 1025, 2048, 3072, 2, 32767
+"""GeoTIFF's keys: numbers below the last are those of EPSG."""
 
 
 class TiffPicture:
@@ -49,7 +53,7 @@ class TiffPicture:
     Args:
         opened: opens the file.
         levels: the pages whose samples are channels, each prepared (see `prepare`), then the same for each
-            smaller copy of the image.
+            smaller copy of the image; behind them those of other images in the file.
         bands: (page, sample) per channel; of a single one with a palette, its colours are shown.
         reading: says how deep.
         scales: per channel (scale, offset), which make the stored values the ones that are meant.
@@ -84,7 +88,7 @@ class TiffPicture:
             prepare(other, reading)
         self.place, self.reads_parts = (place if self._turn is None else None), reads_parts
         self._opened, self._bands, self._mask, self._alpha = opened, bands, mask, alpha
-        self._sizes = [_size(level[0]) for level in self._levels]
+        self._sizes = [size_of(level[0]) for level in self._levels]
         turned = page.tags.valueof(_ORIENTATION, 1) >= 5 and self._turn is not None
         self.size = self._sizes[0][::-1] if turned else self._sizes[0]
         self._nodata = _number(page.tags.valueof(_NODATA))
@@ -95,6 +99,13 @@ class TiffPicture:
         self._white = page.photometric == WHITE_IS_ZERO
         steps = np.array(scales).T
         self._steps = steps if reading.deep and (steps != [[1.0], [0.0]]).any() else None
+        self._start = 0
+
+    def from_page(self, start: int) -> TiffPicture:
+        """Another image of the file, whose pages begin at this one."""
+        other = copy(self)
+        other._start = start
+        return other
 
     def channels(self) -> Channels:
         """Not of 8 bits."""
@@ -117,6 +128,7 @@ class TiffPicture:
 
     def _values(self, pages: list[Page], box: IntBox) -> tuple[np.ndarray, np.ndarray]:
         """(H, W, C), and bool (H, W) where there is no data."""
+        pages = pages[self._start :]
         parts, missing = [], np.zeros((box[3] - box[1], box[2] - box[0]), bool)
         with self._opened() as file:
             for page, samples in self._runs(pages):
@@ -150,7 +162,8 @@ class TiffPicture:
         return runs
 
 
-def _size(page: Page) -> tuple[int, int]:
+def size_of(page: Page) -> tuple[int, int]:
+    """(width, height)."""
     return page.imagewidth, page.imagelength
 
 
@@ -287,3 +300,25 @@ def _claimed(page: Page, data: bytes) -> tuple[int, int]:
             return width, height
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return 0, 0
+
+
+def place_of_page(page: Page) -> Place | None:
+    """Where a GeoTIFF says that it lies; None for what is none, or says so by several points."""
+    scale, points = page.tags.valueof(_PIXEL_SCALE), page.tags.valueof(_TIE_POINTS)
+    matrix = page.tags.valueof(_TRANSFORM)
+    if matrix is not None and len(matrix) == 16:
+        x_column, x_row, _, x, y_column, y_row, _, y = matrix[:8]
+    elif scale is not None and points is not None and len(points) == 6 and len(scale) >= 2:
+        x_column, x_row, y_column, y_row = scale[0], 0.0, 0.0, -scale[1]
+        x, y = points[3] - points[0] * x_column, points[4] - points[1] * y_row
+    else:
+        return None
+    keys = page.tags.valueof(_GEO_KEYS) or ()
+    # (key, where its value is, 0 for here, how many, the value) each, behind a header of the same size.
+    here = {keys[i]: keys[i + 3] for i in range(4, len(keys) - 3, 4) if keys[i + 1] == 0}
+    number = here.get(_PROJECTED) or here.get(_GEOGRAPHIC) or _USER_DEFINED
+    place = Place(
+        (x, x_column, x_row, y, y_column, y_row), f"EPSG:{number}" if number < _USER_DEFINED else ""
+    )
+    # The transform may be that of the centres of pixels.
+    return place.at(-0.5, -0.5) if here.get(_RASTER_TYPE) == _POINTS else place

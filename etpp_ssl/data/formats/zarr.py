@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from etpp_ssl.config import listed
-from etpp_ssl.data.formats.arrays import StoredArray, conventions, letters_of, named_array
+from etpp_ssl.data.formats.arrays import conventions, letters_of, named_array, picture_of_array
 from etpp_ssl.data.formats.base import Format, Picture, Reading, UnreadableImage, imported, one_line_reasons
 
 
@@ -44,7 +44,7 @@ def _picture(zarr: Any, node: Any, reading: Reading) -> Picture:
     axes = _ome_axes(ome["multiscales"][0], node.ndim) if ome.get("multiscales") else letters_of(own)
     nodata, scale = conventions(node.attrs)
     names = _channel_names(ome)
-    return StoredArray(
+    return picture_of_array(
         node, reading, axes, names=names, nodata=nodata, scale=scale, on_disk=True, copies=copies
     )
 

@@ -15,6 +15,7 @@ from typing import Literal
 from etpp_ssl.config import NotAtHand, UserError, listed, may_change
 from etpp_ssl.data.formats import extensions_of, most_bytes, open_file, read_file
 from etpp_ssl.data.formats.base import Picture, Reading
+from etpp_ssl.data.formats.url import check_urls, is_url
 from etpp_ssl.data.sources.base import (
     DataConfig,
     existing_folder,
@@ -101,10 +102,10 @@ class FolderConfig(SplitFoldersConfig, TiledConfig):
 
 
 class FileListConfig(TiledConfig):
-    """One image per line: a path, then optionally a tab and a class name.
+    """One image per line: a path or URL, then optionally a tab and a class name.
 
-    Paths are relative to `root`; empty lines and lines that start with # are skipped. Either all
-    lines name a class or none does.
+    Paths are relative to `root`; URLs are opened by fsspec (`pip install 'etpp-ssl[url]'`). Empty lines and
+    lines that start with # are skipped. Either all lines name a class or none does.
     """
 
     name: Literal["list"] = "list"
@@ -113,7 +114,7 @@ class FileListConfig(TiledConfig):
     eval_file: str | None = may_change(None)
     """The list of evaluation images; its class names must be among the training list's."""
     root: str | None = may_change(None)
-    """Folder that the paths are relative to; by default the folder of the list."""
+    """Folder, or URL, that the paths are relative to; by default the folder of the list."""
 
     def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> FileSource:
         """Open the "train" or the "eval" list; see `DataConfig.open`."""
@@ -132,16 +133,26 @@ class FileListConfig(TiledConfig):
             unknown = sorted({name for _, name in rows if name is not None} - train_names)
             if unknown:
                 raise UserError(f"{key}: class {unknown[0]!r} is not in data.file")
-        root = existing_folder("data.root", expanded(self.root)) if self.root else path.parent
+        files, root = [file for file, _ in rows], path.parent
+        if self.root and is_url(self.root):
+            files = [file if is_url(file) else f"{self.root.rstrip('/')}/{file}" for file in files]
+        elif self.root:
+            root = existing_folder("data.root", expanded(self.root))
+        has_urls = check_urls(key, files)
+        if has_urls and (self.tile is not None or self.frames == "all"):
+            raise UserError(
+                f"data.{'frames' if self.tile is None else 'tile'} reads parts of files, and {key} has URLs, "
+                f"which are read whole: copy the files first (`etpp prepare` makes shards of whole images)"
+            )
         labels = None
         if classes is not None:
             if any(name is None for _, name in rows):
                 raise UserError(f"{key} {str(path)!r} names a class on some lines but not on all")
             index = {name: i for i, name in enumerate(classes)}
             labels = [index[name] for _, name in rows if name is not None]
-        files, reading = [file for file, _ in rows], self.reading(in_chans)
-        source = FileSource(root, files, labels, classes, reading, in_parts=self.tile is not None)
-        if split == "train" and self.reads_overviews:
+        reading, in_parts = self.reading(in_chans), self.tile is not None
+        source = FileSource(root, files, labels, classes, reading, in_parts=in_parts)
+        if split == "train" and self.reads_overviews and not has_urls:
             source.check_overviews(seed)
         return source
 
@@ -178,7 +189,7 @@ class FileSource:
 
     Args:
         folder: what the names are relative to.
-        files: relative paths.
+        files: relative paths, or URLs.
         labels: class index per file, or None.
         classes: class names, or None.
         reading: how they become pictures.
@@ -214,7 +225,12 @@ class FileSource:
 
     def open(self, index: int) -> Picture:
         """Read a file, or its header; see `ImageSource.open`."""
-        return open_file(self.folder / self.files[index], self.reading, in_parts=self.in_parts)
+        return open_file(self.path(index), self.reading, in_parts=self.in_parts)
+
+    def path(self, index: int) -> str | Path:
+        """Where a file lies, or its URL."""
+        file = self.files[index]
+        return file if is_url(file) else self.folder / file
 
     def check_overviews(self, seed: int) -> None:
         """Let regions come from the files' overviews if those of a keyed sample are averages."""
@@ -228,12 +244,12 @@ class FileSource:
 
     def read(self, index: int) -> bytes:
         """A file's bytes, as they are stored; see `etpp_ssl.data.formats.read_file`."""
-        return read_file(self.folder / self.files[index], self.max_bytes)
+        return read_file(self.path(index), self.max_bytes)
 
     def stored_size(self, index: int) -> int:
         """Bytes of a file, 0 where it cannot be read."""
         try:
-            return os.stat(self.folder / self.files[index]).st_size
+            return os.stat(self.path(index)).st_size
         except (OSError, ValueError):
             return 0
 
@@ -261,9 +277,9 @@ class FileSource:
         digest = hashlib.blake2b(
             repr((self.folder.absolute(), self.reading)).encode(errors="surrogateescape")
         )
-        for file in self.files:
+        for index, file in enumerate(self.files):
             try:
-                status = os.stat(self.folder / file)
+                status = os.stat(self.path(index))
             except (OSError, ValueError):
                 return None
             if stat.S_ISDIR(status.st_mode):

@@ -39,13 +39,14 @@ def overviews_are_averages(open_one: Callable[[int], Picture], num_files: int, s
     Returns:
         False if those of one file are not averages; None where there are none, or none that show anything.
     """
-    told = None
+    told, opened = None, dict[int, Picture]()
     for number, file in enumerate(islice(cycle(_drawn(num_files, seed)), NUM_PARTS)):
         try:
-            picture = open_one(file)
+            picture = opened.get(file) or open_one(file)
             # Others have been read whole, and have no overviews.
             if not reads_parts(picture):
                 continue
+            opened[file] = picture
             width, height = (min(SIDE, side) for side in picture.size)
             draw = keyed_random(seed, "overviews", file, number)
             left, top = draw.randint(0, picture.size[0] - width), draw.randint(0, picture.size[1] - height)

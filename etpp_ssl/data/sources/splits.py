@@ -16,7 +16,7 @@ from etpp_ssl.data.sources.folder import FileListConfig, FolderConfig
 from etpp_ssl.data.sources.shards import ShardsConfig
 from etpp_ssl.data.sources.synthetic import SyntheticConfig
 from etpp_ssl.data.sources.timm_dataset import TimmConfig
-from etpp_ssl.data.sources.windows import TiledConfig, WindowSource
+from etpp_ssl.data.sources.windows import PartSource, TiledConfig
 from etpp_ssl.randomness import keyed_torch
 
 AnyIndexedData = FolderConfig | FileListConfig | TimmConfig | SyntheticConfig | ShardsConfig
@@ -97,14 +97,21 @@ class Subset:
 
 
 def open_split(
-    config: DataConfig, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int
+    config: DataConfig,
+    split: str,
+    *,
+    in_chans: int,
+    image_size: tuple[int, int],
+    seed: int,
+    parts: bool = True,
 ) -> ImageSource:
     """Open the "train", the "holdout" or the "eval" part of a recipe's data.
 
     With `data.holdout`, a keyed draw of that many training images is the evaluation part, and
     training never sees them. Of the others, `data.label_share` or `data.labels_per_class` takes some of
     each class, and of these `data.holdout_share` keeps some from training: the part "holdout", for choosing
-    settings. With `data.tile` all of these are files, whose windows are then the images.
+    settings. With `data.tile` or `data.frames` all of these are files, whose parts are then the images,
+    unless the files are asked for by `parts=False`.
 
     Raises:
         UserError: if the data is not there or has no images, the holdout leaves nothing to train on, or
@@ -117,7 +124,7 @@ def open_split(
         source = Subset(source, indices, hash_indices=True)
     if split == "holdout" or (split == "train" and config.holdout_share):
         source = _held_out(source, config.holdout_share, split, seed)
-    return config.windows(source) if isinstance(config, TiledConfig) else source
+    return config.parts(source) if parts and isinstance(config, TiledConfig) else source
 
 
 def _open_whole(
@@ -229,7 +236,7 @@ def read_labels(source: ImageSource, key: str) -> list[int]:
 def read_anew(source: ImageSource, reading: Reading) -> ImageSource:
     """The same images, whose files become pictures in another way; nothing is looked for again."""
     other: Any = copy(source)
-    if isinstance(source, Subset | WindowSource):
+    if isinstance(source, Subset | PartSource):
         other.source = read_anew(source.source, reading)
     else:
         object.__setattr__(other, "reading", reading)  # One is frozen.

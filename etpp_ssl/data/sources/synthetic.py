@@ -23,7 +23,8 @@ from pydantic import Field, field_validator, model_validator
 
 from etpp_ssl.config import as_pair, legal_size
 from etpp_ssl.data.formats import finished
-from etpp_ssl.data.formats.base import ArrayPicture, Picture, Reading
+from etpp_ssl.data.formats.base import Picture, Reading
+from etpp_ssl.data.formats.pictures import ArrayPicture
 from etpp_ssl.data.sources.base import DataConfig, images_of
 from etpp_ssl.randomness import keyed_numpy
 

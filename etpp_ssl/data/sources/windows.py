@@ -1,8 +1,9 @@
-"""Windows of large files: each is an image of its own, addressed by index and read without its file's rest.
+"""Parts of files: windows of large images, and frames of files with several (slices, pages, times).
 
-The number of windows follows from the sizes in the files' headers, which are read once. Windows at the right
-and the lower edge are shifted inwards, so that all have the same size. Neighbours may overlap, so that a part
-of the data (`data.holdout`, `data.label_share`, `data.labels_per_class`) is drawn by file.
+Each is an image of its own, addressed by index and read without its file's rest. Their number follows from
+the files' headers, which are read once. Windows at the right and the lower edge are shifted inwards, so that
+all have the same size. Neighbours may overlap or show the same thing, so that a part of the data
+(`data.holdout`, `data.label_share`, `data.labels_per_class`) is drawn by file.
 
 Legend: F files.
 """
@@ -16,6 +17,7 @@ import threading
 import time
 from abc import ABC
 from copy import copy
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -27,17 +29,19 @@ from etpp_ssl.data.formats.base import (
     Decoder,
     Picture,
     Place,
+    Reading,
     Region,
     UnreadableImage,
     place_of,
     reads_parts,
 )
+from etpp_ssl.data.formats.pictures import FramedPicture, frames_of
 from etpp_ssl.data.sources.base import DataConfig, ImageSource
 
 MAX_OPEN = 16
 """Files that one worker keeps open."""
 MOST_KNOWN = 8
-"""Parts of data whose headers one process remembers."""
+"""Data sets whose headers one process remembers."""
 SAID_EVERY_SECONDS = 10.0
 """How often a start says how many headers it has read."""
 
@@ -56,6 +60,11 @@ class TiledConfig(DataConfig, ABC):
     """`auto`: with `range` and `decode: reduced`, training crops are read from the smaller copies that a file
     has of itself (its pyramid) where those keep enough pixels, if a check of a few files at the start says
     that they are averages. `never` reads full resolution."""
+    frames: Literal["one", "all"] = "one"
+    """`one`: a file is an image; of an animation its first frame, and a stack is refused. `all`: each slice,
+    page, time or frame is an image, with all its channels: whatever lies along other axes than h, w and c
+    (`axes`: `zhw`, `nhwc`). `holdout`, `label_share` and `labels_per_class` count files all the same;
+    `num_images` counts frames, or windows of them."""
 
     @field_validator("tile", "stride")
     @classmethod
@@ -64,6 +73,10 @@ class TiledConfig(DataConfig, ABC):
 
     @model_validator(mode="after")
     def _windows(self) -> TiledConfig:
+        if self.frames == "all" and self.axes == "pages":
+            raise ValueError("axes=pages makes pages channels, and frames=all images: give one of them")
+        if self.frames == "all" and self.reader == "rasterio":
+            raise ValueError("frames=all needs reader=auto: GDAL tells bands only")
         if self.tile is None:
             if self.stride is not None:
                 raise ValueError("stride needs tile, the size of the windows")
@@ -80,20 +93,24 @@ class TiledConfig(DataConfig, ABC):
         """Whether training crops may come from overviews, if a check allows it."""
         return self.overviews == "auto" and self.decode == "reduced" and self.range is not None
 
-    def windows(self, source: ImageSource) -> ImageSource:
-        """The windows of a source's files, or the source itself without `tile`.
+    def reading(self, in_chans: int) -> Reading:
+        """See `DataConfig.reading`."""
+        return replace(super().reading(in_chans), frames=self.frames == "all")
+
+    def parts(self, source: ImageSource) -> ImageSource:
+        """The windows or frames of a source's files, or the source itself without `tile` and `frames`.
 
         Raises:
             UserError: if a file is smaller than a window.
         """
         if self.tile is None:
-            return source
+            return PartSource(source, None, None) if self.frames == "all" else source
         tile = as_pair(self.tile)
-        return WindowSource(source, tile, tile if self.stride is None else as_pair(self.stride))
+        return PartSource(source, tile, tile if self.stride is None else as_pair(self.stride))
 
 
-class Window(NamedTuple):
-    """A part of a file."""
+class Part(NamedTuple):
+    """What of a file is an image."""
 
     file: int
     """Its number among the files."""
@@ -101,38 +118,46 @@ class Window(NamedTuple):
     """Upper edge, in pixels of the file."""
     column: int
     """Left edge."""
+    frame: int
+    """Number of the frame in the file."""
 
 
-class WindowSource:
-    """The windows of a source's images, in the order of the images, row by row.
+class PartSource:
+    """The parts of a source's images, in the order of the images: frame by frame, row by row.
 
     Args:
-        source: the large images, of which only headers are read here.
-        tile: (height, width) of a window.
-        stride: (down, right) from one to the next.
+        source: the files, of which only headers are read here.
+        tile: (height, width) of a window; None for whole frames.
+        stride: (down, right) from one window to the next.
 
     Raises:
         UserError: if an image is smaller than a window.
     """
 
-    def __init__(self, source: ImageSource, tile: tuple[int, int], stride: tuple[int, int]) -> None:
+    def __init__(
+        self, source: ImageSource, tile: tuple[int, int] | None, stride: tuple[int, int] | None
+    ) -> None:
         self.source = source
         self.tile = tile
         self.stride = stride
         self.classes = source.classes
         self._headers = _headers_of(source)
-        sizes = self._headers.sizes
+        sizes, frames = self._headers.sizes, self._headers.num_frames
+        counts = np.ones((len(sizes), 2), np.int64)
         unreadable = (sizes == 0).any(axis=1)
-        small = np.flatnonzero(~unreadable & (sizes < tile).any(axis=1))
-        if len(small):
-            height, width = sizes[small[0]]
-            more = f", and {len(small) - 1:,} more are smaller than the tile" if len(small) > 1 else ""
-            raise UserError(
-                f"data.tile is {show_size(tile)}, but {source.name(int(small[0]))!r} has {height} x {width} "
-                f"pixels (height x width){more}: use a smaller tile, or leave such files out"
-            )
-        # What cannot be read is one window, which is met, named and replaced as any unreadable image is.
-        self._counts = np.where(unreadable[:, None], 1, -(-(sizes - tile) // stride) + 1)
+        if tile is not None and stride is not None:
+            small = np.flatnonzero(~unreadable & (sizes < tile).any(axis=1))
+            if len(small):
+                height, width = sizes[small[0]]
+                more = f", and {len(small) - 1:,} more are smaller than the tile" if len(small) > 1 else ""
+                raise UserError(
+                    f"data.tile is {show_size(tile)}, but {source.name(int(small[0]))!r} has {height} x "
+                    f"{width} pixels (height x width){more}: use a smaller tile, or leave such files out"
+                )
+            # What cannot be read is one image, which is met, named and replaced as any unreadable one is.
+            counts = np.where(unreadable[:, None], 1, -(-(sizes - tile) // stride) + 1)
+        self._counts = np.column_stack([frames, counts])
+        """int64 (F, 3): frames, and windows down and across each."""
         self._starts = np.concatenate([[0], np.cumsum(self._counts.prod(axis=1, dtype=np.int64))])
         self._held = threading.local()
 
@@ -147,30 +172,34 @@ class WindowSource:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def window(self, index: int) -> Window:
+    def part(self, index: int) -> Part:
         """Which part of which file an image is."""
         if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
+            raise IndexError(f"part {index} of {len(self)}")
         file = int(np.searchsorted(self._starts, index, "right")) - 1
-        row, column = divmod(index - int(self._starts[file]), int(self._counts[file, 1]))
-        last = np.maximum(self._headers.sizes[file] - self.tile, 0)
-        return Window(
-            file, min(row * self.stride[0], int(last[0])), min(column * self.stride[1], int(last[1]))
-        )
+        number, (_, down, across) = index - int(self._starts[file]), self._counts[file].tolist()
+        if self.tile is None or self.stride is None:
+            return Part(file, 0, 0, number)
+        last = np.maximum(self._headers.sizes[file] - self.tile, 0).tolist()
+        frame, row, column = number // (down * across), number // across % down, number % across
+        return Part(file, min(row * self.stride[0], last[0]), min(column * self.stride[1], last[1]), frame)
 
     def open(self, index: int) -> Picture:
-        """A window that is read when its pixels are asked for; see `ImageSource.open`."""
-        file, row, column = self.window(index)
-        # A copy: whether a value lies outside of the range is told window by window.
-        picture = copy(self._opened(file))
+        """A part that is read when its pixels are asked for; see `ImageSource.open`."""
+        file, row, column, frame = self.part(index)
+        whole = self._opened(file)
         height, width = self._headers.sizes[file]
-        if picture.size != (width, height):
+        if (*whole.size, frames_of(whole)) != (width, height, self._headers.num_frames[file]):
             raise UnreadableImage("its size is not what it was when the run began")
+        # A copy: whether a value lies outside of the range is told part by part.
+        picture = whole.frame(frame) if isinstance(whole, FramedPicture) else copy(whole)
+        if self.tile is None:
+            return picture
         return WindowPicture(picture, (column, row, column + self.tile[1], row + self.tile[0]))
 
     def label(self, index: int) -> int:
         """That of the file."""
-        return self.source.label(self.window(index).file)
+        return self.source.label(self.part(index).file)
 
     def all_labels(self) -> list[int] | None:
         """See `ImageSource.all_labels`."""
@@ -181,13 +210,19 @@ class WindowSource:
         return repeated
 
     def name(self, index: int) -> str:
-        """The file's, and the window's upper left corner in it: `scene.tif#row,column`."""
-        file, row, column = self.window(index)
-        return f"{self.source.name(file)}#{row},{column}"
+        """The file's, and which part of it: `scene.tif#row,column`, `scan.nii#frame`, or all three."""
+        file, row, column, frame = self.part(index)
+        places = [frame] * self.has_frames + [row, column] * (self.tile is not None)
+        return f"{self.source.name(file)}#{','.join(map(str, places))}"
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether a file has more than one."""
+        return bool((self._headers.num_frames > 1).any())
 
     def place(self, index: int) -> Place | None:
-        """Where a window lies on the earth, if its file says so."""
-        file, row, column = self.window(index)
+        """Where a part lies on the earth, if its file says so."""
+        file, row, column, _ = self.part(index)
         transform = self._headers.transforms[file]
         if np.isnan(transform).any():
             return None
@@ -195,28 +230,33 @@ class WindowSource:
             column, row
         )
 
-    def num_windows(self, file: int) -> int:
+    def num_parts(self, file: int) -> int:
         """Of a file, by its number."""
         return int(self._starts[file + 1] - self._starts[file])
 
     def fingerprint(self) -> str:
-        """Hash of the files' own, their sizes, and the size and distance of the windows."""
+        """Hash of the files' own, their sizes and frames, and the size and distance of the windows."""
         settings = repr((self.source.fingerprint(), self.tile, self.stride)).encode()
         digest = hashlib.blake2b(settings, digest_size=12)
         digest.update(self._headers.sizes.astype("<i4").tobytes())
+        if self.has_frames:
+            digest.update(self._headers.num_frames.astype("<i8").tobytes())
         return digest.hexdigest()
 
     def describe(self) -> str:
         """Their number, their size and where they come from."""
+        text = f"{self.source.describe()}{self._headers.note}"
+        num_frames = int(self._headers.num_frames.sum())
+        if self.has_frames or self.tile is None:
+            text = f"{num_frames:,} frame{'s' * (num_frames != 1)} of {text}"
+        if self.tile is None or self.stride is None:
+            return text
         apart = "" if self.stride == self.tile else f", {show_size(self.stride)} apart"
         plural = "" if len(self) == 1 else "s"
-        return (
-            f"{len(self):,} window{plural} of {show_size(self.tile)} pixels{apart}, of "
-            f"{self.source.describe()}{self._headers.fault}"
-        )
+        return f"{len(self):,} window{plural} of {show_size(self.tile)} pixels{apart}, of {text}"
 
     def _opened(self, file: int) -> Picture:
-        """The file's picture, kept open for this thread's next windows of it."""
+        """The file's picture, kept open for this thread's next parts of it."""
         held = self._held
         # A forked process shares the places in its parent's files.
         if getattr(held, "process", None) != os.getpid():
@@ -273,13 +313,17 @@ class _Headers(NamedTuple):
 
     sizes: np.ndarray
     """int32 (F, 2): height and width, 0 where a header cannot be read."""
+    num_frames: np.ndarray
+    """int64 (F,): of each file, 1 where a header cannot be read."""
     transforms: np.ndarray
     """float64 (F, 6), see `Place`; NaN where a file does not say where it lies."""
     crs_numbers: np.ndarray
     """int32 (F,): which of `crs`."""
     crs: list[str]
-    fault: str
-    """What cannot be read, for people; empty for nothing."""
+    complete: bool
+    """Whether all could be read."""
+    note: str
+    """What else there is to say of them; empty for nothing."""
 
 
 _KNOWN: dict[str, _Headers] = {}
@@ -292,7 +336,7 @@ def _headers_of(source: ImageSource) -> _Headers:
     if found is None:
         found = _read_headers(source)
         # What cannot be read now can perhaps be read later.
-        if stamp and not found.fault:
+        if stamp and found.complete:
             _KNOWN[stamp] = found
             if len(_KNOWN) > MOST_KNOWN:
                 _KNOWN.pop(next(iter(_KNOWN)))
@@ -301,26 +345,30 @@ def _headers_of(source: ImageSource) -> _Headers:
 
 def _read_headers(source: ImageSource) -> _Headers:
     num_files = len(source)
-    sizes = np.zeros((num_files, 2), np.int32)
+    sizes, num_frames = np.zeros((num_files, 2), np.int32), np.ones(num_files, np.int64)
     transforms = np.full((num_files, 6), np.nan)
     crs_numbers = np.zeros(num_files, np.int32)
     known: dict[str, int] = {"": 0}
-    num_faults, first_fault = 0, ""
+    num_faults, first_fault, slow = 0, "", ""
     said = time.monotonic()
     for file in range(num_files):
         if time.monotonic() - said > SAID_EVERY_SECONDS and os.environ.get("RANK", "0") == "0":
             said = time.monotonic()
-            print(f"data.tile: {file:,} of {num_files:,} headers read", file=sys.stderr, flush=True)
+            print(f"data: {file:,} of {num_files:,} headers read", file=sys.stderr, flush=True)
         try:
             picture = source.open(file)
         except UnreadableImage as error:
             first_fault = first_fault or f"{source.name(file)!r}: {error}"
             num_faults += 1
             continue
-        sizes[file] = picture.size[::-1]
+        sizes[file], num_frames[file] = picture.size[::-1], frames_of(picture)
+        if num_frames[file] > 1 and not reads_parts(picture):
+            slow = (
+                slow or f"; {source.name(file)!r} and files like it are read whole for each of their frames"
+            )
         place = place_of(picture)
         if place is not None:
             transforms[file] = place.transform
             crs_numbers[file] = known.setdefault(place.crs, len(known))
     fault = f"; {num_faults:,} cannot be read, as {first_fault}" if num_faults else ""
-    return _Headers(sizes, transforms, crs_numbers, list(known), fault)
+    return _Headers(sizes, num_frames, transforms, crs_numbers, list(known), not num_faults, f"{fault}{slow}")

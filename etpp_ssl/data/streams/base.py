@@ -13,6 +13,7 @@ from a generator whose state cannot be stored, and they know no place to resume 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple, Protocol
 
 from pydantic import Field, model_validator
@@ -71,6 +72,13 @@ class Stream(Protocol):
 
         Raises:
             UserError: if there are fewer shards than workers.
+        """
+
+    def sample(self, count: int) -> Iterator[Item]:
+        """At most so many items of a few keyed shards, for a look at what the stream holds.
+
+        Raises:
+            RunFault: if a shard cannot be read.
         """
 
     def worker_shard(self, worker: int, num_workers: int, cursor: Cursor | None) -> WorkerShard:

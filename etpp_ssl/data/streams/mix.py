@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Annotated, Literal
 
@@ -98,6 +99,12 @@ class MixedStream:
         """See `Stream.check_workers`."""
         for stream in self.streams:
             stream.check_workers(num_workers)
+
+    def sample(self, count: int) -> Iterator[Item]:
+        """Of each source its share; see `Stream.sample`."""
+        ends = [round(count * bound / self.bounds[-1]) for bound in self.bounds]
+        for stream, start, end in zip(self.streams, (0, *ends), ends, strict=False):
+            yield from stream.sample(end - start)
 
     def worker_shard(self, worker: int, num_workers: int, cursor: Cursor | None) -> MixedWorkerShard:
         """See `Stream.worker_shard`."""

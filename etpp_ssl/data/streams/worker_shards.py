@@ -22,7 +22,9 @@ import hashlib
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 import torch
@@ -32,6 +34,8 @@ from etpp_ssl.config import Config, RunFault, UserError, listed, may_change
 from etpp_ssl.data.streams.base import Cursor, Item
 from etpp_ssl.randomness import keyed_torch
 
+SAMPLED_SHARDS = 4
+"""Shards that a sample is of, where they have enough items."""
 RETRY_SECONDS = 1.0
 """Pause before a shard is opened again; twice as long each further time."""
 
@@ -117,6 +121,24 @@ class ShardStream:
                 f"{num_workers} data workers of all processes, each of which reads its own; give more "
                 f"shards or a smaller data.num_workers"
             )
+
+    def sample(self, count: int) -> Iterator[Item]:
+        """The first items of the first shards of the run, without a second try; see `Stream.sample`."""
+        left, each = count, -(-count // min(SAMPLED_SHARDS, len(self.reader.names)))
+        for shard in self.shards_of(0, 1, 0):
+            with closing(self.read_shard(shard, 0, retries=0)) as items:
+                for item in islice(items, min(each, left)):
+                    yield item
+                    left -= 1
+            if left == 0:
+                return
+
+    def read_shard(self, shard: int, offset: int, retries: int) -> Generator[Item]:
+        """Items of a shard from number `offset` on; see `read_patiently`."""
+        reader = self.reader
+        return read_patiently(
+            lambda start: reader.read(shard, start), offset, retries=retries, name=reader.names[shard]
+        )
 
     def worker_shard(self, worker: int, num_workers: int, cursor: Cursor | None) -> ShuffledWorkerShard:
         """See `Stream.worker_shard`."""
@@ -219,7 +241,7 @@ class ShuffledWorkerShard:
             shards = self.stream.shards_of(self.worker, self.num_workers, epoch)
             empty = (place, offset) == (0, 0)
             while place < len(shards):
-                for item in self._read_shard(shards[place], offset):
+                for item in self.stream.read_shard(shards[place], offset, self.stream.retries):
                     yield _Found(epoch, place, offset, item)
                     offset += 1
                     empty = False
@@ -229,19 +251,10 @@ class ShuffledWorkerShard:
                 raise RunFault(f"there is no image in the {len(shards)} shards like {names[shards[0]]!r}")
             epoch, place = epoch + 1, 0
 
-    def _read_shard(self, shard: int, offset: int) -> Iterator[Item]:
-        reader = self.stream.reader
-        return read_patiently(
-            lambda start: reader.read(shard, start),
-            offset,
-            retries=self.stream.retries,
-            name=reader.names[shard],
-        )
-
 
 def read_patiently(
     read: Callable[[int], Iterator[Item]], offset: int, *, retries: int, name: str
-) -> Iterator[Item]:
+) -> Generator[Item]:
     """Items of a shard, which is opened again where reading fails.
 
     Args:

@@ -210,7 +210,7 @@ def test_names_of_axes_count(tmp_path: Path, rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(values(path, deep(3)), array.transpose(1, 2, 0))
     path = zarr_2(tmp_path, array)
     zarr.open(path, mode="a").attrs["_ARRAY_DIMENSIONS"] = ["time", "y", "x"]
-    assert "data.axes=pages makes the 3 entries of t channels" in refusal(path, deep(3))
+    assert "data.frames=all makes each of the 3 entries of t an image" in refusal(path, deep(3))
     np.testing.assert_array_equal(values(path, deep(3, axes="pages")), array.transpose(1, 2, 0))
     folder = tmp_path / "b.zarr"
     names = ("channel", "x", "y")
@@ -274,8 +274,8 @@ def test_ome_ngff(version: str, tmp_path: Path, rng: np.random.Generator) -> Non
     stack = rng.integers(0, 60000, (1, 1, 4, 40, 50), "u2")
     path = ome(tmp_path / "b.zarr", stack, "tczyx", version)
     assert refusal(path, deep()) == (
-        "it is a stack, of shape (1, 1, 4, 40, 50) with axes tczhw: data.axes=pages makes the 4 entries of z "
-        "channels, data.channels chooses among them"
+        "it is a stack, of shape (1, 1, 4, 40, 50) with axes tczhw: data.frames=all makes each of the 4 "
+        "entries of z an image, data.axes=pages makes them channels, of which data.channels chooses"
     )
     np.testing.assert_array_equal(values(path, deep(4, axes="pages")), stack[0, 0].transpose(1, 2, 0))
     np.testing.assert_array_equal(values(path, deep(axes="tzchw", channels=(2,)))[:, :, 0], stack[0, 0, 2])

@@ -17,8 +17,9 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate, get_frame
 from stored import as_floats, damage, deep, opened, refusal, values, whole
 
-from etpp_ssl.data.formats import check_header, open_picture
+from etpp_ssl.data.formats import check_header, open_file, open_picture
 from etpp_ssl.data.formats.base import Reading, UnreadableImage
+from etpp_ssl.data.formats.pictures import frames_of
 
 HEIGHT, WIDTH = 33, 46
 JPEGS = {
@@ -260,9 +261,31 @@ def test_frames_are_channels_when_asked(syntax: uid.UID, file: Path, rng: np.ran
     np.testing.assert_array_equal(values(file, deep(5, axes="pages")), pixels.transpose(1, 2, 0))
     chosen = values(file, deep(3, axes="pages", channels=(4, 1, 4)))
     np.testing.assert_array_equal(chosen, pixels[[4, 1, 4]].transpose(1, 2, 0))
-    assert refusal(file, deep(1)).startswith("it has 5 frames: data.axes=pages makes them channels")
-    assert refusal(file, deep(5)).startswith("it has 5 frames: data.axes=pages makes them channels")
+    assert refusal(file, deep(1)).startswith("it has 5 frames: data.frames=all makes each an image")
+    assert refusal(file, deep(5)).startswith("it has 5 frames: data.frames=all makes each an image")
     assert "it has 5 channels, but in_chans is 3" in refusal(file, deep(3, axes="pages"))
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "RGB"])
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.RLELossless])
+def test_frames_are_images_when_asked(
+    syntax: uid.UID, photometric: str, file: Path, rng: np.random.Generator
+) -> None:
+    colours = [3] if photometric == "RGB" else []
+    pixels = rng.integers(0, 256, (5, HEIGHT, WIDTH, *colours), "u1")
+    write(file, pixels, syntax, photometric=photometric)
+    for reading in (deep(sum(colours) or 1, frames=True), Reading(sum(colours) or 1, frames=True)):
+        picture = open_file(file, reading)
+        assert frames_of(picture) == 5
+        for number, frame in enumerate(pixels):
+            one = picture.frame(number)  # type: ignore[attr-defined]
+            np.testing.assert_array_equal(
+                one.region((3, 2, 9, 7), (1, 1)).pixels, np.atleast_3d(frame)[2:7, 3:9]
+            )
+    if colours:
+        said = "it has 5 frames of colours: data.frames=all makes each an image"
+        assert refusal(file, deep(3, axes="pages")) == said
+        assert frames_of(open_file(file, deep(1, frames=True, channels=(2,)))) == 5
 
 
 def test_one_gray_channel_is_not_taken_for_three(file: Path, rng: np.random.Generator) -> None:

@@ -117,7 +117,7 @@ def test_windows_of_a_cog_and_its_overviews(resampling: str, serves: bool, tmp_p
         "a.tif#0,0", "a.tif#0,300", "a.tif#0,500", "a.tif#300,0", "a.tif#300,300", "a.tif#300,500",
     ]  # fmt: skip
     for index in range(6):
-        _, row, column = source.window(index)
+        _, row, column, _ = source.part(index)
         window = source.open(index)
         part = window.region((0, 0, 400, 400), (400, 400))
         expected = values[:, row : row + 400, column : column + 400].transpose(1, 2, 0)

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from etpp_ssl.data.formats import check_header, decode, jpeg2000, open_picture
-from etpp_ssl.data.formats.base import DecodedPicture, Reading, UnreadableImage, pixels_of
+from etpp_ssl.data.formats.base import Reading, UnreadableImage, pixels_of
+from etpp_ssl.data.formats.pictures import DecodedPicture
 
 imagecodecs = pytest.importorskip("imagecodecs")
 

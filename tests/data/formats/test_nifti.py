@@ -107,8 +107,8 @@ def test_two_axes_are_an_image(shape: tuple[int, ...], tmp_path: Path, rng: np.r
 def test_a_stack_is_refused_with_the_remedy(tmp_path: Path, rng: np.random.Generator) -> None:
     path = write(tmp_path / "scan.nii", rng.integers(0, 1000, SHAPE, "i2"))
     assert refusal(path, deep()) == (
-        "it is a stack, of shape (7, 9, 5) with axes whz: data.axes=pages makes the 5 entries of z channels, "
-        "data.channels chooses among them"
+        "it is a stack, of shape (7, 9, 5) with axes whz: data.frames=all makes each of the 5 entries of "
+        "z an image, data.axes=pages makes them channels, of which data.channels chooses"
     )
     assert "it has 5 channels, but in_chans is 1" in refusal(path, deep(axes="whc"))
     assert "it has no channel 5 of data.channels" in refusal(path, deep(axes="whc", channels=(5,)))

@@ -18,8 +18,9 @@ from torch import Tensor
 from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.frequency import low_frequency_crop
 from etpp_ssl.data.formats import decode, open_picture
-from etpp_ssl.data.formats.base import DecodedPicture, Decoder, Reading, UnreadableImage
+from etpp_ssl.data.formats.base import Decoder, Reading, UnreadableImage
 from etpp_ssl.data.formats.jpeg import JpegPicture
+from etpp_ssl.data.formats.pictures import DecodedPicture
 from etpp_ssl.data.resize import resize
 from etpp_ssl.data.sources.synthetic import SyntheticSource
 from etpp_ssl.data.views import TrainView, intermediate_size, random_crop_box, to_tensor

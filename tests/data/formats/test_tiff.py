@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from etpp_ssl.data.formats import decode, open_picture, tiff
-from etpp_ssl.data.formats.base import DecodedPicture, Picture, Reading, Region, UnreadableImage, pixels_of
+from etpp_ssl.data.formats.base import Picture, Reading, Region, UnreadableImage, pixels_of
+from etpp_ssl.data.formats.pictures import DecodedPicture
 from etpp_ssl.data.formats.tiff import by_tifffile
 from etpp_ssl.data.formats.tiff_values import TiffPicture
 
@@ -260,7 +261,7 @@ def test_stacks_are_a_question(dtype: str, options: dict[str, Any]) -> None:
             continue
         reason = refusal(data, in_chans)
         assert "stack of 6 pages (Z 2, C 3)" in reason
-        assert "data.axes=pages takes them as channels, of which data.channels chooses" in reason
+        assert "data.axes=pages makes them channels, of which data.channels chooses" in reason
     same(data, values, axes="pages")
     same(data, values[:, :, 3:], axes="pages", channels=(3, 4, 5))
     assert "data.axes is hwc" in refusal(data, 6, axes="hwc")
@@ -679,7 +680,7 @@ def test_all_channels_of_a_file() -> None:
         data = written(values, photometric="rgb", extrasamples=["unassalpha"])
         np.testing.assert_array_equal(whole(opened(data, 0)).pixels, values[:, :, :3])
     data = written(drawn("uint16", 5).transpose(2, 0, 1), photometric="minisblack", metadata=None)
-    assert "it has 1 channel and 5 pages: data.axes=pages" in refusal(data, 0)
+    assert "it has 1 channel and 5 pages: data.frames=all" in refusal(data, 0)
     same(data, drawn("uint16", 5), in_chans=0, axes="pages")
 
 

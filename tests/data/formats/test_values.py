@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import sys
 from typing import Any
 
 import imagecodecs
@@ -17,7 +18,8 @@ from PIL import Image, ImageOps
 
 from etpp_ssl.config import UserError
 from etpp_ssl.data.formats import open_picture
-from etpp_ssl.data.formats.base import ArrayPicture, Reading, Region, UnreadableImage
+from etpp_ssl.data.formats.base import Reading, Region, UnreadableImage
+from etpp_ssl.data.formats.pictures import ArrayPicture
 from etpp_ssl.data.formats.values import ValuePicture
 from etpp_ssl.data.given import viewed
 from etpp_ssl.data.resize import resize
@@ -115,6 +117,24 @@ def test_colours_of_16_bits_keep_every_level_upright_and_without_alpha(orientati
     np.testing.assert_array_equal(np.rint(found * 65535).astype(int) >> 8, upright)
     if orientation == 1:
         np.testing.assert_array_equal(np.rint(found * 65535), values[:, :, :3])
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12])
+@pytest.mark.parametrize("samples", [1, 3, 4])
+def test_avif_keeps_its_depth(bits: int, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (9, 14) if samples == 1 else (9, 14, samples)
+    values = np.random.default_rng(0).integers(0, 2**bits, shape, np.uint8 if bits == 8 else np.uint16)
+    data = imagecodecs.avif_encode(values, level=100, bitspersample=bits)
+    expected = np.atleast_3d(values)[:, :, :3]
+    for reading in (Reading(expected.shape[2], range=((0, 4095),)), Reading(expected.shape[2], range="raw")):
+        found = whole(data, reading).pixels
+        np.testing.assert_allclose(found, expected, atol=1 if bits == 8 else 0)
+    channels = np.dstack([np.asarray(channel) for channel in open_picture(data, Reading(3)).channels()])
+    assert abs(channels.astype(float).mean() - (expected >> (bits - 8)).mean()) < 6
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    if bits > 8:
+        with pytest.raises(UnreadableImage, match=r"AVIF of more than 8 bits needs imagecodecs.*\[tiff\]"):
+            whole(data, Reading(expected.shape[2], range=((0, 4095),)))
 
 
 def test_8_bits_become_shares_of_their_type_or_raw_values() -> None:

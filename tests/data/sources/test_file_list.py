@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from etpp_ssl.config import UserError
+from etpp_ssl.config import RunFault, UserError
+from etpp_ssl.data.formats import url
 from etpp_ssl.data.formats.base import UnreadableImage
+from etpp_ssl.data.loader import BatchBuilder, evaluation_requests, load_batches
+from etpp_ssl.data.sampler import KeyedOrder
 from etpp_ssl.data.sources.folder import FileListConfig, FileSource
+from etpp_ssl.data.views import EvalView
 
 
 @pytest.fixture
@@ -194,3 +199,83 @@ def test_the_fingerprint_depends_on_order_and_classes_but_not_on_the_folder(fold
     ]
     assert len(set(found)) == len(found)
     assert fingerprint("# same images\na.png\n\nb.png", "moved/list.txt") == found[0]
+
+
+# URLs.
+
+
+@pytest.fixture
+def storage(folder: Path) -> Any:
+    """A storage in memory with the images; its files are gone after the test."""
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    for file in folder.glob("*.png"):
+        memory.pipe(f"/bucket/{file.name}", file.read_bytes())
+    yield memory
+    memory.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("root", [None, "memory://bucket/"])
+def test_urls_are_read_through_fsspec(storage: Any, folder: Path, tmp_path: Path, root: str | None) -> None:
+    before = "" if root else "memory://bucket/"
+    text = f"{before}c.png\tpine\n{before}a.png\toak\n{(folder / 'b.png').as_uri()}\tpine\n"
+    source = open_list(file=write_list(tmp_path / "lists/list.txt", text), root=root)
+    assert widths(source) == [6, 4, 5]
+    assert labels_of(source) == [1, 0, 1]
+    assert source.name(1) == "memory://bucket/a.png"
+    assert source.describe().startswith("3 images in ")
+    assert source.stamp() is None
+    deep = open_list(file=str(tmp_path / "lists/list.txt"), root=root, range=(0, 255))
+    assert deep.open(2).region((0, 0, 5, 3), (5, 3)).pixels[0, 0].tolist() == [1, 0, 0]
+
+
+def test_workers_read_urls_too(folder: Path, tmp_path: Path) -> None:
+    def batches(text: str, num_workers: int) -> Any:
+        source = open_list(file=write_list(tmp_path / "list.txt", text))
+        view = EvalView((8, 8), 1.0)
+        builder = BatchBuilder(source, view, KeyedOrder(6, 0))
+        requests = evaluation_requests(range(6), size=(8, 8), batch_size=2)
+        return list(load_batches(builder, requests, num_workers=num_workers, prefetch=2, pin_memory=False))
+
+    files = sorted(folder.glob("*.png"))
+    urls, paths = ("\n".join(names) for names in ([file.as_uri() for file in files], map(str, files)))
+    for one, other in zip(batches(urls, 2), batches(paths, 0), strict=True):
+        assert one.images.equal(other.images)
+
+
+def test_a_file_that_is_gone_is_no_image_and_a_connection_that_fails_ends_the_run(
+    storage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_list(file=write_list(tmp_path / "list.txt", "memory://bucket/z.png\nmemory://bucket/a.png"))
+    with pytest.raises(UnreadableImage, match=r"cannot be opened \(FileNotFoundError\)"):
+        source.open(0)
+    monkeypatch.setattr(FileSource, "max_bytes", 20)
+    with pytest.raises(UnreadableImage, match="more than 20 bytes"):
+        source.read(1)
+    monkeypatch.undo()
+    monkeypatch.setattr(url, "RETRY_SECONDS", 0.0)
+    opened, failures = type(storage)._open, iter([TimeoutError("slow")] * 3)
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        for failure in failures:
+            raise failure
+        return opened(*args, **kwargs)
+
+    monkeypatch.setattr(type(storage), "_open", fails)
+    assert source.open(1).size == (4, 3)
+    failures = iter([TimeoutError("slow")] * 4)
+    with pytest.raises(RunFault, match=r"a.png' cannot be read after 4 tries .TimeoutError: slow"):
+        source.open(1)
+
+
+def test_urls_that_cannot_be_read_are_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_list(tmp_path / "list.txt", "nothing://bucket/a.png\n")
+    assert "data.file has URLs of nothing://, which fsspec does not open: " in sentence(file=file)
+    file = write_list(tmp_path / "list.txt", "memory://bucket/a.png\n")
+    assert sentence(file=file, tile=8, range=(0, 255)).startswith(
+        "data.tile reads parts of files, and data.file"
+    )
+    assert sentence(file=file, frames="all").startswith("data.frames reads parts of files")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert sentence(file=file) == (
+        "data.file with URLs needs fsspec, which is not installed: pip install 'etpp-ssl[url]'"
+    )

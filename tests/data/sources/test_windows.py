@@ -15,21 +15,14 @@ from PIL import Image
 from pydantic import ValidationError
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.formats.base import (
-    ArrayPicture,
-    Decoder,
-    Picture,
-    Place,
-    Region,
-    UnreadableImage,
-    place_of,
-)
+from etpp_ssl.data.formats.base import Decoder, Picture, Place, Region, UnreadableImage, place_of
+from etpp_ssl.data.formats.pictures import ArrayPicture
 from etpp_ssl.data.loader import Batch, BatchBuilder, load_batches
 from etpp_ssl.data.sampler import KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.base import DataConfig, ImageSource
 from etpp_ssl.data.sources.folder import FileListConfig, FileSource, FolderConfig
 from etpp_ssl.data.sources.splits import Subset, open_split, read_anew
-from etpp_ssl.data.sources.windows import MAX_OPEN, WindowSource
+from etpp_ssl.data.sources.windows import MAX_OPEN, PartSource
 from etpp_ssl.data.views import EvalView, TrainView
 
 SIZE = (16, 24)
@@ -82,7 +75,7 @@ def pixels(picture: Picture) -> np.ndarray:
 
 
 def plain_places(size: tuple[int, int], tile: tuple[int, int], stride: tuple[int, int]) -> list[Any]:
-    """What `WindowSource` lists, by walking."""
+    """What `PartSource` lists, by walking."""
 
     def along(axis: int) -> list[int]:
         found, last = [], size[axis] - tile[axis]
@@ -101,13 +94,13 @@ def test_windows_cover_every_pixel_and_have_full_size() -> None:
         tile = tuple(rng.integers(1, 20, 2).tolist())
         stride = tuple(int(rng.integers(1, side + 1)) for side in tile)
         large = shapes(*((tile[0] + int(a), tile[1] + int(b)) for a, b in rng.integers(0, 30, (3, 2))))
-        source = WindowSource(large, tile, stride)
+        source = PartSource(large, tile, stride)
         expected = [
             (file, *place)
             for file, array in enumerate(large.arrays)
             for place in plain_places(array.shape[:2], tile, stride)
         ]
-        assert [tuple(source.window(index)) for index in range(len(source))] == expected
+        assert [source.part(index)[:3] for index in range(len(source))] == expected
         assert len(set(expected)) == len(expected)
         seen = [np.zeros(array.shape[:2], bool) for array in large.arrays]
         for index, (file, row, column) in enumerate(expected):
@@ -119,15 +112,15 @@ def test_windows_cover_every_pixel_and_have_full_size() -> None:
 
 
 def test_a_stride_beyond_the_tile_leaves_gaps() -> None:
-    source = WindowSource(shapes((10, 30)), (10, 4), (10, 13))
-    assert [source.window(index).column for index in range(len(source))] == [0, 13, 26]
+    source = PartSource(shapes((10, 30)), (10, 4), (10, 13))
+    assert [source.part(index).column for index in range(len(source))] == [0, 13, 26]
 
 
 def test_no_pixel_is_read_for_the_number_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ArrayPicture, "region", None)
-    source = WindowSource(shapes(*SHAPES), (16, 16), (16, 16))
+    source = PartSource(shapes(*SHAPES), (16, 16), (16, 16))
     assert len(source) == 12 + 4 + 12 + 10
-    assert [source.num_windows(file) for file in range(4)] == [12, 4, 12, 10]
+    assert [source.num_parts(file) for file in range(4)] == [12, 4, 12, 10]
 
 
 def test_a_region_of_a_window_is_the_files_at_its_place() -> None:
@@ -140,8 +133,8 @@ def test_a_region_of_a_window_is_the_files_at_its_place() -> None:
             return super().region(box, at_least, decoder)
 
     large.open = lambda index: Spy(large.arrays[index])  # type: ignore[method-assign]
-    source = WindowSource(large, (16, 20), (16, 20))
-    window = source.window(5)
+    source = PartSource(large, (16, 20), (16, 20))
+    window = source.part(5)
     assert (window.row, window.column) == (16, 30)
     part = source.open(5).region((3, 4, 13, 9), (2, 1), "simplejpeg")
     np.testing.assert_array_equal(part.pixels, large.arrays[0][20:25, 33:43])
@@ -150,20 +143,20 @@ def test_a_region_of_a_window_is_the_files_at_its_place() -> None:
 
 
 def test_names_say_where_a_window_is() -> None:
-    source = WindowSource(shapes((40, 50), (32, 32)), (32, 32), (32, 32))
+    source = PartSource(shapes((40, 50), (32, 32)), (32, 32), (32, 32))
     assert [source.name(index) for index in range(len(source))] == [
         "scene0#0,0", "scene0#0,18", "scene0#8,0", "scene0#8,18", "scene1#0,0",
     ]  # fmt: skip
     assert source.describe() == "5 windows of 32 pixels, of 2 images in memory"
-    source = WindowSource(shapes((40, 50)), (40, 32), (40, 9))
+    source = PartSource(shapes((40, 50)), (40, 32), (40, 9))
     assert source.describe() == "3 windows of 40x32 pixels, 40x9 apart, of 1 images in memory"
     with pytest.raises(IndexError):
-        source.window(3)
+        source.part(3)
 
 
 def test_a_file_smaller_than_a_window_is_named() -> None:
     with pytest.raises(UserError) as error:
-        WindowSource(shapes((40, 50), (31, 80), (90, 31)), (32, 32), (32, 32))
+        PartSource(shapes((40, 50), (31, 80), (90, 31)), (32, 32), (32, 32))
     said = "data.tile is 32, but 'scene1' has 31 x 80 pixels (height x width), and 1 more are smaller"
     assert str(error.value).startswith(said)
 
@@ -262,7 +255,7 @@ def test_files_of_all_formats_that_are_read_in_parts(extension: str, tmp_path: P
     source = split_of(FolderConfig(root=str(tmp_path), range=(0, 4000), tile=32, stride=20, max_pixels=1024))
     assert len(source) == 3 * 6
     for index in range(len(source)):
-        file, row, column = source.window(index)
+        file, row, column, _ = source.part(index)
         expected = arrays[file][row : row + 32, column : column + 32]
         np.testing.assert_array_equal(pixels(source.open(index)), expected)
     assert len(source._held.pictures) == 3
@@ -414,7 +407,7 @@ def test_values_outside_the_range_are_told_window_by_window(tmp_path: Path) -> N
 
 def test_files_are_kept_open_but_not_many() -> None:
     large = shapes(*[(40, 40)] * (MAX_OPEN + 4), reads_parts=True)
-    source = WindowSource(large, (32, 32), (8, 8))
+    source = PartSource(large, (32, 32), (8, 8))
     large.opened.clear()
     for index in range(8):
         source.open(index)
@@ -427,7 +420,7 @@ def test_files_are_kept_open_but_not_many() -> None:
     assert large.opened[len(large) :] == [3, 2, 1, 0]
     # What is decoded whole would fill the memory.
     large = shapes((40, 40))
-    source = WindowSource(large, (32, 32), (8, 8))
+    source = PartSource(large, (32, 32), (8, 8))
     source.open(0), source.open(1)
     assert large.opened == [0, 0, 0]
 
@@ -450,7 +443,7 @@ def test_a_worker_opens_its_own_files() -> None:
     large = shapes(*SHAPES)
     large.arrays = [array.astype(np.float32) for array in large.arrays]
     large.open = lambda index: OwnProcess(large.arrays[index])  # type: ignore[method-assign]
-    source = WindowSource(large, (32, 32), (3, 3))
+    source = PartSource(large, (32, 32), (3, 3))
     # This process has files open when the workers are forked.
     found = train_batches(source)
     assert_same(train_batches(source, num_workers=2), found)
@@ -466,7 +459,7 @@ def test_a_file_of_another_size_than_at_the_start_is_unreadable(tmp_path: Path) 
 def test_what_is_kept_grows_with_the_files_alone() -> None:
     large = shapes((40, 50))
     large.arrays *= 1000
-    source = WindowSource(large, (8, 8), (1, 1))
+    source = PartSource(large, (8, 8), (1, 1))
     assert len(source) == 1000 * 33 * 43
     source.source = shapes()
     assert len(pickle.dumps(source)) < 150 * 1000
@@ -478,27 +471,27 @@ UTM = Place((500_000.0, 10.0, 0.0, 5_600_000.0, 0.0, -10.0), "EPSG:32633")
 
 
 def test_a_window_lies_where_its_file_says() -> None:
-    source = WindowSource(shapes((40, 50), place=UTM), (32, 32), (32, 32))
+    source = PartSource(shapes((40, 50), place=UTM), (32, 32), (32, 32))
     place = source.place(3)
     assert place == Place((500_180.0, 10.0, 0.0, 5_599_920.0, 0.0, -10.0), "EPSG:32633")
     assert place_of(source.open(3)) == place
     turned = Place((3.0, 0.5, 0.25, 7.0, -0.25, 0.5), "")
-    assert WindowSource(shapes((40, 50), place=turned), (32, 32), (32, 32)).place(3) == Place(
+    assert PartSource(shapes((40, 50), place=turned), (32, 32), (32, 32)).place(3) == Place(
         (3 + 18 * 0.5 + 8 * 0.25, 0.5, 0.25, 7 - 18 * 0.25 + 8 * 0.5, -0.25, 0.5), ""
     )
-    assert WindowSource(shapes((40, 50)), (32, 32), (32, 32)).place(3) is None
+    assert PartSource(shapes((40, 50)), (32, 32), (32, 32)).place(3) is None
 
 
 def test_a_window_is_evaluated_whole() -> None:
     large = shapes((40, 50))
     large.arrays[0] = large.arrays[0].astype(np.float32)
-    source = WindowSource(large, (32, 32), (32, 32))
+    source = PartSource(large, (32, 32), (32, 32))
     view = EvalView((32, 32), 1.0)(source.open(3), 0, (32, 32))
     np.testing.assert_array_equal(view.permute(1, 2, 0).numpy(), large.arrays[0][8:, 18:])
 
 
 def test_a_subset_of_windows_is_one_of_images() -> None:
-    source = WindowSource(shapes(*SHAPES), (32, 32), (8, 8))
+    source = PartSource(shapes(*SHAPES), (32, 32), (8, 8))
     part = Subset(source, [5, 2])
     assert part.name(0) == source.name(5)
     assert part.describe().startswith("2 of ")
