@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
-from etpp_ssl.curriculum.cost import area_share, count_cost
+from etpp_ssl.curriculum.cost import Cost, area_share, count_cost
 from etpp_ssl.recipe import FinetuneRecipe, Recipe, load_any
 from etpp_ssl.train.plan import Plan, plan_run, print_plan
 
@@ -132,6 +133,23 @@ def test_counted_operations_are_those_of_the_matrix_products() -> None:
     # Forward and the weight's gradient; the input needs none.
     assert cost.flops == 2 * (2 * 3 * 7 * 5)
     assert cost.saved_values == 3 * 7
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 12), (3, 12, 5, 2)])
+def test_a_count_without_computing_is_that_of_a_computation(shape: tuple[int, ...]) -> None:
+    def count(device: str) -> Cost:
+        with torch.device(device):
+            layers = nn.Sequential(
+                nn.LayerNorm(12), nn.Linear(12, 9), nn.GELU(), nn.Softmax(-1), nn.GELU("tanh")
+            )
+            images = torch.rand(shape, requires_grad=True)
+        # Channels last: as their neighbours in memory where they are the second axis.
+        return count_cost(lambda: layers(images.movedim(1, -1) if len(shape) > 3 else images).sum(), layers)
+
+    assert count("meta") == count("cpu")
+    norm = nn.LayerNorm(5, device="meta")
+    with pytest.raises(RuntimeError, match=r"\[5\]"):
+        count_cost(lambda: norm(torch.rand(2, 6, device="meta")).sum(), norm)
 
 
 def test_the_plan_is_printed_with_its_learning_rate_and_speedup(
