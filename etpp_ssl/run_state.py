@@ -119,12 +119,18 @@ def environment(num_processes: int, device: torch.device, kernels: str) -> dict[
     """What can change the last bits of a result: versions, threads, processes, device, kernels."""
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in LIBRARIES},
+        **_versions(),
         "threads": str(torch.get_num_threads()),
         "processes": str(num_processes),
         "kernels": kernels,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Of the libraries; read from their files, which no run changes."""
+    return {name: version(name) for name in LIBRARIES}
 
 
 def environment_changes(before: dict[str, str], now: dict[str, str]) -> list[str]:

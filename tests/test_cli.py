@@ -7,8 +7,6 @@ import logging
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -310,27 +308,19 @@ def test_sigkill_three_times_with_other_workers_ends_in_the_same_bits(
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_to_the_whole_group_ends_with_a_checkpoint_and_its_code(
-    signum: signal.Signals, code: int, recipe_file: Path, tmp_path: Path
+    signum: signal.Signals, code: int, recipe_file: Path, tmp_path: Path, ranks: Server
 ) -> None:
     # A terminal's Ctrl-C and a scheduler's SIGTERM reach the data workers too.
     folder = tmp_path / "run"
     overrides = ["budget_epochs=60", "data.num_workers=2", "checkpoint.every_steps=1000", "log_every_steps=1"]
-    job = subprocess.Popen(
-        [sys.executable, "-m", "etpp_ssl", "pretrain", str(recipe_file), f"output={folder}", *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.time() + 60
-    while len(RunFolder(folder).metrics()) < 5 and time.time() < deadline:
+    (job,) = ranks.start(["pretrain", str(recipe_file), f"output={folder}", *overrides], 1)
+    deadline = time.monotonic() + 60
+    while len(RunFolder(folder).metrics()) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(job.pid, signum)
-    output, _ = job.communicate(timeout=60)
-    assert job.returncode == code, output
-    assert "the same command resumes" in output
-    assert "Traceback" not in output
+    assert job.wait() == code, job.text
+    assert "the same command resumes" in job.text
+    assert "Traceback" not in job.text
     assert newest_step(folder) >= 5
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("stopped", code)

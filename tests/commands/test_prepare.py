@@ -6,8 +6,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -19,6 +17,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from ranks import Server
 
 from etpp_ssl.cli import main
 from etpp_ssl.commands.prepare import PrepareConfig, Prepared, from_options, prepare
@@ -270,19 +269,18 @@ def test_other_settings_start_over(tmp_path: Path) -> None:
     assert contents(tmp_path / "shards") == contents(tmp_path / "whole")
 
 
-def test_a_killed_process_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_nothing_that_looks_finished(tmp_path: Path, ranks: Server) -> None:
     write_images(tmp_path / "files", plain_names(60), (200, 150))
-    command = [sys.executable, "-m", "etpp_ssl", "prepare", str(tmp_path / "files"), str(tmp_path / "shards")]
+    command = ["prepare", str(tmp_path / "files"), str(tmp_path / "shards")]
     command += ["--size", "140", "--shard-mb", "1", "--workers", "1"]
-    process = subprocess.Popen(command)
+    (process,) = ranks.start(command, 1)
     first = tmp_path / "shards.partial/shard-000000.tar"
-    while process.poll() is None and not first.exists():
+    while process.code is None and not first.exists():
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    if process.returncode == -signal.SIGKILL:
+    process.send(signal.SIGKILL)
+    if process.wait() == -signal.SIGKILL:
         assert not (tmp_path / "shards").exists()
-    subprocess.run(command, check=True)
+    ranks.run(command, 1)
     convert(tmp_path / "files", tmp_path / "whole", recode=RecodeConfig(size=140), shard_mb=1)
     assert contents(tmp_path / "shards") == contents(tmp_path / "whole")
 

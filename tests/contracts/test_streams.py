@@ -183,7 +183,7 @@ def test_the_order_is_a_function_of_the_seed(config: StreamConfig, num_workers: 
         assert found.numbers != read(config, seed=SEED + 1).numbers
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.parametrize("num_workers", [0, 3])
 def test_a_run_resumed_after_any_step_goes_on_as_if_it_had_not_stopped(
     config: StreamConfig, num_workers: int
 ) -> None:

@@ -65,9 +65,9 @@ def test_every_choice_of_channels_is_as_likely_and_in_order(there: int, taken: i
     assert set(found) == set(choices)
     for count in Counter(found).values():
         assert abs(count - 1200 / len(choices)) < 5 * (1200 / len(choices)) ** 0.5
-    assert found == [shown(train_view(taken, decode)(image, sample, SIZE)) for sample in range(1200)]
+    assert found[:300] == [shown(train_view(taken, decode)(image, sample, SIZE)) for sample in range(300)]
     if taken < there:
-        assert found != [shown(train_view(taken, decode, seed=4)(image, n, SIZE)) for n in range(1200)]
+        assert found[:300] != [shown(train_view(taken, decode, seed=4)(image, n, SIZE)) for n in range(300)]
 
 
 def test_the_crop_does_not_depend_on_the_channels_shown() -> None:

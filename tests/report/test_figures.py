@@ -70,18 +70,21 @@ def inside_and_apart(figure: Figure) -> None:
             assert not box.overlaps(boxes[other]), (texts[index], texts[other])
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+FIGURES = [
+    ((224, 224), [96, 160]),
+    ((224, 224), [96, 160, 192]),
+    ((224, 160), [(96, 69), (160, 115)]),
+    ((160, 224), [(69, 96), (115, 160), (160, 224)]),
+    ((33, 47), [1, (2, 5), 33]),
+    ((32, 32), []),
+    ((1, 1), [1]),
+]
+"""Sizes of images, and bandwidths."""
+
+
 @pytest.mark.parametrize(
-    ("size", "bandwidths"),
-    [
-        ((224, 224), [96, 160]),
-        ((224, 224), [96, 160, 192]),
-        ((224, 160), [(96, 69), (160, 115)]),
-        ((160, 224), [(69, 96), (115, 160), (160, 224)]),
-        ((33, 47), [1, (2, 5), 33]),
-        ((32, 32), []),
-        ((1, 1), [1]),
-    ],
+    ("channels", "size", "bandwidths"),
+    [*((3, *figure) for figure in FIGURES), *((n, *FIGURES[i]) for n in (1, 2, 5) for i in (4, 6))],
 )
 def test_crop_figure_has_one_panel_per_crop_and_one_each_for_image_and_spectrum(
     channels: int, size: tuple[int, int], bandwidths: list[int | tuple[int, int]]

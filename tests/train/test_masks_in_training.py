@@ -66,7 +66,7 @@ def test_resume_is_bitwise_with_any_pattern_and_a_schedule(
 
 
 def test_it_learns_with_cross_attention(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    pretrain(tiny_recipe(CROSS, "budget_epochs=40", "curriculum=constant", "target.norm_pix=false"))
+    pretrain(tiny_recipe(CROSS, "budget_epochs=20", "curriculum=constant", "target.norm_pix=false"))
     losses = [row["loss"] for row in RunFolder(tmp_path / "run").metrics()]
     assert losses[-1] < 0.7 * losses[0]
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
-from etpp_ssl.curriculum.cost import area_share, count_cost
+from etpp_ssl.curriculum.cost import Cost, area_share, count_cost
 from etpp_ssl.recipe import FinetuneRecipe, Recipe, load_any
 from etpp_ssl.train.plan import Plan, plan_run, print_plan
 
@@ -22,9 +23,14 @@ SIZES = ("micro", "tiny", "s18", "small", "50", "s36", "base", "medium", "m36", 
 """Of models, as recipes are called, small ones first."""
 
 
+@cache
+def recipe_in(path: Path) -> Recipe | FinetuneRecipe:
+    return load_any(path)
+
+
 def family(path: Path) -> str:
     """The same for recipes whose models are of one class and run at the same sizes, in the same stages."""
-    recipe = load_any(path)
+    recipe = recipe_in(path)
     model = recipe.model.model_dump()
     parts = {name: model.get(name) for name in ("decoder", "attention")}
     kind = re.sub(
@@ -50,7 +56,7 @@ def plan_of(path: Path, *overrides: str) -> Plan:
 
 def shallow(path: Path) -> list[str]:
     """Overrides that leave a plain ViT one block, and a decoder one: shares are told of fewer as well."""
-    recipe = load_any(path)
+    recipe = recipe_in(path)
     if isinstance(recipe, Recipe):
         return ["model.depth=1", "model.decoder.depth=1"]
     return ["model.depth=1"] if re.match("vit|deit", recipe.model.name) else []
@@ -58,7 +64,7 @@ def shallow(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_spends_its_budget_and_has_a_header_that_is_a_contract(path: Path) -> None:
-    recipe = load_any(path)
+    recipe = recipe_in(path)
     num_images = recipe.data.stated_images or len(recipe.open_split("train"))
     curriculum = recipe.build_curriculum(num_images)
     assert curriculum.equivalent_epochs == pytest.approx(recipe.budget_epochs, rel=2e-3)
@@ -85,7 +91,7 @@ def test_every_recipe_spends_its_budget_and_has_a_header_that_is_a_contract(path
 @pytest.mark.parametrize("path", FAMILIES.values(), ids=lambda path: path.stem)
 def test_a_recipe_of_every_family_is_planned(path: Path) -> None:
     plan = plan_of(path, *shallow(path))
-    curriculum = load_any(path).build_curriculum(plan.num_images)
+    curriculum = recipe_in(path).build_curriculum(plan.num_images)
     assert [row.stage for row in plan.stages] == list(curriculum.stages)
     assert sum(stage.area_share for stage in plan.stages) == pytest.approx(1)
     assert sum(stage.flops_share for stage in plan.stages) == pytest.approx(1)
@@ -132,6 +138,23 @@ def test_counted_operations_are_those_of_the_matrix_products() -> None:
     # Forward and the weight's gradient; the input needs none.
     assert cost.flops == 2 * (2 * 3 * 7 * 5)
     assert cost.saved_values == 3 * 7
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 12), (3, 12, 5, 2)])
+def test_a_count_without_computing_is_that_of_a_computation(shape: tuple[int, ...]) -> None:
+    def count(device: str) -> Cost:
+        with torch.device(device):
+            layers = nn.Sequential(
+                nn.LayerNorm(12), nn.Linear(12, 9), nn.GELU(), nn.Softmax(-1), nn.GELU("tanh")
+            )
+            images = torch.rand(shape, requires_grad=True)
+        # Channels last: as their neighbours in memory where they are the second axis.
+        return count_cost(lambda: layers(images.movedim(1, -1) if len(shape) > 3 else images).sum(), layers)
+
+    assert count("meta") == count("cpu")
+    norm = nn.LayerNorm(5, device="meta")
+    with pytest.raises(RuntimeError, match=r"\[5\]"):
+        count_cost(lambda: norm(torch.rand(2, 6, device="meta")).sum(), norm)
 
 
 def test_the_plan_is_printed_with_its_learning_rate_and_speedup(
