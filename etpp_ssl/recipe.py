@@ -302,7 +302,7 @@ class FinetuneRecipe(RunRecipe):
 
 
 SMALL_SETS: dict[str, Any] = {
-    "data": {"holdout_share": 0.1},
+    "data": {"holdout_share": 0.1, "crop_scale": [0.35, 1.0]},
     "model": {"head": "linear"},
     "augment": {"by_size": True},
     "optim": {"base_lr": "auto", "warmup_steps": 50, "ema": 0.9998, "ema_warmup": True},

@@ -37,7 +37,7 @@ from etpp_ssl.data.uneven import Balance, UnevenClasses
 from etpp_ssl.data.views import TrainView, to_channels, to_tensor
 from etpp_ssl.randomness import derive_key, keyed_numpy, keyed_words
 
-MEDIUM_AND_LARGE = (2_000, 30_000)
+MEDIUM_AND_LARGE = (10_000, 100_000)
 """Training images from which on `augment.by_size` takes weak, and then MAE's augmentation."""
 ATTEMPTS = 10
 """Boxes that random erasing tries before it leaves an image alone."""

@@ -96,7 +96,7 @@ class ClassifierOptimConfig(Config):
     in `adamw` only; `lamb` adapts the rate of the decayed parameters only."""
     base_lr: Annotated[float, Field(gt=0, le=1e4)] | Literal["auto"] = 5e-4
     """Peak learning rate per 256 images of the global batch; `auto` chooses one of `auto_lrs`."""
-    auto_lrs: tuple[Annotated[float, Field(gt=0, le=1e4)], ...] = (2e-3, 6e-3, 6e-4)
+    auto_lrs: tuple[Annotated[float, Field(gt=0, le=1e4)], ...] = (3e-3, 1e-3, 3e-4)
     """What `base_lr=auto` chooses from, by short runs that are compared on `data.holdout_share`'s images: the
     first, unless another is better by more than noise."""
     auto_share: float = Field(default=0.1, gt=0, le=1)

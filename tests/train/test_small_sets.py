@@ -195,14 +195,14 @@ def test_init_without_a_learning_rate_asks_for_the_protocol_of_small_sets(tmp_pa
     assert load_any(tmp_path / "run.yaml").model_dump() == small.model_dump()
 
 
-@pytest.mark.parametrize("num_images", [100, 2_000, 29_999, 30_000])
+@pytest.mark.parametrize("num_images", [100, 10_000, 99_999, 100_000])
 def test_augmentation_and_warmup_follow_the_number_of_images(tiny_classifier: Build, num_images: int) -> None:
     recipe = tiny_classifier("augment={by_size: true}", "optim.warmup_steps=50", "optim.base_lr=1e-3")
     settled = recipe.for_images(num_images)
     curriculum = settled.build_curriculum(num_images)
     warmup = settled.optim.warmup_share
     assert warmup == min(0.25, curriculum.progress_after(min(50, curriculum.num_steps)))
-    strength = (num_images >= 2_000) + (num_images >= 30_000)
+    strength = (num_images >= 10_000) + (num_images >= 100_000)
     augment = settled.augment
     assert (augment.rand_augment is not None, augment.mixup > 0) == (strength > 0, strength > 1)
     assert settled.for_images(num_images) == settled
