@@ -199,9 +199,10 @@ class Classification(Task):
         with torch.no_grad():
             head.weight.copy_(weight)
             head.bias.copy_(bias)
+        on = "the holdout" if holdout is None else f"the holdout of {len(holdout.labels):,} images"
         say(
-            f"linear head on frozen features: {fitted.holdout_top1:.4g} % on the holdout (learning rate "
-            f"{fitted.base_lr:g}, weight decay {fitted.weight_decay:g}); all weights are trained from there"
+            f"linear head on frozen features: {fitted.holdout_top1:.4g} % on {on} (learning rate "
+            f"{fitted.base_lr:g}, weight decay {fitted.weight_decay:g}); training goes on from there"
         )
 
     def describe(self) -> str:

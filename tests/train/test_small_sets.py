@@ -53,7 +53,9 @@ def test_a_run_begins_with_the_head_that_is_best_on_the_holdout(
     assert all(value.equal(ours[name]) for name, value in began.state_dict().items())
     right = fitted.task.judge.right(began)
     assert len(right) == 50
-    told = re.search(r"linear head on frozen features: ([\d.]+) % on the holdout", capsys.readouterr().err)
+    told = re.search(
+        r"linear head on frozen features: ([\d.]+) % on the holdout of 50 images", capsys.readouterr().err
+    )
     assert told is not None
     assert float(told[1]) == pytest.approx(100.0 * right.double().mean().item())
     assert right.sum() > max(5, fitted.task.judge.right(random.bare_model).sum())

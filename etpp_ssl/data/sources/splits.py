@@ -207,7 +207,7 @@ def label_subset(source: ImageSource, *, share: float | None, per_class: int | N
 def class_members(source: ImageSource, key: str) -> dict[int, list[int]]:
     """The numbers of each class's images, ascending; see `read_labels`."""
     members: dict[int, list[int]] = {}
-    for index, label in enumerate(read_labels(source, f"data.{key}")):
+    for index, label in enumerate(read_labels(source, key)):
         members.setdefault(label, []).append(index)
     return members
 

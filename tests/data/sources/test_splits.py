@@ -335,3 +335,34 @@ def test_labels_outside_the_classes_are_named() -> None:
     )
     assert "'image 1' has no label" in sentence_of(lambda: check([0, -1], 3, *"abc"))
     assert "the data has none" in sentence_of(lambda: check([-1, -1], 3))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("drawn", [{}, {"labels_per_class": 5}, {"label_share": 0.3}])
+def test_the_holdout_of_a_share_parts_each_class_of_what_is_trained_on(
+    share: float, drawn: dict[str, Any]
+) -> None:
+    def part(split: str, **other: Any) -> ImageSource:
+        config = SyntheticConfig(num_images=203, num_classes=7, **drawn, **other)
+        return open_split(config, split, in_chans=3, image_size=(8, 12), seed=2)
+
+    whole, rest, held = (
+        part("train"),
+        part("train", holdout_share=share),
+        part("holdout", holdout_share=share),
+    )
+    assert sorted(names(rest) + names(held)) == sorted(names(whole))
+    assert rest.fingerprint() != whole.fingerprint() != held.fingerprint()
+    per_class = Counter(whole.all_labels() or ())
+    found = Counter(held.all_labels() or ())
+    assert found == {label: max(1, round(share * count)) for label, count in per_class.items()}
+    # Another draw of training images leaves the evaluation images alone, and a data.holdout is drawn before.
+    assert names(part("eval", holdout_share=share)) == names(part("eval"))
+    both = [part(split, holdout_share=share, holdout=20) for split in ("train", "holdout", "eval")]
+    assert len({name for source in both for name in names(source)}) == sum(map(len, both))
+
+
+def test_a_class_keeps_its_only_image_from_the_holdout() -> None:
+    config = SyntheticConfig(num_images=40, labels_per_class=1, holdout_share=0.5)
+    with pytest.raises(UserError, match=r"holdout_share 0.5 of .* holds out none"):
+        open_split(config, "train", in_chans=3, image_size=(8, 8), seed=0)
