@@ -105,11 +105,18 @@ def pretrain(recipe: RecipeArgument, overrides: Overrides = None, fork: Fork = N
 def finetune(recipe: RecipeArgument, overrides: Overrides = None, fork: Fork = None) -> None:
     """Train a classifier, from `init` or from scratch, or resume from the run folder's newest checkpoint."""
     with no_garbage():
+        from etpp_ssl.commands.repeat import finetune_repeatedly, print_repeats
         from etpp_ssl.recipe import FinetuneRecipe
         from etpp_ssl.train.launch import finetune as run_finetuning
 
     with stops():
-        run_finetuning(FinetuneRecipe.load(recipe, overrides or ()), fork)
+        chosen = FinetuneRecipe.load(recipe, overrides or ())
+        if chosen.evaluate.repeats == 1:
+            run_finetuning(chosen, fork)
+            return
+        summary = finetune_repeatedly(chosen)
+    if is_main_process():
+        print_repeats(summary, table_console())
 
 
 @app.command()

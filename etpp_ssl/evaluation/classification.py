@@ -28,6 +28,9 @@ class EvaluateConfig(Config):
     every_steps: int | None = may_change(None, ge=1)
     """Optimizer steps between evaluations; None evaluates at the end only. No checkpoint is chosen by the
     result: what is exported is always the last one."""
+    repeats: int = may_change(1, ge=1, le=1000)
+    """Runs with so many seeds, the recipe's and the following ones, each in a folder `seed-N` of the output,
+    with other draws of few labels; mean and spread of their results are printed."""
     keep_better: bool = False
     """After the last step, compare with what the run began with on `data.holdout_share`'s images; where
     training has made it worse by more than noise, that is what is kept, evaluated and exported."""
