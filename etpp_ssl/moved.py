@@ -137,7 +137,7 @@ OTHER_NAMES = {
     "engine.classifier_plan.print_classifier_plan": "train.plan.print_plan",
     "engine.classifier_run.ClassifierRun": "train.run.Run",
     "engine.classifier_run.check_sizes": "model.timm_net.check_sizes",
-    "engine.classifier_run.open_classifier_run": "train.launch.open_run",
+    "engine.classifier_run.open_classifier_run": "train.opening.open_run",
     "engine.classifier_run.open_evaluation": "tasks.classify.open_evaluation",
     "engine.conduct.conduct": "train.launch.launch",
     "engine.signals.Interrupted": "config.Interrupted",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
@@ -318,8 +319,6 @@ LAYER_DECAY = 0.75
 
 def _for_small_sets(text: RecipeText, kind: type[BaseModel]) -> RecipeText:
     """The text above the defaults for small sets, unless it has its own protocol, or a stream's images."""
-    import timm
-
     from etpp_ssl.model.timm_net import is_vit
 
     values = text.values(kind)
@@ -335,8 +334,10 @@ def _for_small_sets(text: RecipeText, kind: type[BaseModel]) -> RecipeText:
         if model.get("head_init_std") is not None:
             del defaults["model"]
         name = str(model.get("name"))
-        if name == EXPLICIT_NAME or (timm.is_model(name) and is_vit(name)):
-            defaults["optim"]["layer_decay"] = LAYER_DECAY
+        # A name that timm does not know is refused later, with its key.
+        with suppress(UserError):
+            if name == EXPLICIT_NAME or is_vit(name):
+                defaults["optim"]["layer_decay"] = LAYER_DECAY
     given = values.get("augment")
     if isinstance(given, dict) and given:
         del defaults["augment"]

@@ -30,7 +30,7 @@ from etpp_ssl.run_folder import RunFolder
 PATIENCE = 30.0
 """Seconds in which the others must have ended."""
 PLACES = {
-    "opening": "etpp_ssl.train.launch.starting_point",
+    "opening": "etpp_ssl.train.opening.starting_point",
     "first step": "etpp_ssl.train.loop.log_row",
     "middle": "etpp_ssl.train.loop.log_row",
     "evaluation": "etpp_ssl.evaluation.knn.knn_sweep",

@@ -27,8 +27,8 @@ from etpp_ssl.config import UserError, show_size
 from etpp_ssl.optim.optimizers import set_learning_rate
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe
-from etpp_ssl.train.launch import bare_task
 from etpp_ssl.train.memory import freed_memory_kept
+from etpp_ssl.train.opening import bare_task
 from etpp_ssl.train.plan import plan_run
 
 RECIPE = "recipes/imagenette_finetune.yaml"

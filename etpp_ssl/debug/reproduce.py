@@ -29,7 +29,7 @@ from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.recipe_base import TrackerConfig
 from etpp_ssl.run_state import environment, environment_changes
 from etpp_ssl.tasks.base import Inputs, Task, forward_backward
-from etpp_ssl.train.launch import bare_task
+from etpp_ssl.train.opening import bare_task
 from etpp_ssl.weights.reading import load_weights
 
 MOST_NORMS = 5

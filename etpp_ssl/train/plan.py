@@ -27,9 +27,9 @@ from etpp_ssl.randomness import ShapesOnly
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.tasks.base import Shown, Task
-from etpp_ssl.train.launch import bare_task
 from etpp_ssl.train.log import clock
 from etpp_ssl.train.memory import replay_bytes, replay_notes, training_bytes
+from etpp_ssl.train.opening import bare_task
 from etpp_ssl.train.start import check_depth
 from etpp_ssl.train.summary import described_evaluation, short_run_warnings
 from etpp_ssl.train.time_budget import Speed

@@ -18,7 +18,7 @@ from timm.data.auto_augment import AugmentOp, rand_augment_transform
 from torch import Tensor
 
 from etpp_ssl.config import UserError
-from etpp_ssl.data.augmentation import RAMP_STAGES, RandAugment, global_draws, rand_augment_sections
+from etpp_ssl.data.rand_augment import RAMP_STAGES, RandAugment, global_draws, rand_augment_sections
 from etpp_ssl.data.views import to_channels, to_tensor
 from etpp_ssl.randomness import derive_key
 

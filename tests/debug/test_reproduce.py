@@ -21,8 +21,9 @@ from etpp_ssl.data.sampler import KeyedOrder
 from etpp_ssl.debug.report import diagnosis
 from etpp_ssl.debug.reproduce import Reproduction, reproduce
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
-from etpp_ssl.train.launch import finetune, launch, open_run, pretrain
+from etpp_ssl.train.launch import finetune, launch, pretrain
 from etpp_ssl.train.nonfinite import NonFinite
+from etpp_ssl.train.opening import open_run
 
 
 def faulty(

@@ -21,7 +21,8 @@ from etpp_ssl.dist.sharding import check_sharded, fsdp_plugin, unit_names
 from etpp_ssl.export.timm import export
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import Checkpoint, RunFolder
-from etpp_ssl.train.launch import finetune, open_run, pretrain
+from etpp_ssl.train.launch import finetune, pretrain
+from etpp_ssl.train.opening import open_run
 from etpp_ssl.train.records import save
 
 CUT = 4

@@ -117,7 +117,8 @@ def obey(order: dict[str, Any], rank: int) -> None:
 
 def _run(order: dict[str, Any]) -> None:
     from etpp_ssl.recipe import load_any
-    from etpp_ssl.train.launch import launch, open_run
+    from etpp_ssl.train.launch import launch
+    from etpp_ssl.train.opening import open_run
 
     recipe = load_any(order["recipe"], order["overrides"])
     # Data workers are forked from here, and are not what is killed.

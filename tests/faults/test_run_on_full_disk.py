@@ -17,9 +17,10 @@ from etpp_ssl.cli import main
 from etpp_ssl.config import RunFault, UserError
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.train.launch import open_run, prepare_run, pretrain
+from etpp_ssl.train.launch import prepare_run, pretrain
 from etpp_ssl.train.log import MetricsFile
 from etpp_ssl.train.loop import on_step_end
+from etpp_ssl.train.opening import open_run
 from etpp_ssl.train.records import save
 from etpp_ssl.train.run import Run
 

@@ -15,7 +15,7 @@ from etpp_ssl.config import UserError
 from etpp_ssl.model.attention import BlockRunner, compiled_call
 from etpp_ssl.model.timm_net import use_attention
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.train.launch import open_run
+from etpp_ssl.train.opening import open_run
 from etpp_ssl.train.plan import plan_run
 
 

@@ -84,7 +84,7 @@ def test_whatever_reads_a_run_gets_the_merged_network(
     for init in (source, tmp_path / "weights.safetensors"):
         for train in ("head", "lora"):
             recipe = tiny_classifier(f"init={init}", f"model.train={train}", f"output={tmp_path / 'no'}")
-            task = etpp_ssl.train.launch.bare_task(recipe, torch.device("cpu"), 10, lambda build: build())
+            task = etpp_ssl.train.opening.bare_task(recipe, torch.device("cpu"), 10, lambda build: build())
             task.load_init(str(init), lambda line: None)
             with torch.no_grad():
                 assert torch.equal(task.model.eval()(images), exported)

@@ -20,8 +20,9 @@ from etpp_ssl.data.sources.folder import open_folder
 from etpp_ssl.data.training import open_training
 from etpp_ssl.dist.accelerator import StopRequest
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.train.launch import open_run, prepare_run, pretrain
+from etpp_ssl.train.launch import prepare_run, pretrain
 from etpp_ssl.train.loop import on_step_end, train
+from etpp_ssl.train.opening import open_run
 from etpp_ssl.train.run import Run
 from etpp_ssl.train.start import check_depth
 

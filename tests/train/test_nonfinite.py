@@ -15,9 +15,10 @@ from torch import Tensor
 
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.train.launch import finetune, launch, open_run, pretrain
+from etpp_ssl.train.launch import finetune, launch, pretrain
 from etpp_ssl.train.loop import on_step_end
 from etpp_ssl.train.nonfinite import NonFinite
+from etpp_ssl.train.opening import open_run
 from etpp_ssl.train.run import Run
 
 Start = Callable[[Recipe | FinetuneRecipe], Run]

@@ -21,7 +21,8 @@ from etpp_ssl.config import Interrupted, UserError
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.run_state import TrainState
-from etpp_ssl.train.launch import open_run, pretrain
+from etpp_ssl.train.launch import pretrain
+from etpp_ssl.train.opening import open_run
 
 TIMINGS = {"seconds", "images_per_second", "data_wait_share", "probe_seconds"}
 

@@ -20,8 +20,9 @@ from etpp_ssl.config import UserError
 from etpp_ssl.recipe import FinetuneRecipe, load_any, load_probed
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.tasks.classify import Classification, Judge
-from etpp_ssl.train.launch import finetune, open_run
+from etpp_ssl.train.launch import finetune
 from etpp_ssl.train.loop import on_step_end
+from etpp_ssl.train.opening import open_run
 from etpp_ssl.train.run import Run
 from etpp_ssl.train.selection import best_of
 

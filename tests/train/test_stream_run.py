@@ -21,7 +21,8 @@ from etpp_ssl.commands.evaluate import evaluate_run
 from etpp_ssl.config import UserError
 from etpp_ssl.data.streams.base import StreamConfig
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
-from etpp_ssl.train.launch import finetune, open_run, pretrain
+from etpp_ssl.train.launch import finetune, pretrain
+from etpp_ssl.train.opening import open_run
 from etpp_ssl.train.plan import plan_run
 from etpp_ssl.train.time_budget import decide_steps
 

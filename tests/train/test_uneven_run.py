@@ -18,7 +18,8 @@ from etpp_ssl.config import UserError
 from etpp_ssl.data.training import IndexedImages
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.tasks.classify import Classification
-from etpp_ssl.train.launch import finetune, open_run
+from etpp_ssl.train.launch import finetune
+from etpp_ssl.train.opening import open_run
 
 COUNTS = {"a": 20, "b": 9, "c": 1}
 PLAIN = ["augment.balance=none", "augment.class_weights=none", "augment.logit_adjustment=0"]

@@ -9,8 +9,8 @@ import torch
 from gpu.synchronisations import WaitCounter, waits_of_steps
 
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
-from etpp_ssl.train.launch import open_run
 from etpp_ssl.train.nonfinite import on_gradients
+from etpp_ssl.train.opening import open_run
 from etpp_ssl.train.run import Run
 
 SHORT = ("budget_epochs=0.5", "log_every_steps=4")

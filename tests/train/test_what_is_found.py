@@ -14,7 +14,8 @@ from rich.console import Console
 from etpp_ssl.commands.evaluate import evaluate_run
 from etpp_ssl.config import UserError
 from etpp_ssl.recipe import FinetuneRecipe, Recipe, load_any
-from etpp_ssl.train.launch import finetune, open_run, pretrain
+from etpp_ssl.train.launch import finetune, pretrain
+from etpp_ssl.train.opening import open_run
 from etpp_ssl.train.plan import plan_run, print_plan
 from etpp_ssl.train.summary import tell_start
 

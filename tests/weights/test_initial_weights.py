@@ -16,7 +16,8 @@ from etpp_ssl.config import UserError
 from etpp_ssl.export import official, timm
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.train.launch import open_run, pretrain
+from etpp_ssl.train.launch import pretrain
+from etpp_ssl.train.opening import open_run
 from etpp_ssl.weights.loading import load_init
 from etpp_ssl.weights.tensors import adapt_channels
 

@@ -21,9 +21,10 @@ from etpp_ssl.config import RunFault
 from etpp_ssl.dist.accelerator import process_as_found
 from etpp_ssl.recipe import FinetuneRecipe, Recipe, parse_any
 from etpp_ssl.run_folder import RunFolder
-from etpp_ssl.train.launch import launch, open_run
+from etpp_ssl.train.launch import launch
 from etpp_ssl.train.loop import on_step_end
 from etpp_ssl.train.nonfinite import NonFinite
+from etpp_ssl.train.opening import open_run
 from etpp_ssl.train.run import Run
 from gpu.parts import Cases, Failed, Figures, Place, same
 

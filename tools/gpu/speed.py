@@ -20,7 +20,7 @@ from etpp_ssl.data.sampler import BatchRequest
 from etpp_ssl.model.attention import BlockRunner
 from etpp_ssl.recipe import Recipe
 from etpp_ssl.tasks.mae import MaskedAutoencoding
-from etpp_ssl.train.launch import open_run
+from etpp_ssl.train.opening import open_run
 from etpp_ssl.train.plan import cost_of
 from etpp_ssl.train.run import Run
 from gpu.arithmetic import step_recipe
