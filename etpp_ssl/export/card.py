@@ -41,6 +41,10 @@ curriculum: {{ budget }}, {{ "{:,}".format(step) }} optimizer steps. {{ contents
 
 {{ final_norm }}
 {% endif %}
+{% if start_kept %}
+
+Training had made it worse on the holdout, images that it never saw: these are the weights that it began with.
+{% endif %}
 
 ## Load
 
@@ -135,6 +139,7 @@ def model_card(
         contents=contents,
         final_norm=textwrap.fill(norm, 103),
         load=load,
+        start_kept=any(row.get("start_kept") for row in run.metrics() if row["step"] == checkpoint.step),
         init=init,
         results=results(run, checkpoint.step),
         data=recipe.data.description

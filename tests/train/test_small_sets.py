@@ -17,6 +17,7 @@ from tiny_runs import TINY_CLASSIFIER
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError
+from etpp_ssl.export.timm import export
 from etpp_ssl.recipe import FinetuneRecipe, load_any, load_probed
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.tasks.classify import Classification, Judge
@@ -129,6 +130,8 @@ def test_what_the_run_began_with_is_kept_where_training_has_made_it_worse(
     shares = {"start_holdout_top1": 5.0 * only_began, "holdout_top1": 5.0 * only_trained}
     assert {key: row[key] for key in shares} == pytest.approx(shares)
     assert row["start_kept"] == kept
+    card = (export(recipe.output, say=str) / "README.md").read_text()
+    assert ("weights that it began with" in card) == kept
 
 
 def test_two_processes_choose_what_one_does(tiny_classifier: Build, tmp_path: Path, ranks: Server) -> None:
