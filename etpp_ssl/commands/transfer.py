@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,6 @@ from etpp_ssl.cli_end import is_one_of_several
 from etpp_ssl.config import UserError
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import TRAINING, check_labels, with_classes
-from etpp_ssl.data.streams.base import StreamConfig
 from etpp_ssl.data.views import EvalView
 from etpp_ssl.dist.accelerator import open_accelerator, process_as_found
 from etpp_ssl.evaluation.attentive import AttentiveConfig, AttentiveProbe
@@ -39,7 +38,7 @@ from etpp_ssl.evaluation.predictions import Example, confusion_of, most_sure, pr
 from etpp_ssl.files import write_text
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
-from etpp_ssl.recipe_file import shipped_recipes
+from etpp_ssl.recipe_file import RecipeText, shipped_recipes
 from etpp_ssl.run_folder import RunFolder, read_object
 from etpp_ssl.tasks.classify import Classification
 from etpp_ssl.train.launch import bare_task, finetune
@@ -50,6 +49,8 @@ RECIPE = "transfer"
 """Name of the shipped recipe that the command starts from."""
 STATE = "transfer.json"
 MAX_BYTES = 1 << 20
+EVERYTHING = {"holdout_share": 0.0, "label_share": None, "labels_per_class": None}
+"""Of `data`: draws that look at labels, and cannot tell well that there are none."""
 FEWEST_IMAGES, OF_ROOT, FEWEST_EPOCHS = 51_200, 2_236, 10
 """See `epochs_for`."""
 KS = (5, 10, 20, 50)
@@ -62,6 +63,8 @@ PROTOCOLS = {
     "attentive": "attentive head",
     "finetune": "fine-tuning",
 }
+VALUES = ("range", "clip", "nodata", "axes", "channels", "array", "reader")
+"""Keys of `data` that say how files become values."""
 NOT_THE_RESULT: dict[str, Any] = {
     "output": True,
     "baseline_epochs": True,
@@ -162,38 +165,36 @@ def recipe_of(source: str, overrides: Sequence[str], say: Callable[[str], None])
     if "init" in given:
         raise UserError(f"init is {source!r}, the first argument: leave init=... out")
     run = RunFolder(Path(source).expanduser())
-    first = [f"init={source}"]
+    layer: dict[str, Any] = {"init": source}
+    first: list[str] = []
     if run.exists():
         run.trained(say)
-        first += _of_sampled_channels(source, run, given)
+        layer, first = _as_in_run(source, run.any_recipe(), given)
     elif not given & {"model", "model.name"}:
         raise UserError(
             f"{source!r} is not a run, which would say what network its weights are of: name it, as in "
             f"model=vit_small_patch16_224, and image_size where that is not 224"
         )
     if "budget_hours" in given:
-        first.append("budget_epochs=null")
+        layer["budget_epochs"] = None
 
     def load(*more: str) -> FinetuneRecipe:
-        return FinetuneRecipe.load(shipped_recipes()[RECIPE], [*first, *overrides, *more])
+        text = RecipeText.read(shipped_recipes()[RECIPE], [*first, *overrides, *more])
+        return FinetuneRecipe.of_text(replace(text, layers=(*text.layers, layer)))
 
     recipe, more = load(), []
-    if isinstance(recipe.data, StreamConfig):
-        raise UserError(
-            f"data.name is {recipe.data.name}, a stream, which has no holdout; etpp transfer takes images "
-            f"that are addressed by number, such as data=folder"
-        )
     if not recipe.data.holdout_share:
         raise UserError(
             "data.holdout_share is 0, and etpp transfer compares protocols on the holdout: give a share of "
             "the training images, such as 0.1"
         )
-    train = recipe.open_split("train")
-    check_labels(train, recipe.num_classes(train.classes))
-    if train.classes is not None and len(train.classes) == 1:
+    whole = recipe.model_copy(update={"data": recipe.data.model_copy(update=EVERYTHING)}).open_split("train")
+    if whole.classes is None or len(whole.classes) < 2:
         raise UserError(
-            f"the training images have one class, {train.classes[0]!r}: a classifier needs two at least"
+            f"a classifier needs labels of two classes at least, and what was found has no class "
+            f"sub-folders, or a single one (nor class names in a list): {whole.describe()}"
         )
+    train = recipe.open_split("train")
     if not given & {"budget_epochs", "budget_hours"}:
         epochs = epochs_for(len(train))
         more.append(f"budget_epochs={epochs:g}")
@@ -216,20 +217,29 @@ def recipe_of(source: str, overrides: Sequence[str], say: Callable[[str], None])
     return load(*more) if more else recipe
 
 
-def _of_sampled_channels(source: str, run: RunFolder, given: set[str]) -> list[str]:
-    """Overrides for the encoder of a run with `data.channel_sampling`."""
-    recipe = run.any_recipe()
-    if not isinstance(recipe, Recipe) or recipe.data.channel_sampling is None:
-        return []
+def _as_in_run(
+    source: str, recipe: Recipe | FinetuneRecipe, given: set[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """What is as in the encoder's run: precision, and how values of files are read.
+
+    Returns:
+        A layer of the recipe, and overrides.
+    """
+    data = recipe.data
+    layer: dict[str, Any] = {"init": source, "precision": recipe.precision}
+    if data.range is not None and "data.range" not in given:
+        layer["data"] = data.model_dump(mode="json", include=set(VALUES))
+    if data.channel_sampling is None:
+        return layer, []
     if "data.channels" not in given:
         raise UserError(
-            f"run {source!r} was pre-trained with data.channel_sampling={recipe.data.channel_sampling}, on "
-            f"any channels of an image; a classifier is shown the same ones of each: name "
-            f"{recipe.data.channel_sampling} of them, as in data.channels={list(range(recipe.in_chans))}"
+            f"run {source!r} was pre-trained with data.channel_sampling={data.channel_sampling}, on any "
+            f"channels of an image; a classifier is shown the same ones of each: name "
+            f"{data.channel_sampling} of them, as in data.channels={list(range(recipe.in_chans))}"
         )
-    # That run's own defaults are others than those of three fixed channels.
-    mean, std = recipe.data.statistics(recipe.in_chans)
-    return [f"data.mean={list(mean)}", f"data.std={list(std)}"]
+    # That run's own defaults are others than those of fixed channels.
+    mean, std = data.statistics(recipe.in_chans)
+    return layer, [f"data.mean={list(mean)}", f"data.std={list(std)}"]
 
 
 @process_as_found()
