@@ -127,27 +127,30 @@ def transfer(
     data.root=FOLDER names the images. The fine-tuning run goes to runs/transfer (output=...), with a page of
     all results in report/transfer.html; the same command resumes it.
     """
-    from etpp_ssl.commands.transfer import print_transferred, recipe_of
+    from etpp_ssl.commands.transfer import print_transferred
     from etpp_ssl.commands.transfer import transfer as run_protocols
-    from etpp_ssl.evaluation.measured_on import in_words
+    from etpp_ssl.commands.transfer_recipe import recipe_of
     from etpp_ssl.export import timm
     from etpp_ssl.report.markup import Table
     from etpp_ssl.report.panels import ChannelView
     from etpp_ssl.report.transfer import NAME, write_transfer_page
 
-    with stops():
-        found = run_protocols(recipe_of(run, overrides or (), say), say)
-    images = f"images: {in_words(found.data)}"
-    print(f"{images}; {found.without_looking}" if found.without_looking else images)
+    try:
+        with stops():
+            found = run_protocols(recipe_of(run, overrides or (), say), say)
+    except KeyboardInterrupt:
+        say("etpp: interrupted; the same command resumes after the last finished protocol")
+        raise typer.Exit(130) from None
     print_transferred(found, table_console())
-    print(found.kept)
+    for note in found.notes:
+        print(note)
     head, rows = found.table
     page = found.folder / "report" / NAME
     write_transfer_page(
         page,
         title=f"Transfer: {found.folder.name}",
         table=Table(head, rows, "results"),
-        notes=[images, found.without_looking, found.kept],
+        notes=found.notes,
         confusion=found.confusion.numpy(),
         classes=found.classes,
         right=found.right,

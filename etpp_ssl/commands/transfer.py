@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from etpp_ssl.cli_end import is_one_of_several
+from etpp_ssl.commands.transfer_recipe import RECIPE
 from etpp_ssl.config import UserError
 from etpp_ssl.data.sources.base import ImageSource
 from etpp_ssl.data.sources.splits import TRAINING, check_labels, with_classes
@@ -33,26 +34,19 @@ from etpp_ssl.evaluation.feature_cache import kept_features, state_key
 from etpp_ssl.evaluation.features import Features
 from etpp_ssl.evaluation.knn import TEMPERATURE, knn_sweep
 from etpp_ssl.evaluation.linear_cached import LinearCachedConfig, fit_head
-from etpp_ssl.evaluation.measured_on import measured_on, without_looking
+from etpp_ssl.evaluation.measured_on import in_words, measured_on, without_looking
 from etpp_ssl.evaluation.predictions import Example, confusion_of, most_sure, predict, top1_of
 from etpp_ssl.files import write_text
 from etpp_ssl.randomness import freshly_initialised
-from etpp_ssl.recipe import FinetuneRecipe, Recipe
-from etpp_ssl.recipe_file import RecipeText, shipped_recipes
+from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.run_folder import RunFolder, read_object
 from etpp_ssl.tasks.classify import Classification
 from etpp_ssl.train.launch import bare_task, finetune
 from etpp_ssl.train.run import Run
 from etpp_ssl.train.start import starting_point
 
-RECIPE = "transfer"
-"""Name of the shipped recipe that the command starts from."""
 STATE = "transfer.json"
 MAX_BYTES = 1 << 20
-EVERYTHING = {"holdout_share": 0.0, "label_share": None, "labels_per_class": None}
-"""Of `data`: draws that look at labels, and cannot tell well that there are none."""
-FEWEST_IMAGES, OF_ROOT, FEWEST_EPOCHS = 51_200, 2_236, 10
-"""See `epochs_for`."""
 KS = (5, 10, 20, 50)
 """Neighbours that the holdout chooses among."""
 MOST_SHOWN = 12
@@ -63,8 +57,6 @@ PROTOCOLS = {
     "attentive": "attentive head",
     "finetune": "fine-tuning",
 }
-VALUES = ("range", "clip", "nodata", "axes", "channels", "array", "reader")
-"""Keys of `data` that say how files become values."""
 NOT_THE_RESULT: dict[str, Any] = {
     "output": True,
     "baseline_epochs": True,
@@ -117,6 +109,15 @@ class Transferred:
     """Statistics that the examples are normalised by."""
 
     @property
+    def notes(self) -> list[str]:
+        """What has to be known of the table, as sentences without a full stop."""
+        caveat = ""
+        if self.data["split"] == "holdout":
+            caveat = "the settings were chosen on the same images: what is found is a little too good"
+        notes = (f"images: {in_words(self.data)}", self.without_looking, caveat, self.kept)
+        return [note for note in notes if note]
+
+    @property
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows for people."""
         head = ["protocol", "top-1 %", "macro top-1 %", "holdout top-1 %", "seconds", "chosen on the holdout"]
@@ -132,114 +133,6 @@ class Transferred:
             for outcome in self.outcomes
         ]
         return head, rows
-
-
-def epochs_for(num_images: int) -> float:
-    """Passes over a training set of `num_images` that fine-tuning takes where nobody asks for a number.
-
-    As many as show 51,200 images (800 steps of 64), or 2,236 times the square root of `num_images` if that
-    is more, and 10 passes at least: 512 passes for 100 images, 102 for 500, 32 for 5,000, 16 for 20,000.
-
-    Args:
-        num_images: at least 1.
-
-    Returns:
-        Rounded to three digits.
-    """
-    images = max(FEWEST_IMAGES, OF_ROOT * num_images**0.5, FEWEST_EPOCHS * num_images)
-    return float(f"{images / num_images:.3g}")
-
-
-def recipe_of(source: str, overrides: Sequence[str], say: Callable[[str], None]) -> FinetuneRecipe:
-    """The recipe of the fine-tuning run: the shipped one, for this encoder and these images.
-
-    Args:
-        source: a run, or what else `init` may name.
-        overrides: `section.key=value` each.
-        say: told of the budget, and of images without an evaluation split.
-
-    Raises:
-        UserError: for a mistake in them, or data that serves no classifier.
-    """
-    given = {override.partition("=")[0] for override in overrides}
-    if "init" in given:
-        raise UserError(f"init is {source!r}, the first argument: leave init=... out")
-    run = RunFolder(Path(source).expanduser())
-    layer: dict[str, Any] = {"init": source}
-    first: list[str] = []
-    if run.exists():
-        run.trained(say)
-        layer, first = _as_in_run(source, run.any_recipe(), given)
-    elif not given & {"model", "model.name"}:
-        raise UserError(
-            f"{source!r} is not a run, which would say what network its weights are of: name it, as in "
-            f"model=vit_small_patch16_224, and image_size where that is not 224"
-        )
-    if "budget_hours" in given:
-        layer["budget_epochs"] = None
-
-    def load(*more: str) -> FinetuneRecipe:
-        text = RecipeText.read(shipped_recipes()[RECIPE], [*first, *overrides, *more])
-        return FinetuneRecipe.of_text(replace(text, layers=(*text.layers, layer)))
-
-    recipe, more = load(), []
-    if not recipe.data.holdout_share:
-        raise UserError(
-            "data.holdout_share is 0, and etpp transfer compares protocols on the holdout: give a share of "
-            "the training images, such as 0.1"
-        )
-    whole = recipe.model_copy(update={"data": recipe.data.model_copy(update=EVERYTHING)}).open_split("train")
-    if whole.classes is None or len(whole.classes) < 2:
-        raise UserError(
-            f"a classifier needs labels of two classes at least, and what was found has no class "
-            f"sub-folders, or a single one (nor class names in a list): {whole.describe()}"
-        )
-    train = recipe.open_split("train")
-    if not given & {"budget_epochs", "budget_hours"}:
-        epochs = epochs_for(len(train))
-        more.append(f"budget_epochs={epochs:g}")
-        steps = epochs * len(train) / recipe.batch_size
-        say(
-            f"budget_epochs={epochs:g} is chosen for {len(train):,} training images: about {steps:,.0f} "
-            f"steps of {recipe.batch_size}"
-        )
-    if recipe.evaluate.split is None:
-        raise UserError("evaluate.split is null, but etpp transfer is there to evaluate; leave it out")
-    if recipe.evaluate.split == "eval" and not given & {"data.eval_split", "data.eval_file", "data.holdout"}:
-        try:
-            recipe.open_split("eval")
-        except UserError as error:
-            more.append("evaluate.split=holdout")
-            say(
-                f"warning: {error}. All numbers are of the holdout, the {recipe.data.holdout_share:.0%} of "
-                f"the training images that settings are chosen on, and a little too good"
-            )
-    return load(*more) if more else recipe
-
-
-def _as_in_run(
-    source: str, recipe: Recipe | FinetuneRecipe, given: set[str]
-) -> tuple[dict[str, Any], list[str]]:
-    """What is as in the encoder's run: precision, and how values of files are read.
-
-    Returns:
-        A layer of the recipe, and overrides.
-    """
-    data = recipe.data
-    layer: dict[str, Any] = {"init": source, "precision": recipe.precision}
-    if data.range is not None and "data.range" not in given:
-        layer["data"] = data.model_dump(mode="json", include=set(VALUES))
-    if data.channel_sampling is None:
-        return layer, []
-    if "data.channels" not in given:
-        raise UserError(
-            f"run {source!r} was pre-trained with data.channel_sampling={data.channel_sampling}, on any "
-            f"channels of an image; a classifier is shown the same ones of each: name "
-            f"{data.channel_sampling} of them, as in data.channels={list(range(recipe.in_chans))}"
-        )
-    # That run's own defaults are others than those of fixed channels.
-    mean, std = data.statistics(recipe.in_chans)
-    return layer, [f"data.mean={list(mean)}", f"data.std={list(std)}"]
 
 
 @process_as_found()

@@ -42,7 +42,7 @@ def write_transfer_page(
         file: to write.
         title: of the page.
         table: protocols and what they come to.
-        notes: sentences below it.
+        notes: sentences below it, without a full stop.
         confusion: int (K, K), rows are true classes.
         classes: names of the outputs; see `etpp_ssl.report.confusion.all_names`.
         right: images that are recognised.
@@ -63,7 +63,7 @@ def write_transfer_page(
         title=title,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         table_of_protocols=table,
-        notes=[note[0].upper() + note[1:] + "." for note in notes if note],
+        notes=[note[0].upper() + note[1:] + "." for note in notes],
         confusion=png(drawn.getvalue(), f"confusion matrix of {len(names)} classes"),
         galleries=[
             ("Most sure, and right", [_captioned(example, names, view) for example in right]),
