@@ -41,7 +41,7 @@ from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.run_folder import RunFolder, read_object
 from etpp_ssl.tasks.classify import Classification
-from etpp_ssl.train.launch import bare_task, finetune
+from etpp_ssl.train.launch import finetune
 from etpp_ssl.train.run import Run
 from etpp_ssl.train.start import starting_point
 
@@ -257,8 +257,8 @@ def _frozen_outcomes(
 ) -> list[Outcome]:
     """Those of the protocols that leave the encoder as it is, each written down once it is done."""
     num_classes = recipe.num_classes(sources["train"].classes)
-    task = bare_task(recipe, accelerator.device, num_classes, partial(freshly_initialised, recipe.seed))
-    assert isinstance(task, Classification)
+    model = freshly_initialised(recipe.seed, partial(recipe.build_model, num_classes))
+    task = Classification(recipe, model, accelerator.device, num_classes)
     assert recipe.init is not None
     task.load_init(recipe.init, lambda _: None)  # The run tells it.
     task.model.to(accelerator.device)
