@@ -120,6 +120,57 @@ def finetune(recipe: RecipeArgument, overrides: Overrides = None, fork: Fork = N
 
 
 @app.command()
+def transfer(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="The folder of a run, or other weights, as init takes them.")
+    ],
+    overrides: Overrides = None,
+    license: Annotated[
+        str, typer.Option(help="Licence for the model card, as the Hugging Face hub spells it.")
+    ] = "other",
+) -> None:
+    """Try an encoder on labelled images: kNN, linear, attentive, fine-tuning; export what is better.
+
+    data.root=FOLDER names the images. The fine-tuning run goes to runs/transfer (output=...), with a page of
+    all results in report/transfer.html; the same command resumes it.
+    """
+    from etpp_ssl.commands.transfer import print_transferred
+    from etpp_ssl.commands.transfer import transfer as run_protocols
+    from etpp_ssl.commands.transfer_recipe import recipe_of
+    from etpp_ssl.export import timm
+    from etpp_ssl.report.markup import Table
+    from etpp_ssl.report.panels import ChannelView
+    from etpp_ssl.report.transfer import NAME, write_transfer_page
+
+    try:
+        with stops():
+            found = run_protocols(recipe_of(run, overrides or (), say), say)
+    except KeyboardInterrupt:
+        say("etpp: interrupted; the same command resumes after the last finished protocol")
+        raise typer.Exit(130) from None
+    print_transferred(found, table_console())
+    for note in found.notes:
+        print(note)
+    head, rows = found.table
+    page = found.folder / "report" / NAME
+    write_transfer_page(
+        page,
+        title=f"Transfer: {found.folder.name}",
+        table=Table(head, rows, "results"),
+        notes=found.notes,
+        confusion=found.confusion.numpy(),
+        classes=found.classes,
+        right=found.right,
+        wrong=found.wrong,
+        view=ChannelView(found.mean, found.std),
+    )
+    print(f"page: {page}")
+    folder = timm.export(str(found.folder), None, license_name=license, say=say)
+    print(f"timm: {folder}")
+    say(f'in Python: timm.create_model("local-dir:{folder}", pretrained=True)')
+
+
+@app.command()
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,

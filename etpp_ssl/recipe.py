@@ -184,7 +184,11 @@ class FinetuneRecipe(RunRecipe):
             return text
         theirs = RecipeText.read(file.parent).values(BaseModel)
         network, own = _network(theirs), _network(values)
-        if network is None or own is None or network == {**own, "patch_size": network["patch_size"]}:
+        if network is None or own is None:
+            return text
+        model = values.get("model")
+        unnamed = not isinstance(model, dict) or "name" not in model
+        if not unnamed and network == {**own, "patch_size": network["patch_size"]}:
             return text
         data = theirs.get("data")
         layer: dict[str, Any] = {key: theirs[key] for key in ("image_size", "in_chans") if key in theirs}
@@ -193,7 +197,7 @@ class FinetuneRecipe(RunRecipe):
             layer["data"] = {key: data.get(key) for key in ("mean", "std")}
         note = (
             f"model, image_size, in_chans, data.mean and data.std are those of init {init}; the recipe has "
-            f"another network"
+            f"{'no network of its own' if unnamed else 'another network'}"
         )
         return replace(text, layers=(*text.layers, layer), notes=(*text.notes, note))
 

@@ -101,6 +101,7 @@ def test_own_data_then_finetune_and_probe_run_as_written(
     Path("recipes").symlink_to(ROOT / "recipes")
     run_page(TUTORIALS / "own-data.md")
     assert Path("runs/photos/report/index.html").is_file()
+    run_page(TUTORIALS / "your-labels.md")
     run_page(TUTORIALS / "finetune-and-probe.md")
     assert Path("runs/photos_finetuned/export/timm/model.safetensors").is_file()
 

@@ -94,6 +94,11 @@ class AttentiveProbe:
 
     def run(self, model: nn.Module) -> dict[str, float]:
         """Train a head from scratch and evaluate it."""
+        predicted, labels = self.predicted(model, self.fit(model), self.images.evaluation)
+        return accuracy("attentive_", predicted == labels, labels)
+
+    def fit(self, model: nn.Module) -> AttentiveHead:
+        """Train a head from scratch."""
         config, context = self.config, self.context
         encoder: Any = model.encoder
         width = int(encoder.num_features)
@@ -110,7 +115,7 @@ class AttentiveProbe:
             else:
                 plan = epoch_steps(context, len(self.images.train), config.batch_size, config.epochs)
                 self._train(head, plan, self._computed(encoder, plan))
-            return self._evaluate(encoder, head)
+        return head
 
     def _train(self, head: AttentiveHead, plan: EpochSteps, parts: Iterable[_Part]) -> None:
         config = self.config
@@ -154,21 +159,24 @@ class AttentiveProbe:
             yield _Part(step, *cache.take([order.index(position) for position in plan(step).samples]))
 
     @torch.no_grad()
-    def _evaluate(self, encoder: nn.Module, head: AttentiveHead) -> dict[str, float]:
+    def predicted(self, model: nn.Module, head: AttentiveHead, source: ImageSource) -> tuple[Tensor, Tensor]:
+        """Predicted classes and labels of a source's readable images, int64 (n,) each, of all processes.
+
+        Raises:
+            UserError: if none can be read.
+        """
         context = self.context
-        # Rows of the true class, and whether it is predicted.
         answers = [torch.empty(0, 2, dtype=torch.int64, device=context.accelerator.device)]
-        for tokens, labels in evaluated(
-            context,
-            self.images.evaluation,
-            partial(patch_tokens, encoder),
-            self.config.micro_batch_size,
-        ):
-            answers.append(torch.stack([labels, head(tokens).argmax(dim=1) == labels], dim=1))
-        true, right = gather_rows(torch.cat(answers), context.accelerator).unbind(dim=1)
-        if not len(true):
+        encoder: Any = model.encoder
+        with evaluating(model):
+            for tokens, labels in evaluated(
+                context, source, partial(patch_tokens, encoder), self.config.micro_batch_size
+            ):
+                answers.append(torch.stack([head(tokens).argmax(dim=1), labels], dim=1))
+        rows = gather_rows(torch.cat(answers), context.accelerator)
+        if not len(rows):
             raise UserError("probe=attentive: none of the evaluation images can be read")
-        return accuracy("attentive_", right.bool(), true)
+        return rows[:, 0], rows[:, 1]
 
 
 class AttentiveHead(nn.Module):

@@ -47,11 +47,12 @@ class Captioned:
     """A class of the style sheet."""
 
 
-def render(**values: Any) -> str:
-    """The page.
+def render(template: str, **values: Any) -> str:
+    """A page.
 
     Args:
-        values: what `page.html.j2` names; a missing one is an error.
+        template: `page.html.j2`, or another one beside it.
+        values: what it names; a missing one is an error.
     """
     environment = Environment(
         loader=PackageLoader("etpp_ssl", "report"),
@@ -61,7 +62,7 @@ def render(**values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("page.html.j2").render(values)
+    return environment.get_template(template).render(values)
 
 
 def image(pixels: np.ndarray, description: str, share: float = 1.0) -> Markup:

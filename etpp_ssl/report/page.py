@@ -68,6 +68,7 @@ def page(histories: Sequence[History], say: Callable[[str], None]) -> str:
     names = ", ".join(history.name for history in histories)
     pages = [(x_axis.title, _curves_over(histories, x_axis)) for x_axis in x_axes(histories)]
     return render(
+        "page.html.j2",
         title=f"Report: {names}" if len(histories) <= 3 else f"Report on {len(histories)} runs",
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         names=[(history.name, _line(index)) for index, history in enumerate(histories)],

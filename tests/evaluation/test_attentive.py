@@ -65,8 +65,8 @@ def test_it_is_deterministic_whatever_the_workers(cache: str, tiny_recipe: Calla
     probe, model = build(tiny_recipe(*SHORT, f"probe.cache={cache}"))
     generator = torch.random.get_rng_state()
     heads = []
-    real = probe._evaluate
-    probe._evaluate = lambda encoder, head: heads.append(head.state_dict()) or real(encoder, head)
+    real = probe.predicted
+    probe.predicted = lambda model, head, *of: heads.append(head.state_dict()) or real(model, head, *of)
     first = probe.run(model)
     torch.manual_seed(5)
     with_workers(probe, 2)
