@@ -30,12 +30,13 @@ from etpp_ssl.data.views import EvalView
 from etpp_ssl.dist.accelerator import open_accelerator, process_as_found
 from etpp_ssl.evaluation.attentive import AttentiveConfig, AttentiveProbe
 from etpp_ssl.evaluation.base import ProbeContext
+from etpp_ssl.evaluation.classification import accuracy
 from etpp_ssl.evaluation.feature_cache import kept_features, state_key
 from etpp_ssl.evaluation.features import Features
 from etpp_ssl.evaluation.knn import TEMPERATURE, knn_sweep
 from etpp_ssl.evaluation.linear_cached import LinearCachedConfig, fit_head
 from etpp_ssl.evaluation.measured_on import in_words, measured_on, without_looking
-from etpp_ssl.evaluation.predictions import Example, confusion_of, most_sure, predict, top1_of
+from etpp_ssl.evaluation.predictions import Example, confusion_of, most_sure, predict
 from etpp_ssl.files import write_text
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe
@@ -172,15 +173,15 @@ def transfer(recipe: FinetuneRecipe, say: Callable[[str], None]) -> Transferred:
     num_classes = recipe.num_classes(sources["train"].classes)
     confusion = confusion_of(evaluated.labels, evaluated.predicted, num_classes)
     holdout = found["holdout"]
-    top1, macro = top1_of(confusion)
-    holdout_top1, _ = top1_of(confusion_of(holdout.labels, holdout.predicted, num_classes))
+    numbers = accuracy("", evaluated.predicted == evaluated.labels, evaluated.labels)
+    on_holdout = accuracy("", holdout.predicted == holdout.labels, holdout.labels)
     lr = run.recipe.optim.base_lr
     kept, settings = _kept(run, f"learning rate {lr:g}" if isinstance(lr, float) else "")
-    outcomes = [*outcomes, Outcome("finetune", settings, top1, macro, holdout_top1, seconds)]
+    tuned = Outcome("finetune", settings, **numbers, holdout_top1=on_holdout["top1"], seconds=seconds)
     mean, std = recipe.data.statistics(recipe.in_chans)
     return Transferred(
         folder.path,
-        outcomes,
+        [*outcomes, tuned],
         measured_on(recipe, recipe.evaluate.split or "eval", source, [(recipe, None)]),
         without_looking(source),
         kept,
@@ -278,11 +279,16 @@ def _frozen_outcomes(
     ):
         if protocol not in done:
             since = time.perf_counter()
-            settings, predicted = run()
-            numbers = {split: top1_of(confusion_of(*of, num_classes)) for split, of in predicted.items()}
-            top1, macro = numbers[_evaluation(recipe)]
+            settings, answers = run()
+            numbers = {split: accuracy("", chosen == true, true) for split, (true, chosen) in answers.items()}
             seconds = time.perf_counter() - since
-            done[protocol] = Outcome(protocol, settings, top1, macro, numbers["holdout"][0], seconds)
+            done[protocol] = Outcome(
+                protocol,
+                settings,
+                **numbers[_evaluation(recipe)],
+                holdout_top1=numbers["holdout"]["top1"],
+                seconds=seconds,
+            )
             values = {"key": key, "outcomes": [outcome._asdict() for outcome in done.values()]}
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(values, indent=1) + "\n")

@@ -103,15 +103,3 @@ def confusion_of(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
     """int64 (K, K), images by true class (row) and predicted class (column); of int64 (n,) each."""
     counts = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
     return counts.view(num_classes, num_classes)
-
-
-def top1_of(confusion: Tensor) -> tuple[float, float]:
-    """Top-1 over the images, and macro top-1, the mean over the classes that have images; in per cent.
-
-    Args:
-        confusion: int64 (K, K) of at least one image.
-    """
-    right, members = confusion.diagonal().double(), confusion.sum(dim=1)
-    known = members > 0
-    macro = (right[known] / members[known]).mean()
-    return 100.0 * float(right.sum()) / int(members.sum()), 100.0 * float(macro)
