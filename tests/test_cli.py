@@ -148,7 +148,7 @@ def test_the_way_from_recipe_to_export(
     assert "finished" in capsys.readouterr().err
     assert run(["probe", folder, "probe=knn", "probe.k=3"]) == 0
     printed = capsys.readouterr().out
-    protocol, images, result = printed.splitlines()
+    protocol, images, result, _ = printed.splitlines()
     assert protocol.startswith("probe: name=knn ")
     assert " k=3 " in protocol
     assert images.startswith("images: 24 images of ")

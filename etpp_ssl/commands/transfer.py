@@ -153,6 +153,11 @@ def transfer(recipe: FinetuneRecipe, say: Callable[[str], None]) -> Transferred:
             f"etpp transfer runs in one process; several fine-tune by etpp finetune {RECIPE} "
             f"init={recipe.init} data.root=..."
         )
+    if recipe.evaluate.repeats > 1:
+        raise UserError(
+            f"evaluate.repeats is {recipe.evaluate.repeats}, which fine-tuning alone can do: etpp finetune "
+            f"{RECIPE} init={recipe.init} data.root=... evaluate.repeats={recipe.evaluate.repeats}"
+        )
     accelerator = open_accelerator(recipe)
     folder = RunFolder(recipe.output)
     sources = _open(recipe)
@@ -218,7 +223,7 @@ def _check_folder(recipe: FinetuneRecipe, folder: RunFolder) -> None:
         UserError: if the folder holds something else, or a run of another recipe.
     """
     source = recipe.open_training()
-    settled = recipe.for_images(len(source))
+    settled = recipe.for_images(len(source)).counted(source)
     if folder.exists():
         there = folder.any_recipe()
         if isinstance(there, FinetuneRecipe) and recipe.optim.base_lr == "auto":

@@ -70,7 +70,8 @@ def recipe_of(source: str, overrides: Sequence[str], say: Callable[[str], None])
         text = RecipeText.read(shipped_recipes()[RECIPE], [*first, *overrides, *more])
         return FinetuneRecipe.of_text(replace(text, layers=(*text.layers, layer)))
 
-    recipe, more = load(), []
+    # The recipe's own number stands for images that are not at hand.
+    recipe, more = load(), [] if "data.num_images" in given else ["data.num_images=null"]
     if not recipe.data.holdout_share:
         raise UserError(
             "data.holdout_share is 0, and etpp transfer compares protocols on the holdout: give a share of "

@@ -57,11 +57,13 @@ def count_cost(loss: Callable[[], Tensor], model: nn.Module) -> Cost:
         forward_flops = counter.total
         counter.held = None
         result.backward()
+    del result
     return Cost(
         flops=counter.total,
         forward_flops=forward_flops,
         saved_values=saved.peak,
-        peak_values=held.peak,
+        # Tables that the first pass makes and keeps are of no image, and the next pass finds them.
+        peak_values=held.peak - held.left,
     )
 
 
@@ -78,6 +80,8 @@ class _Held:
         self._sizes = {parameter.untyped_storage()._cdata: 0 for parameter in model.parameters()}
         self._now = 0
         self.peak = 0
+        self.left = 0
+        """Numbers that were not counted for good, and have not been freed."""
 
     def add(self, tensor: Tensor, *, for_good: bool = False) -> None:
         """Count a tensor, until its memory is freed or `for_good`."""
@@ -89,10 +93,13 @@ class _Held:
         self._now += self._sizes[key]
         self.peak = max(self.peak, self._now)
         if not for_good:
+            self.left += self._sizes[key]
             weakref.finalize(storage, self._freed, key).atexit = False
 
     def _freed(self, key: int) -> None:
-        self._now -= self._sizes.pop(key)
+        size = self._sizes.pop(key)
+        self._now -= size
+        self.left -= size
 
 
 class _Flops(TorchDispatchMode):

@@ -222,8 +222,10 @@ def _found(recipe: Recipe | FinetuneRecipe, training: TrainingImages) -> list[st
     evaluated = isinstance(recipe, FinetuneRecipe) or recipe.probe.name != "none"
     lines = [f"training: {training.describe()}"]
     try:
-        kept = check_depth(training, recipe.data.reading(recipe.in_chans), recipe.data.stall_seconds)
-        lines += [kept] if kept else []
+        # A plan of a stream asks no server.
+        if not training.is_stream:
+            kept = check_depth(training, recipe.data.reading(recipe.in_chans), recipe.data.stall_seconds)
+            lines += [kept] if kept else []
     except UserError as error:
         lines.append(f"warning: training would not start here: {error}")
     try:

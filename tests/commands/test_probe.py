@@ -86,18 +86,19 @@ def test_the_protocol_is_a_line_and_numbers_have_something_to_stand_beside(
     capsys.readouterr()
     folder = tmp_path / "run"
     assert run(["probe", str(folder), "--untrained"]) == 0
-    protocol, images, trained, untrained = capsys.readouterr().out.splitlines()
+    protocol, images, trained, macro, untrained, _ = capsys.readouterr().out.splitlines()
     assert "every_steps" not in protocol
     assert "; without looking: 10 % by chance, " in images
     (row,) = rows(folder)
     assert trained == f"knn_top1 {row['knn_top1']:.6g} %"
+    assert macro == f"knn_macro_top1 {row['knn_macro_top1']:.6g} %"
     assert untrained == f"untrained_knn_top1 {row['untrained']['untrained_knn_top1']:.6g} %"
     # The reference is what the encoder of step 0 has.
     first = tmp_path / "first"
     assert run(["pretrain", str(recipe_file), f"output={first}", "optim.base_lr=1e-30"]) == 0
     capsys.readouterr()
     assert run(["probe", str(first), "probe=knn"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == untrained.removeprefix("untrained_")
+    assert capsys.readouterr().out.splitlines()[-2] == untrained.removeprefix("untrained_")
     # A loss is no accuracy.
     assert run(["probe", str(folder), "probe=reconstruction"]) == 0
     assert "without looking" not in capsys.readouterr().out

@@ -148,6 +148,11 @@ def test_without_an_evaluation_split_numbers_are_of_the_holdout(encoder: Path, p
         ({"ant": 1, "bee": 1}, [], "holds out none, as no class has two"),
         ({"ant": 6, "bee": 6}, ["data.holdout_share=0"], "compares protocols on the holdout"),
         ({"ant": 6, "bee": 6}, ["evaluate.split=null"], "evaluate.split is null"),
+        (
+            {"ant": 6, "bee": 6},
+            ["evaluate.repeats=2"],
+            "evaluate.repeats is 2, which fine-tuning alone can do",
+        ),
         ({"ant": 6, "bee": 6}, ["init=other"], "the first argument: leave init=... out"),
     ],
 )

@@ -41,6 +41,7 @@ class Result:
     confusion: Tensor
     num_images: int = 6
     top1: float = 83.3
+    macro_top1: float = 87.5
     recall: tuple[float | None, ...] = (75.0, 100.0)
 
     def numbers(self) -> dict[str, float | int | None]:
