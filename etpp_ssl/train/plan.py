@@ -34,6 +34,9 @@ from etpp_ssl.train.start import check_depth
 from etpp_ssl.train.summary import described_evaluation, short_run_warnings
 from etpp_ssl.train.time_budget import Speed
 
+ASSUMED_CLASSES = 1000
+"""Of a classifier whose recipe leaves their number to data that is not at hand; they change little."""
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -112,21 +115,23 @@ def plan_run(
     """
     recipe.data.statistics(recipe.in_chans)
     stated, num_classes = recipe.data.stated_images, None
+    classes: list[str] | None
     classes_needed = isinstance(recipe, FinetuneRecipe) and recipe.model.num_classes is None
     try:
         training = recipe.open_training()
     except NotAtHand as error:
-        if stated is None or classes_needed:
+        if stated is None:
             raise
-        num_images, classes = stated, None
-        found = [f"{error}: planned for the {stated:,} images of data.num_images"]
+        num_images, classes = stated, [str(number) for number in range(ASSUMED_CLASSES)]
+        for_classes = f" and {ASSUMED_CLASSES:,} classes" if classes_needed else ""
+        found = [f"{error}: planned for the {stated:,} images of data.num_images{for_classes}"]
     else:
-        num_images, classes = len(training), training.classes if classes_needed else None
+        num_images, classes = len(training), training.classes
         other_count = recipe.compare_count(num_images)
         recipe = recipe.counted(training)
         found = [*_found(recipe, training), *([other_count] if other_count else [])]
     if isinstance(recipe, FinetuneRecipe):
-        num_classes = recipe.num_classes(classes)
+        num_classes = recipe.num_classes(classes if classes_needed else None)
     recipe = recipe.for_images(num_images)
     curriculum = recipe.build_curriculum(num_images)
     recorded = folder.plan() if folder is not None else None

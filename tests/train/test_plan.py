@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from etpp_ssl.config import NotAtHand
 from etpp_ssl.curriculum.cost import Cost, area_share, count_cost
 from etpp_ssl.recipe import FinetuneRecipe, Recipe, load_any
 from etpp_ssl.train.plan import Plan, plan_run, print_plan
@@ -270,3 +271,14 @@ def test_a_budget_in_hours_has_no_steps_yet(tiny_recipe: Callable[..., Recipe]) 
     assert "a budget of 2.5 hours: the run measures its speed and decides its steps" in text
     assert "speed-up" not in text
     assert "epochs" not in text
+
+
+def test_a_plan_without_the_images_assumes_a_number_of_classes(
+    tiny_classifier: Callable[..., FinetuneRecipe],
+) -> None:
+    away = ["data=folder", "data.root=/nowhere", "data.num_images=64", "data.mean=null", "data.std=null"]
+    plan = plan_run(tiny_classifier(*away))
+    assert plan.num_images == 64
+    assert any("and 1,000 classes" in line for line in plan.found)
+    with pytest.raises(NotAtHand):
+        plan_run(tiny_classifier(*away, "data.num_images=null"))
