@@ -1,12 +1,13 @@
-"""Ways from one encoder to a classifier, with few and many labels: run each, append its result, print the table.
+"""Ways from an encoder to a classifier, with few and many labels: run each, append it, print the table.
 
-    python tools/study_labels.py tools/studies/labels.yaml init.cifar10=runs/... root.cifar10=/path/to/cifar10 ...
+    python tools/study_labels.py tools/studies/labels/study.yaml init.cifar10=RUN root.cifar10=FOLDER ...
         [--only NAME ...] [--table]
 
-The file names data sets, each with the settings of every command on it, shares of the labels with the passes over them,
-and arms: a command, its recipe and its settings. Stop it at any time: what is recorded is not run again, and a run
-that was stopped resumes. The seed draws the labels, so that arms of one seed have the same ones. `--table` prints mean
-and standard deviation over the seeds, and the difference from the first arm paired by seed.
+The file names data sets, each with the settings of every command on it, shares of the labels with the passes
+over them, and arms: a command, its recipe and its settings. Stop it at any time: what is recorded is not run
+again, and a run that was stopped resumes. The seed draws the labels, so that arms of one seed have the same
+ones. `--table` prints mean and standard deviation over the seeds, and the difference from the first arm
+paired by seed.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def runs_of(study: LabelStudy) -> Iterator[tuple[str, str, str, int]]:
         for arm in part.arms or study.arms
         if dataset in study.arms[arm].recipe
     ]
-    for _, *run in sorted(ranked, key=lambda run: run[0]):
-        yield tuple(run)
+    for _, dataset, name, arm, seed in sorted(ranked, key=lambda run: run[0]):
+        yield dataset, name, arm, seed
 
 
 def run(study: LabelStudy, file: Path, key: str, places: dict[str, str]) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def run(study: LabelStudy, file: Path, key: str, places: dict[str, str]) -> dict
     """
     dataset, name, arm_name, seed = key.split("/")
     arm, part = study.arms[arm_name], study.labels[dataset][name]
-    folder = RunFolder(Path("runs") / f"study_{file.stem}" / key.replace("/", "-"))
+    folder = RunFolder(Path("runs") / f"study_{file.parent.name}" / key.replace("/", "-"))
     settings = [*study.common[dataset], *part.overrides, *arm.overrides, seed.replace("seed", "seed=")]
     if arm.command == "finetune":
         settings.append(f"budget_epochs={part.passes:g}")
@@ -157,7 +158,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, help="a study file")
     parser.add_argument("places", nargs="*", help="init.DATASET=RUN and root.DATASET=FOLDER")
-    parser.add_argument("--only", nargs="+", metavar="TEXT", default=[""], help="runs with one of these in their key")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", default=[""], help="runs with this in their name"
+    )
     parser.add_argument("--table", action="store_true", help="print the table and stop")
     options = parser.parse_intermixed_args()
     study = LabelStudy.model_validate(yaml.safe_load(options.study.read_text(encoding="utf-8")))
