@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from etpp_ssl.config import UserError
-from etpp_ssl.model.encoders import build_encoder, encode_visible, encoder_args, fixed_positions_at
+from etpp_ssl.model.encoders import build_encoder, encode_visible, encoder_args, encoder_of
 from etpp_ssl.model.masking import random_masking
 
 NO_DIMS = dict.fromkeys(("embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "reg_tokens"))
@@ -168,7 +168,7 @@ def test_on_another_grid_frozen_positions_are_the_scene_at_the_patch_centres(
             encoder,
             images_for(encoder, size),
             every_id(encoder, size),
-            positions=fixed_positions_at(encoder, grid),
+            positions=encoder_of(encoder).sincos_at(grid),
         )
     handle.remove()
     position = seen[0][0, encoder.num_prefix_tokens :].unflatten(0, grid)
