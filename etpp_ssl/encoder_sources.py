@@ -25,9 +25,10 @@ from etpp_ssl.encoder import Encoder
 from etpp_ssl.evaluation.features import Precision
 from etpp_ssl.files import read_text
 from etpp_ssl.messages import close_names, shown, shown_text
+from etpp_ssl.model.encoders import encoder_of, is_maskable
 from etpp_ssl.model.mask_patterns import UniformMaskingConfig
 from etpp_ssl.model.masking import Masker
-from etpp_ssl.model.timm_net import build_net, is_vit, size_switch
+from etpp_ssl.model.timm_net import build_net, size_switch
 from etpp_ssl.model.zoo.swin import make_resizable
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe
@@ -213,7 +214,7 @@ def _of_file(file: Path, model: str | None, config: dict[str, Any]) -> Encoder:
         pixels = PixelsConfig(norm_pix=config.get("norm_pix_loss", True))
         masker = Masker(UniformMaskingConfig(), trained.mask_ratio, None, trained.patch_size, 0)
         decoding = Decoding(trained, pixels, masker)
-    grid = trained.encoder.patch_embed.grid_size
+    grid = encoder_of(trained.encoder).grid
     return Encoder(
         trained.encoder,
         image_size=(grid[0] * trained.patch_size[0], grid[1] * trained.patch_size[1]),
@@ -300,9 +301,9 @@ def _of_timms_name(name: str, *, pretrained: bool) -> Encoder:
 def _new_net(name: str, **args: Any) -> Any:
     """timm's model of a name; one that resamples its positions runs at any size that it can take.
 
-    A plain ViT does so in `etpp_ssl.evaluation.feature_maps`, as in pre-training.
+    One that can be pre-trained does so in `etpp_ssl.evaluation.feature_maps`, as in pre-training.
     """
-    switch = {} if is_vit(name) else size_switch(name)
+    switch = {} if is_maskable(name) else size_switch(name)
     with torch.random.fork_rng(devices=[]):
         net = timm.create_model(name, **{**args, **switch})
     make_resizable(net)

@@ -26,6 +26,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "resnet": {"name": "resnet50", "args": {"layers": [1, 1, 2, 1], "channels": [8, 8, 16, 16]}},
     "convnext": {"name": "convnext_tiny", "args": {"depths": [1, 1, 2, 1], "dims": [8, 16, 16, 32]}},
     "deit": {"name": "deit_tiny_patch16_224", "depth": 3, "embed_dim": 24},
+    "dinov3": {"name": "vit_small_patch16_dinov3", "depth": 3, "embed_dim": 24, "num_heads": 2},
     "swin": {
         "name": "swin_tiny_patch4_window7_224",
         "args": {"depths": [2, 2, 2, 1], "embed_dim": 8, "num_heads": [1, 2, 2, 2], "window_size": 4},

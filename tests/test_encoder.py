@@ -22,7 +22,7 @@ from etpp_ssl.cli import main
 from etpp_ssl.data.formats.base import Reading
 from etpp_ssl.data.views import EvalView
 from etpp_ssl.evaluation.features import read_embeddings
-from etpp_ssl.model.encoders import encode_visible, fixed_positions_at
+from etpp_ssl.model.encoders import encode_visible, encoder_of
 from etpp_ssl.report.viewer import Viewer, images_of_files
 from etpp_ssl.run_folder import RunFolder
 
@@ -144,7 +144,7 @@ def test_maps_at_any_size_are_what_the_model_computes_there(run: Path, images: P
         shown = encoder.transform(file, size)
         grid = (size[0] // 4, size[1] // 4)
         everything = torch.arange(grid[0] * grid[1])[None]
-        table = fixed_positions_at(model.encoder, grid)
+        table = encoder_of(model.encoder).sincos_at(grid)
         expected = encode_visible(model.encoder, shown[None], everything, positions=table)
         for found in (encoder.patches(file, size), encoder.patches(shown[None])):
             torch.testing.assert_close(found, expected[0, 1:].unflatten(0, grid))

@@ -12,12 +12,10 @@ import math
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from etpp_ssl.config import UserError, show_size
-from etpp_ssl.model.encoders import encode_visible, fixed_positions_at, num_prefix_positions
+from etpp_ssl.model.encoders import MaskableEncoder, encode_visible, maskable
 from etpp_ssl.model.patches import grid_of
 from etpp_ssl.model.pos_embed import sincos_table
 from etpp_ssl.model.timm_net import stride_of
@@ -75,9 +73,9 @@ def tokens_of(net: Any, images: Tensor, own_size: tuple[int, int]) -> Tensor:
     if size == own_size:
         return _forward(net, images)
     check_whole(size, map_stride(net))
-    plain = type(net) is VisionTransformer and type(net.patch_embed) is PatchEmbed
-    if plain and not net.dynamic_img_size and net.pos_embed is not None:
-        return _tokens_at(net, images, grid_of(size, map_stride(net)))
+    encoder = maskable(net)
+    if isinstance(encoder, MaskableEncoder) and not net.dynamic_img_size:
+        return _tokens_at(encoder, images, grid_of(size, encoder.patch_size))
     try:
         return _forward(net, images)
     except torch.OutOfMemoryError:
@@ -120,11 +118,10 @@ def _forward(net: Any, images: Tensor) -> Tensor:
     return tokens
 
 
-def _tokens_at(net: VisionTransformer, images: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A plain ViT at another size, as it is trained at other bandwidths."""
-    base = (net.patch_embed.grid_size[0], net.patch_embed.grid_size[1])
-    positions = net.pos_embed.detach().cpu()
-    table = None if net.num_classes else sincos_table(positions, num_prefix_positions(net), base)
-    fixed = None if table is None else fixed_positions_at(net, grid, table.position_grid)
-    everything = torch.arange(grid[0] * grid[1], device=images.device).expand(len(images), -1)
-    return encode_visible(net, images, everything, positions=fixed)
+def _tokens_at(encoder: MaskableEncoder, images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """An encoder at another size, as it is trained at other bandwidths."""
+    net, fixed = encoder.net, None
+    if net.pos_embed is not None and not net.num_classes:
+        table = sincos_table(net.pos_embed.detach().cpu(), encoder.num_prefix_positions, encoder.grid)
+        fixed = None if table is None else encoder.sincos_at(grid, table.position_grid)
+    return encode_visible(net, images, None, positions=fixed)

@@ -51,6 +51,7 @@ from etpp_ssl.data.sources.windows import PartSource
 from etpp_ssl.data.views import EvalView, Normalise
 from etpp_ssl.files import replaced_file, save_tensors
 from etpp_ssl.messages import shown
+from etpp_ssl.model.encoders import encoder_of, transformer_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -97,15 +98,14 @@ def check_pool(net: Any, pool: Pool | None) -> None:
     Raises:
         UserError: if it does not.
     """
-    from timm.models.vision_transformer import VisionTransformer
-
     if pool is None:
         return
     if pool not in ("token", "avg"):
         raise UserError(f"pool is {shown(pool)}; valid are 'token', 'avg' and None")
-    if not isinstance(net, VisionTransformer):
+    encoder = transformer_of(net)
+    if encoder is None:
         raise UserError(f"pool is {pool}, but a {type(net).__name__} has its own pooling; use None")
-    if pool == "token" and not net.has_class_token:
+    if pool == "token" and not encoder.has_class_token:
         raise UserError("pool is token, but the encoder has no cls token; use avg")
 
 
@@ -120,11 +120,10 @@ def pooled(net: Any, tokens: Tensor, pool: Pool | None) -> Tensor:
     Returns:
         (B, D).
     """
-    if pool is None or pool == net.global_pool:
+    if pool is None:
         features: Tensor = net.forward_head(tokens, pre_logits=True)
         return features
-    other: Tensor = net.pool(tokens, pool_type=pool)
-    return other
+    return encoder_of(net).pool(tokens, pool)
 
 
 def pooled_features(net: Any, images: Tensor, pool: Pool | None = None) -> Tensor:

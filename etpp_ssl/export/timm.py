@@ -87,7 +87,7 @@ def export(
         model = freshly_initialised(recipe.seed, recipe.build_model)
         load_trained(model, checkpoint)
         net = model.encoder
-        if pool == "token" and not net.has_class_token:
+        if pool == "token" and net.cls_token is None:
             raise UserError("the encoder has no cls token to pool; use avg")
         if recipe.model.decoder.reads_blocks:
             say(f"about the exported encoder: {final_norm(True, recipe.init)}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from etpp_ssl.config import MAX_SIDE, UserError, may_change, show_size
 from etpp_ssl.messages import shown
 from etpp_ssl.model.attention import AttentionName
-from etpp_ssl.model.encoders import EXPLICIT_NAME, VIT_DIMS, EncoderConfig, encoder_args
+from etpp_ssl.model.encoders import EXPLICIT_NAME, VIT_DIMS, EncoderConfig, encoder_args, transformer_of
 from etpp_ssl.model.lora import LoraLayers, add_adapters, check_called, layers_to_adapt
 from etpp_ssl.model.trained_parts import LAST, WAYS, freeze, frozen_to_eval, heads_of
 
@@ -219,7 +219,7 @@ class ClassifierConfig(EncoderConfig):
 
     def _dims(self, image_size: tuple[int, int], in_chans: int) -> tuple[str, dict[str, Any]]:
         """The architecture, and the arguments of a ViT's dimensions."""
-        from etpp_ssl.model.timm_net import is_vit
+        from etpp_ssl.model.timm_net import dimension_names, is_vit
 
         given = self.given_dims()
         patch = given.get("patch_size")
@@ -249,7 +249,7 @@ class ClassifierConfig(EncoderConfig):
                 raise UserError(
                     f"model.patch_size {show_size(patch)} does not divide image_size {show_size(image_size)}"
                 )
-        return self.name, given
+        return self.name, {dimension_names(self.name).get(key, key): value for key, value in given.items()}
 
     def _init_head(self, net: nn.Module, std: float) -> None:
         from timm.layers import trunc_normal_
@@ -316,9 +316,8 @@ class Classifier(nn.Module):
     @property
     def transformer_blocks(self) -> list[nn.Module]:
         """A Vision Transformer's blocks, nearly all of its parameters; none of other networks."""
-        from timm.models.vision_transformer import VisionTransformer
-
-        return list(self.net.blocks) if isinstance(self.net, VisionTransformer) else []
+        encoder = transformer_of(self.net)
+        return [] if encoder is None else list(encoder.net.blocks)
 
     def forward(self, images_BCHW: Tensor, sample_ids_B: Tensor | None = None) -> Tensor:
         """Logits.

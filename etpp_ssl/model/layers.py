@@ -35,6 +35,11 @@ FAMILIES: dict[str, Rules] = {
         (r"blocks\.(\d+)\..+", r"\1"),
         (r"(norm|fc_norm|attn_pool|head|head_dist)\..+", TOP),
     ),
+    "Eva": (
+        (r"cls_token|reg_token|pos_embed|(patch_embed|norm_pre)\..+", STEM),
+        (r"blocks\.(\d+)\..+", r"\1"),
+        (r"(norm|fc_norm|attn_pool|head)\..+", TOP),
+    ),
     "ConvNeXt": _CONVNEXT,
     "MetaFormer": _CONVNEXT,
     "SwinTransformer": (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
@@ -21,14 +21,11 @@ from etpp_ssl.model.encoders import (
     build_encoder,
     encode_visible,
     encoder_args,
-    fixed_positions_at,
+    encoder_of,
 )
 from etpp_ssl.model.mask_patterns import BlockMaskingConfig, GridMaskingConfig, UniformMaskingConfig
 from etpp_ssl.model.masking import Masker, MaskRatioRamp, num_visible, removed_ids
 from etpp_ssl.model.patches import grid_of
-
-if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
 
 # One line here makes a new decoder or mask pattern known to recipes.
 AnyDecoder = MAEDecoderConfig | CrossDecoderConfig
@@ -52,9 +49,10 @@ class ModelConfig(EncoderConfig):
     """Encoder by timm name or by explicit dimensions, masking, and decoder."""
 
     name: str = "vit_base_patch16_224"
-    """A timm VisionTransformer, or `vit` with `patch_size`, `embed_dim`, `depth` and `num_heads`."""
+    """A timm VisionTransformer or Eva, or `vit` with `patch_size`, `embed_dim`, `depth` and `num_heads`."""
     pos_embed: Literal["sincos", "learned"] = "sincos"
-    """`sincos`: MAE's fixed table. `learned`: a parameter, initialised at random."""
+    """`sincos`: MAE's fixed table. `learned`: a parameter, initialised at random. An encoder whose only
+    positions are rotary, such as DINOv3's, has neither."""
     position_grid: tuple[int, int] | None = None
     """Patches per axis in whose units sin-cos positions are counted; None is the model's own grid. With
     `init` from another resolution, the grid of those weights keeps every place where they know it."""
@@ -152,11 +150,11 @@ class ModelConfig(EncoderConfig):
         )
         return self.around(encoder, num_values)
 
-    def around(self, encoder: VisionTransformer, num_values: int) -> MaskedAutoencoder:
+    def around(self, encoder: Any, num_values: int) -> MaskedAutoencoder:
         """The model around an encoder of its own, for V values per patch, with a new decoder; see `build`."""
         from etpp_ssl.model.timm_net import use_attention
 
-        position_grid = self.position_grid or tuple(encoder.patch_embed.grid_size)
+        position_grid = self.position_grid or encoder_of(encoder).grid
         decoder = self.decoder.build(
             encoder_dim=encoder.embed_dim,
             encoder_depth=len(encoder.blocks),
@@ -180,7 +178,7 @@ class MaskedAutoencoder(nn.Module):
     """MAE (He et al., CVPR 2022) around a timm encoder, at any bandwidth with one set of parameters.
 
     Args:
-        encoder: a plain timm VisionTransformer at full resolution.
+        encoder: a timm network at full resolution that `etpp_ssl.model.encoders.maskable` accepts.
         decoder: predicts masked patches from the encoder's tokens. One that reads the encoder's blocks
             leaves the encoder's final norm without a gradient, so that norm is frozen here.
         mask_ratio: share of the patches to remove where `forward` has to draw the mask itself.
@@ -191,7 +189,7 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(
         self,
-        encoder: VisionTransformer,
+        encoder: Any,
         decoder: Decoder,
         mask_ratio: float = 0.75,
         *,
@@ -202,8 +200,8 @@ class MaskedAutoencoder(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.mask_ratio = mask_ratio
-        self.fixed_positions = fixed_positions
-        self.position_grid: tuple[int, int] = position_grid or tuple(encoder.patch_embed.grid_size)
+        self.fixed_positions = fixed_positions and encoder.pos_embed is not None
+        self.position_grid = position_grid or encoder_of(encoder).grid
         self.run = BlockRunner()
         if decoder.reads_blocks:
             encoder.norm.requires_grad_(False)
@@ -211,7 +209,7 @@ class MaskedAutoencoder(nn.Module):
     @property
     def patch_size(self) -> tuple[int, int]:
         """(p, q) in pixels."""
-        return as_pair(tuple(self.encoder.patch_embed.patch_size))
+        return encoder_of(self.encoder).patch_size
 
     @property
     def transformer_blocks(self) -> list[nn.Module]:
@@ -248,8 +246,9 @@ class MaskedAutoencoder(nn.Module):
         if ids_predict is None:
             ids_predict = removed_ids(ids_keep, num_patches)
         positions = None
-        if self.fixed_positions and grid != tuple(self.encoder.patch_embed.grid_size):
-            positions = fixed_positions_at(self.encoder, grid, self.position_grid)
+        encoder = encoder_of(self.encoder)
+        if self.fixed_positions and grid != encoder.grid:
+            positions = encoder.sincos_at(grid, self.position_grid)
         block_outputs: list[Tensor] = []
         tokens = encode_visible(
             self.encoder,

@@ -23,7 +23,6 @@ import torch
 from einops import rearrange
 from timm.layers import Attention, DropPath
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,6 +32,7 @@ import etpp_ssl.model.zoo.pvt  # noqa: F401  These two register what timm lacks.
 from etpp_ssl.config import UserError, as_pair, show_size
 from etpp_ssl.messages import close_names, shown
 from etpp_ssl.model.attention import AttentionName, CrossAttention, is_fused, unfused_attention
+from etpp_ssl.model.encoders import transformer_of
 from etpp_ssl.model.zoo.swin import make_resizable
 from etpp_ssl.randomness import ShapesOnly, keyed_words
 
@@ -77,8 +77,14 @@ def accepted_arguments(architecture: str) -> frozenset[str]:
 
 
 def is_vit(architecture: str) -> bool:
-    """Whether it is timm's VisionTransformer, DeiT's among them."""
-    return isinstance(_named(architecture), VisionTransformer)
+    """Whether it is timm's VisionTransformer or Eva, or derived from one, as the distilled DeiT is."""
+    return transformer_of(_named(architecture)) is not None
+
+
+def dimension_names(architecture: str) -> dict[str, str]:
+    """timm's names of a transformer's dimensions that have others in a recipe; empty for other networks."""
+    encoder = transformer_of(_named(architecture))
+    return {} if encoder is None else encoder.other_names
 
 
 def stride(architecture: str, args: dict[str, Any]) -> tuple[int, int]:

@@ -219,7 +219,7 @@ def decoder_flops(
             encoder_dim=width,
             encoder_depth=len(encoder.blocks),
             num_prefix=prefix,
-            base_grid=tuple(encoder.patch_embed.grid_size),
+            base_grid=model.position_grid,
             num_values=num_values,
         )
         outputs = [

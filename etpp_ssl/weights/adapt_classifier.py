@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from timm.layers import resize_rel_pos_bias_table
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError
-from etpp_ssl.model.encoders import attention_heads
+from etpp_ssl.model.encoders import transformer_of
 from etpp_ssl.model.lora import plain_tensors
 from etpp_ssl.model.pos_embed import sincos_table
 from etpp_ssl.model.trained_parts import heads_of
@@ -71,8 +70,9 @@ def adapt_classifier(
     }
     # Another architecture shows in the tensors that are not converted, so these are checked first.
     load_weights(expected, {**tensors, **{name: expected[name] for name in conversions}}, source)
-    if isinstance(net, VisionTransformer):
-        check_heads(weights.num_heads, attention_heads(net), net.embed_dim, source, notes)
+    encoder = transformer_of(net)
+    if encoder is not None:
+        check_heads(weights.num_heads, encoder.num_heads, encoder.net.embed_dim, source, notes)
     for name, conversion in conversions.items():
         tensors[name] = conversion(tensors[name], notes)
     # A note that every block adds is told once.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from etpp_ssl.config import UserError, as_pair
 from etpp_ssl.files import read_text
-from etpp_ssl.model.encoders import attention_heads, num_prefix_positions
+from etpp_ssl.model.encoders import encoder_of
 from etpp_ssl.model.lora import merged, plain_tensors, without_adapters
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.patches import grid_of
@@ -83,11 +83,12 @@ def adapt_weights(
         if name in tensors and is_resizable(tensors[name], expected[name])
     }
     load_weights(expected, {**tensors, **converted}, source)
-    encoder = model.encoder
-    check_heads(weights.num_heads, attention_heads(encoder), encoder.embed_dim, source, notes)
+    encoder = encoder_of(model.encoder)
+    check_heads(weights.num_heads, encoder.num_heads, model.encoder.embed_dim, source, notes)
     projection = adapt_input(tensors[PROJECTION], expected[PROJECTION].shape[1], source, notes)
     tensors[PROJECTION] = adapt_patch(projection, model.patch_size, notes)
-    tensors[POSITIONS] = _positions(weights, model, source, notes)
+    if POSITIONS in expected:
+        tensors[POSITIONS] = _positions(weights, model, source, notes)
     known = weights.decoder_position_grid
     kept = any(tensors[name] is weights.tensors.get(name) for name in tensors if name.startswith("decoder."))
     # For fixed positions the encoder's note says it.
@@ -106,13 +107,12 @@ def _norm_of_tokens(tensors: dict[str, Tensor], notes: list[str]) -> None:
 
 
 def _positions(weights: Weights, model: MaskedAutoencoder, source: str, notes: list[str]) -> Tensor:
-    encoder = model.encoder
+    encoder = encoder_of(model.encoder)
     positions = weights.tensors[POSITIONS]
-    own: Tensor = encoder.pos_embed.detach()
-    prefix, old = num_prefix_positions(encoder), weights.grid_of(weights.tensors[PROJECTION])
+    own: Tensor = encoder.net.pos_embed.detach()
+    prefix, old = encoder.num_prefix_positions, weights.grid_of(weights.tensors[PROJECTION])
     if not model.fixed_positions:
-        grid: tuple[int, int] = tuple(encoder.patch_embed.grid_size)
-        return position_conversion(weights, own, grid, prefix, source, old)(positions, notes)
+        return position_conversion(weights, own, encoder.grid, prefix, source, old)(positions, notes)
     if positions.shape[1] > prefix and not positions.any():
         notes.append(f"its positions {UNSET_POSITIONS}")
         return own

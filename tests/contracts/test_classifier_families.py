@@ -22,6 +22,7 @@ BLOCK_CLASSES = (
     "Bottleneck",
     "ConvNeXtBlock",
     "Block",
+    "EvaBlock",
     "SwinTransformerBlock",
     "MetaFormerBlock",
     "CSWinBlock",
@@ -141,7 +142,9 @@ def depths_of(family: str) -> list[int]:
 def test_the_check_before_a_run_passes(family: str) -> None:
     config = config_of(family)
     step = config.multiple(BASE, 3)
-    assert step == {"deit": (16, 16), "vit_of_explicit_dimensions": (16, 8)}.get(family, (32, 32))
+    assert step == {"deit": (16, 16), "dinov3": (16, 16), "vit_of_explicit_dimensions": (16, 8)}.get(
+        family, (32, 32)
+    )
     config.check(image_size=BASE, in_chans=3, bandwidths=BANDWIDTHS)
 
 

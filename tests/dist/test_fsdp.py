@@ -34,6 +34,7 @@ RUNS = {
     "mae": ["model.depth=2", "optim.clip_grad=0.02", "probe=knn", "probe.batch_size=4"],
     "cross": ["model.decoder={name: cross, embed_dim: 8, depth: 2, num_heads: 2}", "model.depth=2",
               "model.pos_embed=learned", "model.grad_checkpointing=true"],
+    "rotary": ["model.name=vit_small_patch16_dinov3", "model.depth=2"],
     "half": ["precision=bf16", "budget_epochs=0.4"],
     "classifier": ["model.grad_checkpointing=true"],
     "adapters": ["model.train=lora", "model.lora_rank=2", "optim.layer_decay=0.8"],
@@ -103,7 +104,7 @@ def tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return {f"{file.stem}/{name}": value for file in files for name, value in load_file(file).items()}
 
 
-@pytest.mark.parametrize("name", ["mae", "cross", "classifier", "adapters"])
+@pytest.mark.parametrize("name", ["mae", "cross", "rotary", "classifier", "adapters"])
 def test_the_losses_are_those_of_ddp(name: str, folder: Folder) -> None:
     sharded, ddp = losses(folder(f"{name} sharded")), losses(folder(f"{name} ddp"))
     assert len(ddp) > 2 * CUT
@@ -120,7 +121,7 @@ def test_bf16_comes_close_to_ddps_autocast(folder: Folder) -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["mae", "cross", "classifier", "adapters"])
+@pytest.mark.parametrize("name", ["mae", "cross", "rotary", "classifier", "adapters"])
 def test_a_checkpoint_does_not_tell_that_it_was_written_in_parts(name: str, folder: Folder) -> None:
     pairs = zip(folder(f"{name} sharded").checkpoints(), folder(f"{name} ddp").checkpoints(), strict=True)
     for sharded, ddp in pairs:

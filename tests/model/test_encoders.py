@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from etpp_ssl.config import UserError
-from etpp_ssl.model.encoders import build_encoder, encode_visible, encoder_args, fixed_positions_at
+from etpp_ssl.model.encoders import build_encoder, encode_visible, encoder_args, encoder_of
 from etpp_ssl.model.masking import random_masking
 
 NO_DIMS = dict.fromkeys(("embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "reg_tokens"))
@@ -168,7 +170,7 @@ def test_on_another_grid_frozen_positions_are_the_scene_at_the_patch_centres(
             encoder,
             images_for(encoder, size),
             every_id(encoder, size),
-            positions=fixed_positions_at(encoder, grid),
+            positions=encoder_of(encoder).sincos_at(grid),
         )
     handle.remove()
     position = seen[0][0, encoder.num_prefix_tokens :].unflatten(0, grid)
@@ -219,6 +221,35 @@ def test_gathering_first_equals_gathering_after_the_embedding_with_all_gradients
     for name, grad in fast_grads.items():
         torch.testing.assert_close(grad, plain_grads[name], rtol=0, atol=1e-11, msg=name)
         assert name.endswith("qkv.bias") or grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_pe_core_base_patch16_224"])
+def test_rotary_positions_of_another_grid_are_those_of_the_scene_at_its_patch_centres(name: str) -> None:
+    net = make_encoder(name, (16, 24), (4, 4), pos_embed="learned", **TINY)
+    encoder, rope = encoder_of(net), net.rope
+    base, grid, bands = (4, 6), (3, 5), 2  # Heads are 8 wide: two bands of each axis, twice.
+    found = encoder.rotary(grid)
+    for n, (row, column) in enumerate(itertools.product(range(grid[0]), range(grid[1]))):
+        places = []
+        for index, (i, g, full) in enumerate(zip((row, column), grid, base, strict=True)):
+            centre = (i + 0.5) * full / g - 0.5 + rope.grid_offset
+            places.append(centre / full * rope.ref_feat_shape[index])
+        if rope.grid_indexing == "xy":
+            places.reverse()
+        angles = [place * 10000.0 ** -(band / bands) for place in places for band in range(bands)]
+        for k, angle in enumerate(angles):
+            assert found[n, 2 * k : 2 * k + 2].tolist() == pytest.approx([math.sin(angle)] * 2, abs=1e-5)
+            assert found[n, 8 + 2 * k].item() == pytest.approx(math.cos(angle), abs=1e-5)
+    assert torch.equal(encoder.rotary(base), rope.get_embed(shape=base))
+
+
+def test_dinov3s_rotary_positions_are_timms_at_any_grid_and_draw_nothing_in_training() -> None:
+    net = make_encoder("vit_small_patch16_dinov3", (16, 24), (4, 4), **TINY)
+    plain = net.rope.get_embed(shape=(3, 5))
+    net.rope.rescale_coords, net.rope.aug_active = 2.0, True
+    net.train()
+    assert not torch.equal(net.rope.get_embed(shape=(3, 5)), plain)
+    assert torch.equal(encoder_of(net).rotary((3, 5)), plain)
 
 
 def test_tokens_come_in_the_order_of_the_ids() -> None:

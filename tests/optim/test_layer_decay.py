@@ -263,7 +263,7 @@ def test_up_to_five_strange_names_are_listed() -> None:
 def test_a_model_without_known_layers_is_told_what_is_known() -> None:
     net = timm.create_model("ghostnet_050", num_classes=3)
     with pytest.raises(
-        UserError, match=r"GhostNet is none of VisionTransformer, ConvNeXt, .*; layer_decay=null"
+        UserError, match=r"GhostNet is none of VisionTransformer, Eva, ConvNeXt, .*; layer_decay=null"
     ):
         ClassifierOptimConfig(layer_decay=0.65).build(net, torch.device("cpu"))
     groups = ClassifierOptimConfig().build(net, torch.device("cpu")).param_groups

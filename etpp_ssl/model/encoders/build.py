@@ -1,7 +1,4 @@
-"""The encoder: an unmodified timm VisionTransformer, which pre-training runs on visible patches at any grid.
-
-Features and exports use timm's own forward. `encode_visible` is its fast equivalent for pre-training: it
-gathers the visible patches before the patch projection. The test compares the two.
+"""Encoders by name: the Config, timm's arguments, a fresh encoder, and which networks can be one.
 
 Legend: B batch, C channels, H, W pixels, N patches or tokens, K visible patches, P prefix tokens, D width.
 """
@@ -9,23 +6,18 @@ Legend: B batch, C channels, H, W pixels, N patches or tokens, K visible patches
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from einops import rearrange
 from pydantic import Field, field_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from etpp_ssl.config import Config, UserError, as_pair, legal_size, show_size
 from etpp_ssl.messages import close_names, shown
 from etpp_ssl.model.attention import PLAIN, BlockRunner
-from etpp_ssl.model.patches import gather_patches, grid_of
-from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_on, sincos_pos_embed
+from etpp_ssl.model.encoders.base import MaskableEncoder
+from etpp_ssl.model.pos_embed import sincos_pos_embed
 from etpp_ssl.randomness import ShapesOnly
-
-if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
 
 EXPLICIT_NAME = "vit"
 EXPLICIT_ARCHITECTURE = "vit_base_patch16_224"
@@ -90,7 +82,7 @@ def encoder_args(
     token (MAE's decoder reads all of them), cls token or average pooling.
 
     Args:
-        name: a timm VisionTransformer, or "vit" with all of `dims` given.
+        name: a timm VisionTransformer or Eva, or "vit" with all of `dims` given.
         image_size: (H, W) in pixels at full resolution.
         patch_size: (p, q) in pixels, or None for the named model's own.
         in_chans: C.
@@ -98,8 +90,8 @@ def encoder_args(
             are the named model's own.
 
     Raises:
-        UserError: for a name that timm does not know or that is not a plain VisionTransformer, missing
-            dims, or a patch that does not divide the image.
+        UserError: for a name that timm does not know or whose network cannot be masked, missing dims, or a
+            patch that does not divide the image.
     """
     architecture = EXPLICIT_ARCHITECTURE if name == EXPLICIT_NAME else name
     given = {key: value for key, value in dims.items() if value is not None}
@@ -109,7 +101,7 @@ def encoder_args(
             keys = ", ".join(f"model.{key}" for key in [*missing, *(["patch_size"] * (not patch_size))])
             raise UserError(f"model.name is vit (explicit dimensions): {keys} must be given")
     probe = _named_model(architecture)
-    patch = patch_size or as_pair(tuple(probe.patch_embed.patch_size))
+    patch = patch_size or probe.patch_size
     for axis, word in ((0, "height"), (1, "width")):
         if image_size[axis] % patch[axis]:
             raise UserError(
@@ -122,27 +114,26 @@ def encoder_args(
             f"model.patch_size {show_size(patch)} cuts image_size {show_size(image_size)} into "
             f"{num_patches:,} patches, more than the {MAX_PATCHES:,} that any device holds"
         )
-    embed_dim = given.get("embed_dim", probe.embed_dim)
-    num_heads = given.get("num_heads", attention_heads(probe))
+    embed_dim = given.get("embed_dim", probe.net.embed_dim)
+    num_heads = given.get("num_heads", probe.num_heads)
     if embed_dim % num_heads:
         raise UserError(f"model.num_heads {num_heads} does not divide model.embed_dim {embed_dim}")
     class_token = given.get("class_token", probe.has_class_token)
-    args: dict[str, Any] = {
+    sizes: dict[str, Any] = {
         **given,
         "img_size": list(image_size),
         "patch_size": patch[0] if patch[0] == patch[1] else list(patch),
         "in_chans": in_chans,
         "embed_dim": embed_dim,
-        "depth": given.get("depth", len(probe.blocks)),
+        "depth": given.get("depth", len(probe.net.blocks)),
         "num_heads": num_heads,
         "class_token": class_token,
-        "reg_tokens": given.get("reg_tokens", probe.num_reg_tokens),
+        "reg_tokens": given.get("reg_tokens", probe.num_registers),
         "num_classes": 0,
         "global_pool": "token" if class_token else "avg",
-        # Otherwise timm moves the norm after the average pooling, away from the tokens.
-        "fc_norm": False,
     }
-    return architecture, args
+    args = {probe.other_names.get(key, key): value for key, value in sizes.items()}
+    return architecture, {**args, **probe.fixed_args}
 
 
 def build_encoder(
@@ -151,41 +142,40 @@ def build_encoder(
     *,
     pos_embed: str = "sincos",
     position_grid: tuple[int, int] | None = None,
-) -> VisionTransformer:
+) -> Any:
     """The timm encoder, initialised as MAE's (xavier-uniform linears, tokens normal(0.02)).
 
     Args:
         architecture, args: from `encoder_args`.
-        pos_embed: "sincos", fixed at MAE's table, or "learned".
+        pos_embed: "sincos", fixed at MAE's table, or "learned"; nothing to an encoder that adds no positions.
         position_grid: patches per axis in whose units the table counts; None is the encoder's own grid.
     """
     import timm
 
-    encoder: VisionTransformer = timm.create_model(architecture, pretrained=False, **args)
-    encoder.apply(init_linear)
-    projection = encoder.patch_embed.proj
+    net: Any = timm.create_model(architecture, pretrained=False, **args)
+    encoder = encoder_of(net)
+    net.apply(init_linear)
+    projection = net.patch_embed.proj
     # MAE initialises the projection as a linear layer.
     nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
     if projection.bias is not None:
         nn.init.zeros_(projection.bias)
-    for token in (encoder.cls_token, encoder.reg_token):
+    for token in (net.cls_token, net.reg_token):
         if token is not None:
             nn.init.normal_(token, std=0.02)
-    if encoder.pos_embed is None:
-        raise UserError(f"model.name {architecture} has no absolute position embedding to train with")
+    if net.pos_embed is None:
+        return net
     if pos_embed == "sincos":
-        if encoder.embed_dim % 4:
-            raise UserError(f"model.embed_dim {encoder.embed_dim} is not a multiple of 4 (sin-cos positions)")
-        grid = tuple(encoder.patch_embed.grid_size)
-        table = sincos_pos_embed(grid, position_grid or grid, encoder.embed_dim)
-        prefix = num_prefix_positions(encoder)
+        if net.embed_dim % 4:
+            raise UserError(f"model.embed_dim {net.embed_dim} is not a multiple of 4 (sin-cos positions)")
+        table = sincos_pos_embed(encoder.grid, position_grid or encoder.grid, net.embed_dim)
         with torch.no_grad():
-            encoder.pos_embed.zero_()
-            encoder.pos_embed[0, prefix:].copy_(table)
-        encoder.pos_embed.requires_grad_(False)
+            net.pos_embed.zero_()
+            net.pos_embed[0, encoder.num_prefix_positions :].copy_(table)
+        net.pos_embed.requires_grad_(False)
     else:
-        nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
-    return encoder
+        nn.init.trunc_normal_(net.pos_embed, std=0.02)
+    return net
 
 
 def init_linear(module: nn.Module) -> None:
@@ -196,28 +186,10 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def num_prefix_positions(encoder: VisionTransformer) -> int:
-    """Rows of timm's `pos_embed` that belong to prefix tokens."""
-    return 0 if encoder.no_embed_class else int(encoder.num_prefix_tokens)
-
-
-def fixed_positions_at(
-    encoder: VisionTransformer, grid: tuple[int, int], position_grid: tuple[int, int] | None = None
-) -> Tensor:
-    """The sin-cos table for a grid in the layout of `pos_embed`, (1, P or 0 + N, D), on its device.
-
-    It counts in patches of `position_grid`; None is the encoder's own grid.
-    """
-    base = position_grid or tuple(encoder.patch_embed.grid_size)
-    table = sincos_on(encoder.pos_embed.device, grid, base, encoder.embed_dim).to(encoder.pos_embed.dtype)
-    prefix = num_prefix_positions(encoder)
-    return torch.cat([encoder.pos_embed.detach()[:, :prefix], table[None]], dim=1)
-
-
 def encode_visible(
-    encoder: VisionTransformer,
+    net: Any,
     images: Tensor,
-    ids_keep: Tensor,
+    ids_keep: Tensor | None,
     *,
     positions: Tensor | None = None,
     run: BlockRunner = PLAIN,
@@ -226,9 +198,10 @@ def encode_visible(
     """Encode the visible patches only: the tokens that a ViT gives when it sees nothing else.
 
     Args:
-        encoder: a plain timm VisionTransformer.
+        net: a timm network that `maskable` finds an encoder in.
         images: float (B, C, h p, w q), at any bandwidth.
-        ids_keep: int64 (B, K), visible patches of the h x w grid.
+        ids_keep: int64 (B, K), visible patches of the h x w grid; None shows all of them. In evaluation mode
+            at full resolution these are the tokens of timm's own forward, to the last bit.
         positions: (1, P or 0 + N, D) for this grid, in the layout of `pos_embed`; None resamples
             `pos_embed` itself.
         run: how blocks are run.
@@ -238,74 +211,80 @@ def encode_visible(
     Returns:
         (B, P + K, D), after the final norm; prefix tokens first, patches in the order of `ids_keep`.
     """
-    projection = encoder.patch_embed.proj
-    patch: tuple[int, int] = tuple(encoder.patch_embed.patch_size)
-    grid = grid_of((images.shape[-2], images.shape[-1]), patch)
-    patches_BNV = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=patch[0], q=patch[1])
-    visible_BKV = gather_patches(patches_BNV, ids_keep)
-    tokens = F.linear(visible_BKV, projection.weight.flatten(1), projection.bias)
-    tokens = encoder.patch_embed.norm(tokens)
-
-    prefix = num_prefix_positions(encoder)
-    if positions is None:
-        base: tuple[int, int] = tuple(encoder.patch_embed.grid_size)
-        positions = resampled_pos_embed(encoder.pos_embed, grid, base, prefix)
-    tokens = tokens + positions[0, prefix:][ids_keep]
-    if encoder.num_prefix_tokens:
-        special = [t for t in (encoder.cls_token, encoder.reg_token) if t is not None]
-        prefix_tokens = torch.cat(special, dim=1)
-        if prefix:
-            prefix_tokens = prefix_tokens + positions[:, :prefix]
-        tokens = torch.cat([prefix_tokens.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], 1)
-    tokens = encoder.norm_pre(tokens)
-    for block in encoder.blocks:
-        if block_outputs is not None:
-            block_outputs.append(tokens)
-        tokens = run(block, tokens)
-    if block_outputs is not None:
-        block_outputs.append(tokens)
-    normed: Tensor = encoder.norm(tokens)
-    return normed
+    encoder = encoder_of(net)
+    return encoder.encode(images, ids_keep, added=positions, run=run, block_outputs=block_outputs)
 
 
-def attention_heads(encoder: VisionTransformer) -> int:
-    """Heads of each attention layer."""
-    # Parallel blocks keep it elsewhere than in `attn`.
-    return next(int(m.num_heads) for m in encoder.blocks.modules() if hasattr(m, "num_heads"))
+def encoder_of(net: nn.Module) -> MaskableEncoder:
+    """What stands beside a network that was built as an encoder."""
+    encoder = transformer_of(net)
+    assert encoder is not None, type(net)
+    return encoder
+
+
+def transformer_of(net: nn.Module) -> MaskableEncoder | None:
+    """The same for any network, one that `maskable` refuses among them; None for one of another class."""
+    return next((kind(net) for kind in _kinds() if isinstance(net, kind.kind)), None)
+
+
+def maskable(net: nn.Module) -> MaskableEncoder | str:
+    """A network as an encoder of visible patches, or why it cannot be one, as the end of a sentence."""
+    kind = next((kind for kind in _kinds() if type(net) is kind.kind), None)
+    if kind is None:
+        name = type(net).__name__
+        reason = _REASONS.get(name)
+        return f"is a {name}, not a plain Vision Transformer{f': {reason}' if reason else ''}"
+    refusal = kind.refusal(net)
+    return kind(net) if refusal is None else f"{refusal}, not a plain Vision Transformer"
+
+
+_MERGES = "it merges patches between its stages, so only whole windows of the last one could be removed"
+_REASONS = {
+    "NaFlexVit": "it embeds patches with their places by itself; a vit_* of its size takes its weights",
+    "Hiera": _MERGES,
+    "HieraDet": _MERGES,
+}
+
+
+@lru_cache
+def _kinds() -> tuple[type[MaskableEncoder], ...]:
+    # One line here makes a new kind of encoder known. They import timm, which takes seconds.
+    from etpp_ssl.model.encoders.eva import EvaEncoder
+    from etpp_ssl.model.encoders.vit import VitEncoder
+
+    return VitEncoder, EvaEncoder
+
+
+def is_maskable(architecture: str) -> bool:
+    """Whether a name of timm's is that of an encoder that can be masked."""
+    return not isinstance(_of_name(architecture), str)
 
 
 @lru_cache(maxsize=8)
-def _named_model(name: str) -> VisionTransformer:
+def _named_model(name: str) -> MaskableEncoder:
     """The named timm model on the meta device, if it is one that can be masked."""
     import timm
 
-    base = name.split(".")[0]
-    found = _plain_vit(name) if timm.is_model(base) else "is not a timm model"
+    found = _of_name(name)
     if isinstance(found, str):
         hint = close_names(
-            base,
+            name.split(".")[0],
             timm.list_models("*vit*"),
-            lambda other: not isinstance(_plain_vit(other), str),
+            is_maskable,
             otherwise="vit_small_patch16_224, vit_base_patch16_224",
         )
         raise UserError(f"model.name {shown(name)} {found}{hint}")
     return found
 
 
-def _plain_vit(name: str) -> VisionTransformer | str:
+def _of_name(name: str) -> MaskableEncoder | str:
     """timm's model on the meta device, or why it cannot be masked."""
     import timm
-    from timm.layers import PatchEmbed
-    from timm.models.vision_transformer import VisionTransformer
 
+    if not timm.is_model(name.split(".")[0]):
+        return "is not a timm model"
     try:
         with ShapesOnly():
-            model = timm.create_model(name, pretrained=False)
+            return maskable(timm.create_model(name, pretrained=False))
     except (RuntimeError, NotImplementedError, TypeError) as error:
         return f"cannot be built: {error}"
-    if type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed:
-        return model
-    kind = type(model).__name__
-    if type(model) is VisionTransformer:
-        kind += f" on a {type(model.patch_embed).__name__}"
-    return f"is a {kind}, not a plain Vision Transformer"
