@@ -30,7 +30,7 @@ from etpp_ssl.data.streams.sample import StreamSample
 from etpp_ssl.data.training import IndexedImages, TrainingImages
 from etpp_ssl.files import write_text
 from etpp_ssl.randomness import derive_key
-from etpp_ssl.recipe_base import RunRecipe
+from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.recipe_file import changed_keys
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.run_state import TrainState, check_state
@@ -93,7 +93,7 @@ class FolderLock:
 
 
 def starting_point(
-    recipe: RunRecipe,
+    recipe: Recipe | FinetuneRecipe,
     folder: RunFolder,
     source: TrainingImages,
     curriculum: Curriculum,
