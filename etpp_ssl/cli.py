@@ -85,7 +85,10 @@ Overrides = Annotated[
     ),
 ]
 
-Fork = Annotated[Path | None, typer.Option(help="Start from this run's newest checkpoint, in a new folder.")]
+Fork = Annotated[
+    Path | None,
+    typer.Option(help="Start from this run's newest checkpoint, or from this checkpoint, in a new folder."),
+]
 Pool = Literal["token", "avg"]
 """How an encoder makes one vector of an image."""
 

@@ -39,6 +39,8 @@ SYNONYMS = {
     "mixed_precision": "precision",
     "num_channels": "in_chans",
     "num_epochs": "budget_epochs",
+    "opt": "optim.name",
+    "optimizer": "optim.name",
     "out": "output",
     "output_dir": "output",
     "patch": "model.patch_size",

@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from etpp_ssl.config import UserError, show_size
-from etpp_ssl.optim.optimizers import set_learning_rate
+from etpp_ssl.optim.schedules import set_learning_rate
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.train.memory import freed_memory_kept

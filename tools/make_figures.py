@@ -46,7 +46,7 @@ def main() -> None:
     image = woven_picture() if options.image is None else read_picture(options.image)
     options.out.mkdir(parents=True, exist_ok=True)
     save_small(crop_figure(image, BANDWIDTHS), options.out / "crop.png", num_colours=128)
-    stages = stages_figure(published_curricula(), OptimConfig().schedule(RUN["batch_size"]))
+    stages = stages_figure(published_curricula(), OptimConfig().learning_rates(RUN["batch_size"]))
     save_small(stages, options.out / "stages.png", num_colours=64)
     save_small(positions_figure(image), options.out / "positions.png", num_colours=128)
     save_small(targets_figure(image), options.out / "targets.png", num_colours=128)

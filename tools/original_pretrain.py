@@ -96,7 +96,7 @@ def train(recipe: Recipe, clone: Path, save_seconds: float = SAVE_SECONDS) -> No
     folder.mkdir(parents=True, exist_ok=True)
     recipe.save(settings)
     num_steps = recipe.build_curriculum(len(images)).num_steps
-    schedule = recipe.optim.schedule(recipe.batch_size)
+    schedule = recipe.optim.learning_rates(recipe.batch_size)
     model = original_model(recipe, recipe.size, clone).train()
     groups = param_groups_weight_decay(model, recipe.optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=schedule.peak, betas=recipe.optim.betas)

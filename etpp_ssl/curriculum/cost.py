@@ -67,6 +67,14 @@ def count_cost(loss: Callable[[], Tensor], model: nn.Module) -> Cost:
     )
 
 
+def count_flops(call: Callable[[], Any]) -> int:
+    """Operations of matrix products, convolutions and attention in a call, as `count_cost` counts them."""
+    counter = _Flops(None)
+    with counter:
+        call()
+    return counter.total
+
+
 class _Held:
     """Numbers in memory, now and at the peak.
 

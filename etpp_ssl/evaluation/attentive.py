@@ -36,7 +36,7 @@ from etpp_ssl.evaluation.training import (
     frozen,
     training_batches,
 )
-from etpp_ssl.optim.groups import weight_decay_groups
+from etpp_ssl.optim.groups import parameter_groups
 from etpp_ssl.randomness import keyed_torch
 
 
@@ -120,7 +120,7 @@ class AttentiveProbe:
     def _train(self, head: AttentiveHead, plan: EpochSteps, parts: Iterable[_Part]) -> None:
         config = self.config
         schedule = config.schedule(plan.batch_size)
-        groups = weight_decay_groups(head, weight_decay=config.weight_decay, decay_tokens=True)
+        groups = parameter_groups(head, weight_decay=config.weight_decay, decay_tokens=True)
         optimizer = torch.optim.AdamW(groups, lr=0.0)
         for step, here in groupby(parts, key=lambda part: part.step):
             for group in optimizer.param_groups:

@@ -40,7 +40,7 @@ from etpp_ssl.evaluation.training import (
     frozen,
     training_batches,
 )
-from etpp_ssl.optim.optimizers import Lars
+from etpp_ssl.optim.lars import Lars
 from etpp_ssl.randomness import keyed_torch
 
 

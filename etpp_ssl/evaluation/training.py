@@ -20,7 +20,7 @@ from etpp_ssl.data.views import View
 from etpp_ssl.evaluation.base import LabelledConfig, ProbeContext
 from etpp_ssl.evaluation.features import readable_rows
 from etpp_ssl.files import replaced_file, save_tensors
-from etpp_ssl.optim.optimizers import Schedule
+from etpp_ssl.optim.schedules import Schedule
 
 
 class HeadConfig(LabelledConfig):

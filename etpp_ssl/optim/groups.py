@@ -1,4 +1,4 @@
-"""Parameter groups of optimizers: weight decay and, in classifiers, layer-wise learning-rate decay.
+"""Parameter groups of optimizers: weight decay, layer-wise learning-rate decay, what Muon leaves to AdamW.
 
 Layer decay is MAE's: a parameter of layer i of num_layers has the learning rate scale
 decay^(num_layers - i), with the layers of `etpp_ssl.model.layers`: what embeds the image is layer 0, every
@@ -20,7 +20,7 @@ Others differ, so a published `layer_decay` has to be read with its code:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatch
 from typing import Any
 
@@ -28,28 +28,37 @@ from torch import nn
 
 from etpp_ssl.model.layers import layer_ids
 
-_EXEMPT = re.compile(
-    r"bias|scale|gamma|logit_scale|relative_position_bias_table"
-    r"|(absolute_)?pos_embed\d*|cls_token|reg_token|dist_token"
-)
+_EXEMPT = re.compile(r"bias|scale|gamma|logit_scale|relative_position_bias_table|(absolute_)?pos_embed\d*")
 """Last parts of the names of parameters that are not decayed whatever their shape."""
+TOKENS = ("cls_token", "reg_token", "dist_token", "mask_token")
 
 
 def parameter_groups(
-    net: nn.Module, *, weight_decay: float, layer_decay: float | None
+    net: nn.Module,
+    *,
+    weight_decay: float,
+    layer_decay: float | None = None,
+    decay_tokens: bool = False,
+    matrices: Collection[str] | None = None,
+    fallback_lr_scale: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Optimizer groups over the trainable parameters, one per layer and weight decay, in order of depth.
+    """Optimizer groups over the trainable parameters, one per layer and treatment, in order of depth.
 
-    Each has the keys `params` (in the model's order), `lr_scale`, `weight_decay` and `layer`.
+    Each has the keys `params` (in the model's order), `lr_scale`, `weight_decay` and `layer`, and with
+    `matrices` timm's `use_fallback`.
 
-    Not decayed are one-dimensional parameters; biases, scales, relative position biases, position
-    embeddings and tokens of any shape; and what the model's own `no_weight_decay()` names, patterns
-    included, as timm reads it. (The authors' PVT decays its position embeddings.)
+    Not decayed are one-dimensional parameters; biases, scales, relative position biases and position
+    embeddings of any shape; tokens, unless `decay_tokens`; and what the model's own `no_weight_decay()`
+    names, patterns included, as timm reads it. (The authors' PVT decays its position embeddings.)
 
     Args:
-        net: a timm model.
+        net: a masked autoencoder, a timm model, or a part of one.
         weight_decay: of the parameters that are decayed; 0 for the others.
-        layer_decay: in (0, 1]; None makes no layers: `lr_scale` is 1 and `layer` None for any model.
+        layer_decay: in (0, 1], for a timm model; None makes no layers: `lr_scale` is 1 and `layer` None.
+        decay_tokens: decay the learned tokens, too.
+        matrices: names of what Muon orthogonalises, as from `hidden_matrices`; all else is its fallback's.
+            None for other optimizers.
+        fallback_lr_scale: factor on the learning rate of that fallback.
 
     Raises:
         UserError: if `layer_decay` is given and the model's layers are not known, or a parameter is in
@@ -57,7 +66,7 @@ def parameter_groups(
     """
     layers, num_layers = layer_ids(net) if layer_decay is not None else ({}, 0)
     own_exempt: Iterable[str] = getattr(net, "no_weight_decay", tuple)()
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    groups: dict[tuple[int, bool, bool], dict[str, Any]] = {}
     for name, parameter in net.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -66,41 +75,52 @@ def parameter_groups(
         exempt = (
             parameter.ndim <= 1
             or _EXEMPT.fullmatch(leaf) is not None
+            or (leaf in TOKENS and not decay_tokens)
             or any(fnmatch(name, pattern) for pattern in own_exempt)
         )
-        group = groups.setdefault(
-            (layer or 0, exempt),
-            {
+        fallback = matrices is not None and name not in matrices
+        key = (layer or 0, exempt, fallback)
+        if key not in groups:
+            groups[key] = {
                 "params": [],
                 "lr_scale": 1.0 if layer_decay is None else layer_decay ** (num_layers - layers[name]),
                 "weight_decay": 0.0 if exempt else weight_decay,
                 "layer": layer,
-            },
-        )
-        group["params"].append(parameter)
+            }
+            if matrices is not None:
+                groups[key]["use_fallback"] = fallback
+                groups[key]["lr_scale"] *= fallback_lr_scale if fallback else 1.0
+        groups[key]["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
 
 
-TOKENS = ("cls_token", "reg_token", "mask_token")
+def hidden_matrices(net: nn.Module) -> set[str]:
+    """Names of the trained weight matrices of a network's blocks: what Muon orthogonalises.
 
+    Not among them is what embeds the image, and what follows the last block: patch projection, tokens,
+    positions, the entry to a decoder, heads. Neither are norms, biases, tables of relative positions and
+    depthwise convolutions, which are not matrices. A convolution's kernel counts
+    as (out, in * height * width).
 
-def weight_decay_groups(model: nn.Module, *, weight_decay: float, decay_tokens: bool) -> list[dict[str, Any]]:
-    """Two optimizer groups over the trainable parameters: decayed and exempt.
+    Args:
+        net: a masked autoencoder, or a timm model whose layers are known.
 
-    Exempt are one-dimensional parameters (biases, norms), position embeddings and, unless
-    `decay_tokens`, the learned tokens. The order of parameters is the model's own.
+    Raises:
+        UserError: if they are not.
     """
-    decayed, exempt = [], []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        leaf = name.rsplit(".", 1)[-1]
-        is_token = leaf in TOKENS
-        if parameter.ndim == 1 or leaf == "pos_embed" or (is_token and not decay_tokens):
-            exempt.append(parameter)
-        else:
-            decayed.append(parameter)
-    return [
-        {"params": decayed, "weight_decay": weight_decay, "lr_scale": 1.0},
-        {"params": exempt, "weight_decay": 0.0, "lr_scale": 1.0},
-    ]
+    blocks: list[nn.Module] | None = getattr(net, "transformer_blocks", None)
+    if blocks is not None:
+        inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+        hidden = {name for name, parameter in net.named_parameters() if id(parameter) in inside}
+    else:
+        layers, top = layer_ids(net, "Muon", "optim.name=adamw trains any model")
+        hidden = {name for name, layer in layers.items() if 0 < layer < top}
+    return {
+        name
+        for name, parameter in net.named_parameters()
+        if name in hidden
+        and parameter.requires_grad
+        and parameter.ndim >= 2
+        and min(parameter.shape[:2]) > 1
+        and _EXEMPT.fullmatch(name.rsplit(".", 1)[-1]) is None
+    }

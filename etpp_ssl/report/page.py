@@ -117,7 +117,7 @@ def _plan(histories: Sequence[History]) -> Captioned | None:
         return None
     drawn = stages_figure(
         {history.name: history.curriculum for history in known.values() if history.curriculum is not None},
-        {h.name: h.recipe.optim.schedule(h.recipe.batch_size) for h in known.values()},
+        {h.name: h.recipe.optim.learning_rates(h.recipe.batch_size) for h in known.values()},
         figsize=(6.0, 4.6),
         colours=[line_of(index)[0] for index in known],
         legend=False,

@@ -246,7 +246,7 @@ def collapse_of(recipe: FinetuneRecipe, sign: Sign, num_steps: int) -> str:
     """
     optim = recipe.optim
     slow = optim.ema is not None and not optim.ema_warmup and num_steps * (1 - optim.ema) < 1
-    peak = optim.schedule(recipe.batch_size).peak
+    peak = optim.learning_rates(recipe.batch_size).peak
     return collapse(sign, Pace(peak, recipe.batch_size, num_steps, optim.warmup_share, slow_average=slow))
 
 

@@ -90,6 +90,8 @@ def checkpoint_bytes(checkpoint: Checkpoint) -> int:
 
 GROUP_STEP = "group_step"
 """Slot of a step that is counted per parameter group."""
+PLAIN = {"bool": torch.bool, "int": torch.int64, "float": torch.float64}
+"""Types of other slots than tensors, each with one that holds all of its values."""
 
 
 class CheckpointClock:
@@ -226,14 +228,19 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as `parameter name.slot`, so that no order and no pickle is involved.
 
-    A step that an optimizer counts per group (timm's Lamb) stands with each of the group's parameters.
+    A slot that is no tensor (timm's Muon keeps a bool) becomes one, and its name ends in its type, such as
+    `use_muon:bool`. A step that an optimizer counts per group (timm's Lamb) stands with each of the group's
+    parameters.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    tensors = {
-        f"{names[id(parameter)]}.{slot}": value
-        for parameter, slots in optimizer.state.items()
-        for slot, value in slots.items()
-    }
+    tensors = {}
+    for parameter, slots in optimizer.state.items():
+        for slot, value in slots.items():
+            if not isinstance(value, Tensor):
+                kind = type(value).__name__
+                assert kind in PLAIN, f"{slot} of {type(optimizer).__name__} is {kind}"
+                slot, value = f"{slot}:{kind}", torch.tensor(value, dtype=PLAIN[kind])
+            tensors[f"{names[id(parameter)]}.{slot}"] = value
     for group in optimizer.param_groups:
         if "step" in group:
             for parameter in group["params"]:
@@ -246,12 +253,14 @@ def load_optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
     """The inverse of `optimizer_tensors`; torch moves the tensors to the parameters' devices."""
-    slots: dict[str, dict[str, Tensor]] = {}
+    slots: dict[str, dict[str, Any]] = {}
     parameters = dict(model.named_parameters())
     for key in sorted(tensors):
         name, _, slot = key.rpartition(".")
         value = tensors[key]
-        slots.setdefault(name, {})[slot] = parted_like(value, parameters.get(name, value))
+        slot, _, kind = slot.partition(":")
+        own = slots.setdefault(name, {})
+        own[slot] = value.item() if kind else parted_like(value, parameters.get(name, value))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     group_steps = {name: own.pop(GROUP_STEP) for name, own in slots.items() if GROUP_STEP in own}
     packed = optimizer.state_dict()

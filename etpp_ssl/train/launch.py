@@ -176,9 +176,9 @@ def prepare_folder(run: Run) -> None:
     folder, state = run.folder, run.state
     run.lock.acquire()
     clear_leftovers(folder, state.step)
-    # The optimizer keeps two moments of what is trained.
-    num_values = sum(p.numel() * (3 if p.requires_grad else 1) for p in run.bare_model.parameters())
-    check_room(folder, run.recipe.checkpoint.keep, num_values)
+    weights = sum(4 * parameter.numel() for parameter in run.bare_model.parameters())
+    state_bytes = run.recipe.optim.cost(run.task.net).state_bytes
+    check_room(folder, run.recipe.checkpoint.keep, weights + state_bytes)
     # First, since it makes a folder a run.
     run.recipe.save(folder.recipe_file)
     run.lock.acquire()

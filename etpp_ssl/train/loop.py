@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from etpp_ssl.dist.accelerator import StopRequest
-from etpp_ssl.optim.optimizers import set_learning_rate
+from etpp_ssl.optim.schedules import set_learning_rate
 from etpp_ssl.tasks.base import forward_backward
 from etpp_ssl.train.batches import BadImages, ImageCounts, TrainingBatches
 from etpp_ssl.train.checkpoint import CheckpointClock

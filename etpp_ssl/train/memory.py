@@ -17,11 +17,10 @@ from etpp_ssl.config import UserError, show_size
 from etpp_ssl.curriculum.base import Curriculum, Stage
 from etpp_ssl.data.replay import buffer_bytes
 from etpp_ssl.data.views import TrainView, intermediate_size
-from etpp_ssl.optim.optimizers import ClassifierOptimConfig, OptimConfig
 from etpp_ssl.randomness import ShapesOnly
 
 BYTES_PER_VALUE = 4
-"""Weights, gradients, the optimizer's state and a moving average are in float32, on host and device."""
+"""Weights, gradients and a moving average are in float32, on host and device."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's `mallopt`; see mallopt(3)."""
 MOST_OF_A_HEAP = 32 << 20
@@ -100,19 +99,17 @@ def check_host_memory(
         )
 
 
-def training_bytes(model: nn.Module, optim: OptimConfig | ClassifierOptimConfig) -> int:
+def training_bytes(model: nn.Module, state_bytes: int, *, average: bool) -> int:
     """Bytes that a model in training holds between two steps, gradients included; activations are not.
 
     Args:
         model: what is frozen in it needs its weights alone.
-        optim: AdamW and LAMB keep two moments of each trained value, SGD one; a moving average, all values.
+        state_bytes: of the optimizer.
+        average: whether a moving average of all weights is kept.
     """
     values = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    slots, average = 2, False
-    if isinstance(optim, ClassifierOptimConfig):
-        slots, average = 1 if optim.name == "sgd" else 2, optim.ema is not None
-    return BYTES_PER_VALUE * (values * (1 + average) + trained * (1 + slots))
+    return BYTES_PER_VALUE * (values * (1 + average) + trained) + state_bytes
 
 
 def replay_bytes(view: TrainView, in_chans: int, stage: Stage) -> int:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from etpp_ssl.config import NotAtHand, UserError, show_size
+from etpp_ssl.config import NotAtHand, UserError, show_size, shown_bytes
 from etpp_ssl.curriculum.base import Curriculum, Stage
 from etpp_ssl.curriculum.cost import Cost, area_share, count_cost
 from etpp_ssl.curriculum.hours import TimePlan
@@ -23,6 +23,7 @@ from etpp_ssl.data.sources.splits import with_classes
 from etpp_ssl.data.training import TrainingImages
 from etpp_ssl.model.encoders import unused_weights
 from etpp_ssl.optim.optimizers import ClassifierOptimConfig
+from etpp_ssl.optim.registry import OptimizerCost
 from etpp_ssl.randomness import ShapesOnly
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
@@ -79,7 +80,9 @@ class Plan:
     """Whether the numbers of steps are known: a budget in hours becomes steps when the run starts."""
     recorded: TimePlan | None
     """What a budget in hours has become."""
+    optimizer: OptimizerCost
     total_flops: int
+    """Of all images and all steps of the optimizer."""
     baseline_epochs: float
     """Epochs at full resolution to compare with: the recipe's, or else as many as the run's own."""
     speedup_by_area: float
@@ -169,9 +172,14 @@ def plan_run(
 
     images = [stage.num_steps * stage.batch_size for stage in curriculum.stages]
     area = [n * area_share(s.bandwidth, recipe.size) for n, s in zip(images, curriculum.stages, strict=True)]
-    flops = [n * mean.flops for n, mean in zip(images, mean_costs, strict=True)]
+    optimizer = recipe.optim.cost(task.net)
+    flops = [
+        n * mean.flops + stage.num_steps * optimizer.flops
+        for n, mean, stage in zip(images, mean_costs, curriculum.stages, strict=True)
+    ]
     parameters = sum(p.numel() for p in task.model.parameters())
-    held = training_bytes(task.model, recipe.optim)
+    average = isinstance(recipe, FinetuneRecipe) and recipe.optim.ema is not None
+    held = training_bytes(task.model, optimizer.state_bytes, average=average)
     bytes_per_value = 4 if recipe.precision == "fp32" else 2
     view = recipe.crop_view()
     stages = []
@@ -194,6 +202,7 @@ def plan_run(
         )
     baseline_epochs = recipe.baseline_epochs or recipe.budget_epochs or curriculum.equivalent_epochs
     baseline_images = baseline_epochs * num_images
+    at_full_flops = at_full.flops + optimizer.flops / recipe.batch_size
     decided = recipe.budget_epochs is not None or recorded is not None
     return Plan(
         recipe=recipe,
@@ -205,10 +214,11 @@ def plan_run(
         stages=stages,
         decided=decided,
         recorded=recorded,
+        optimizer=optimizer,
         total_flops=sum(flops),
         baseline_epochs=baseline_epochs,
         speedup_by_area=baseline_images / sum(area),
-        speedup_by_flops=baseline_images * at_full.flops / sum(flops),
+        speedup_by_flops=baseline_images * at_full_flops / sum(flops),
         speed=speed,
         notes=[
             *recipe.notes,
@@ -272,6 +282,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     for note in plan.notes:
         console.print(note if note.startswith("warning: ") else f"note: {note}")
     console.print(_learning_rate(plan))
+    if recipe.optim.name != "adamw":
+        console.print(_optimizer(plan))
     if plan.decided:
         console.print(_compute(plan))
     console.print(_memory(plan))
@@ -373,7 +385,7 @@ def _learning_rate(plan: Plan) -> str:
     """The schedule over compute, drawn and in words."""
     optim = plan.recipe.optim
     stages = plan.curriculum.stages
-    schedules = [optim.schedule(stage.batch_size) for stage in stages]
+    schedules = [optim.learning_rates(stage.batch_size) for stage in stages]
     highest = max(schedule.peak for schedule in schedules)
     heights = []
     for i in range(SPARK_WIDTH):
@@ -395,6 +407,19 @@ def _learning_rate(plan: Plan) -> str:
         )
     return (
         f"learning rate over compute: {spark}\n{auto}"
-        f"  0 -> {peaks} linearly in the first {optim.warmup_share:.3g} of compute, then one "
-        f"half-cosine to {optim.min_lr:.3g}{at_changes}"
+        f"  0 -> {peaks} linearly in the first {optim.warmup_share:.3g} of compute, then "
+        f"{schedules[0].describe()}{at_changes}"
+    )
+
+
+def _optimizer(plan: Plan) -> str:
+    """What it keeps, and what it computes where that is more than element by element."""
+    cost, stages = plan.optimizer, plan.stages
+    line = f"optimizer: {plan.recipe.optim.name}, {shown_bytes(cost.state_bytes)} of state"
+    if not cost.flops:
+        return line
+    steps = sum(row.stage.num_steps for row in stages)
+    return (
+        f"{line}; its matrix products take {cost.flops / 1e9:,.3g} GFLOP a step, "
+        f"{steps * cost.flops / plan.total_flops:.1%} of the compute"
     )

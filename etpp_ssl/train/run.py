@@ -109,7 +109,7 @@ class Run:
         progress = stage.progress
         if stage.step == 0 and self.state.first_step_learns and self.recipe.optim.warmup_share:
             progress = self.curriculum.progress_after(1) / 2
-        return self.state.lr_factor * self.recipe.optim.schedule(stage.batch_size)(progress)
+        return self.state.lr_factor * self.recipe.optim.learning_rates(stage.batch_size)(progress)
 
     def trained_model(self) -> nn.Module:
         """What is evaluated and exported: the moving average, where there is one; a copy if it is sharded.

@@ -30,7 +30,7 @@ from etpp_ssl.data.streams.sample import StreamSample
 from etpp_ssl.data.training import IndexedImages, TrainingImages
 from etpp_ssl.files import write_text
 from etpp_ssl.randomness import derive_key
-from etpp_ssl.recipe_base import RunRecipe
+from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.recipe_file import changed_keys
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.run_state import TrainState, check_state
@@ -93,7 +93,7 @@ class FolderLock:
 
 
 def starting_point(
-    recipe: RunRecipe,
+    recipe: Recipe | FinetuneRecipe,
     folder: RunFolder,
     source: TrainingImages,
     curriculum: Curriculum,
@@ -107,7 +107,7 @@ def starting_point(
         folder: its folder, which may hold an earlier part of it.
         source: the training images.
         curriculum: its stages.
-        fork: another run folder to start from where `folder` has no checkpoint.
+        fork: another run folder, or a checkpoint in one, to start from where `folder` has none.
         say: is told of damaged checkpoints and of what was chosen.
 
     Raises:
@@ -130,7 +130,7 @@ def starting_point(
     forked = start is None and fork is not None
     if forked:
         assert fork is not None
-        start = RunFolder(fork).trained(say)
+        start = _forked_checkpoint(fork, say)
     if start is None:
         return None, TrainState()
     saved = start.state()
@@ -155,6 +155,14 @@ def starting_point(
             f"{start.path} has all of this recipe's {state.step} steps behind it, so that nothing is left "
             f"for a fork; give a larger budget"
         )
+    spent, cooldown = laid_out.progress_after(state.step), recipe.optim.cooldown or 0.0
+    # Steps are whole ones.
+    if recipe.optim.schedule == "wsd" and spent > 1 - cooldown + 1 / laid_out.num_steps:
+        raise UserError(
+            f"optim.cooldown {cooldown:g} is more than what is left: at {start.path} {spent:.3g} of this "
+            f"recipe's compute is spent; fork an earlier checkpoint, or give a larger budget or a shorter "
+            f"cooldown"
+        )
     say(f"forked from {start.path} at step {state.step}")
     # Counts that are told beside all images since the first step count from there, too. The rest is the old
     # run's own: losses of no row yet, unreadable images by number, the place in a stream, rewinds and what
@@ -168,6 +176,18 @@ def starting_point(
         num_without_data=state.num_without_data,
     )
     return start, kept
+
+
+def _forked_checkpoint(fork: Path, say: Callable[[str], None]) -> Checkpoint:
+    """The newest checkpoint of a run, or the one that is named."""
+    run = RunFolder(fork.parent.parent)
+    for checkpoint in run.checkpoints() if fork.parent.name == "checkpoints" else ():
+        if checkpoint.path.name == fork.name:
+            fault = checkpoint.fault()
+            if fault is not None:
+                raise UserError(f"--fork: {str(fork)!r} {fault}")
+            return checkpoint
+    return RunFolder(fork).trained(say)
 
 
 def _is_leftover(path: Path) -> bool:
@@ -198,19 +218,17 @@ def _plan_of_fork(
     return replan(curriculum, plan, step=state.step, elapsed=state.elapsed, hours=hours)
 
 
-def check_room(folder: RunFolder, keep: int, num_values: int) -> None:
+def check_room(folder: RunFolder, keep: int, size: int) -> None:
     """See that a disk has room for the checkpoints to come, and for one more while it is written.
 
     Args:
         folder: the run's.
         keep: checkpoints that stay.
-        num_values: of the model and the optimizer's state.
+        size: bytes of the model's weights and the optimizer's state, where there is no checkpoint yet.
 
     Raises:
         UserError: if it has not.
     """
-    # In float32, at least.
-    size = 4 * num_values
     there = folder.checkpoints()
     if there and there[0].fault() is None:
         size = checkpoint_bytes(there[0])

@@ -17,7 +17,7 @@ from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.base import Curriculum, Stage
 from etpp_ssl.curriculum.hours import TimePlan, first_plan, replan, shortest_seconds
 from etpp_ssl.dist.sharding import own_parts
-from etpp_ssl.optim.optimizers import set_learning_rate
+from etpp_ssl.optim.schedules import set_learning_rate
 from etpp_ssl.tasks.base import forward_backward
 from etpp_ssl.train.batches import TrainingBatches
 from etpp_ssl.train.run import Run

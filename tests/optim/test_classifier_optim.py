@@ -11,7 +11,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from etpp_ssl.optim.optimizers import ClassifierOptimConfig, set_learning_rate
+from etpp_ssl.optim.optimizers import ClassifierOptimConfig
+from etpp_ssl.optim.schedules import set_learning_rate
 
 CPU = torch.device("cpu")
 LR, WEIGHT_DECAY, EPS = 0.1, 0.3, 1e-8
@@ -103,7 +104,7 @@ def test_the_defaults_are_maes_fine_tuning_settings() -> None:
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.defaults["betas"] == (0.9, 0.999)
     assert (config.weight_decay, config.clip_grad, config.ema, config.layer_decay) == (0.05, None, None, None)
-    schedule = config.schedule(1024)
+    schedule = config.learning_rates(1024)
     assert schedule(config.warmup_share) == pytest.approx(2e-3)
     assert schedule(1.0) == pytest.approx(1e-6)
     assert schedule(0.0) == 0
@@ -123,15 +124,15 @@ def test_settings_reach_the_optimizer() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "adam"}, "name"),
+        ({"name": "adamm"}, "'adamm' is not an optimizer of timm; close names: adam, radam, nadam"),
         ({"layer_decay": 0.0}, "layer_decay"),
         ({"layer_decay": 1.1}, "layer_decay"),
         ({"ema": 1.0}, "ema"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"clip_grad": 0.0}, "clip_grad"),
         ({"lr": 1e-3}, "lr"),
-        ({"momentum": 0.8}, "momentum is 0.8, but adamw has none, only sgd"),
-        ({"name": "sgd", "eps": 1e-6}, "eps is 1e-06, but sgd has none, only adamw and lamb"),
+        ({"momentum": 0.8}, "momentum is 0.8, but adamw has none; it reads betas and eps"),
+        ({"name": "sgd", "eps": 1e-6}, "eps is 1e-06, but sgd has none; it reads momentum"),
         ({"name": "sgd", "betas": (0.8, 0.9)}, r"betas is \(0.8, 0.9\), but sgd has none"),
         ({"ema_warmup": True}, "ema_warmup is true, but ema is null"),
     ],

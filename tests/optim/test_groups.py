@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
-from etpp_ssl.optim.groups import weight_decay_groups
+from etpp_ssl.optim.groups import parameter_groups
 
 TOKENS = ("encoder.cls_token", "encoder.reg_token", "decoder.mask_token")
 
@@ -30,7 +30,7 @@ def make_model(pos_embed: str = "sincos") -> MaskedAutoencoder:
 
 def decay_by_name(model: nn.Module, decay_tokens: bool) -> dict[str, float]:
     """What AdamW will really apply to each parameter."""
-    groups = weight_decay_groups(model, weight_decay=0.05, decay_tokens=decay_tokens)
+    groups = parameter_groups(model, weight_decay=0.05, decay_tokens=decay_tokens)
     optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.3)
     effective = {
         id(parameter): group["weight_decay"]
@@ -44,7 +44,7 @@ def decay_by_name(model: nn.Module, decay_tokens: bool) -> dict[str, float]:
 @pytest.mark.parametrize("decay_tokens", [True, False])
 def test_every_trained_parameter_is_in_exactly_one_group(pos_embed: str, decay_tokens: bool) -> None:
     model = make_model(pos_embed)
-    groups = weight_decay_groups(model, weight_decay=0.05, decay_tokens=decay_tokens)
+    groups = parameter_groups(model, weight_decay=0.05, decay_tokens=decay_tokens)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     trained = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
     assert sorted(grouped) == sorted(trained)
@@ -92,7 +92,7 @@ def test_the_order_of_parameters_is_the_models_own() -> None:
     # A checkpoint's optimizer state is found by its place in the groups.
     model = make_model()
     places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
-    for group in weight_decay_groups(model, weight_decay=0.05, decay_tokens=True):
+    for group in parameter_groups(model, weight_decay=0.05, decay_tokens=True):
         order = [places[id(parameter)] for parameter in group["params"]]
         assert order == sorted(order)
 
@@ -101,7 +101,7 @@ def test_decay_alone_shrinks_what_is_decayed_and_nothing_else() -> None:
     model = make_model("learned")
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     decays = decay_by_name(model, decay_tokens=False)
-    groups = weight_decay_groups(model, weight_decay=0.05, decay_tokens=False)
+    groups = parameter_groups(model, weight_decay=0.05, decay_tokens=False)
     optimizer = torch.optim.AdamW(groups, lr=0.5)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

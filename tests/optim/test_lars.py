@@ -10,7 +10,7 @@ import torch
 from timm.optim import Lars as TimmLars
 from torch import Tensor, nn
 
-from etpp_ssl.optim.optimizers import Lars
+from etpp_ssl.optim.lars import Lars
 from etpp_ssl.train.checkpoint import load_optimizer_tensors, optimizer_tensors
 
 

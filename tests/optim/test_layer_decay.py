@@ -17,7 +17,8 @@ import etpp_ssl.model.zoo.cswin
 import etpp_ssl.model.zoo.pvt  # noqa: F401  These register what timm lacks.
 from etpp_ssl.config import UserError
 from etpp_ssl.optim.groups import layer_ids, parameter_groups
-from etpp_ssl.optim.optimizers import ClassifierOptimConfig, set_learning_rate
+from etpp_ssl.optim.optimizers import ClassifierOptimConfig
+from etpp_ssl.optim.schedules import set_learning_rate
 
 DECAY = 0.7
 
@@ -132,7 +133,7 @@ def test_every_parameter_gets_the_rate_and_the_decay_of_the_formula(
     optimizer = config.build(net, torch.device("cpu"))
     effective: dict[int, tuple[float, float, int | None]] = {}
     for progress, lr in ((0.05, 0.1), (1.0, 1e-3)):
-        set_learning_rate(optimizer, config.schedule(256)(progress))
+        set_learning_rate(optimizer, config.learning_rates(256)(progress))
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 effective[id(parameter)] = group["lr"], group["weight_decay"], group["layer"]

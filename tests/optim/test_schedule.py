@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from etpp_ssl.curriculum.efficienttrain import EfficientTrain
-from etpp_ssl.optim.optimizers import OptimConfig, Schedule
+from etpp_ssl.optim.optimizers import OptimConfig
+from etpp_ssl.optim.schedules import Schedule
 
 
 @given(
@@ -78,7 +79,7 @@ def test_it_never_jumps_and_never_rises_again_at_a_stage_change(table: Any, warm
 def test_a_settings_peak_grows_with_the_global_batch_but_its_minimum_does_not() -> None:
     config = OptimConfig(base_lr=1.5e-4, min_lr=1e-6, warmup_share=0.1)
     for batch_size, peak in ((256, 1.5e-4), (4096, 2.4e-3), (64, 3.75e-5)):
-        schedule = config.schedule(batch_size)
+        schedule = config.learning_rates(batch_size)
         assert schedule(0.1) == pytest.approx(peak)
         assert schedule(1.0) == pytest.approx(1e-6)
 
@@ -91,7 +92,9 @@ def test_where_the_batch_changes_the_rate_changes_by_the_same_factor() -> None:
     for stage in curriculum.stages[1:]:
         before = curriculum.stage_at(stage.first_step - 1)
         assert before.batch_size > stage.batch_size
-        per_image = [config.schedule(s.batch_size)(stage.progress) / s.batch_size for s in (before, stage)]
+        per_image = [
+            config.learning_rates(s.batch_size)(stage.progress) / s.batch_size for s in (before, stage)
+        ]
         assert per_image[0] == pytest.approx(per_image[1])
 
 
@@ -100,8 +103,8 @@ def test_the_defaults_are_maes_pre_training_settings() -> None:
     assert config.betas == (0.9, 0.95)
     assert config.weight_decay == 0.05
     assert config.clip_grad is None
-    assert config.schedule(4096)(config.warmup_share) == pytest.approx(2.4e-3)
-    assert config.schedule(4096)(1.0) == pytest.approx(0)
+    assert config.learning_rates(4096)(config.warmup_share) == pytest.approx(2.4e-3)
+    assert config.learning_rates(4096)(1.0) == pytest.approx(0)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from etpp_ssl.config import UserError
 from etpp_ssl.curriculum.base import Curriculum, StageSpec
 from etpp_ssl.curriculum.efficienttrain import Constant, EfficientTrain
 from etpp_ssl.curriculum.frequency import low_frequency_crop
-from etpp_ssl.optim.optimizers import Schedule
+from etpp_ssl.optim.schedules import Schedule
 from etpp_ssl.report.figures import stages_figure
 
 TOOLS = Path(__file__).parents[2] / "tools"

@@ -83,7 +83,7 @@ def test_it_takes_the_steps_of_our_budget_and_leaves_the_originals_layout(
     )
     original_pretrain.train(recipe, clone)
     num_steps = recipe.build_curriculum(13).num_steps
-    schedule = recipe.optim.schedule(4)
+    schedule = recipe.optim.learning_rates(4)
     assert rates == [schedule(number / num_steps) for number in range(num_steps)]
     assert [row["step"] for row in rows(recipe)] == list(range(1, num_steps + 1))
     assert rows(recipe)[-1]["images_seen"] == 4 * num_steps

@@ -130,7 +130,7 @@ def test_a_rewind_goes_back_to_the_checkpoint_with_a_lower_learning_rate(
         stage = run.curriculum.stage_at(row["step"] - 1)
         factor = 0.25 if row["step"] > back else 1.0
         progress = stage.progress or run.curriculum.progress_after(1) / 2
-        assert row["lr"] == factor * run.recipe.optim.schedule(stage.batch_size)(progress)
+        assert row["lr"] == factor * run.recipe.optim.learning_rates(stage.batch_size)(progress)
 
 
 def test_rewinds_are_bounded(tiny_recipe: Callable[..., Recipe]) -> None:

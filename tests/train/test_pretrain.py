@@ -19,7 +19,7 @@ from torch import Tensor
 
 from etpp_ssl.config import Interrupted, UserError
 from etpp_ssl.recipe import Recipe
-from etpp_ssl.run_folder import RunFolder
+from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.run_state import TrainState
 from etpp_ssl.train.launch import pretrain
 from etpp_ssl.train.opening import open_run
@@ -134,7 +134,7 @@ def test_accelerates_own_accumulation_plays_no_part(
 def test_the_learning_rate_is_one_curve_over_compute(whole: Path) -> None:
     recipe = RunFolder(whole).recipe()
     curriculum = recipe.build_curriculum(64)
-    schedule = recipe.optim.schedule(recipe.batch_size)
+    schedule = recipe.optim.learning_rates(recipe.batch_size)
     trained = [row for row in rows(whole) if "loss" in row]
     assert {row["stage"] for row in trained} == {0, 1, 2}
     for row in trained:
@@ -148,7 +148,7 @@ def test_the_learning_rate_is_one_curve_over_compute(whole: Path) -> None:
 def test_the_first_step_learns_and_the_others_keep_their_rate(tiny_recipe: Callable[..., Recipe]) -> None:
     for warmup in (0.0, 0.1, 0.5):
         run = open_run(tiny_recipe(f"optim.warmup_share={warmup}"))
-        schedule, curriculum = run.recipe.optim.schedule(10), run.curriculum
+        schedule, curriculum = run.recipe.optim.learning_rates(10), run.curriculum
         first = run.learning_rate(curriculum.stage_at(0))
         assert first == (schedule(curriculum.stage_at(1).progress / 2) if warmup else schedule(0.0))
         assert first > 0
@@ -164,7 +164,7 @@ def test_a_run_of_one_step_learns_and_warns_which_keys_made_it_so_short(
     before = {name: value.clone() for name, value in open_run(recipe).bare_model.state_dict().items()}
     run = pretrain(recipe)
     assert run.state.step == 1
-    assert rows(tmp_path / "run")[0]["lr"] == recipe.optim.schedule(1000)(0.5)
+    assert rows(tmp_path / "run")[0]["lr"] == recipe.optim.learning_rates(1000)(0.5)
     assert [name for name, value in weights(tmp_path / "run").items() if not torch.equal(value, before[name])]
     warnings = [
         line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: the run has")
@@ -208,7 +208,7 @@ def test_a_large_batch_moves_learning_rate_and_samples_with_the_stage_and_resume
     for row in rows(tmp_path / "whole"):
         stage = run.curriculum.stage_at(row["step"] - 1)
         assert row["batch_size"] == stage.batch_size
-        assert row["lr"] == run.recipe.optim.schedule(stage.batch_size)(stage.progress)
+        assert row["lr"] == run.recipe.optim.learning_rates(stage.batch_size)(stage.progress)
         seen = row["images_seen"]
     assert seen == run.curriculum.num_samples
     first, second = (stage.first_step for stage in run.curriculum.stages[1:])
@@ -311,6 +311,28 @@ def test_a_fork_with_nothing_left_to_train_is_one_sentence(
     with pytest.raises(UserError, match="nothing is left for a fork; give a larger budget"):
         pretrain(same, fork=whole)
     assert not (tmp_path / "fork").exists()
+
+
+def test_a_cooldown_off_a_trunk_is_the_run_that_was_planned_so(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    def of(folder: str, epochs: float, cooldown: float) -> Recipe:
+        settings = ("optim.schedule=wsd", f"optim.cooldown={cooldown}", "optim.warmup_share=0", "probe=none")
+        place = (f"output={tmp_path / folder}", f"budget_epochs={epochs}", "curriculum=constant")
+        return tiny_recipe(*place, *settings, "checkpoint.every_steps=1", "checkpoint.keep=100")
+
+    alone = pretrain(of("alone", 2, 0.4))
+    trunk = pretrain(of("trunk", 3, 0))
+    steps = alone.state.step
+    at = next(c.path for c in trunk.folder.checkpoints() if c.step <= 0.6 * steps)
+    branch = pretrain(of("branch", 2, 0.4), fork=at)
+    assert rows(tmp_path / "branch")[0]["step"] > Checkpoint(at).step > 0
+    ends = [run.folder.checkpoints()[0].path / "model.safetensors" for run in (alone, branch)]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
+    late = next(c.path for c in trunk.folder.checkpoints() if c.step <= 0.9 * steps)
+    with pytest.raises(UserError, match=r"optim.cooldown 0.4 is more than what is left: at .*; fork"):
+        pretrain(of("late", 2, 0.4), fork=late)
+    assert not (tmp_path / "late").exists()
 
 
 def test_a_fork_of_another_model_names_the_tensors(

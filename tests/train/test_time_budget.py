@@ -189,7 +189,7 @@ def test_a_machine_that_slows_down_ends_on_time_too(
     # Lanczos crops come from the data workers: a batch that was asked for under an old plan does not fit.
     run = clock.train(hours_recipe(f"curriculum={curriculum}", "curriculum.crop=lanczos", seconds=300))
     assert abs(clock.now - start - 300) <= 0.05 * 300
-    schedule = run.recipe.optim.schedule(10)
+    schedule = run.recipe.optim.learning_rates(10)
     trained = rows(tmp_path / "run")
     for row in trained:
         assert row["lr"] == schedule(run.curriculum.stage_at(row["step"] - 1).progress)
