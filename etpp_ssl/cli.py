@@ -188,7 +188,8 @@ def plan(
         from etpp_ssl.recipe import load_any
         from etpp_ssl.run_folder import RunFolder
         from etpp_ssl.train.launch import measured_speed
-        from etpp_ssl.train.plan import plan_run, print_plan
+        from etpp_ssl.train.plan import plan_run
+        from etpp_ssl.train.plan_table import print_plan
 
         chosen = load_any(recipe, overrides or ())
         folder = RunFolder(recipe) if os.path.isdir(recipe) else None

@@ -19,7 +19,7 @@ OWNERS = {
     "torchvision": {"data", "report"},
     "typer": {"cli", "cli_end"},
     "matplotlib": {"report"},
-    "psutil": {"train", "evaluation"},
+    "psutil": {"train", "evaluation", "data/cache"},
     "webdataset": {"data/streams/webdataset"},
     "datasets": {"data/streams/huggingface"},
     "yaml": {"recipe_base", "recipe_file", "recipe_yaml", "export"},

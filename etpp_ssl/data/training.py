@@ -35,6 +35,8 @@ class IndexedImages:
         self.balance = balance
         self.classes = source.classes
         """Class names, in the order of the labels, where they are known."""
+        self.opened: ImageSource = source
+        """Opens what is trained on: the source, or `etpp_ssl.data.cache.KeptImages` of it."""
 
     def __len__(self) -> int:
         return len(self.source)
@@ -97,7 +99,7 @@ class IndexedImages:
             order = KeyedOrder(len(self), self.seed)
         else:
             order = BalancedOrder(self.labels, self.seed, self.balance)
-        return BatchBuilder(self.source, view, order, num_classes), replace(sampler, order=order)
+        return BatchBuilder(self.opened, view, order, num_classes), replace(sampler, order=order)
 
 
 class StreamedImages:

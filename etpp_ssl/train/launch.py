@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 
 from etpp_ssl.config import Interrupted, UserError
+from etpp_ssl.data.cache import keep, keeping
+from etpp_ssl.data.training import IndexedImages
 from etpp_ssl.dist.accelerator import StopRequest, process_as_found
 from etpp_ssl.dist.peers import finish_trackers, leave, leave_words, lost_peer, with_peers, words_of
 from etpp_ssl.files import flush
@@ -164,6 +166,14 @@ def prepare_run(run: Run) -> None:
         run.progress.say(note)
     if recipe.tracker.name != "none":
         run.accelerator.init_trackers(recipe.tracker.project)
+    if isinstance(run.source, IndexedImages) and recipe.data.cache != "off" and not run.finished:
+        run.source.opened = keep(
+            run.source.source,
+            keeping(recipe.crop_view(), [stage.bandwidth for stage in stages]),
+            recipe.data.cache,
+            num_threads=recipe.data.num_workers,
+            say=run.progress.say,
+        )
 
 
 def prepare_folder(run: Run) -> None:

@@ -17,7 +17,8 @@ from torch import nn
 from etpp_ssl.config import NotAtHand
 from etpp_ssl.curriculum.cost import Cost, area_share, count_cost
 from etpp_ssl.recipe import FinetuneRecipe, Recipe, load_any
-from etpp_ssl.train.plan import Plan, plan_run, print_plan
+from etpp_ssl.train.plan import Plan, plan_run
+from etpp_ssl.train.plan_table import print_plan
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SIZES = ("micro", "tiny", "s18", "small", "50", "s36", "base", "medium", "m36", "large", "huge")

@@ -18,7 +18,8 @@ from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.train.launch import finetune, pretrain
 from etpp_ssl.train.log import Progress
-from etpp_ssl.train.plan import plan_run, print_plan
+from etpp_ssl.train.plan import plan_run
+from etpp_ssl.train.plan_table import print_plan
 from etpp_ssl.train.summary import short_run_warnings
 
 ROW = {"stage": 0, "bandwidth": [8, 12], "loss": 0.5, "lr": 1e-3, "images_per_second": 10.0,

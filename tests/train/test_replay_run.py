@@ -23,7 +23,8 @@ from etpp_ssl.recipe import Recipe
 from etpp_ssl.run_folder import RunFolder
 from etpp_ssl.train.launch import pretrain
 from etpp_ssl.train.memory import check_replay
-from etpp_ssl.train.plan import plan_run, print_plan
+from etpp_ssl.train.plan import plan_run
+from etpp_ssl.train.plan_table import print_plan
 
 STAGES = (
     "curriculum.stages=["

@@ -24,7 +24,8 @@ from etpp_ssl.train import time_budget
 from etpp_ssl.train.launch import launch, pretrain
 from etpp_ssl.train.loop import on_step_end
 from etpp_ssl.train.opening import open_run
-from etpp_ssl.train.plan import plan_run, print_plan
+from etpp_ssl.train.plan import plan_run
+from etpp_ssl.train.plan_table import print_plan
 from etpp_ssl.train.run import Run
 from etpp_ssl.train.time_budget import decide_steps, measure, train_step
 

@@ -16,7 +16,8 @@ from etpp_ssl.config import UserError
 from etpp_ssl.recipe import FinetuneRecipe, Recipe, load_any
 from etpp_ssl.train.launch import finetune, pretrain
 from etpp_ssl.train.opening import open_run
-from etpp_ssl.train.plan import plan_run, print_plan
+from etpp_ssl.train.plan import plan_run
+from etpp_ssl.train.plan_table import print_plan
 from etpp_ssl.train.summary import tell_start
 
 LABELLED = [f"train/{name}/{n}.png" for name in ("ash", "elm", "oak") for n in range(4)]

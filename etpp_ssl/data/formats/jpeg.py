@@ -50,8 +50,8 @@ class JpegPicture:
         self._unused: Image.Image | None = image
         self._mode = image.mode
         self._file_size = image.size
-        self._orientation = orientation(image)
-        self.size = image.size[::-1] if self._orientation >= 5 else image.size
+        self.orientation = orientation(image)
+        self.size = image.size[::-1] if self.orientation >= 5 else image.size
 
     def channels(self) -> Channels:
         """See `Picture.channels`."""
@@ -62,9 +62,18 @@ class JpegPicture:
         self, box: tuple[int, int, int, int], at_least: tuple[int, int], decoder: Decoder = "pillow"
     ) -> Region:
         """At the lowest resolution that serves; see `Picture.region`."""
-        factor, reduced_box = self._reduced(box, at_least)
-        outer, inner = whole_pixels(reduced_box)
-        if decoder == "simplejpeg" and self._orientation == 1:
+        return self.at(*reduction(self.size, self.orientation, box, at_least), decoder)
+
+    def at(self, factor: int, box: Box, decoder: Decoder = "pillow") -> Region:
+        """A region at a reduction of its own.
+
+        Args:
+            factor: 1, or one of `REDUCTIONS`.
+            box: in pixels of that reduction; see `box_at`.
+            decoder: see `Picture.region`.
+        """
+        outer, inner = whole_pixels(box)
+        if decoder == "simplejpeg" and self.orientation == 1:
             pixels = self._by_simplejpeg(factor)
             if pixels is not None:
                 return Region(pixels[outer[1] : outer[3], outer[0] : outer[2]], inner)
@@ -79,37 +88,6 @@ class JpegPicture:
         # Reading the header a second time is a sixth of the work for a JPEG of 32 x 32.
         image, self._unused = self._unused or open_image(self._data, self._reading.max_pixels), None
         return image
-
-    def _reduced(self, box: tuple[int, int, int, int], at_least: tuple[int, int]) -> tuple[int, Box]:
-        """The reduction, and the box at it.
-
-        A box that falls between pixels costs a slow resize. That eats up what half the resolution
-        saves, so 2 is taken only for boxes that it can be resized out of fast.
-        """
-        possible = [
-            factor
-            for factor in REDUCTIONS
-            if box[2] - box[0] >= factor * at_least[0] and box[3] - box[1] >= factor * at_least[1]
-        ]
-        boxes = [(factor, self._box_at(factor, box)) for factor in possible]
-        fast = [(factor, found) for factor, found in boxes if starts_or_ends_on_pixels(found)]
-        slow = [(factor, found) for factor, found in boxes if factor > 2]
-        return (*fast, *slow, (1, box))[0]
-
-    def _box_at(self, factor: int, box: tuple[int, int, int, int]) -> Box:
-        # The reduced size is rounded up. In the file the surplus lies right and below, so on an axis
-        # that runs against the file's it lies before the picture.
-        surplus_x, surplus_y = (
-            against * (-size % factor)
-            for against, size in zip(_AGAINST.get(self._orientation, (0, 0)), self.size, strict=True)
-        )
-        left, top, right, bottom = box
-        return (
-            (left + surplus_x) / factor,
-            (top + surplus_y) / factor,
-            (right + surplus_x) / factor,
-            (bottom + surplus_y) / factor,
-        )
 
     def _by_simplejpeg(self, factor: int) -> np.ndarray | None:
         """The file's pixels, or None for what Pillow does otherwise or is more patient with."""
@@ -129,6 +107,47 @@ class JpegPicture:
         except ValueError:
             return None
         return pixels if pixels.shape == (height, width, self._reading.in_chans) else None
+
+
+def reduction(
+    size: tuple[int, int], orientation: int, box: tuple[int, int, int, int], at_least: tuple[int, int]
+) -> tuple[int, Box]:
+    """The reduction that a region is decoded at, and its box there.
+
+    A box that falls between pixels costs a slow resize. That eats up what half the resolution saves, so 2 is
+    taken only for boxes that it can be resized out of fast.
+
+    Args:
+        size: (width, height) of the upright picture.
+        orientation: EXIF's.
+        box, at_least: see `Picture.region`.
+    """
+    possible = [
+        factor
+        for factor in REDUCTIONS
+        if box[2] - box[0] >= factor * at_least[0] and box[3] - box[1] >= factor * at_least[1]
+    ]
+    boxes = [(factor, box_at(factor, size, orientation, box)) for factor in possible]
+    fast = [(factor, found) for factor, found in boxes if starts_or_ends_on_pixels(found)]
+    slow = [(factor, found) for factor, found in boxes if factor > 2]
+    return (*fast, *slow, (1, box))[0]
+
+
+def box_at(factor: int, size: tuple[int, int], orientation: int, box: Box) -> Box:
+    """A box of the upright picture in pixels of a reduction; see `reduction`."""
+    # The reduced size is rounded up. In the file the surplus lies right and below, so on an axis that runs
+    # against the file's it lies before the picture.
+    surplus_x, surplus_y = (
+        against * (-side % factor)
+        for against, side in zip(_AGAINST.get(orientation, (0, 0)), size, strict=True)
+    )
+    left, top, right, bottom = box
+    return (
+        (left + surplus_x) / factor,
+        (top + surplus_y) / factor,
+        (right + surplus_x) / factor,
+        (bottom + surplus_y) / factor,
+    )
 
 
 def _open(data: bytes, reading: Reading) -> Picture:

@@ -9,7 +9,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import Field, field_validator, model_validator
 
@@ -123,6 +123,11 @@ class DataConfig(Config, ABC):
     """Train on this share of each class, chosen by a keyed draw: rounded to whole images, at least one."""
     labels_per_class: int | None = Field(default=None, ge=1)
     """Train on so many images of each class, chosen by a keyed draw."""
+    cache: Literal["off", "ram", "disk"] = may_change("off")
+    """Decode the training images once, before the first step, and keep them as arrays: `ram`, in memory that
+    a process shares with its data workers, or `disk`, in a file below `~/.cache/etpp_ssl` that all runs on
+    the same images share. For small images, whose decoding takes longer than what a step does with them.
+    Never changes a result. Photographs of 8 bits only."""
     description: str | None = may_change(None)
     """One sentence about the data, for the model card."""
     num_workers: int = may_change(4, ge=0, le=1024)
@@ -148,6 +153,12 @@ class DataConfig(Config, ABC):
             )
         return self
 
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        # YAML reads `off` as false.
+        return "off" if value is False else value
+
     @field_validator("axes")
     @classmethod
     def _axes(cls, axes: str | None) -> str | None:
@@ -161,6 +172,10 @@ class DataConfig(Config, ABC):
             for low, high in self._pairs:
                 if not (math.isfinite(low) and math.isfinite(high) and low < high):
                     raise ValueError(f"range has {[low, high]}: use [low, high], low < high")
+        if self.range is not None and self.cache != "off":
+            raise ValueError(
+                f"cache is {self.cache}, but only photographs of 8 bits are kept, without a range"
+            )
         sampled = self.channel_sampling is not None
         for key, given in (
             ("clip", self.clip),

@@ -115,6 +115,8 @@ class StreamConfig(DataConfig):
                 "num_images is missing: the number of steps follows from the images of an epoch, which a "
                 "stream does not tell"
             )
+        if self.cache != "off":
+            raise ValueError(f"cache is {self.cache}, but a stream's images are not all at hand at once")
         for key, default in (
             ("holdout", 0),
             ("holdout_share", 0),
