@@ -174,6 +174,55 @@ def transfer(
 
 
 @app.command()
+def tune(
+    recipe: Annotated[str, typer.Argument(help="A recipe.", autocompletion=_complete_recipe)],
+    overrides: Overrides = None,
+    stages: Annotated[int, typer.Option(min=2, max=100, help="Of equal compute.")] = 5,
+    bandwidths: Annotated[
+        str | None,
+        typer.Option(help="Of the shorter side, such as 96,160,224; the paper's unless given."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting.")] = 2,
+    margin: Annotated[
+        float | None,
+        typer.Option(min=0, help="What a smaller bandwidth may be worse by; measured unless given."),
+    ] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(help="section.key=value,value: settled first, by successive halving. May be repeated."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of all runs, the page and the recipe.")] = Path(
+        "runs/tune"
+    ),
+) -> None:
+    """Search for a recipe's stages at one fixed compute, judged on a holdout of the training images."""
+    from etpp_ssl.commands.tune import Search, chosen_bandwidths
+    from etpp_ssl.commands.tune import tune as run_search
+    from etpp_ssl.report.markup import Table
+    from etpp_ssl.report.tune import NAME, Choice, write_tune_page
+
+    with stops():
+        search = Search(
+            recipe,
+            tuple(overrides or ()),
+            stages,
+            chosen_bandwidths(bandwidths),
+            seeds,
+            margin,
+            tuple(vary or ()),
+            output,
+            say,
+        )
+        found = run_search(search)
+    for note in found.notes:
+        print(note)
+    page = output / NAME
+    choices = [Choice(made.title, made.why, Table(*made.table)) for made in found.decisions]
+    write_tune_page(page, title=f"Search: {output.name}", notes=found.notes, choices=choices)
+    print(f"page: {page}")
+
+
+@app.command()
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,

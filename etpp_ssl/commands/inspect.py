@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from etpp_ssl.commands.extending import extending
 from etpp_ssl.config import UserError
 from etpp_ssl.data.formats.base import Reading, UnreadableImage
 from etpp_ssl.data.proposal import Proposal, missing_value, propose
@@ -28,7 +29,7 @@ from etpp_ssl.data.streams.sample import StreamSample
 from etpp_ssl.files import check_place, write_text
 from etpp_ssl.recipe import FinetuneRecipe, Recipe, any_of
 from etpp_ssl.recipe_base import task_of
-from etpp_ssl.recipe_file import EXTENDS, RecipeText
+from etpp_ssl.recipe_file import RecipeText
 from etpp_ssl.recipe_yaml import dump_yaml
 
 QUANTILES = (0.001, 0.01, 0.5, 0.99, 0.999)
@@ -151,7 +152,8 @@ def inspect(
             f"images of {_and(values.channels)} have no common range: train on them apart, or convert them"
         )
     if write is not None and proposal is not None:
-        write_text(write, _extending(source, overrides, write, proposal, len(indices), len(raw)))
+        comment = f"By `etpp inspect`, of {len(indices):,} of {images_of(len(raw))}."
+        write_text(write, extending(source, overrides, write, proposal.layer(), comment))
     return Inspection(raw, indices, values, nodata, proposal, notes)
 
 
@@ -222,34 +224,6 @@ def _num_channels(
     some = f" of {number} of {own.total()} images" if len(own) > 1 else ""
     note = f"in_chans is {reading.in_chans}, but the files have {count}{some}: {count} channels are read"
     return count, [note] if stated and count != reading.in_chans else []
-
-
-def _extending(
-    source: str, overrides: Sequence[str], file: Path, proposal: Proposal, count: int, total: int
-) -> str:
-    """The text of a recipe that extends another by overrides and proposal."""
-    kind = Recipe if task_of(RecipeText.read(source, overrides)) == "pretrain" else FinetuneRecipe
-    before, after = (RecipeText.read(source, given).values(kind) for given in ((), overrides))
-    layer, found = _difference(before, after), proposal.layer()
-    layer["data"] = {**layer.get("data", {}), **found["data"]}
-    base = source
-    if os.path.exists(source):
-        # Beside the new file, wherever both are moved to.
-        base = os.path.relpath(source, file.absolute().parent)
-    values = {EXTENDS: base, **layer, "in_chans": found["in_chans"]}
-    return f"# By `etpp inspect`, of {count:,} of {images_of(total)}.\n{dump_yaml(values, compact=True)}"
-
-
-def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """What to put above `before` to have `after`."""
-    changed: dict[str, Any] = {}
-    for key, value in after.items():
-        old = before.get(key)
-        if key in before and old == value:
-            continue
-        same = isinstance(old, dict) and isinstance(value, dict) and old.get("name") == value.get("name")
-        changed[key] = _difference(old, value) if same else value  # type: ignore[arg-type]
-    return changed
 
 
 def print_inspection(found: Inspection, console: Console) -> None:

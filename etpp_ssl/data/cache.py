@@ -129,7 +129,7 @@ class KeptImages:
 
     @cached_property
     def _pixels(self) -> np.ndarray:
-        # A private mapping: torch takes no array that cannot be written to. Slices of a memmap itself are slow.
+        # A private mapping: torch takes no array that cannot be written to. Slices of a memmap are slow.
         return np.asarray(np.memmap(self.file, dtype=np.uint8, mode="c"))
 
     @property
