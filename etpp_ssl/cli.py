@@ -99,9 +99,10 @@ def pretrain(recipe: RecipeArgument, overrides: Overrides = None, fork: Fork = N
     with no_garbage():
         from etpp_ssl.recipe import Recipe
         from etpp_ssl.train.launch import pretrain as run_pretraining
+        from etpp_ssl.weights.from_init import with_network_of_init
 
     with stops():
-        run_pretraining(Recipe.load(recipe, overrides or ()), fork)
+        run_pretraining(Recipe.load(recipe, overrides or (), with_network_of_init), fork)
 
 
 @app.command()
@@ -111,9 +112,10 @@ def finetune(recipe: RecipeArgument, overrides: Overrides = None, fork: Fork = N
         from etpp_ssl.commands.repeat import finetune_repeatedly, print_repeats
         from etpp_ssl.recipe import FinetuneRecipe
         from etpp_ssl.train.launch import finetune as run_finetuning
+        from etpp_ssl.weights.from_init import with_network_of_init
 
     with stops():
-        chosen = FinetuneRecipe.load(recipe, overrides or ())
+        chosen = FinetuneRecipe.load(recipe, overrides or (), with_network_of_init)
         if chosen.evaluate.repeats == 1:
             run_finetuning(chosen, fork)
             return
@@ -239,8 +241,9 @@ def plan(
         from etpp_ssl.train.launch import measured_speed
         from etpp_ssl.train.plan import plan_run
         from etpp_ssl.train.plan_table import print_plan
+        from etpp_ssl.weights.from_init import with_network_of_init
 
-        chosen = load_any(recipe, overrides or ())
+        chosen = load_any(recipe, overrides or (), with_network_of_init)
         folder = RunFolder(recipe) if os.path.isdir(recipe) else None
         speed = measured_speed(chosen) if measure else None
         if is_main_process():
@@ -394,11 +397,12 @@ def embed(
     from etpp_ssl.commands.embed import of_folder
     from etpp_ssl.recipe import load_any
     from etpp_ssl.run_folder import RunFolder
+    from etpp_ssl.weights.from_init import with_network_of_init
 
     run = RunFolder(recipe) if os.path.isdir(recipe) else None
     wanted, own_file = of_folder(overrides or (), run)
     file = write_features(
-        load_any(recipe, wanted),
+        load_any(recipe, wanted, with_network_of_init),
         run,
         out or own_file,
         split=split,

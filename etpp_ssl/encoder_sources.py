@@ -200,6 +200,7 @@ def _of_file(file: Path, model: str | None, config: dict[str, Any]) -> Encoder:
                 num_heads=config.get("num_attention_heads"),
                 decoder_num_heads=config.get("decoder_num_attention_heads"),
                 mask_ratio=config.get("mask_ratio", 0.75),
+                activation=config.get("hidden_act"),
                 say=notes.append,
             )
     except UserError as error:

@@ -29,7 +29,7 @@ from etpp_ssl.model.encoders import EXPLICIT_NAME, EncoderConfig
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.model.masking import Masker
 from etpp_ssl.optim.optimizers import ClassifierOptimConfig, OptimConfig
-from etpp_ssl.recipe_base import AnyStream, RunRecipe, task_of
+from etpp_ssl.recipe_base import Adapt, AnyStream, RunRecipe, task_of
 from etpp_ssl.recipe_file import RecipeText
 from etpp_ssl.targets.base import Objective
 from etpp_ssl.targets.combined import CombinedConfig
@@ -383,9 +383,11 @@ def load_probed(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | P
     return kind.of_text(text)
 
 
-def load_any(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | FinetuneRecipe:
+def load_any(
+    source: str | Path, overrides: Sequence[str] = (), adapt: Adapt | None = None
+) -> Recipe | FinetuneRecipe:
     """Read a recipe of whatever task; see `RunRecipe.load`."""
-    return any_of(RecipeText.read(source, overrides))
+    return any_of(RecipeText.read(source, overrides), adapt)
 
 
 def parse_any(text: str, overrides: Sequence[str] = (), title: str = "recipe") -> Recipe | FinetuneRecipe:
@@ -393,10 +395,10 @@ def parse_any(text: str, overrides: Sequence[str] = (), title: str = "recipe") -
     return any_of(RecipeText.of(text, overrides, title))
 
 
-def any_of(text: RecipeText) -> Recipe | FinetuneRecipe:
+def any_of(text: RecipeText, adapt: Adapt | None = None) -> Recipe | FinetuneRecipe:
     """The recipe that a text of whatever task states."""
     kind: type[Recipe] | type[FinetuneRecipe] = FinetuneRecipe if task_of(text) == "finetune" else Recipe
-    return kind.of_text(text)
+    return kind.of_text(text if adapt is None else adapt(text, kind))
 
 
 if not TYPE_CHECKING:

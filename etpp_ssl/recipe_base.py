@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -71,6 +71,10 @@ class TrackerConfig(Config):
     """Name of the project that the tracker files the run under."""
 
 
+Adapt = Callable[[RecipeText, type["RunRecipe"]], RecipeText]
+"""Settles in a text what files that it names say."""
+
+
 class RunRecipe(Config, ABC):
     """What a run of any task is defined by."""
 
@@ -85,9 +89,12 @@ class RunRecipe(Config, ABC):
     in_chans: int = Field(default=3, ge=1, le=1024)
     """Channels of the images."""
     init: str | None = None
-    """Weights to start from: a run folder, an export's folder, or a .pth or safetensors file of MAE's,
-    timm's, DeiT's or Hugging Face's layout; a resumed run reads its own checkpoint instead. A classifier's
-    recipe takes over the network of a run whose weights would not fit its own."""
+    """Weights to start from: a run folder, an export's folder, or a .pth or safetensors file or folder of
+    MAE, timm, DeiT, DINO, DINOv2, DINOv3, Pixio, CLIP, SigLIP or transformers; a resumed run reads its own
+    checkpoint instead. A recipe without `model.name` takes the network from them. A classifier's recipe
+    takes over the network of a run whose weights would not fit its own."""
+    init_licence: str | None = may_change(None)
+    """What is to be said of the licence of `init`; the run writes it, and model cards repeat it."""
     deterministic: bool = False
     """Bitwise repeatable on CUDA too, at some cost in speed; the CPU always is."""
     budget_epochs: float | None = Field(default=None, gt=0, le=1e6)
@@ -142,18 +149,20 @@ class RunRecipe(Config, ABC):
         return self
 
     @classmethod
-    def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> Self:
+    def load(cls, source: str | Path, overrides: Sequence[str] = (), adapt: Adapt | None = None) -> Self:
         """Read a recipe.
 
         Args:
             source: path of a YAML file, folder of a run, or name of a recipe that comes with the package. A
                 run folder becomes the output: it may have been moved.
             overrides: `section.key=value` each, as on the command line.
+            adapt: changes the text first, such as `etpp_ssl.weights.from_init.with_network_of_init`.
 
         Raises:
             UserError: naming the key, its value and what would be valid, or for a recipe of another task.
         """
-        return cls._of(RecipeText.read(source, overrides))
+        text = RecipeText.read(source, overrides)
+        return cls._of(text if adapt is None else adapt(text, cls))
 
     @classmethod
     def parse(cls, text: str, overrides: Sequence[str] = (), title: str = "recipe") -> Self:

@@ -205,7 +205,7 @@ def test_version_and_help_have_short_names(capsys: pytest.CaptureFixture[str]) -
     ("begun", "completed"),
     [
         ("pl", ["plan"]),
-        ("plan cifar10_vit_m", ["cifar10_vit_micro"]),
+        ("plan cifar10_vit_m", ["cifar10_vit_micro", "cifar10_vit_micro_muon"]),
         ("plan quickstart data.num_w", ["data.num_workers="]),
     ],
 )

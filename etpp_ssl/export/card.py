@@ -57,9 +57,12 @@ Training had made it worse on the holdout, images that it never saw: these are t
 ## Data
 
 {{ data }}
-{% if init and not classifies %}
+{% if init %}
 
 Training started from other weights, `{{ init }}`: their data and their licence count here, too.
+{% if recipe.init_licence %}
+{{ recipe.init_licence }}
+{% endif %}
 {% endif %}
 
 Input: {{ recipe.in_chans }} channels of {{ size }} px, {{ values }}, mean {{ mean }}, standard deviation {{ std }}.

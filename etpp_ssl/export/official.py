@@ -33,7 +33,8 @@ from etpp_ssl.files import replaced, save_tensors, write_json
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.pos_embed import sincos_pos_embed
 from etpp_ssl.run_folder import MODEL_FILE
-from etpp_ssl.weights.layouts import DECODER_NAMES, LAYER_NAMES, NAMES, THIRDS
+from etpp_ssl.weights.layouts import DECODER_NAMES
+from etpp_ssl.weights.names import LAYER_NAMES, NAMES, THIRDS
 
 CHECKPOINT_FILE = "model.pth"
 LOAD_MAE = """With models_mae.py of https://github.com/facebookresearch/mae:

@@ -110,8 +110,11 @@ class Task(ABC):
         """Inputs of one image on the meta device, for counting operations."""
 
     @abstractmethod
-    def load_init(self, init: str, say: Callable[[str], None]) -> None:
+    def load_init(self, init: str, say: Callable[[str], None]) -> str | None:
         """Start from other weights; see `etpp_ssl.weights.loading`.
+
+        Returns:
+            What is to be said of their licence.
 
         Raises:
             UserError: if they cannot be read or are of another model.

@@ -139,9 +139,9 @@ class Classification(Task):
             "targets": torch.zeros(1, self.num_classes, device="meta"),
         }
 
-    def load_init(self, init: str, say: Callable[[str], None]) -> None:
+    def load_init(self, init: str, say: Callable[[str], None]) -> str | None:
         """See `etpp_ssl.weights.loading.load_classifier_init`."""
-        load_classifier_init(self.model.net, init, say)
+        return load_classifier_init(self.model.net, init, say)
 
     def fit_head(
         self,

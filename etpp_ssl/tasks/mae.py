@@ -93,9 +93,9 @@ class MaskedAutoencoding(Task):
             "ids_predict": torch.zeros(1, counts.num_predict, dtype=torch.int64, device="meta"),
         }
 
-    def load_init(self, init: str, say: Callable[[str], None]) -> None:
+    def load_init(self, init: str, say: Callable[[str], None]) -> str | None:
         """See `etpp_ssl.weights.loading.load_init`."""
-        load_init(self.model, init, say)
+        return load_init(self.model, init, say)
 
     def describe(self) -> str:
         """See `Task.describe`."""

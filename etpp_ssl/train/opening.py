@@ -76,7 +76,10 @@ def open_run(
             progress.say(kept)
     kept_in = features or folder.features_folder
     if start is None:
-        _begin(task, recipe, accelerator, kept_in, progress.say)
+        licence = _begin(task, recipe, accelerator, kept_in, progress.say)
+    else:
+        licence = RunFolder(start.path.parent.parent).any_recipe().init_licence
+    recipe = recipe.model_copy(update={"init_licence": licence})
     if (
         isinstance(task, Classification)
         and isinstance(recipe, FinetuneRecipe)
@@ -140,16 +143,16 @@ def _begin(
     accelerator: Accelerator,
     features: Path,
     say: Callable[[str], None],
-) -> None:
-    """Give a freshly initialised model the weights that a new run begins with."""
-    if recipe.init is not None:
-        task.load_init(recipe.init, say)
+) -> str | None:
+    """Give a freshly initialised model the weights that a new run begins with; see `Task.load_init`."""
+    licence = task.load_init(recipe.init, say) if recipe.init is not None else None
     if (
         isinstance(task, Classification)
         and isinstance(recipe, FinetuneRecipe)
         and recipe.model.head == "linear"
     ):
         task.fit_head(recipe, accelerator, features, say)
+    return licence
 
 
 def _judge(

@@ -1,9 +1,8 @@
-"""Names of weights: the layouts of MAE, timm, DeiT and Hugging Face, turned into ours or timm's.
+"""State dicts of others as weights of ours or timm's: which layout one has, and where in it the model is.
 
-A layout is recognised by its tensors' names, never by the file's name. Hugging Face's names are those of
-ViTMAE and ViT on the hub (`facebook/vit-mae-base`), which every version of transformers reads.
+A layout is recognised by its tensors' names, never by the file's name; `etpp_ssl.weights.names` has these.
 
-Legend: N patches, P prefix tokens, D encoder width, E decoder width, C channels, p, q patch size.
+Legend: P prefix tokens, D encoder width, C channels, p, q patch size.
 """
 
 from __future__ import annotations
@@ -11,19 +10,19 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from etpp_ssl.config import UserError, listed
 from etpp_ssl.model.pos_embed import sincos_table
+from etpp_ssl.weights.names import PROJECTION, TOWERS, layouts_in, timms_names
 from etpp_ssl.weights.reading import read_state_dict
 from etpp_ssl.weights.tensors import UNSET_POSITIONS
 
-PROJECTION = "patch_embed.proj.weight"
-_HEADS = ("head", "pooler", "classifier")
+_HEADS = ("head", "pooler", "classifier", "attn_pool", "fc")
 DECODER_NAMES = {
     "decoder_embed": "decoder.embed",
     "decoder_blocks": "decoder.blocks",
@@ -36,39 +35,6 @@ _MAE_DECODER = ("mask_token", "decoder_")
 _RECOMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")
 """Buffers that follow from the architecture; old files have them."""
 
-_EMBEDDING = "embeddings.patch_embeddings.projection.weight"
-"""A tensor that shows the layout; ViTMAE's has `vit.` in front."""
-
-LAYER_NAMES = {
-    "norm1": "layernorm_before",
-    "attn.proj": "attention.output.dense",
-    "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-}
-NAMES = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj.weight": _EMBEDDING,
-    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
-    "norm.weight": "layernorm.weight",
-    "norm.bias": "layernorm.bias",
-}
-"""Hugging Face's names of a ViT's tensors outside of its blocks, by timm's; the layers in them are above."""
-THIRDS = ("query", "key", "value")
-_ONLY_HUGGING_FACE = {"embeddings.register_tokens": "register_tokens", "embeddings.mask_token": "mask_token"}
-"""Of DINOv2, and of ViTs for masked image modelling."""
-
-_MMPRETRAIN_PROJECTION = "patch_embed.projection.weight"
-_MMPRETRAIN_NAMES = (
-    (r"^patch_embed\.projection\b", "patch_embed.proj"),
-    (r"^layers\b", "blocks"),
-    (r"^ln1\b", "norm"),
-    (r"^ln2\b", "fc_norm"),
-    (r"\.ln([12])\.", r".norm\1."),
-    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
-    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
-)
 _DROPPED = "what pre-training adds to the encoder is dropped"
 _SECOND = re.compile(r"momentum|encoder_k|target|student|ema\b")
 """In the name of the encoder that a method of two encoders does not evaluate."""
@@ -79,16 +45,23 @@ class Weights:
     """Tensors by name, and what is known beside them."""
 
     tensors: dict[str, Tensor]
-    """From `recognise`: `encoder.*` as in timm's VisionTransformer and `decoder.*` as in `MAEDecoder`; from
-    `in_timm_names`: timm's own names."""
+    """From `recognise`: `encoder.*` as in timm's VisionTransformer or Eva and `decoder.*` as in `MAEDecoder`;
+    from `in_timm_names`: timm's own names."""
     layout: str = ""
     """What they are, in words."""
     notes: tuple[str, ...] = ()
     """What was dropped or computed anew, one sentence each."""
     image_size: tuple[int, int] | None = None
-    """(H, W) in pixels that the positions belong to; like the next three, None where nothing says it."""
+    """(H, W) in pixels that the positions belong to; like what follows, None where nothing says it."""
     num_heads: int | None = None
     """Of the encoder."""
+    network: Mapping[str, Any] = field(default_factory=dict)
+    """What a run or timm's config says of it: `name` and dimensions, keys of a recipe's `model`; empty where
+    nothing does."""
+    activation: str | None = None
+    """transformers' name of the one in the encoder's MLPs."""
+    licence: str | None = None
+    """What a run recorded of the licence of the weights that it started from."""
     position_grid: tuple[int, int] | None = None
     """Patches per axis in whose units the positions are a sin-cos table."""
     decoder_position_grid: tuple[int, int] | None = None
@@ -109,32 +82,34 @@ class Weights:
 def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") -> Weights:
     """Weights of a known layout under our names.
 
-    Known are MAE's (encoder alone, with decoder, fine-tuned or linear classifier), timm's plain
-    VisionTransformers, DeiT's and DINOv2's, which have the same names, Hugging Face's ViTMAE, ViT and DINOv2,
-    mmpretrain's, and ours; each also below a prefix such as "backbone." or "module.base_encoder.". Classifier
-    heads and poolers are dropped. So is MAE's `decoder_pos_embed`, which our decoder computes; the grid in
-    whose units it counts is kept.
+    Known are MAE's and Pixio's (encoder alone, with decoder, fine-tuned or linear classifier), timm's
+    VisionTransformers and Evas, DeiT's, DINO's, iBOT's, DINOv2's and DINOv3's, which have nearly the same
+    names, those of `etpp_ssl.weights.names.LAYOUTS`, and ours; each also below a prefix such as "backbone."
+    or "module.base_encoder.". Classifier heads and poolers are dropped. So is MAE's `decoder_pos_embed`,
+    which our decoder computes; the grid in whose units it counts is kept.
 
     Args:
         state_dict: tensors by name.
         source: names them in messages.
 
     Raises:
-        UserError: for another layout, several encoders, and a distilled DeiT, whose second token has no place
-            here.
+        UserError: for another layout, two in one file, several encoders, a head alone, and a distilled DeiT,
+            whose second token has no place here.
     """
     notes: list[str] = []
-    state_dict, _ = _others_names(state_dict, source, notes)
+    state_dict, whose = _in_timms_names(state_dict, source, notes)
     prefix = prefix_of(state_dict, {PROJECTION}, source, notes) or ""
     around = re.sub(r"\bencoder\.$", "", prefix)
     if f"{around}decoder.mask_token" in state_dict and around != prefix:
         return Weights(below(state_dict, around), "a masked autoencoder of etpp_ssl", tuple(notes))
-    state_dict = _timms_tokens(_below(state_dict, prefix, notes), notes)
+    state_dict = timms_names(_below(state_dict, prefix, notes), notes)
     names = set(state_dict)
-    if PROJECTION not in names or "blocks.0.attn.qkv.weight" not in names:
+    if names and all(set(name.split(".")) & set(_HEADS) for name in names):
+        raise UserError(f"{source} holds a head ({listed(sorted(names))}) and no encoder to start from")
+    if PROJECTION not in names or not any(name.startswith("blocks.0.attn.") for name in names):
         raise UserError(
             f"{source} is of another architecture: a plain Vision Transformer has {PROJECTION} "
-            f"and blocks.0.attn.qkv.weight, this has {listed(sorted(names))}"
+            f"and blocks.0.attn.*, this has {listed(sorted(names))}"
         )
     if "dist_token" in names:
         raise UserError(
@@ -147,8 +122,7 @@ def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") 
         notes.append(f"what follows the encoder is dropped ({_in_short(heads)})")
     table = None
     if "decoder_pos_embed" in names:
-        registers = state_dict["reg_token"].shape[1] if "reg_token" in names else 0
-        table = sincos_table(state_dict["decoder_pos_embed"], int("cls_token" in names) + registers)
+        table = sincos_table(state_dict["decoder_pos_embed"], num_prefix_tokens(state_dict))
         if not state_dict["decoder_pos_embed"].any():
             notes.append(f"its decoder's positions {UNSET_POSITIONS}")
         elif table is None:
@@ -159,8 +133,14 @@ def recognise(state_dict: Mapping[str, Tensor], source: str = "the state dict") 
         first, dot, rest = name.partition(".")
         tensors[f"{DECODER_NAMES.get(first, f'encoder.{first}')}{dot}{rest}"] = value
     layout = "an MAE with decoder" if "decoder_embed.weight" in names else "an encoder without decoder"
+    layout += f" in the names of {whose}" if whose else ""
     return Weights(
-        tensors, layout, tuple(notes), decoder_position_grid=table.position_grid if table else None
+        tensors,
+        layout,
+        tuple(notes),
+        # SigLIP's, which no file of it says.
+        activation="gelu_pytorch_tanh" if whose == TOWERS and "cls_token" not in names else None,
+        decoder_position_grid=table.position_grid if table else None,
     )
 
 
@@ -192,7 +172,7 @@ def in_timm_names(
             tells which one to take.
     """
     notes: list[str] = []
-    tensors, layout = _others_names(state_dict, source, notes)
+    tensors, whose = _in_timms_names(state_dict, source, notes)
     tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[2] not in _RECOMPUTED}
     is_ours = f"encoder.{PROJECTION}" in tensors and "decoder.mask_token" in tensors
     tensors = _below(tensors, prefix_of(tensors, wanted, source, notes) or "", notes)
@@ -201,11 +181,16 @@ def in_timm_names(
     if dropped:
         notes.append(f"{_DROPPED} ({_in_short(dropped)})")
     kept = {name: value for name, value in tensors.items() if name not in dropped}
-    if is_ours:
-        layout = "a masked autoencoder of etpp_ssl"
-    elif not layout:
-        layout = "an MAE with decoder" if has_decoder else "a state dict in timm's names"
-    return Weights(_timms_tokens(kept, notes), layout, tuple(notes))
+    layout = f"an encoder in the names of {whose}" if whose else "a state dict in timm's names"
+    if is_ours or has_decoder:
+        layout = "a masked autoencoder of etpp_ssl" if is_ours else "an MAE with decoder"
+    return Weights(timms_names(kept, notes), layout, tuple(notes))
+
+
+def num_prefix_tokens(tensors: Mapping[str, Tensor], prefix: str = "") -> int:
+    """P: how many class and register tokens there are, in timm's names behind a prefix."""
+    tokens = (tensors.get(f"{prefix}{name}") for name in ("cls_token", "reg_token"))
+    return sum(token.shape[1] for token in tokens if token is not None)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str, notes: list[str]) -> dict[str, Tensor]:
@@ -222,79 +207,30 @@ def _in_short(names: Collection[str]) -> str:
     return listed(sorted(parts))
 
 
-def _others_names(
+def _in_timms_names(
     state_dict: Mapping[str, Tensor], source: str, notes: list[str]
 ) -> tuple[dict[str, Tensor], str]:
-    """The state dict under MAE's names if it has those of transformers or mmpretrain; whose, or ""."""
-    prefix = prefix_of(state_dict, {_EMBEDDING}, source, notes)
-    if prefix is not None:
-        theirs = _below(state_dict, prefix.removesuffix("vit."), notes)
-        ours = from_huggingface(theirs, source)
-        return {re.sub(r"^classifier\.", "head.", k): v for k, v in ours.items()}, "a Hugging Face ViT"
-    prefix = prefix_of(state_dict, {_MMPRETRAIN_PROJECTION}, source, notes)
-    if prefix is None or f"{prefix}layers.0.attn.qkv.weight" not in state_dict:
-        return dict(state_dict), ""
-    around = prefix.removesuffix("backbone.")
-    renamed = below(state_dict, prefix)
-    if around != prefix:
-        renamed |= {
-            re.sub(r"^ln1\b", "decoder_norm", k): v for k, v in below(state_dict, f"{around}neck.").items()
-        }
-        head = below(state_dict, f"{around}head.")
-        renamed |= {re.sub(r"^(layers\.head|fc)\b", "head", k): v for k, v in head.items()}
-    for pattern, name in _MMPRETRAIN_NAMES:
-        renamed = {re.sub(pattern, name, k): v for k, v in renamed.items()}
-    return renamed, "a ViT of mmpretrain"
-
-
-def _timms_tokens(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """DINOv2's tokens as timm has them: registers, and positions without a row for any prefix token."""
-    tensors = dict(tensors)
-    if "decoder_embed.weight" not in tensors and tensors.pop("mask_token", None) is not None:
-        notes.append("the mask token of its pre-training is dropped")
-    if "register_tokens" in tensors and {"cls_token", "pos_embed"} <= tensors.keys():
-        positions = tensors["pos_embed"]
-        tensors["reg_token"] = tensors.pop("register_tokens")
-        tensors["cls_token"] = tensors["cls_token"] + positions[:, :1]
-        tensors["pos_embed"] = positions[:, 1:]
-    return tensors
-
-
-def from_huggingface(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The inverse of `etpp_ssl.export.official.to_huggingface`; a pooler or classifier keeps its name.
+    """The state dict under the names that timm and MAE share, if it has others; whose, or "".
 
     Raises:
-        UserError: if a block has a query, key or value without the other two.
+        UserError: for tensors of two layouts.
     """
-    names = {theirs: ours for ours, theirs in NAMES.items()} | _ONLY_HUGGING_FACE
-    layers = {theirs: ours for ours, theirs in LAYER_NAMES.items()}
-    renamed: dict[str, Tensor] = {}
-    thirds: dict[str, dict[str, Tensor]] = {}
-    for name, value in state_dict.items():
-        short = name.removeprefix("vit.")
-        # transformers 5.23 saves the decoder's blocks as decoder_encoder.layer.
-        block = re.fullmatch(
-            r"(encoder\.layer|decoder\.decoder_(?:layers|encoder\.layer))\.(\d+)\.(.+)\.(weight|bias|lambda1)",
-            short,
+    found = layouts_in(state_dict)
+    if len(found) > 1:
+        titles = [
+            f"{layout.title if layout else 'timm'} ({prefix}{layout.marker if layout else PROJECTION})"
+            for layout, prefix in found.items()
+        ]
+        raise UserError(
+            f"{source} holds encoders in the names of several layouts, those of {' and '.join(titles)}; save "
+            f"one of them alone"
         )
-        if block is None:
-            renamed[names.get(short, short.removeprefix("decoder."))] = value
-            continue
-        kind, number, layer, part = block.groups()
-        prefix = f"decoder_blocks.{number}" if kind.startswith("decoder") else f"blocks.{number}"
-        attention, _, third = layer.rpartition(".")
-        if part == "lambda1":
-            renamed[f"{prefix}.{layer.replace('layer_scale', 'ls')}.gamma"] = value
-        elif attention == "attention.attention" and third in THIRDS:
-            thirds.setdefault(f"{prefix}.attn.qkv.{part}", {})[third] = value
-        else:
-            renamed[f"{prefix}.{layers.get(layer, layer)}.{part}"] = value
-    for name, parts in thirds.items():
-        missing = [third for third in THIRDS if third not in parts]
-        if missing:
-            raise UserError(f"{source} has no {' and no '.join(missing)} of {name}")
-        renamed[name] = torch.cat([parts[third] for third in THIRDS])
-    return renamed
+    layout = next(iter(found), None)
+    prefix = None if layout is None else prefix_of(state_dict, {layout.marker}, source, notes)
+    if layout is None or prefix is None:
+        return dict(state_dict), ""
+    theirs = _below(state_dict, prefix.removesuffix(layout.beside), notes)
+    return layout.rename(theirs, source), layout.title
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

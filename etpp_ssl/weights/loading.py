@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from etpp_ssl.config import UserError, as_pair
 from etpp_ssl.files import read_text
-from etpp_ssl.model.encoders import encoder_of
+from etpp_ssl.model.encoders import VIT_DIMS, encoder_of
 from etpp_ssl.model.lora import merged, plain_tensors, without_adapters
 from etpp_ssl.model.mae import MaskedAutoencoder
 from etpp_ssl.model.patches import grid_of
@@ -29,6 +29,7 @@ from etpp_ssl.model.pos_embed import sincos_table
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.run_folder import Checkpoint, RunFolder
 from etpp_ssl.weights.adapt_classifier import adapt_classifier, position_conversion
+from etpp_ssl.weights.architecture import architecture_of, licence_of
 from etpp_ssl.weights.layouts import Weights, in_timm_names, recognise
 from etpp_ssl.weights.reading import (
     FILES_OF_A_FOLDER,
@@ -80,9 +81,17 @@ def adapt_weights(
     converted = {
         name: expected[name]
         for name in (PROJECTION, POSITIONS)
-        if name in tensors and is_resizable(tensors[name], expected[name])
+        if name in tensors.keys() & expected.keys() and is_resizable(tensors[name], expected[name])
     }
-    load_weights(expected, {**tensors, **converted}, source)
+    if POSITIONS in tensors and POSITIONS not in expected:
+        raise UserError(
+            f"{source} has absolute positions (pos_embed), and the model has rotary ones alone"
+            f"{_hint(weights, source)}"
+        )
+    try:
+        load_weights(expected, {**tensors, **converted}, source)
+    except UserError as error:
+        raise UserError(f"{error}{_hint(weights, source)}") from error
     encoder = encoder_of(model.encoder)
     check_heads(weights.num_heads, encoder.num_heads, model.encoder.embed_dim, source, notes)
     projection = adapt_input(tensors[PROJECTION], expected[PROJECTION].shape[1], source, notes)
@@ -95,6 +104,16 @@ def adapt_weights(
     if kept and known is not None and known != model.position_grid and not model.fixed_positions:
         notes.append(_counts("decoder's", model, known))
     return load_weights(expected, tensors, source), notes
+
+
+def _hint(weights: Weights, source: str) -> str:
+    """The network that the weights are of, as the end of a message; nothing where they do not tell it."""
+    try:
+        keys = architecture_of(weights, source).keys
+    except UserError:
+        return ""
+    told = ", ".join(f"{key}: {value}" for key, value in keys.items())
+    return f"; the weights are those of model={{{told}}}, which a recipe without model.name takes from them"
 
 
 def _norm_of_tokens(tensors: dict[str, Tensor], notes: list[str]) -> None:
@@ -179,7 +198,7 @@ def load_trained(model: nn.Module, checkpoint: Checkpoint) -> None:
     model.load_state_dict(load_weights(model.state_dict(), merged(tensors, source), source))
 
 
-def load_init(model: MaskedAutoencoder, init: str, say: Callable[[str], None]) -> None:
+def load_init(model: MaskedAutoencoder, init: str, say: Callable[[str], None]) -> str | None:
     """Start a masked autoencoder from other weights, as far as they fit; see `etpp_ssl.weights.loading`.
 
     Args:
@@ -188,15 +207,22 @@ def load_init(model: MaskedAutoencoder, init: str, say: Callable[[str], None]) -
             in one of the layouts of `etpp_ssl.weights.layouts`.
         say: told what was loaded, converted, dropped and initialised anew, a line each.
 
+    Returns:
+        What is to be said of the licence of the weights; see `licence_of`.
+
     Raises:
         UserError: if there is nothing to read, it is refused, or it is of another model.
     """
-    _load_adapted(model, init, recognise, lambda weights, source: adapt_weights(weights, model, source), say)
+
+    def adapt(weights: Weights, source: str) -> tuple[dict[str, Tensor], list[str]]:
+        return adapt_weights(weights, model, source)
+
+    return _load_adapted(model, init, recognise, adapt, say)
 
 
 def load_classifier_init(
     net: nn.Module, init: str, say: Callable[[str], None], *, keep_head: bool = True
-) -> None:
+) -> str | None:
     """Start a classifier from other weights, as far as they fit; see `etpp_ssl.weights.adapt_classifier`.
 
     Args:
@@ -213,7 +239,7 @@ def load_classifier_init(
     def adapt(weights: Weights, source: str) -> tuple[dict[str, Tensor], list[str]]:
         return adapt_classifier(weights, net, source, keep_head=keep_head)
 
-    _load_adapted(net, init, partial(in_timm_names, wanted=plain_tensors(net).keys()), adapt, say)
+    return _load_adapted(net, init, partial(in_timm_names, wanted=plain_tensors(net).keys()), adapt, say)
 
 
 def _load_adapted(
@@ -222,8 +248,8 @@ def _load_adapted(
     name: Callable[[Mapping[str, Tensor], str], Weights],
     adapt: Callable[[Weights, str], tuple[dict[str, Tensor], list[str]]],
     say: Callable[[str], None],
-) -> None:
-    """Read `init`, give its tensors the names of `model`, convert them and load them."""
+) -> str | None:
+    """Read `init`, give its tensors the names of `model`, convert and load them; what `licence_of` says."""
     source = f"init {init!r}"
     found = read_init(init, say)
     named = name(found.tensors, source)
@@ -232,6 +258,7 @@ def _load_adapted(
         tensors=named.tensors,
         layout=found.layout or named.layout,
         notes=(*found.notes, *named.notes),
+        activation=found.activation or named.activation,
         decoder_position_grid=found.decoder_position_grid or named.decoder_position_grid,
     )
     tensors, notes = adapt(weights, source)
@@ -239,6 +266,8 @@ def _load_adapted(
     model.load_state_dict({**model.state_dict(), **tensors})
     for line in (f"{source} is {weights.layout}", *notes):
         say(line)
+    # A run of ours knows what it started from; its own weights have no other's licence.
+    return found.licence if found.layout else licence_of(weights)
 
 
 def read_init(init: str, say: Callable[[str], None]) -> Weights:
@@ -284,6 +313,8 @@ def _of_run(run: RunFolder, say: Callable[[str], None]) -> Weights:
             f"a fine-tuning run's {which} of step {checkpoint.step}",
             image_size=recipe.size,
             num_heads=_one_number(args.get("num_heads")),
+            network={**recipe.model.given_dims(), "name": recipe.model.name},
+            licence=recipe.init_licence,
         )
     _, args = recipe.model.encoder_args(recipe.size, recipe.in_chans)
     counted = recipe.model.position_grid or grid_of(recipe.size, recipe.patch_size)
@@ -292,23 +323,34 @@ def _of_run(run: RunFolder, say: Callable[[str], None]) -> Weights:
         f"a run's checkpoint of step {checkpoint.step}",
         image_size=recipe.size,
         num_heads=args["num_heads"],
+        network={**recipe.model.given_dims(), "name": recipe.model.name},
+        licence=recipe.init_licence,
         position_grid=counted if recipe.model.pos_embed == "sincos" else None,
         decoder_position_grid=counted,
     )
 
 
 def _with_config(weights: Weights, config_file: Path) -> Weights:
-    """What a folder of timm or transformers says beside the tensors: image size and number of heads."""
+    """What a folder of timm or transformers says beside the tensors: sizes, heads, activation, name."""
     try:
         config: Any = json.loads(read_text(config_file, MAX_CONFIG_BYTES))
+        config = config.get("vision_config") or config
         args = config.get("model_args") or {}
-        size = args.get("img_size") or config.get("image_size") or config["pretrained_cfg"]["input_size"][1:]
-        height, width = as_pair(size)
-        heads = _one_number(args.get("num_heads") or config.get("num_attention_heads"))
+        size = args.get("img_size") or config.get("image_size")
+        if size is None and "pretrained_cfg" in config:
+            size = config["pretrained_cfg"]["input_size"][1:]
+        height, width = (None, None) if size is None else as_pair(size)
+        network = {}
+        if isinstance(config.get("architecture"), str):
+            renamed = {"num_reg_tokens": "reg_tokens"}
+            given = {renamed.get(key, key): value for key, value in args.items()}
+            network = {key: given[key] for key in VIT_DIMS if key in given} | {"name": config["architecture"]}
         return replace(
             weights,
-            image_size=(int(height), int(width)),
-            num_heads=heads,
+            image_size=None if height is None or width is None else (int(height), int(width)),
+            num_heads=_one_number(args.get("num_heads") or config.get("num_attention_heads")),
+            network=network,
+            activation=config.get("hidden_act"),
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         # A config of another program; the tensors must do.

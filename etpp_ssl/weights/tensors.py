@@ -22,6 +22,13 @@ UNSET_POSITIONS = (
 """What is said of a table of positions that nobody has filled in, and that was frozen so."""
 HEADS_OF_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 """Of the published ViTs; the heads of ViT-H are 80 wide."""
+OTHER_HEADS = {"DINOv3": {1280: 20, 4096: 32}, "SigLIP": {1152: 16, 1536: 16}}
+"""Of families that have others."""
+
+
+def usual_heads(width: int, family: str = "") -> int | None:
+    """The number of heads of published weights of width D, or None; `family` as `Architecture` names it."""
+    return {**HEADS_OF_WIDTH, **OTHER_HEADS.get(family, {})}.get(width)
 
 
 def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
@@ -149,7 +156,9 @@ def adapt_positions(
     return torch.cat([positions[:, :num_prefix], table[None]], dim=1)
 
 
-def check_heads(known: int | None, num_heads: int, width: int, source: str, notes: list[str]) -> None:
+def check_heads(
+    known: int | None, num_heads: int, width: int, source: str, notes: list[str], family: str = ""
+) -> None:
     """Check the number of attention heads, which no shape tells: a wrong one would go unnoticed.
 
     Args:
@@ -158,16 +167,18 @@ def check_heads(known: int | None, num_heads: int, width: int, source: str, note
         width: D.
         source: names the weights in messages.
         notes: gets a warning if nothing tells the number and the model's is not the usual one.
+        family: of the weights.
 
     Raises:
         UserError: if it is known to be another.
     """
     if known is not None and num_heads != known:
         raise UserError(f"{source} has {known} heads, but model.num_heads is {num_heads}")
-    if known is None and HEADS_OF_WIDTH.get(width, num_heads) != num_heads:
+    usual = usual_heads(width, family)
+    if known is None and usual not in (None, num_heads):
         notes.append(
             f"warning: model.num_heads is {num_heads}, but published weights of width {width} have "
-            f"{HEADS_OF_WIDTH[width]}; no tensor tells which these have"
+            f"{usual}; no tensor tells which these have"
         )
 
 

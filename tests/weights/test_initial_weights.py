@@ -140,7 +140,11 @@ def test_weights_that_do_not_serve_are_one_sentence_and_exit_code_2(
         "channels": (published_mae(in_chans=6), "in_chans is 3, but the weights are for 6 channels"),
         "deeper": (published_mae(depth=3), "encoder.blocks.2.norm1.bias is not part of the model"),
         "learned": (published_encoder(learned=True), "use model.pos_embed=learned"),
-        "other": ({"fc.weight": torch.zeros(2, 2)}, "is of another architecture"),
+        "other": ({"conv1.weight": torch.zeros(2, 2)}, "is of another architecture"),
+        "head": (
+            {"head.weight": torch.zeros(2, 2)},
+            "holds a head (head.weight) and no encoder",
+        ),
     }
     for name, (content, words) in files.items():
         torch.save(content, tmp_path / f"{name}.pth")

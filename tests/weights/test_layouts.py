@@ -33,8 +33,10 @@ from etpp_ssl.model.mae import ModelConfig
 from etpp_ssl.model.masking import random_masking
 from etpp_ssl.model.pos_embed import sincos_pos_embed
 from etpp_ssl.targets.pixels import PixelObjective
-from etpp_ssl.weights.layouts import from_huggingface, recognise
-from etpp_ssl.weights.official import load_official_mae, shape_of
+from etpp_ssl.weights.architecture import architecture_of
+from etpp_ssl.weights.layouts import recognise
+from etpp_ssl.weights.names import from_huggingface
+from etpp_ssl.weights.official import load_official_mae
 from etpp_ssl.weights.reading import read_state_dict
 from etpp_ssl.weights.tensors import UNSET_POSITIONS
 
@@ -125,7 +127,7 @@ def test_the_published_architectures_are_read_off_their_shapes(
     state = {f"blocks.{i}.{k}": torch.zeros(1, 1).expand(v) for i in range(depth) for k, v in block.items()}
     state["patch_embed.proj.weight"] = torch.zeros(1, 1, 1, 1).expand(width, 3, patch, patch)
     state |= {"pos_embed": sincos_with_cls((grid, grid), width), "cls_token": torch.zeros(1, 1, width)}
-    shape = shape_of(recognise(state).tensors, "it")
+    shape = architecture_of(recognise(state), "it")
     dims = {"embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": 4, "class_token": True}
     assert shape.dims == {**dims, "reg_tokens": 0}
     assert (shape.image_size, shape.patch_size, shape.in_chans) == ((224, 224), (patch, patch), 3)
@@ -308,9 +310,10 @@ def test_another_architecture_names_five_tensors_and_how_many_more() -> None:
     resnet = timm.create_model("resnet18").state_dict()
     with pytest.raises(UserError, match=r"has bn1\.bias, .*, and \d+ more"):
         silent(resnet)
-    scaled = {**published_encoder(depth=6), **{f"blocks.{i}.ls1.gamma": torch.ones(64) for i in range(6)}}
-    with pytest.raises(UserError, match=r"no place for encoder\.blocks\.0\.ls1\.gamma, .*, and 1 more$"):
-        silent(scaled)
+    one = torch.ones(64)
+    gated = {**published_encoder(depth=6), **{f"blocks.{i}.attn.gate.bias": one for i in range(6)}}
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.gate\.bias is not part of.*, and 1 more$"):
+        silent(gated)
     other_decoder = {k: v for k, v in published_mae().items() if not k.startswith("decoder_blocks")}
     with pytest.raises(UserError, match=r"another decoder than MAE's: decoder\.blocks\.0\.mlp"):
         silent(other_decoder)

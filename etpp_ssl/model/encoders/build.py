@@ -104,9 +104,12 @@ def encoder_args(
     patch = patch_size or probe.patch_size
     for axis, word in ((0, "height"), (1, "width")):
         if image_size[axis] % patch[axis]:
+            less = image_size[axis] // patch[axis] * patch[axis]
+            legal = [side for side in (less, less + patch[axis]) if side]
             raise UserError(
                 f"model.patch_size {show_size(patch)} does not divide the image {word} "
-                f"{image_size[axis]} (image_size {show_size(image_size)})"
+                f"{image_size[axis]} (image_size {show_size(image_size)}); it divides "
+                f"{' and '.join(map(str, legal))}"
             )
     num_patches = image_size[0] // patch[0] * (image_size[1] // patch[1])
     if num_patches > MAX_PATCHES:
