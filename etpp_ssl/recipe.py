@@ -117,7 +117,12 @@ class Recipe(RunRecipe):
 
     def build_masker(self) -> Masker:
         """The masks of the run's samples."""
-        return self.model.masker(patch_size=self.patch_size, seed=self.seed, min_valid=self.data.min_valid)
+        return self.model.masker(
+            image_size=self.size,
+            patch_size=self.patch_size,
+            seed=self.seed,
+            min_valid=self.data.min_valid,
+        )
 
     def build_model(self) -> MaskedAutoencoder:
         """The model, freshly initialised from torch's global generator."""

@@ -246,7 +246,7 @@ def test_a_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
         (["model.mask_ratio={start: 0.5, end: 1.5}"], ["model.mask_ratio.end is 1.5", "less than 1"]),
         (["model.mask_ratio={start: 0.5, end: 0.7, shape: 1}"], ["'model.mask_ratio.shape'", "end, start"]),
         (["model.mask_ratio=high"], ["model.mask_ratio is 'high'", "number"]),
-        (["model.masking=stripes"], ["model.masking.name is 'stripes'", "uniform, block, grid"]),
+        (["model.masking=stripes"], ["model.masking.name is 'stripes'", "uniform, block, aligned, grid"]),
         (["model.masking=block", "model.masking.min_side=0.9"], ["model.masking", "larger than max_side"]),
         (["model.decoder=unet"], ["model.decoder.name is 'unet'", "mae, cross"]),
         (["model.decoder=cross", "model.decoder.predict_ratio=0"], ["predict_ratio is 0", "greater than 0"]),

@@ -45,7 +45,7 @@ class Step:
         image_size = (size, size)
         patch_size = config.resolved_patch(image_size, 3)
         self.objective = PixelsConfig().build(patch_size=patch_size, in_chans=3)
-        self.masker = config.masker(patch_size=patch_size, seed=0)
+        self.masker = config.masker(image_size=image_size, patch_size=patch_size, seed=0)
         torch.manual_seed(0)
         self.model = config.build(image_size=image_size, in_chans=3, num_values=self.objective.num_values).to(
             device

@@ -23,13 +23,18 @@ from etpp_ssl.model.encoders import (
     encoder_args,
     encoder_of,
 )
-from etpp_ssl.model.mask_patterns import BlockMaskingConfig, GridMaskingConfig, UniformMaskingConfig
+from etpp_ssl.model.mask_patterns import (
+    AlignedMaskingConfig,
+    BlockMaskingConfig,
+    GridMaskingConfig,
+    UniformMaskingConfig,
+)
 from etpp_ssl.model.masking import Masker, MaskRatioRamp, num_visible, removed_ids
 from etpp_ssl.model.patches import grid_of
 
 # One line here makes a new decoder or mask pattern known to recipes.
 AnyDecoder = MAEDecoderConfig | CrossDecoderConfig
-AnyMasking = UniformMaskingConfig | BlockMaskingConfig | GridMaskingConfig
+AnyMasking = UniformMaskingConfig | BlockMaskingConfig | AlignedMaskingConfig | GridMaskingConfig
 
 
 def _ratio_kind(value: Any) -> str:
@@ -63,7 +68,7 @@ class ModelConfig(EncoderConfig):
     ] = 0.75
     """Share of the patches that is removed: a number, or `{start: ..., end: ...}`, linear over compute."""
     masking: Annotated[AnyMasking, Field(discriminator="name")] = UniformMaskingConfig()
-    """Which patches are removed: `uniform`, `block` or `grid`."""
+    """Which patches are removed: `uniform`, `block`, `aligned` or `grid`."""
     grad_checkpointing: bool = False
     """Recompute the blocks in the backward pass: less memory, about a third more compute."""
     attention: AttentionName = may_change("auto")
@@ -93,9 +98,24 @@ class ModelConfig(EncoderConfig):
         """The mask ratio at the end of the run."""
         return self.mask_ratio.end if isinstance(self.mask_ratio, MaskRatioRamp) else self.mask_ratio
 
-    def masker(self, *, patch_size: tuple[int, int], seed: int, min_valid: float = 0.0) -> Masker:
+    def masker(
+        self,
+        *,
+        image_size: tuple[int, int],
+        patch_size: tuple[int, int],
+        seed: int,
+        min_valid: float = 0.0,
+    ) -> Masker:
         """The masks of a run."""
-        return Masker(self.masking, self.mask_ratio, self.decoder.predict_ratio, patch_size, seed, min_valid)
+        return Masker(
+            self.masking,
+            self.mask_ratio,
+            self.decoder.predict_ratio,
+            patch_size,
+            seed,
+            min_valid,
+            base_grid=grid_of(image_size, patch_size),
+        )
 
     def check_compiled(
         self, masker: Masker, stages: Iterable[tuple[tuple[int, int], tuple[float, float]]]

@@ -1,4 +1,4 @@
-"""Mask patterns: which patches stay visible. Uniform, in blocks, or on a grid.
+"""Mask patterns: which patches stay visible. Uniform, in blocks, in aligned blocks, or on a grid.
 
 Each is a Config whose `visible_ids` is a function of (seed, sample), the grid and the count, in integer
 arithmetic, so that CPU and GPU agree to the bit.
@@ -15,8 +15,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from etpp_ssl.config import Config
-from etpp_ssl.model.masking import random_masking
+from etpp_ssl.config import Config, UserError, listed
+from etpp_ssl.model.masking import block_ranks, in_order, random_masking
 from etpp_ssl.randomness import keyed_words
 
 _POSITIVE = (1 << 63) - 1
@@ -24,17 +24,42 @@ _WORD_BITS = 48
 _MAX_RECTANGLES = 512
 
 
-class UniformMaskingConfig(Config):
+class PatternKeys(Config):
+    """What patterns have in common: any grid suits, and patches are predicted one by one."""
+
+    name: str
+
+    def blocks(self, grid: tuple[int, int], base_grid: tuple[int, int]) -> tuple[int, int] | None:
+        """Blocks per axis that the patches to predict are drawn by, or None where each is drawn alone.
+
+        Args:
+            grid: (h, w) patches now.
+            base_grid: (H, W) patches at full resolution.
+        """
+        return None
+
+    def check(self, grid: tuple[int, int], base_grid: tuple[int, int], num_keep: int, where: str) -> None:
+        """Raise a UserError if the pattern does not suit a grid; `where` names its bandwidth."""
+
+
+class UniformMaskingConfig(PatternKeys):
     """Every subset of the patches is equally likely (MAE, section 3)."""
 
     name: Literal["uniform"] = "uniform"
 
-    def visible_ids(self, sample_ids_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
+    def visible_ids(
+        self,
+        sample_ids_B: Tensor,
+        grid: tuple[int, int],
+        num_keep: int,
+        seed: int,
+        base_grid: tuple[int, int],
+    ) -> Tensor:
         """Ids of the visible patches of a grid of (h, w), int64 (B, K), ascending in each row."""
         return random_masking(sample_ids_B, grid[0] * grid[1], num_keep, seed)
 
 
-class BlockMaskingConfig(Config):
+class BlockMaskingConfig(PatternKeys):
     """Rectangles are removed one after the other until the count is reached.
 
     BEiT (Bao et al., ICLR 2022, algorithm 1) draws area and aspect, and stops near its count. Here height and
@@ -55,7 +80,14 @@ class BlockMaskingConfig(Config):
             raise ValueError(f"min_side {self.min_side:g} is larger than max_side {self.max_side:g}")
         return self
 
-    def visible_ids(self, sample_ids_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
+    def visible_ids(
+        self,
+        sample_ids_B: Tensor,
+        grid: tuple[int, int],
+        num_keep: int,
+        seed: int,
+        base_grid: tuple[int, int],
+    ) -> Tensor:
         """Ids of the visible patches of a grid of (h, w), int64 (B, K), ascending in each row."""
         return block_masking(sample_ids_B, grid, num_keep, seed, sides=(self.min_side, self.max_side))
 
@@ -130,7 +162,74 @@ def _interval(size_words: Tensor, start_words: Tensor, length: int, sides: tuple
     return (places >= start[..., None]) & (places < (start + size)[..., None])
 
 
-class GridMaskingConfig(Config):
+class AlignedMaskingConfig(PatternKeys):
+    """Whole blocks of n x n patches, aligned to the grid, stay visible (Pixio, arXiv 2512.15715).
+
+    Blocks are taken in keyed order until `mask_ratio` leaves no more; where that number is not a multiple of
+    a block's patches, the last block is trimmed to the exact count, in keyed order. At Pixio's own sizes (256
+    px, patches of 16, blocks of 4, ratio 0.75) 4 of 16 blocks are visible, as there. A `predict_ratio` draws
+    the patches to predict by the same blocks.
+    """
+
+    name: Literal["aligned"] = "aligned"
+    block: int = Field(default=4, ge=1, le=512)
+    """Patches per side of a block. It divides the patches of both axes at every bandwidth (`unit: patches`)
+    or at full resolution (`unit: scene`), and a block has at most as many patches as are visible there."""
+    unit: Literal["patches", "scene"] = "patches"
+    """`patches`: `block` counts patches at every bandwidth, so that a block covers more of the scene at a
+    lower one. `scene`: it counts patches at full resolution, and blocks cover the same part of the scene at
+    every bandwidth; a patch belongs to the block in which its centre lies, so that of 6 patches in place of
+    16 blocks of 4, now 1.5, are 1, 2, 1 and 2 wide. Where a block is smaller than a patch it is a patch."""
+
+    def visible_ids(
+        self,
+        sample_ids_B: Tensor,
+        grid: tuple[int, int],
+        num_keep: int,
+        seed: int,
+        base_grid: tuple[int, int],
+    ) -> Tensor:
+        """Ids of the visible patches of a grid of (h, w), int64 (B, K), ascending in each row."""
+        ranks_BN = block_ranks(sample_ids_B, grid, self.blocks(grid, base_grid), seed, "mask-aligned")
+        words_BN = keyed_words(seed, "mask", sample_ids_B, grid[0] * grid[1])
+        return in_order(ranks_BN, words_BN)[:, :num_keep].sort(dim=1).values
+
+    def blocks(self, grid: tuple[int, int], base_grid: tuple[int, int]) -> tuple[int, int]:
+        """Blocks per axis."""
+        counted = grid if self.unit == "patches" else base_grid
+        return -(-counted[0] // self.block), -(-counted[1] // self.block)
+
+    def check(self, grid: tuple[int, int], base_grid: tuple[int, int], num_keep: int, where: str) -> None:
+        """See that blocks fit the grid that they are counted on, and that a whole one is visible.
+
+        Raises:
+            UserError: if not.
+        """
+        counted = grid
+        if self.unit == "scene":
+            counted, where = base_grid, f"full resolution ({base_grid[0]}x{base_grid[1]} patches)"
+            if grid != base_grid:
+                # The count is of another grid, and a run ends at full resolution.
+                num_keep = math.prod(counted)
+        if self.block > min(counted):
+            fault = f"is larger than the grid of {where}"
+        elif any(length % self.block for length in counted):
+            fault = f"does not divide the grid of {where}"
+        elif self.block**2 > num_keep:
+            fault = f"has {self.block**2} patches, more than the {num_keep} that are visible at {where}"
+        else:
+            return
+        legal = [
+            n for n in range(1, min(counted) + 1) if not any(g % n for g in counted) and n * n <= num_keep
+        ]
+        scene = "; model.masking.unit=scene needs to divide full resolution only"
+        raise UserError(
+            f"model.masking.block {self.block} {fault}; legal {'is' if len(legal) == 1 else 'are'} "
+            f"{listed([str(n) for n in legal])} there{scene if self.unit == 'patches' else ''}"
+        )
+
+
+class GridMaskingConfig(PatternKeys):
     """A regular lattice of patches stays visible, at a random phase.
 
     MAE's grid-wise sampling (section 4.3) keeps one patch of every two by two. Other ratios take the lattice
@@ -140,7 +239,14 @@ class GridMaskingConfig(Config):
 
     name: Literal["grid"] = "grid"
 
-    def visible_ids(self, sample_ids_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
+    def visible_ids(
+        self,
+        sample_ids_B: Tensor,
+        grid: tuple[int, int],
+        num_keep: int,
+        seed: int,
+        base_grid: tuple[int, int],
+    ) -> Tensor:
         """Ids of the visible patches of a grid of (h, w), int64 (B, K), ascending in each row."""
         return grid_masking(sample_ids_B, grid, num_keep, seed)
 

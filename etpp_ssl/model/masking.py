@@ -22,12 +22,14 @@ from pydantic import Field
 from torch import Tensor
 
 from etpp_ssl import moved
-from etpp_ssl.config import Config, UserError
+from etpp_ssl.config import Config, UserError, show_size
 from etpp_ssl.model.patches import grid_of, patchify, unpatchify
 from etpp_ssl.randomness import keyed_words
 
 _TOLERANCE = 1e-9
 """Ratios of a schedule are computed in floating point."""
+_LAST = 1 << 40
+"""More than any number of blocks."""
 LEAST_HIDDEN = 0.25
 """Share of the removed patches that must have data. The weight of an image in the loss does not depend on
 their number, so it should not be a handful."""
@@ -147,14 +149,35 @@ def with_data_first(ids_keep: Tensor, sample_ids_B: Tensor, has_data_BN: Tensor,
     num_patches = has_data_BN.shape[1]
     removed_BN = torch.ones_like(has_data_BN).scatter(1, ids_keep, False)
     words_BN = keyed_words(seed, "mask", sample_ids_B, num_patches)
-    order_BN = _ordered(removed_BN.int() + 2 * ~has_data_BN, words_BN)
+    order_BN = in_order(removed_BN.int() + 2 * ~has_data_BN, words_BN)
     return order_BN[:, : ids_keep.shape[1]].sort(dim=1).values
 
 
-def _ordered(groups_BN: Tensor, words_BN: Tensor) -> Tensor:
+def in_order(groups_BN: Tensor, words_BN: Tensor) -> Tensor:
     """Columns by group, and by word within a group; int64 (B, N)."""
     order_BN = words_BN.argsort(dim=1)
     return order_BN.gather(1, groups_BN.gather(1, order_BN).argsort(dim=1, stable=True))
+
+
+def block_ranks(
+    sample_ids_B: Tensor, grid: tuple[int, int], blocks: tuple[int, int], seed: int, purpose: str
+) -> Tensor:
+    """The place of each patch's block in a keyed order of the blocks, int64 (B, N).
+
+    Args:
+        sample_ids_B: int64 (B,), the samples' numbers in the run; the result is on their device.
+        grid: (h, w) patches. A patch belongs to the block in which its centre lies.
+        blocks: per axis, of equal size; those smaller than a patch may hold none.
+        seed: the run's seed.
+        purpose: of the draw.
+    """
+    words = keyed_words(seed, purpose, sample_ids_B, blocks[0] * blocks[1])
+    ranks = words.argsort(dim=1).argsort(dim=1)
+    rows, columns = (
+        (2 * torch.arange(length, device=words.device) + 1) * number // (2 * length)
+        for length, number in zip(grid, blocks, strict=True)
+    )
+    return ranks[:, (rows[:, None] * blocks[1] + columns).flatten()]
 
 
 def predicted_ids(
@@ -164,6 +187,7 @@ def predicted_ids(
     num_patches: int,
     seed: int,
     has_data_BN: Tensor | None = None,
+    ranks_BN: Tensor | None = None,
 ) -> Tensor:
     """A uniform subset of the masked patches, a function of (seed, sample) and the mask alone.
 
@@ -174,6 +198,7 @@ def predicted_ids(
         num_patches: N.
         seed: the run's seed.
         has_data_BN: bool (B, N), patches that come before others; None where all have data.
+        ranks_BN: int64 (B, N), places in an order that comes before the random one, from `block_ranks`.
 
     Returns:
         int64 (B, M), ascending in each row.
@@ -181,10 +206,13 @@ def predicted_ids(
     if num_predict == ids_removed.shape[1]:
         return ids_removed
     words_BR = keyed_words(seed, "predict", sample_ids_B, num_patches).gather(1, ids_removed)
-    if has_data_BN is None:
+    if ranks_BN is None and has_data_BN is None:
         order_BR = words_BR.argsort(dim=1)
     else:
-        order_BR = _ordered((~has_data_BN.gather(1, ids_removed)).int(), words_BR)
+        groups_BR = 0 if ranks_BN is None else ranks_BN.gather(1, ids_removed)
+        if has_data_BN is not None:
+            groups_BR = groups_BR + _LAST * ~has_data_BN.gather(1, ids_removed)
+        order_BR = in_order(groups_BR, words_BR)
     chosen_BM = order_BR[:, :num_predict]
     return ids_removed.gather(1, chosen_BM).sort(dim=1).values
 
@@ -192,8 +220,21 @@ def predicted_ids(
 class Pattern(Protocol):
     """A rule for where the visible patches lie; the Configs in `mask_patterns` are patterns."""
 
-    def visible_ids(self, sample_ids_B: Tensor, grid: tuple[int, int], num_keep: int, seed: int) -> Tensor:
+    def visible_ids(
+        self,
+        sample_ids_B: Tensor,
+        grid: tuple[int, int],
+        num_keep: int,
+        seed: int,
+        base_grid: tuple[int, int],
+    ) -> Tensor:
         """Ids of the visible patches of a grid of (h, w), int64 (B, K), ascending in each row."""
+
+    def blocks(self, grid: tuple[int, int], base_grid: tuple[int, int]) -> tuple[int, int] | None:
+        """Blocks per axis that the patches to predict are drawn by; None draws each alone."""
+
+    def check(self, grid: tuple[int, int], base_grid: tuple[int, int], num_keep: int, where: str) -> None:
+        """Raise a UserError if the pattern does not suit a grid; `where` names its bandwidth."""
 
 
 class Mask(NamedTuple):
@@ -217,6 +258,8 @@ class Masker:
     seed: int
     min_valid: float = 0.0
     """Share of a patch's pixels that must have data, and one at least; see `data.min_valid`."""
+    base_grid: tuple[int, int] | None = None
+    """(H, W) patches at full resolution, for patterns that follow the scene; None takes each grid for it."""
 
     def mask_ratio(self, progress: float) -> float:
         """The share of patches to remove when a share `progress`, in [0, 1], of the compute is spent."""
@@ -239,9 +282,12 @@ class Masker:
         )
 
     def check(self, bandwidth: tuple[int, int], span: tuple[float, float]) -> None:
-        """Raise a UserError if the counts at a bandwidth are impossible at an end of a span of progress."""
+        """Raise a UserError if the masks at a bandwidth are impossible at an end of a span of progress."""
+        grid = grid_of(bandwidth, self.patch_size)
+        where = f"bandwidth {show_size(bandwidth)} ({grid[0]}x{grid[1]} patches)"
         for progress in span:
-            self.counts(bandwidth, progress)
+            num_keep = self.counts(bandwidth, progress).num_keep
+            self.pattern.check(grid, self.base_grid or grid, num_keep, where)
 
     def __call__(
         self,
@@ -305,13 +351,17 @@ class Masker:
     ) -> Mask:
         num_patches, num_keep, num_predict = counts
         grid = grid_of(bandwidth, self.patch_size)
-        ids_keep = self.pattern.visible_ids(sample_ids_B, grid, num_keep, self.seed)
+        base = self.base_grid or grid
+        ids_keep = self.pattern.visible_ids(sample_ids_B, grid, num_keep, self.seed, base)
         has_data_BN = None if valid is None else self._has_data(valid)
         if has_data_BN is not None:
             ids_keep = with_data_first(ids_keep, sample_ids_B, has_data_BN, self.seed)
         ids_removed = removed_ids(ids_keep, num_patches)
+        ranks_BN, blocks = None, self.pattern.blocks(grid, base)
+        if blocks is not None and num_predict < num_patches - num_keep:
+            ranks_BN = block_ranks(sample_ids_B, grid, blocks, self.seed, "predict-blocks")
         ids_predict = predicted_ids(
-            sample_ids_B, ids_removed, num_predict, num_patches, self.seed, has_data_BN
+            sample_ids_B, ids_removed, num_predict, num_patches, self.seed, has_data_BN, ranks_BN
         )
         return Mask(ids_keep, ids_predict)
 

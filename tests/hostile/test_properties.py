@@ -22,7 +22,12 @@ from etpp_ssl.data.formats import open_picture
 from etpp_ssl.data.formats.base import Reading
 from etpp_ssl.data.formats.pictures import DecodedPicture
 from etpp_ssl.data.views import EvalView, covering_size, random_crop_box
-from etpp_ssl.model.mask_patterns import BlockMaskingConfig, GridMaskingConfig, UniformMaskingConfig
+from etpp_ssl.model.mask_patterns import (
+    AlignedMaskingConfig,
+    BlockMaskingConfig,
+    GridMaskingConfig,
+    UniformMaskingConfig,
+)
 from etpp_ssl.model.masking import Masker, num_visible
 from etpp_ssl.model.patches import gather_patches, patchify, unpatchify
 from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_pos_embed, sincos_table
@@ -33,13 +38,22 @@ grids = st.tuples(st.integers(1, 13), st.integers(1, 13))
 patches = st.tuples(st.integers(1, 6), st.integers(1, 6))
 
 
-@pytest.mark.parametrize("pattern", [UniformMaskingConfig(), BlockMaskingConfig(), GridMaskingConfig()])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        UniformMaskingConfig(),
+        BlockMaskingConfig(),
+        AlignedMaskingConfig(block=3),
+        AlignedMaskingConfig(block=2, unit="scene"),
+        GridMaskingConfig(),
+    ],
+)
 @given(grids, patches, st.floats(0.02, 0.98), st.floats(0.02, 0.98), st.integers(0, 2**62))
 @bounded
 def test_every_pattern_splits_any_grid_exactly(
     pattern: object, grid: tuple[int, int], patch: tuple[int, int], ratio: float, predict: float, first: int
 ) -> None:
-    masker = Masker(pattern, ratio, predict, patch, seed=3)  # type: ignore[arg-type]
+    masker = Masker(pattern, ratio, predict, patch, seed=3, base_grid=(8, 12))  # type: ignore[arg-type]
     bandwidth, num_patches = (grid[0] * patch[0], grid[1] * patch[1]), grid[0] * grid[1]
     positions = torch.arange(first, first + 3)
     try:
