@@ -310,9 +310,12 @@ def probe(
     """Evaluate an encoder as it stands: a run's, or with a recipe the weights of init=FILE-or-RUN."""
     from etpp_ssl.commands.probe import probe_run
     from etpp_ssl.recipe import load_probed
+    from etpp_ssl.weights.from_init import with_network_of_init
 
     with stops("probe"):
-        probe_run(load_probed(recipe, overrides or ()), recipe, say, untrained=untrained)
+        probe_run(
+            load_probed(recipe, overrides or (), with_network_of_init), recipe, say, untrained=untrained
+        )
 
 
 @app.command()
