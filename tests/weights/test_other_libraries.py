@@ -135,6 +135,12 @@ def test_transformers_features_from_its_folder_alone(example: str, tmp_path: Pat
         opened = etpp_ssl.load(tmp_path, device="cpu").model
         torch.testing.assert_close(opened.forward_features(images), expected, rtol=1e-5, atol=1e-5)
     assert not isinstance(maskable(model.encoder), str)
+    if example != "dinov2_giant":
+        files, memory = (
+            recognise(s).tensors for s in (read_init(str(tmp_path), print).tensors, theirs.state_dict())
+        )
+        assert all(torch.equal(value, memory[name]) for name, value in files.items())
+        assert files.keys() == memory.keys()
     assert "an encoder without decoder in the names of transformers'" in said[0]
     assert "the decoder is initialised anew: init has none" in said
 
