@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -363,9 +365,12 @@ def probe(
     """Evaluate an encoder as it stands: a run's, or with a recipe the weights of init=FILE-or-RUN."""
     from etpp_ssl.commands.probe import probe_run
     from etpp_ssl.recipe import load_probed
+    from etpp_ssl.weights.from_init import with_network_of_init
 
     with stops("probe"):
-        probe_run(load_probed(recipe, overrides or ()), recipe, say, untrained=untrained)
+        probe_run(
+            load_probed(recipe, overrides or (), with_network_of_init), recipe, say, untrained=untrained
+        )
 
 
 @app.command()
@@ -418,7 +423,9 @@ def embed(
 @app.command()
 def export(
     run: RunArgument,
-    to: Annotated[Literal["timm", "mae", "transformers"], typer.Option(help="Format.")] = "timm",
+    to: Annotated[
+        Literal["timm", "mae", "transformers", "dinov3", "pixio"], typer.Option(help="Format.")
+    ] = "timm",
     out: Annotated[Path | None, typer.Option(help="Folder to write; by default RUN/export/<format>.")] = None,
     pool: Annotated[
         Pool | None, typer.Option(help="Pooling of an encoder exported to timm; by default its own.")
@@ -429,15 +436,20 @@ def export(
 ) -> None:
     """Write a run's weights as a folder that timm, the original MAE code or transformers loads."""
     only_main_process()
-    from etpp_ssl.export import official, timm
+    from etpp_ssl.export import encoder_only, official, timm
 
     if pool is not None and to != "timm":
         raise UserError(f"--pool {pool} is for --to timm; a folder of {to} gives all tokens")
     if to == "timm":
         folder = timm.export(run, out, pool=pool, license_name=license, say=say)
     else:
-        write = official.export_mae if to == "mae" else official.export_transformers
-        folder = write(run, out, license_name=license, say=say)
+        writers: dict[str, Callable[..., Path]] = {
+            "mae": official.export_mae,
+            "transformers": official.export_transformers,
+            "dinov3": partial(encoder_only.export, encoder_only.DINOV3),
+            "pixio": partial(encoder_only.export, encoder_only.PIXIO),
+        }
+        folder = writers[to](run, out, license_name=license, say=say)
     print(f"{to}: {folder}")
     if to == "timm":
         say(f'in Python: timm.create_model("local-dir:{folder}", pretrained=True)')

@@ -381,11 +381,13 @@ class ProbedClassifier(FinetuneRecipe):
         return cls._with_network(text)
 
 
-def load_probed(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | ProbedClassifier:
+def load_probed(
+    source: str | Path, overrides: Sequence[str] = (), adapt: Adapt | None = None
+) -> Recipe | ProbedClassifier:
     """Read a recipe of whatever task whose overrides may name a probe; see `RunRecipe.load`."""
     text = RecipeText.read(source, overrides)
     kind: type[Recipe] | type[ProbedClassifier] = ProbedClassifier if task_of(text) == "finetune" else Recipe
-    return kind.of_text(text)
+    return kind.of_text(text if adapt is None else adapt(text, kind))
 
 
 def load_any(

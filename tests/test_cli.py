@@ -174,7 +174,8 @@ def test_the_way_from_recipe_to_export(
     [
         ("export", "missing argument 'RUN'; see etpp export -h"),
         ("export x --to onnx",
-         "invalid value for '--to': 'onnx' is not one of 'timm', 'mae', 'transformers'; see etpp export -h"),
+         "invalid value for '--to': 'onnx' is not one of 'timm', 'mae', 'transformers', 'dinov3', 'pixio'; "
+         "see etpp export -h"),
         ("embed x --split test", "invalid value for '--split': 'test' is not one of 'train', 'eval'; "
          "see etpp embed -h"),
         ("export x --to", "option '--to' requires an argument; see etpp"),

@@ -33,7 +33,12 @@ Target = PixelsConfig | HogConfig | CombinedConfig
 
 
 def read_autoencoder(
-    run_dir: str | Path, out: str | Path | None, target: str, marker: str, say: Callable[[str], None]
+    run_dir: str | Path,
+    out: str | Path | None,
+    target: str,
+    marker: str,
+    say: Callable[[str], None],
+    check: Callable[[MaskedAutoencoder, str], None] | None = None,
 ) -> tuple[RunFolder, Recipe, Checkpoint, MaskedAutoencoder, Path]:
     """A run, its recipe, its newest whole checkpoint, the model with its weights on the CPU, and the place.
 
@@ -41,10 +46,11 @@ def read_autoencoder(
         run_dir: the run.
         out, target, marker: see `export_folder`.
         say: told of damaged checkpoints that are passed over.
+        check: refuses what the format cannot hold; None refuses what is not MAE's encoder.
 
     Raises:
         UserError: if there is no run or no checkpoint, the run trains a classifier, `out` holds something
-            else, or the encoder is not MAE's.
+            else, or the format cannot hold the encoder.
     """
     run = RunFolder(run_dir)
     recipe = run.any_recipe()
@@ -54,7 +60,7 @@ def read_autoencoder(
     model = freshly_initialised(recipe.seed, recipe.build_model)
     load_trained(model, checkpoint)
     folder = export_folder(run, out, target, marker)
-    _require_plain_encoder(model, target)
+    (check or _require_plain_encoder)(model, target)
     return run, recipe, checkpoint, model, folder
 
 

@@ -1,7 +1,7 @@
 """Names of tensors in the layouts of others, as rules that turn them into timm's.
 
-transformers' names are those of files, on the hub and as every version of it saves them; a model in memory
-has others since its version 5.
+transformers' names are those of files, on the hub and as every version of it saves them, and those that a
+model in memory has since its version 5 (but for DINOv2's SwiGLU, which it splits there).
 
 Legend: N patches, P prefix tokens, D encoder width, E decoder width, C channels, p, q patch size.
 """
@@ -43,14 +43,21 @@ Tensors = dict[str, Tensor]
 Rules = tuple[tuple[str, str], ...]
 """Patterns and what takes their place, applied one after the other."""
 
+_PROJECTIONS: Rules = (
+    (r"\.(?:attention|self_attn)\.q_proj\.", ".attn.query."),
+    (r"\.(?:attention|self_attn)\.k_proj\.", ".attn.key."),
+    (r"\.(?:attention|self_attn)\.v_proj\.", ".attn.value."),
+    (r"\.(?:attention\.o_proj|self_attn\.out_proj)\.", ".attn.proj."),
+)
 _VIT: Rules = (
     (r"^vit\.", ""),
     # transformers 5.23 saves the decoder's blocks as decoder_encoder.layer.
     (r"^decoder\.decoder_(?:layers|encoder\.layer)\.", "decoder_blocks."),
     (r"^decoder\.", ""),
-    (r"^encoder\.layer\.", "blocks."),
+    (r"^(?:encoder\.layer|layers)\.", "blocks."),
     (r"^embeddings\.(register_tokens|mask_token)$", r"\1"),
     (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
+    *_PROJECTIONS,
     (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
     (r"\.mlp\.weights_in\.", ".mlp.fc1."),
     (r"\.mlp\.weights_out\.", ".mlp.fc2."),
@@ -62,11 +69,8 @@ _DINOV3: Rules = (
     (r"^embeddings\.register_tokens$", "reg_token"),
     (r"^embeddings\.patch_embeddings\.", "patch_embed.proj."),
     (r"^embeddings\.", ""),
-    (r"^layer\.", "blocks."),
-    (r"\.attention\.q_proj\.", ".attn.query."),
-    (r"\.attention\.k_proj\.", ".attn.key."),
-    (r"\.attention\.v_proj\.", ".attn.value."),
-    (r"\.attention\.o_proj\.", ".attn.proj."),
+    (r"^(?:model\.)?layer\.", "blocks."),
+    *_PROJECTIONS,
     (r"\.layer_scale(\d)\.lambda1$", r".gamma_\1"),
 )
 _GATED: Rules = (
@@ -83,10 +87,7 @@ _TOWER: Rules = (
     (r"^post_layernorm\.", "norm."),
     (r"^encoder\.layers\.", "blocks."),
     (r"\.layer_norm(\d)\.", r".norm\1."),
-    (r"\.self_attn\.q_proj\.", ".attn.query."),
-    (r"\.self_attn\.k_proj\.", ".attn.key."),
-    (r"\.self_attn\.v_proj\.", ".attn.value."),
-    (r"\.self_attn\.out_proj\.", ".attn.proj."),
+    *_PROJECTIONS,
 )
 _OPEN_CLIP: Rules = (
     (r"^class_embedding$", "cls_token"),

@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import Tensor
 
+import etpp_ssl
 from etpp_ssl.config import UserError
 from etpp_ssl.dist.sharding import unit_names
 from etpp_ssl.evaluation.feature_maps import tokens_of
@@ -149,6 +150,23 @@ def test_masked_pixels_have_no_influence_and_every_parameter_a_gradient(example:
 
 
 @every_encoder
+def test_recomputed_blocks_change_no_gradient_and_autocast_little(example: str) -> None:
+    gradients = []
+    images, ids_keep = images_on((3, 5)), torch.tensor([[0, 4, 11], [2, 3, 14]])
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        config = config_of(example, grad_checkpointing=checkpointing)
+        model = config.build(image_size=SIZE, in_chans=3, num_values=48).train()
+        values = model(images, ids_keep).values_BMV
+        trained = [p for p in model.parameters() if p.requires_grad]
+        gradients.append(torch.autograd.grad(values.square().mean(), trained))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = model(images, ids_keep).values_BMV
+    assert (rough.float() - values).square().mean() < 0.02 * values.square().mean()
+
+
+@every_encoder
 def test_its_layers_are_known_and_its_blocks_are_the_units_of_fsdp(example: str) -> None:
     encoder = build(example)
     layers, top = layer_ids(encoder.net)
@@ -184,6 +202,7 @@ def test_a_run_resumes_to_the_same_bits_plans_and_exports_what_timm_opens(
     with torch.inference_mode():
         images = torch.randn(2, 3, *SIZE)
         assert torch.equal(opened(images), whole.bare_model.eval().encoder(images))
+        assert torch.equal(etpp_ssl.load(whole.folder.path, device="cpu").model(images), opened(images))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from etpp_ssl.commands.probe import probe_run
 from etpp_ssl.config import UserError
 from etpp_ssl.evaluation.features import Embeddings, Features, write_embeddings
 from etpp_ssl.evaluation.training import ProbeState
-from etpp_ssl.export import official, timm
+from etpp_ssl.export import encoder_only, official, timm
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.recipe_base import RunRecipe
 from etpp_ssl.report.confusion import write_evaluation
@@ -82,6 +82,9 @@ def _recipe(runs: Runs, out: Path) -> None:
 WRITERS: dict[str, Callable[[Runs, Path], Any]] = {
     "export to timm": lambda runs, out: timm.export(runs.encoder, out, say=_quiet),
     "export to mae": lambda runs, out: official.export_mae(runs.encoder, out, say=_quiet),
+    "export to pixio": lambda runs, out: encoder_only.export(
+        encoder_only.PIXIO, runs.encoder, out, say=_quiet
+    ),
     "export to transformers": lambda runs, out: official.export_transformers(runs.encoder, out, say=_quiet),
     "export of a classifier": lambda runs, out: timm.export(runs.classifier, out, say=_quiet),
     "report": lambda runs, out: page_module.write_report([runs.encoder], out / "page.html", say=_quiet),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError
-from etpp_ssl.model import encoders as vit
+from etpp_ssl.model.encoders import build
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 
 
@@ -89,12 +89,12 @@ def test_learned_positions_are_trained_from_small_noise() -> None:
 
 
 def test_a_model_without_absolute_positions_gets_a_sentence() -> None:
-    with pytest.raises(UserError, match="has no absolute position embedding"):
-        vit.build_encoder("vit_tiny_patch16_224", {"pos_embed": "none", "depth": 1})
+    with pytest.raises(UserError, match="has no position embedding to train with"):
+        build.build_encoder("vit_tiny_patch16_224", {"pos_embed": "none", "depth": 1})
 
 
 def test_the_weights_follow_from_the_seed_whether_or_not_timm_was_asked_before() -> None:
-    vit._named_model.cache_clear()
+    build._named_model.cache_clear()
     cold, warm, other = make_model(), make_model(), make_model(seed=1)
     for (name, first), second in zip(cold.named_parameters(), warm.parameters(), strict=True):
         assert torch.equal(first, second), name

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from published_layouts import StateDict, plain_tokens, published_encoder
+from published_layouts import StateDict, plain_tokens, published_encoder, published_mae
 from timm.models.eva import checkpoint_filter_fn as eva_filter
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ from torch.nn import functional as F
 import etpp_ssl
 from etpp_ssl.model.encoders import maskable
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
-from etpp_ssl.weights.architecture import Architecture, architecture_of
-from etpp_ssl.weights.layouts import recognise
-from etpp_ssl.weights.loading import load_init, read_init
+from etpp_ssl.weights.architecture import Architecture, architecture_of, licence_of
+from etpp_ssl.weights.layouts import in_timm_names, recognise
+from etpp_ssl.weights.loading import load_classifier_init, load_init, read_init
 
 DIMS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDE = {**DIMS, "intermediate_size": 96}
@@ -135,6 +135,12 @@ def test_transformers_features_from_its_folder_alone(example: str, tmp_path: Pat
         opened = etpp_ssl.load(tmp_path, device="cpu").model
         torch.testing.assert_close(opened.forward_features(images), expected, rtol=1e-5, atol=1e-5)
     assert not isinstance(maskable(model.encoder), str)
+    if example != "dinov2_giant":
+        files, memory = (
+            recognise(s).tensors for s in (read_init(str(tmp_path), print).tensors, theirs.state_dict())
+        )
+        assert all(torch.equal(value, memory[name]) for name, value in files.items())
+        assert files.keys() == memory.keys()
     assert "an encoder without decoder in the names of transformers'" in said[0]
     assert "the decoder is initialised anew: init has none" in said
 
@@ -238,3 +244,51 @@ def test_open_clips_tower_is_timms(tmp_path: Path) -> None:
     with torch.inference_mode():
         ours = model.encoder.forward_features(images_of(32))
         torch.testing.assert_close(ours, theirs.forward_features(images_of(32)), rtol=1e-5, atol=1e-5)
+
+
+def test_pixios_own_file_has_eight_class_tokens(tmp_path: Path) -> None:
+    state = published_mae(decoder_width=16)
+    positions = torch.randn(1, 8 + 16, 64)
+    state |= {"cls_token": torch.randn(1, 8, 64), "pos_embed": positions}
+    state["decoder_pos_embed"] = torch.randn(1, 8 + 16, 16)
+    torch.save({"model": state}, tmp_path / "w.pth")
+    model, architecture, said = started(tmp_path / "w.pth", 16)
+    assert (architecture.family, architecture.dims["reg_tokens"], architecture.grid) == ("Pixio", 7, (4, 4))
+    assert "its decoder's positions are not a sin-cos table; they are replaced by one" in said
+    tokens = torch.cat([model.encoder.cls_token, model.encoder.reg_token], dim=1)
+    assert torch.equal(tokens, state["cls_token"])
+    assert torch.equal(model.encoder.pos_embed, positions)
+    assert torch.equal(model.decoder.mask_token, state["mask_token"])
+
+
+def test_a_classifier_starts_from_transformers_dinov3(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    theirs = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**THEIRS["dinov3"][1]))
+    shaken(theirs).save_pretrained(tmp_path)
+    dims = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 1.5}
+    net = timm.create_model(
+        "vit_small_patch16_dinov3_qkvb", **dims, num_reg_tokens=3, num_classes=5, global_pool="token"
+    ).eval()
+    said: list[str] = []
+    licence = load_classifier_init(net, str(tmp_path), said.append)
+    assert "DINOv3 License" in (licence or "")
+    assert "the head is initialised anew: init has none" in said
+    with torch.inference_mode():
+        expected = theirs(images_of(32)).pooler_output
+        features = net.forward_head(net.forward_features(images_of(32)), pre_logits=True)
+        torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (published_mae(), "MAE's. Those that Meta published are under CC BY-NC 4.0"),
+        (published_encoder(), "CC BY-NC 4.0"),
+        (published_encoder(learned=True), None),
+        ({**published_encoder(learned=True), "cls_token": torch.zeros(1, 8, 64)}, "Pixio's. Those that Meta"),
+    ],
+)
+def test_the_licence_that_tensors_hint_at(state: StateDict, words: str | None) -> None:
+    for weights in (recognise(state), in_timm_names(state)):
+        found = licence_of(weights)
+        assert found is None if words is None else words in (found or "")

@@ -156,7 +156,9 @@ def build_encoder(
     import timm
 
     net: Any = timm.create_model(architecture, pretrained=False, **args)
-    encoder = encoder_of(net)
+    encoder = maskable(net)
+    if isinstance(encoder, str):
+        raise UserError(f"model.name {architecture} {encoder}")
     net.apply(init_linear)
     projection = net.patch_embed.proj
     # MAE initialises the projection as a linear layer.
