@@ -209,7 +209,7 @@ def predicted_ids(
     if ranks_BN is None and has_data_BN is None:
         order_BR = words_BR.argsort(dim=1)
     else:
-        groups_BR = 0 if ranks_BN is None else ranks_BN.gather(1, ids_removed)
+        groups_BR = torch.zeros_like(words_BR) if ranks_BN is None else ranks_BN.gather(1, ids_removed)
         if has_data_BN is not None:
             groups_BR = groups_BR + _LAST * ~has_data_BN.gather(1, ids_removed)
         order_BR = in_order(groups_BR, words_BR)
