@@ -25,6 +25,7 @@ from etpp_ssl.encoder import Encoder
 from etpp_ssl.evaluation.features import Precision
 from etpp_ssl.files import read_text
 from etpp_ssl.messages import close_names, shown, shown_text
+from etpp_ssl.model.class_tokens import pool_class_tokens
 from etpp_ssl.model.encoders import encoder_of, is_maskable
 from etpp_ssl.model.mask_patterns import UniformMaskingConfig
 from etpp_ssl.model.masking import Masker
@@ -167,6 +168,7 @@ def _classifier(recipe: FinetuneRecipe, checkpoint: Checkpoint) -> tuple[nn.Modu
     classes = checkpoint.classes() or None
     architecture, args = recipe.model.timm_args(recipe.size, recipe.in_chans, recipe.num_classes(classes))
     net = freshly_initialised(recipe.seed, lambda: build_net(architecture, args))
+    pool_class_tokens(net, recipe.model.class_tokens)
     # In checkpoints its tensors are those of a `Classifier`, named net.*.
     load_trained(nn.ModuleDict({"net": net}), checkpoint)
     return net, classes
@@ -251,6 +253,7 @@ def _of_timms_export(file: Path, config: dict[str, Any]) -> Encoder:
         args.setdefault("in_chans", described["input_size"][0])
     tensors, name = read_state_dict(file), str(config["architecture"])
     net = _new_net(name, pretrained_cfg=described, **args)
+    pool_class_tokens(net, config.get("class_tokens"))
     net.load_state_dict(load_weights(net.state_dict(), tensors, repr(str(file))))
     origin, values = f"export {str(file.parent)!r}", config.get("values", {})
     return _described_by_timm(net, origin, classes=config.get("label_names"), values=values)

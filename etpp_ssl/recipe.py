@@ -130,6 +130,7 @@ class Recipe(RunRecipe):
             image_size=self.size,
             in_chans=self.in_chans,
             num_values=self.build_objective().num_values,
+            seed=self.seed,
         )
 
 

@@ -153,6 +153,8 @@ def reason_without_decoder(model: MaskedAutoencoder, target: Target) -> str | No
     """
     if type(model.decoder) is not MAEDecoder:
         return f"a {type(model.decoder).__name__} is not MAE's"
+    if model.decoder.pos_embed is not None:
+        return "its positions are learned, and those of other formats are a fixed table"
     if pixels_predicted(target) is None:
         pixels = math.prod(model.patch_size) * in_chans(model)
         values = model.decoder.head.out_features

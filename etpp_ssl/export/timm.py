@@ -13,6 +13,7 @@ from etpp_ssl.config import UserError
 from etpp_ssl.export.card import CLASSIFIER_TASK, ENCODER_TASK, final_norm, model_card
 from etpp_ssl.export.folder import CARD_FILE, contiguous, export_folder, for_encoders_only
 from etpp_ssl.files import replaced, save_tensors, write_json
+from etpp_ssl.model.class_tokens import num_class_tokens
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe
 from etpp_ssl.run_folder import MODEL_FILE, RunFolder
@@ -80,6 +81,12 @@ def export(
         classifier = freshly_initialised(recipe.seed, lambda: recipe.build_model(num_classes))
         load_trained(classifier, checkpoint)
         net: Any = classifier.net
+        if num_class_tokens(net) > 1 and net.global_pool == "token":
+            raise UserError(
+                f"the classifier reads the mean of {num_class_tokens(net)} class tokens, which stock timm "
+                f"cannot pool; etpp_ssl.load and etpp evaluate read the run, and model.global_pool=avg "
+                f"trains a classifier that timm has"
+            )
         architecture, args = recipe.model.timm_args(recipe.size, recipe.in_chans, num_classes)
         which = "their moving average" if checkpoint.has_average else "those of the last step"
         contents = f"The weights are {which}."
@@ -94,6 +101,15 @@ def export(
         architecture, args = recipe.model.encoder_args(recipe.size, recipe.in_chans)
         args = {**args, "global_pool": pool or net.global_pool}
         contents = "It has no classifier. The decoder of pre-training is not part of it."
+        number = num_class_tokens(net)
+        if number > 1:
+            feature = f"model.forward_features(images)[:, :{number}].mean(dim=1)"
+            contents += (
+                f" It has {number} class tokens, in timm's names `cls_token` and the first {number - 1} of "
+                f"`reg_token`. Their mean is the feature of an image: `{feature}`, as `etpp_ssl.load` "
+                f"gives it; timm's own `token` pooling takes the first alone."
+            )
+            say(f"of {number} class tokens timm pools the first alone; their mean is {feature}")
     module = module_to_import(architecture)
     if module is not None:
         say(f"timm has no {architecture}: `import {module}` before timm.create_model")
@@ -156,6 +172,8 @@ def timm_config(
         "global_pool": args.get("global_pool", own_pool),
         **({"label_names": list(classes)} if classes else {}),
         **({"values": dict(values)} if values else {}),
+        # For `etpp_ssl.load`, as the values; timm takes them for registers.
+        **({"class_tokens": num_class_tokens(net)} if num_class_tokens(net) > 1 else {}),
         # transformers passes the number of classes beside these, and takes no argument twice.
         "model_args": {key: value for key, value in args.items() if key != "num_classes"},
         "pretrained_cfg": {

@@ -176,11 +176,13 @@ class ClassifierConfig(EncoderConfig):
         Raises:
             UserError: as `timm_args` and, for the full resolution, `check`.
         """
+        from etpp_ssl.model.class_tokens import pool_class_tokens
         from etpp_ssl.model.timm_net import build_net, meta_net, use_attention
 
         self.check(image_size=image_size, in_chans=in_chans, bandwidths=())
         built_by = self.timm_args(image_size, in_chans, num_classes)
         net = build_net(*built_by)
+        pool_class_tokens(net, self.class_tokens)
         use_attention(net, self.attention)
         if self.head_init_std is not None:
             self._init_head(net, self.head_init_std)
@@ -219,7 +221,8 @@ class ClassifierConfig(EncoderConfig):
 
     def _dims(self, image_size: tuple[int, int], in_chans: int) -> tuple[str, dict[str, Any]]:
         """The architecture, and the arguments of a ViT's dimensions."""
-        from etpp_ssl.model.timm_net import dimension_names, is_vit
+        from etpp_ssl.model.class_tokens import with_class_tokens
+        from etpp_ssl.model.timm_net import dimension_names, is_vit, named_net
 
         given = self.given_dims()
         patch = given.get("patch_size")
@@ -249,6 +252,8 @@ class ClassifierConfig(EncoderConfig):
                 raise UserError(
                     f"model.patch_size {show_size(patch)} does not divide image_size {show_size(image_size)}"
                 )
+        if "class_tokens" in given:
+            given = with_class_tokens(given, named_net(self.name), self.name)
         return self.name, {dimension_names(self.name).get(key, key): value for key, value in given.items()}
 
     def _init_head(self, net: nn.Module, std: float) -> None:
@@ -337,7 +342,6 @@ class Classifier(nn.Module):
             sample_ids_B = sample_ids_B.to(images_BCHW.device)
         keys.set_sample_ids(sample_ids_B)
         logits: Tensor = self.net(images_BCHW)
-        if self.grad_checkpointing and logits.requires_grad:
-            # The backward pass recomputes blocks, maybe after another forward pass.
-            logits.register_hook(lambda _: keys.set_sample_ids(sample_ids_B))
+        if self.grad_checkpointing:
+            keys.keep_for_backward(logits, sample_ids_B)
         return logits

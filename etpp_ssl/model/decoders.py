@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from etpp_ssl.config import Config, UserError
 from etpp_ssl.model.attention import BlockRunner, CrossAttention
 from etpp_ssl.model.encoders import init_linear
-from etpp_ssl.model.pos_embed import sincos_on
+from etpp_ssl.model.pos_embed import resampled_pos_embed, sincos_on
 
 MLP_RATIO = 4
 """Of CrossMAE's blocks."""
@@ -46,6 +46,8 @@ class Decoder(nn.Module):
     blocks: nn.ModuleList
     reads_blocks = False
     """Whether `forward` takes the encoder's block outputs instead of its final output."""
+    places_prefix = False
+    """Whether learned positions have rows for the prefix tokens."""
 
     def __init__(
         self,
@@ -60,6 +62,12 @@ class Decoder(nn.Module):
         self.run = BlockRunner()
         self.num_prefix, self.base_grid = num_prefix, base_grid
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
+        self.pos_embed: nn.Parameter | None = None
+        self.num_placed = num_prefix if self.places_prefix else 0
+        if config.pos_embed == "learned":
+            num_positions = self.num_placed + base_grid[0] * base_grid[1]
+            self.pos_embed = nn.Parameter(torch.zeros(1, num_positions, config.embed_dim))
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.add_blocks(config, encoder_dim, encoder_depth)
         self.norm = layer_norm(config.embed_dim)
         self.head = nn.Linear(config.embed_dim, num_values)
@@ -71,13 +79,19 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The sin-cos table of a grid of (h, w) patches, (N, E), of the parameters' type."""
+        """The positions on a grid of (h, w) patches, (N, E), of the parameters' type."""
+        if self.pos_embed is not None:
+            return resampled_pos_embed(self.pos_embed, grid, self.base_grid, self.num_placed)[
+                0, self.num_placed :
+            ]
         width, device = self.mask_token.shape[-1], self.mask_token.device
         return sincos_on(device, grid, self.base_grid, width).to(self.mask_token.dtype)
 
 
 class MAEDecoder(Decoder):
-    """Predict the masked patches from the visible ones. Prefix tokens carry no position."""
+    """Predict the masked patches from the visible ones. Prefix tokens carry learned positions only."""
+
+    places_prefix = True
 
     def add_blocks(self, config: MAEDecoderConfig, encoder_dim: int, encoder_depth: int) -> None:
         """A small ViT's blocks behind a projection of the encoder's output."""
@@ -109,7 +123,10 @@ class MAEDecoder(Decoder):
         tokens = self.embed(tokens)
         visible = tokens[:, self.num_prefix :] + position_NE[ids_keep]
         masked = self.mask_token + position_NE[ids_predict]
-        tokens = torch.cat([tokens[:, : self.num_prefix], visible, masked.to(visible.dtype)], dim=1)
+        prefix = tokens[:, : self.num_prefix]
+        if self.pos_embed is not None:
+            prefix = prefix + self.pos_embed[:, : self.num_prefix]
+        tokens = torch.cat([prefix, visible, masked.to(visible.dtype)], dim=1)
         for block in self.blocks:
             tokens = self.run(block, tokens)
         prediction: Tensor = self.head(self.norm(tokens[:, tokens.shape[1] - num_masked :]))
@@ -219,6 +236,8 @@ class DecoderKeys(Config):
     """Number of blocks."""
     num_heads: int = Field(default=16, ge=1)
     """Heads per block, a divisor of `embed_dim`."""
+    pos_embed: Literal["sincos", "learned"] = "sincos"
+    """`sincos`: MAE's fixed table. `learned`: a parameter, initialised at random (Pixio)."""
 
     @property
     def reads_blocks(self) -> bool:
@@ -244,7 +263,7 @@ class DecoderKeys(Config):
                 f"model.decoder.num_heads {self.num_heads} does not divide "
                 f"model.decoder.embed_dim {self.embed_dim}"
             )
-        if self.embed_dim % 4:
+        if self.pos_embed == "sincos" and self.embed_dim % 4:
             raise UserError(
                 f"model.decoder.embed_dim {self.embed_dim} is not a multiple of 4 (sin-cos positions)"
             )

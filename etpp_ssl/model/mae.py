@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
 
 from etpp_ssl.config import UserError, as_pair, legal_size, may_change
@@ -67,6 +67,8 @@ class ModelConfig(EncoderConfig):
         Discriminator(_ratio_kind),
     ] = 0.75
     """Share of the patches that is removed: a number, or `{start: ..., end: ...}`, linear over compute."""
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    """Rate of the encoder's last block in pre-training; from block to block it grows linearly from 0."""
     masking: Annotated[AnyMasking, Field(discriminator="name")] = UniformMaskingConfig()
     """Which patches are removed: `uniform`, `block`, `aligned` or `grid`."""
     grad_checkpointing: bool = False
@@ -84,6 +86,15 @@ class ModelConfig(EncoderConfig):
     @classmethod
     def _legal_grid(cls, grid: tuple[int, int] | None) -> tuple[int, int] | None:
         return None if grid is None else as_pair(legal_size(grid))
+
+    @model_validator(mode="after")
+    def _keyed_draws(self) -> ModelConfig:
+        if self.compiled and self.drop_path:
+            raise ValueError(
+                f"drop_path is {self.drop_path:g} and compiled is true; its draws are keyed by sample, which "
+                f"compiled blocks cannot be: use compiled=false or drop_path=0"
+            )
+        return self
 
     @field_validator("decoder", "masking", mode="before")
     @classmethod
@@ -156,21 +167,29 @@ class ModelConfig(EncoderConfig):
         patch = self.encoder_args(image_size, in_chans)[1]["patch_size"]
         return as_pair(patch if isinstance(patch, int) else tuple(patch))
 
-    def build(self, *, image_size: tuple[int, int], in_chans: int, num_values: int) -> MaskedAutoencoder:
+    def build(
+        self, *, image_size: tuple[int, int], in_chans: int, num_values: int, seed: int = 0
+    ) -> MaskedAutoencoder:
         """The model, freshly initialised from torch's global generator.
 
         Args:
             image_size: (H, W) at full resolution.
             in_chans: C.
             num_values: V, numbers that the target asks for per patch.
+            seed: the run's seed, for the drop-path draws alone.
         """
+        from etpp_ssl.model.class_tokens import pool_class_tokens
+
         architecture, args = self.encoder_args(image_size, in_chans)
+        if self.drop_path:
+            args = {**args, "drop_path_rate": self.drop_path}
         encoder = build_encoder(
             architecture, args, pos_embed=self.pos_embed, position_grid=self.position_grid
         )
-        return self.around(encoder, num_values)
+        pool_class_tokens(encoder, self.class_tokens)
+        return self.around(encoder, num_values, seed)
 
-    def around(self, encoder: Any, num_values: int) -> MaskedAutoencoder:
+    def around(self, encoder: Any, num_values: int, seed: int = 0) -> MaskedAutoencoder:
         """The model around an encoder of its own, for V values per patch, with a new decoder; see `build`."""
         from etpp_ssl.model.timm_net import use_attention
 
@@ -188,6 +207,7 @@ class ModelConfig(EncoderConfig):
             mask_ratio=self.final_mask_ratio,
             fixed_positions=self.pos_embed == "sincos",
             position_grid=position_grid,
+            seed=seed,
         )
         use_attention(model, self.attention)
         model.run_blocks_by(BlockRunner(self.grad_checkpointing, self.compiled))
@@ -205,6 +225,7 @@ class MaskedAutoencoder(nn.Module):
         fixed_positions: evaluate sin-cos positions at the patch centres of other grids, instead of
             resampling the encoder's `pos_embed`.
         position_grid: patches per axis in whose units they count; None is the encoder's own grid.
+        seed: the run's seed, for the draws of the encoder's drop-path.
     """
 
     def __init__(
@@ -215,7 +236,10 @@ class MaskedAutoencoder(nn.Module):
         *,
         fixed_positions: bool = True,
         position_grid: tuple[int, int] | None = None,
+        seed: int = 0,
     ) -> None:
+        from etpp_ssl.model.timm_net import key_drop_path
+
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
@@ -223,6 +247,7 @@ class MaskedAutoencoder(nn.Module):
         self.fixed_positions = fixed_positions and encoder.pos_embed is not None
         self.position_grid = position_grid or encoder_of(encoder).grid
         self.run = BlockRunner()
+        self.drop_path_keys = key_drop_path(encoder, seed)
         if decoder.reads_blocks:
             encoder.norm.requires_grad_(False)
 
@@ -246,7 +271,11 @@ class MaskedAutoencoder(nn.Module):
         self.run_blocks_by(replace(self.run, grad_checkpointing=enable))
 
     def forward(
-        self, images: Tensor, ids_keep: Tensor | None = None, ids_predict: Tensor | None = None
+        self,
+        images: Tensor,
+        ids_keep: Tensor | None = None,
+        ids_predict: Tensor | None = None,
+        sample_ids_B: Tensor | None = None,
     ) -> Prediction:
         """Predict masked patches.
 
@@ -256,7 +285,12 @@ class MaskedAutoencoder(nn.Module):
                 draws them uniformly from torch's global generator, at `mask_ratio`.
             ids_predict: int64 (B, M), the patches to predict; None predicts every masked one, in
                 ascending order.
+            sample_ids_B: int64 (B,), the samples' numbers in the run; needed in training with drop-path.
+
+        Raises:
+            UserError: in training with drop-path, without sample numbers.
         """
+        self.drop_path_keys.set_sample_ids(sample_ids_B)
         grid = grid_of((images.shape[-2], images.shape[-1]), self.patch_size)
         num_patches = grid[0] * grid[1]
         if ids_keep is None:
@@ -279,4 +313,6 @@ class MaskedAutoencoder(nn.Module):
             block_outputs=block_outputs if self.decoder.reads_blocks else None,
         )
         values = self.decoder(block_outputs or tokens, ids_keep, ids_predict, grid)
+        if self.run.grad_checkpointing:
+            self.drop_path_keys.keep_for_backward(values, sample_ids_B)
         return Prediction(values, ids_predict)

@@ -69,7 +69,7 @@ def size_switch(architecture: str) -> dict[str, bool]:
 def accepted_arguments(architecture: str) -> frozenset[str]:
     """Names of the arguments that the network's class takes by name."""
     names: set[str] = set()
-    for cls in type(_named(architecture)).__mro__:
+    for cls in type(named_net(architecture)).__mro__:
         if cls is nn.Module:
             break
         names.update(inspect.signature(cls).parameters)
@@ -78,12 +78,12 @@ def accepted_arguments(architecture: str) -> frozenset[str]:
 
 def is_vit(architecture: str) -> bool:
     """Whether it is timm's VisionTransformer or Eva, or derived from one, as the distilled DeiT is."""
-    return transformer_of(_named(architecture)) is not None
+    return transformer_of(named_net(architecture)) is not None
 
 
 def dimension_names(architecture: str) -> dict[str, str]:
     """timm's names of a transformer's dimensions that have others in a recipe; empty for other networks."""
-    encoder = transformer_of(_named(architecture))
+    encoder = transformer_of(named_net(architecture))
     return {} if encoder is None else encoder.other_names
 
 
@@ -192,7 +192,7 @@ class _SeededDraws(TorchDispatchMode):
 
 
 @lru_cache(maxsize=16)
-def _named(architecture: str) -> nn.Module:
+def named_net(architecture: str) -> nn.Module:
     """The network with timm's own arguments, on the meta device."""
     base = architecture.split(".")[0]
     if not timm.is_model(base):
@@ -205,7 +205,7 @@ def _named(architecture: str) -> nn.Module:
 def _would_do(architecture: str) -> bool:
     """Whether a network trains at the size that it was made for, and at the smallest published bandwidth."""
     try:
-        config: Any = _named(architecture).pretrained_cfg
+        config: Any = named_net(architecture).pretrained_cfg
         in_chans, height, width = config["input_size"]
         step = stride(architecture, {})[0]
         early = max(step, 3 * min(height, width) // 7 // step * step)
@@ -230,7 +230,7 @@ def _create(architecture: str, **args: Any) -> nn.Module:
 
 
 def _is_swin(architecture: str) -> bool:
-    return isinstance(_named(architecture), SwinTransformer)
+    return isinstance(named_net(architecture), SwinTransformer)
 
 
 def _first_line(error: Exception) -> str:
@@ -261,6 +261,14 @@ class DropPathKeys:
         self._sample_ids_B = sample_ids_B
         self._words = None
 
+    def keep_for_backward(self, output: Tensor, sample_ids_B: Tensor | None) -> None:
+        """Let the backward pass of an output, which recomputes blocks, have its samples.
+
+        It may come after another forward pass.
+        """
+        if output.requires_grad:
+            output.register_hook(lambda _: self.set_sample_ids(sample_ids_B))
+
     def words(self, column: int, num_samples: int) -> Tensor:
         """Random words in [0, 2^63), int64 (B,), for one drop-path decision per sample.
 
@@ -269,7 +277,7 @@ class DropPathKeys:
         """
         if self._sample_ids_B is None:
             raise UserError(
-                "drop-path is keyed by sample: pass sample_ids_B to Classifier.forward in training"
+                "drop-path is keyed by sample: pass sample_ids_B to the model's forward in training"
             )
         if len(self._sample_ids_B) != num_samples:
             raise UserError(

@@ -58,7 +58,8 @@ class MaskedAutoencoding(Task):
     def inputs(self, batch: Batch, stage: Shown) -> Inputs:
         """`images`, `ids_keep` int64 (B, K) and `ids_predict` int64 (B, M).
 
-        Of a batch with NaN also `valid`, bool (B, 1, h, w): the pixels that count.
+        With drop-path also `sample_ids`, int64 (B,); of a batch with NaN also `valid`, bool (B, 1, h, w): the
+        pixels that count.
         """
         images = low_frequency_crop(self.normalise(batch.images), stage.bandwidth)
         valid = None
@@ -66,11 +67,14 @@ class MaskedAutoencoding(Task):
             valid = self.masker.counted(pixels_with_data(batch.images, stage.bandwidth))
         mask = self.masker(batch.sample_ids, stage.bandwidth, stage.progress, valid)
         inputs = {"images": images, "ids_keep": mask.ids_keep, "ids_predict": mask.ids_predict}
+        if self.config.drop_path:
+            inputs["sample_ids"] = batch.sample_ids
         return inputs if valid is None else {**inputs, "valid": valid}
 
     def forward(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """The predicted values, (B, M, V)."""
-        values: Tensor = model(inputs["images"], inputs["ids_keep"], inputs["ids_predict"]).values_BMV
+        arguments = (inputs["images"], inputs["ids_keep"], inputs["ids_predict"], inputs.get("sample_ids"))
+        values: Tensor = model(*arguments).values_BMV
         return values
 
     def losses(self, output: Tensor, inputs: Inputs) -> dict[str, Tensor]:
@@ -87,7 +91,9 @@ class MaskedAutoencoding(Task):
     def blank_inputs(self, stage: Shown) -> Inputs:
         """See `Task.blank_inputs`."""
         counts = self.masker.counts(stage.bandwidth, stage.progress)
+        sample_ids = {"sample_ids": torch.zeros(1, dtype=torch.int64, device="meta")}
         return {
+            **(sample_ids if self.config.drop_path else {}),
             "images": blank_images(self.in_chans, stage.bandwidth),
             "ids_keep": torch.zeros(1, counts.num_keep, dtype=torch.int64, device="meta"),
             "ids_predict": torch.zeros(1, counts.num_predict, dtype=torch.int64, device="meta"),

@@ -22,7 +22,10 @@ from etpp_ssl.randomness import ShapesOnly
 EXPLICIT_NAME = "vit"
 EXPLICIT_ARCHITECTURE = "vit_base_patch16_224"
 """timm's name for a ViT of explicit dimensions, which its arguments give."""
-VIT_DIMS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "reg_tokens")
+VIT_DIMS = (
+    *("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"),
+    *("class_token", "class_tokens", "reg_tokens"),
+)
 MAX_PATCHES = 1 << 18
 """512 x 512; attention needs memory for the square of their number."""
 
@@ -44,6 +47,9 @@ class EncoderConfig(Config):
     """Width of a block's MLP over `embed_dim`; None is the named model's own, for `vit` 4."""
     class_token: bool | None = None
     """Whether there is a cls token; None is the named model's own, for `vit` true."""
+    class_tokens: int | None = Field(default=None, ge=1, le=1024)
+    """Number of class tokens, each with a position of its own; `token` pooling takes their mean (Pixio has
+    8). None is the named model's one or none. In timm's tensors all but the first are registers."""
     reg_tokens: int | None = Field(default=None, ge=0, le=1024)
     """Number of register tokens; None is the named model's own, for `vit` 0."""
 
@@ -86,8 +92,7 @@ def encoder_args(
         image_size: (H, W) in pixels at full resolution.
         patch_size: (p, q) in pixels, or None for the named model's own.
         in_chans: C.
-        dims: overrides of embed_dim, depth, num_heads, mlp_ratio, class_token, reg_tokens; None values
-            are the named model's own.
+        dims: overrides, by the keys of `VIT_DIMS`; None values are the named model's own.
 
     Raises:
         UserError: for a name that timm does not know or whose network cannot be masked, missing dims, or a
@@ -101,6 +106,10 @@ def encoder_args(
             keys = ", ".join(f"model.{key}" for key in [*missing, *(["patch_size"] * (not patch_size))])
             raise UserError(f"model.name is vit (explicit dimensions): {keys} must be given")
     probe = _named_model(architecture)
+    if "class_tokens" in given:
+        from etpp_ssl.model.class_tokens import with_class_tokens
+
+        given = with_class_tokens(given, probe.net, name)
     patch = patch_size or probe.patch_size
     for axis, word in ((0, "height"), (1, "width")):
         if image_size[axis] % patch[axis]:
