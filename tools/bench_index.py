@@ -5,7 +5,7 @@
 
 Writes a list of made names in 1,000 classes or more for each number, whose images do not exist, and opens it
 twice, in processes of their own that share a cache folder. Each then starts a data worker as a run does,
-which finds path and label of 10,000 samples in the run's order. Sizes of the main process are MB beyond those
+which finds name and label of 10,000 samples in the run's order. Sizes of the main process are MB beyond those
 of one that has imported all of a run, a worker's are its own pages altogether; seconds are of this machine,
 which others may be using.
 """
@@ -43,7 +43,7 @@ class _Naming(Dataset[dict[str, float]]):
 
     def __getitem__(self, request: Any) -> dict[str, float]:
         for index in request.indices if self.source is not None else ():
-            self.source.path(index)
+            self.source.name(index)
             self.source.label(index)
         return memory()
 
@@ -94,9 +94,10 @@ def measured(path: Path | None) -> dict[str, Any]:
         start = time.perf_counter()
         found["hash"] = source.fingerprint()[:6]
         found["fingerprint"] = time.perf_counter() - start
-        start = time.perf_counter()
-        source.describe()
-        found["describe"] = time.perf_counter() - start
+        if hasattr(source, "describe"):
+            start = time.perf_counter()
+            source.describe()
+            found["describe"] = time.perf_counter() - start
     order = KeyedOrder(1000 if source is None else len(source), 0)
     loader = DataLoader(
         _Naming(source),
@@ -116,9 +117,9 @@ def measured(path: Path | None) -> dict[str, Any]:
         start = time.perf_counter()
         for request in requests:
             for index in request.indices:
-                source.path(index)
+                source.name(index)
                 source.label(index)
-        found["10^6 paths, labels"] = time.perf_counter() - start
+        found["10^6 names, labels"] = time.perf_counter() - start
     return found
 
 

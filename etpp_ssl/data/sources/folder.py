@@ -220,8 +220,7 @@ class FileSource:
 
     def label(self, index: int) -> int:
         """Class index, or -1."""
-        labels = self.files.labels
-        return -1 if labels is None else labels.item(index)
+        return self.files.label(index)
 
     def all_labels(self) -> np.ndarray:
         """See `ImageSource.all_labels`."""

@@ -20,10 +20,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, overload
+from weakref import finalize
 
 import numpy as np
 
 from etpp_ssl.data.sources.found import extension_of
+from etpp_ssl.files import open_regular
 
 CHUNK = 1 << 17
 """Names that are Python objects at a time while all are gone through."""
@@ -60,7 +62,7 @@ class Names(Sequence[str]):
         ends: unsigned (N,), where each ends in `text`.
         labels: signed (N,), class of each, -1 without; or None.
         facts: of all of them; None where they are to be found out.
-        file: the index file that all this is mapped from.
+        stored: the same in an index file, for one name at a time.
     """
 
     def __init__(
@@ -69,12 +71,12 @@ class Names(Sequence[str]):
         ends: np.ndarray,
         labels: np.ndarray | None,
         facts: Facts | None = None,
-        file: Path | None = None,
+        stored: _Stored | None = None,
     ) -> None:
         self.text = text
         self.ends = ends
         self.labels = labels
-        self.file = file
+        self._stored = stored
         self._facts = facts
 
     @classmethod
@@ -89,7 +91,18 @@ class Names(Sequence[str]):
 
     def raw(self, index: int) -> bytes:
         """A name as the file system has it, 0 <= index < N."""
+        if self._stored is not None:
+            return self._stored.name(index)
         return self.text[self.ends.item(index - 1) if index else 0 : self.ends.item(index)]
+
+    def label(self, index: int) -> int:
+        """A name's class, -1 without; 0 <= index < N."""
+        if self.labels is None:
+            return -1
+        if self._stored is not None:
+            return self._stored.label(index)
+        label: int = self.labels.item(index)
+        return label
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -146,8 +159,8 @@ class Names(Sequence[str]):
 
     def __reduce__(self) -> Any:
         # A worker that is started anew maps the file for itself; its pages are shared.
-        if self.file is not None:
-            return _mapped_again, (self.file, self.facts.fingerprint)
+        if self._stored is not None:
+            return _opened_again, (self._stored.path, self.facts.fingerprint)
         return Names, (self.text, self.ends, self.labels, self._facts)
 
 
@@ -245,11 +258,12 @@ class Opened:
     """
 
     def __init__(self, file: Path) -> None:
-        with file.open("rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
-            if size < _TRAILER.size:
-                raise ValueError("it is too short")
-            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        opened = open_regular(file)
+        finalize(self, os.close, opened)
+        size = os.fstat(opened).st_size
+        if size < _TRAILER.size:
+            raise ValueError("it is too short")
+        mapped = mmap.mmap(opened, 0, access=mmap.ACCESS_READ)
         place, length, mark = _TRAILER.unpack(mapped[-_TRAILER.size :])
         if mark != _MARK or place + length + _TRAILER.size != size:
             raise ValueError("its end is not that of an index of names")
@@ -264,7 +278,45 @@ class Opened:
         """What the names were found in."""
         self.more = arrays["more"]
         """uint8, the same."""
-        self.names = Names(mapped, arrays["ends"], arrays.get("labels"), Facts(**head["facts"]), file)
+        stored = None
+        if hasattr(os, "pread"):  # Windows lacks it.
+            stored = _Stored(file, opened, _place(head, "ends"), _place(head, "labels"))
+        self.names = Names(mapped, arrays["ends"], arrays.get("labels"), Facts(**head["facts"]), stored)
+
+
+class _Stored:
+    """Names and labels, read from an index file one by one.
+
+    Pages of a map that one process alone has touched count as its own, and each touch brings 64 kB along: a
+    data worker would seem to hold the whole file.
+    """
+
+    def __init__(self, path: Path, descriptor: int, ends: tuple[int, int], labels: tuple[int, int]) -> None:
+        self.path = path
+        self._file = os.dup(descriptor)
+        finalize(self, os.close, self._file)
+        (self._ends, self._end_bytes), (self._labels, self._label_bytes) = ends, labels
+
+    def name(self, index: int) -> bytes:
+        """A name's bytes."""
+        size = self._end_bytes
+        if index:
+            both = os.pread(self._file, 2 * size, self._ends + (index - 1) * size)
+            start = int.from_bytes(both[:size], "little")
+        else:
+            both, start = os.pread(self._file, size, self._ends), 0
+        return os.pread(self._file, int.from_bytes(both[-size:], "little") - start, start)
+
+    def label(self, index: int) -> int:
+        """A name's class."""
+        size = self._label_bytes
+        return int.from_bytes(os.pread(self._file, size, self._labels + index * size), "little", signed=True)
+
+
+def _place(head: dict[str, Any], what: str) -> tuple[int, int]:
+    """Where an array begins, and the bytes of an entry."""
+    start, _, kind = head.get(what, (0, 0, "u1"))
+    return start, np.dtype(kind).itemsize
 
 
 def count_extensions(chunks: Iterable[list[bytes]]) -> Counter[str]:
@@ -305,7 +357,7 @@ def _same(one: list[bytes], other: list[bytes]) -> bool:
     return one == other
 
 
-def _mapped_again(file: Path, fingerprint: str) -> Names:
+def _opened_again(file: Path, fingerprint: str) -> Names:
     names = Opened(file).names
     if names.facts.fingerprint != fingerprint:
         raise ValueError(f"{str(file)!r} was replaced by the index of other names while a run used it")
