@@ -70,7 +70,8 @@ class IndexedImages:
         if len(wrong):
             index = int(wrong[0])
             check_label(self.source.name(index), int(self.labels[index]), num_classes)
-        return label_counts(self.labels, num_classes).tolist()
+        counts: list[int] = label_counts(self.labels, num_classes).tolist()
+        return counts
 
     @cached_property
     def labels(self) -> np.ndarray:

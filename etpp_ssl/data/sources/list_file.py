@@ -67,7 +67,7 @@ def read_list(
     stamp = [status.st_size, status.st_mtime_ns]
 
     def holds(found: Opened) -> bool:
-        return found.state["stamp"] == stamp and found.state["since"] - UNSURE_NS > stamp[1]
+        return bool(found.state["stamp"] == stamp and found.state["since"] - UNSURE_NS > stamp[1])
 
     def build(begin: Callable[[], IO[bytes] | None], state: dict[str, Any], advance: Advance) -> Names:
         file = begin() if status.st_size >= KEPT_BYTES or index is not None else None

@@ -95,7 +95,7 @@ class ShardSource(FileSource):
 
     def stored_size(self, index: int) -> int:
         """Bytes of an image."""
-        return self.places[2].item(index)
+        return int(self.places[2, index])
 
     def fingerprint(self) -> str:
         """Hash of names, labels and sizes; the tars may move or be cut elsewhere."""

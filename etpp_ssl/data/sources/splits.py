@@ -75,7 +75,8 @@ class Subset:
             return taken
         # The last entry is that of the label -1.
         renumbered = np.array([*(self._labels[old] for old in range(len(self._labels))), -1])
-        return small_labels(renumbered)[taken]
+        known: np.ndarray = small_labels(renumbered)[taken]
+        return known
 
     def name(self, index: int) -> str:
         """See `ImageSource.name`."""
