@@ -98,10 +98,8 @@ def _read(
     schemes: set[bytes] = set()
     count = num_without = num_null = 0
     prefix = None if url is None else os.fsencode(url.rstrip("/")) + b"/"
-    for lines in _lines(path):
-        rows = [line.partition(b"\t") for line in lines if line.strip(b" \t\r") and not line.startswith(b"#")]
-        names = [row[0].strip(b" \r") for row in rows]
-        named = [row[2] for row in rows]
+    for block in _blocks(path):
+        names, named = _columns(block)
         for text in {*named}.difference(numbers):
             # As text: what is a space in some script is none of the class.
             name = text.decode("utf-8", "surrogateescape").strip()
@@ -109,10 +107,9 @@ def _read(
         labels.append(np.fromiter(map(numbers.__getitem__, named), np.int32, len(named)))
         if prefix is not None:
             names = [name if _SCHEME.match(name) else prefix + name for name in names]
-        joined = b"\n".join(names)
-        if b"://" in joined:
+        if b"://" in block:
             schemes.update(match[1] for match in map(_SCHEME.match, names) if match)
-        if b"\0" in joined:
+        if b"\0" in block:
             num_null += sum(b"\0" in name for name in names)
         writer.add(names)
         count += len(names)
@@ -142,8 +139,25 @@ def _read(
     return writer.finish(numbered, facts, state)
 
 
-def _lines(path: Path) -> Iterator[list[bytes]]:
-    """The lines of a list in blocks, without their ends, in UTF-8."""
+def _columns(block: bytes) -> tuple[list[bytes], list[bytes]]:
+    """The names of whole lines, and what stands behind their first tab."""
+    if block and not any(odd in block for odd in (b" ", b"\r", b"#", b"\n\n")) and block[:1] != b"\n":
+        # As most lists are: nothing to strip or to skip.
+        bytes_of = np.frombuffer(block, np.uint8)
+        marks = bytes_of[(bytes_of == 9) | (bytes_of == 10)]
+        if (marks == 10).all():
+            names = block.split(b"\n")
+            return names, [b""] * len(names)
+        if len(marks) % 2 and (marks[::2] == 9).all() and (marks[1::2] == 10).all():
+            cells = block.replace(b"\n", b"\t").split(b"\t")
+            return cells[::2], cells[1::2]
+    lines = block.split(b"\n")
+    rows = [line.partition(b"\t") for line in lines if line.strip(b" \t\r") and not line.startswith(b"#")]
+    return [row[0].strip(b" \r") for row in rows], [row[2] for row in rows]
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """A list in UTF-8, some whole lines at a time without the last one's end."""
     descriptor = open_regular(path)
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         if os.fstat(descriptor).st_size > MAX_LIST_BYTES:
@@ -152,16 +166,19 @@ def _lines(path: Path) -> Iterator[list[bytes]]:
         # Excel and PowerShell write UTF-16. File names in UTF-8 may hold any bytes.
         marked = next((name for mark, name in _MARKS if block.startswith(mark)), None)
         if marked is not None:
-            text = (block + file.read()).decode(marked)
-            yield text.encode("utf-8", "surrogateescape").split(b"\n")
+            yield (block + file.read()).decode(marked).encode("utf-8", "surrogateescape")
             return
         block, rest = block.removeprefix(codecs.BOM_UTF8), b""
-        # Not splitlines(): it also splits at characters that file names may hold.
+        # Lines end at b"\n" alone: splitlines() knows other ends, which file names may hold.
         while block:
-            *lines, rest = (rest + block).split(b"\n")
-            yield lines
+            whole, end, last = block.rpartition(b"\n")
+            if end:
+                yield rest + whole
+                rest = last
+            else:
+                rest += block
             block = file.read(BLOCK)
-        yield [rest]
+        yield rest
 
 
 def _unreadable(key: str, path: Path, error: Exception) -> UserError:

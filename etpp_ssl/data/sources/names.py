@@ -145,16 +145,21 @@ class Names(Sequence[str]):
     def fingerprint(self) -> str:
         """Hash of every name and its label."""
         digest = hashlib.blake2b(digest_size=12)
-        marks: dict[int, bytes] = {}
-        for number, names in enumerate(self.chunks()):
-            rows: list[bytes] = [b"\0-1\n"] * (2 * len(names))
-            rows[::2] = names
-            if self.labels is not None:
-                labels = self.labels[number * CHUNK : number * CHUNK + len(names)].tolist()
-                for label in {*labels}.difference(marks):
-                    marks[label] = b"\0%d\n" % label
-                rows[1::2] = map(marks.__getitem__, labels)
-            digest.update(b"".join(rows))
+        most = -1 if self.labels is None else int(self.labels.max(initial=-1))
+        # What stands behind a name, by its label; that of -1 is the last.
+        behind = np.array([b"\0%d\n" % label for label in [*range(most + 1), -1]])
+        sizes_of, letters_of = np.char.str_len(behind), behind.view(np.uint8).reshape(len(behind), -1)
+        inside = np.arange(letters_of.shape[1]) < sizes_of[:, None]
+        for first in range(0, len(self), CHUNK):
+            ends = self.ends[first : first + CHUNK].astype(np.int64)
+            start = self.ends.item(first - 1) if first else 0
+            label = np.full(len(ends), -1) if self.labels is None else self.labels[first : first + CHUNK]
+            sizes = np.stack([np.diff(ends, prepend=start), sizes_of[label]], axis=1)
+            is_name = np.repeat(np.tile([True, False], len(ends)), sizes.ravel())
+            text = np.empty(len(is_name), np.uint8)
+            text[is_name] = np.frombuffer(self.text[start : int(ends[-1])], np.uint8)
+            text[~is_name] = letters_of[label][inside[label]]
+            digest.update(text.data)
         return digest.hexdigest()
 
     def __reduce__(self) -> Any:
@@ -324,14 +329,24 @@ def count_extensions(chunks: Iterable[list[bytes]]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for names in chunks:
         unclear = set()
-        for tail, number in Counter([name[-_TAIL:] for name in names]).items():
+        rest, ending = names, names[0][-_TAIL:] if names else b""
+        ending = ending[max(0, ending.rfind(b".")) :]
+        # Most names end as the first one does. A name that is nothing but an ending has none.
+        if 1 < len(ending) < _TAIL and ending[:1] == b"." and ending.lower() != b".gz":
+            rest = [name for name in names if not name.endswith(ending)]
+            bare: list[bytes] = []
+            if ending in names or b"/" + ending in b"".join(names):
+                bare = [name for name in names if name.endswith(b"/" + ending) or name == ending]
+            counts[ending.decode("utf-8", "surrogateescape").lower()] += len(names) - len(rest) - len(bare)
+            counts[""] += len(bare)
+        for tail, number in Counter([name[-_TAIL:] for name in rest]).items():
             if tail.rfind(b".") > 0 and tail[-3:].lower() != b".gz":
                 counts[extension_of(os.fsdecode(tail))] += number
             else:
                 unclear.add(tail)
         if unclear:
-            counts.update(extension_of(os.fsdecode(n)) for n in names if n[-_TAIL:] in unclear)
-    return counts
+            counts.update(extension_of(os.fsdecode(n)) for n in rest if n[-_TAIL:] in unclear)
+    return +counts
 
 
 def label_counts(labels: np.ndarray, num_classes: int) -> np.ndarray:
