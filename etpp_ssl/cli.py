@@ -91,12 +91,30 @@ Fork = Annotated[
     Path | None,
     typer.Option(help="Start from this run's newest checkpoint, or from this checkpoint, in a new folder."),
 ]
+
+
+def _look_again(asked: bool) -> None:
+    if asked:
+        with no_garbage():
+            from etpp_ssl.data.sources.kept_index import rescan
+
+        rescan()
+
+
+Rescan = Annotated[
+    bool,
+    typer.Option(
+        "--rescan", callback=_look_again, help="Look for the names of images again, whatever index is kept."
+    ),
+]
 Pool = Literal["token", "avg"]
 """How an encoder makes one vector of an image."""
 
 
 @app.command()
-def pretrain(recipe: RecipeArgument, overrides: Overrides = None, fork: Fork = None) -> None:
+def pretrain(
+    recipe: RecipeArgument, overrides: Overrides = None, fork: Fork = None, rescan: Rescan = False
+) -> None:
     """Train, or resume from the run folder's newest checkpoint."""
     with no_garbage():
         from etpp_ssl.recipe import Recipe
@@ -108,7 +126,9 @@ def pretrain(recipe: RecipeArgument, overrides: Overrides = None, fork: Fork = N
 
 
 @app.command()
-def finetune(recipe: RecipeArgument, overrides: Overrides = None, fork: Fork = None) -> None:
+def finetune(
+    recipe: RecipeArgument, overrides: Overrides = None, fork: Fork = None, rescan: Rescan = False
+) -> None:
     """Train a classifier, from `init` or from scratch, or resume from the run folder's newest checkpoint."""
     with no_garbage():
         from etpp_ssl.commands.repeat import finetune_repeatedly, print_repeats

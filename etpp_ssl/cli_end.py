@@ -29,11 +29,16 @@ _process = _Process()
 
 @contextmanager
 def no_garbage() -> Iterator[None]:
-    """No garbage is collected inside: importing torch makes a million objects that stay."""
+    """No garbage is collected inside, nor later looked for in what was made there.
+
+    Importing torch makes a million objects that stay. A collection would write to each, so that data workers
+    no longer share their memory.
+    """
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
         gc.enable()
 
 

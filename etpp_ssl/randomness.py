@@ -56,6 +56,13 @@ def keyed_torch(seed: int, purpose: str, *position: int) -> torch.Generator:
     return torch.Generator().manual_seed(derive_key(seed, purpose, *position) >> 1)
 
 
+def keyed_permutation(num_items: int, seed: int, purpose: str, *position: int) -> Tensor:
+    """A keyed uniform permutation of 0 to `num_items` - 1, (num_items,): int32 where that is enough."""
+    # torch draws the same one in both types.
+    dtype = torch.int32 if num_items < 1 << 31 else torch.int64
+    return torch.randperm(num_items, generator=keyed_torch(seed, purpose, *position), dtype=dtype)
+
+
 def freshly_initialised(seed: int, build: Callable[[], _Built]) -> _Built:
     """What `build` makes, with the initial weights of a run's seed.
 

@@ -187,7 +187,7 @@ def source_of(files: Paths) -> FileSource:
 @contextmanager
 def files_of(folder: Path, count: int, *, enlarge: bool) -> Iterator[Paths]:
     """Evenly spread files of a folder, or temporary sheets made from them."""
-    found = sorted(find_images(folder).files)
+    found = find_images(folder).paths()
     needed = 4 * count if enlarge else count
     chosen = [folder / name for name in islice(found, 0, None, max(1, len(found) // needed))][:needed]
     if not enlarge:

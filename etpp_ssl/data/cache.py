@@ -157,7 +157,7 @@ class KeptImages:
         """See `ImageSource.label`."""
         return self.source.label(index)
 
-    def all_labels(self) -> list[int] | None:
+    def all_labels(self) -> np.ndarray | None:
         """See `ImageSource.all_labels`."""
         return self.source.all_labels()
 

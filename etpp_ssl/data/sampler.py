@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from etpp_ssl.data.uneven import Balance, class_shares
 from etpp_ssl.messages import shown_text
-from etpp_ssl.randomness import derive_key, keyed_torch, keyed_words
+from etpp_ssl.randomness import derive_key, keyed_permutation, keyed_words
 
 
 class StepPlan(Protocol):
@@ -52,6 +53,16 @@ class KeyedOrder:
         epoch, place = divmod(sample_id, self.num_images)
         return int(self._order(epoch)[place])
 
+    def indices(self, sample_ids: range) -> list[int]:
+        """The images that are these samples, whose numbers ascend one by one."""
+        found: list[int] = []
+        while sample_ids:
+            epoch, place = divmod(sample_ids[0], self.num_images)
+            part = self._order(epoch)[place : place + len(sample_ids)]
+            found += part.tolist()
+            sample_ids = sample_ids[len(part) :]
+        return found
+
     def replacement(self, sample_id: int, attempt: int) -> int:
         """The image that takes the place of an unreadable one: attempt 1, 2, ... of a sample."""
         return derive_key(self.seed, "replacement", sample_id, attempt) % self.num_images
@@ -65,8 +76,8 @@ class KeyedOrder:
         return self._permutation
 
     def _draw(self, epoch: int) -> Tensor:
-        """The images of an epoch in their order, int64 (N,)."""
-        return torch.randperm(self.num_images, generator=keyed_torch(self.seed, "order", epoch))
+        """The images of an epoch in their order, int32 or int64 (N,)."""
+        return keyed_permutation(self.num_images, self.seed, "order", epoch)
 
 
 class BalancedOrder(KeyedOrder):
@@ -82,9 +93,9 @@ class BalancedOrder(KeyedOrder):
         balance: the shares; see `class_shares`.
     """
 
-    def __init__(self, labels: Sequence[int], seed: int, balance: Balance) -> None:
+    def __init__(self, labels: Sequence[int] | np.ndarray, seed: int, balance: Balance) -> None:
         super().__init__(len(labels), seed)
-        label = torch.tensor(labels, dtype=torch.int64)
+        label = torch.from_numpy(np.array(labels, dtype=np.int64))
         counts = torch.bincount(label).tolist()
         self._members = label.argsort(stable=True).split(counts)
         self._bounds = [0, *accumulate(class_shares(counts, balance))]
@@ -186,7 +197,7 @@ class RequestSampler:
                 yield BatchRequest(
                     step=step,
                     sample_ids=tuple(sample_ids),
-                    indices=tuple(sample_ids if self.order is None else map(self.order.index, sample_ids)),
+                    indices=tuple(sample_ids if self.order is None else self.order.indices(sample_ids)),
                     bandwidth=plan.bandwidth,
                     progress=plan.progress,
                     weight=len(sample_ids) / len(samples),

@@ -6,10 +6,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 
+import numpy as np
+
 from etpp_ssl.config import UserError
 from etpp_ssl.data.loader import BatchBuilder, Builder
 from etpp_ssl.data.sampler import BalancedOrder, BatchRequest, KeyedOrder, RequestSampler
 from etpp_ssl.data.sources.base import DataConfig, ImageSource
+from etpp_ssl.data.sources.names import label_counts
 from etpp_ssl.data.sources.splits import check_label, check_labels, open_split, read_labels
 from etpp_ssl.data.streams.base import StreamConfig
 from etpp_ssl.data.streams.loader import StreamBuilder, StreamPlace, StreamRequests
@@ -65,15 +68,15 @@ class IndexedImages:
         """
         if not read and self.source.all_labels() is None:
             return None
-        counts = [0] * num_classes
-        for index, label in enumerate(self.labels):
-            if label >= num_classes:
-                check_label(self.source.name(index), label, num_classes)
-            counts[label] += 1
+        wrong = np.flatnonzero(self.labels >= num_classes)
+        if len(wrong):
+            index = int(wrong[0])
+            check_label(self.source.name(index), int(self.labels[index]), num_classes)
+        counts: list[int] = label_counts(self.labels, num_classes).tolist()
         return counts
 
     @cached_property
-    def labels(self) -> list[int]:
+    def labels(self) -> np.ndarray:
         """Each image's class; see `etpp_ssl.data.sources.splits.read_labels`."""
         return read_labels(self.source, "augment.balance, class_weights or logit_adjustment")
 

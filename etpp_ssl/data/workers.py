@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import multiprocessing
 import os
 import signal
@@ -368,6 +369,8 @@ def hand_over(batch: Any) -> Any:
 def start_worker(notes: list[Any], worker: int) -> None:
     """Called by torch's loader in each worker; `notes` are those of all workers."""
     use_note(notes[worker])
+    # A collection writes to every object it looks at: those of the main process would be copied by pages.
+    gc.freeze()
     sys.excepthook = _quiet_if_main_has_left
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process still needs its
     # batches to finish the step, and ends the workers itself.

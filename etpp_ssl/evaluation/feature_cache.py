@@ -139,7 +139,7 @@ def _images_key(source: ImageSource, indices: Sequence[int]) -> str | None:
     for index in indices:
         whole, number = source, index
         while isinstance(whole, Subset):
-            number = whole.indices[number]
+            number = int(whole.indices[number])
             whole = whole.source
         if not isinstance(whole, FileSource):
             return None

@@ -74,9 +74,9 @@ def without_looking(source: ImageSource) -> str:
         source: the evaluation images, under the classes of training.
     """
     labels = source.all_labels() if source.classes else None
-    if not labels or not source.classes:
+    if labels is None or not source.classes:
         return ""
-    label, count = Counter(labels).most_common(1)[0]
+    label, count = Counter(labels.tolist()).most_common(1)[0]
     return (
         f"without looking: {shown_number('top1', 100 / len(source.classes))} by chance, "
         f"{shown_number('top1', 100 * count / len(labels))} by class {source.classes[label]} alone"

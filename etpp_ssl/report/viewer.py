@@ -207,7 +207,7 @@ def _files(paths: Sequence[Path], count: int, say: Callable[[str], None]) -> Ite
     for path in paths:
         if os.path.isdir(path):
             try:
-                inside = sorted(find_images(path).files)
+                inside = find_images(path).paths()
             except OSError as error:
                 raise UserError(f"image folder {str(path)!r} cannot be read: {error.strerror}") from error
             if not inside:

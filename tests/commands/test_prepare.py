@@ -493,7 +493,7 @@ def test_an_evaluation_folder_of_one_class_keeps_its_label(tmp_path: Path) -> No
     write_images(tmp_path / "files", ["train/ash/1.png", "train/elm/2.png", "val/elm/3.png"])
     convert(tmp_path / "files", tmp_path / "shards")
     source = open_one(ShardsConfig(root=str(tmp_path / "shards")), "eval")
-    assert (source.classes, source.all_labels()) == (["elm"], [0])
+    assert (source.classes, source.all_labels().tolist()) == (["elm"], [0])
 
 
 def test_options_ask_for_recoding() -> None:

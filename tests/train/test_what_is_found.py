@@ -192,7 +192,7 @@ def test_a_classifier_is_evaluated_on_images_that_lack_a_class(
     run = finetune(recipe)
     assert line in capsys.readouterr().err
     assert run.task.evaluation is not None
-    assert run.task.evaluation.images.all_labels() == [1, 2, 2]
+    assert run.task.evaluation.images.all_labels().tolist() == [1, 2, 2]
     recall = evaluate_run(recipe, run.folder, print).result.recall
     assert recall[0] is None
     assert None not in recall[1:]

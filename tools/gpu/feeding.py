@@ -49,7 +49,7 @@ def feeding(place: Place) -> Cases:
 def _files(place: Place) -> list[Path]:
     count = 256 if not place.smoke else 8
     if place.images is not None:
-        names = sorted(find_images(place.images / "train").files)
+        names = find_images(place.images / "train").paths()
         return [place.images / "train" / name for name in islice(names, 0, None, 37)][:count]
     draw = np.random.default_rng(0)
     files = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from etpp_ssl.config import NotAtHand, RunFault
@@ -27,20 +28,16 @@ def is_url(name: str) -> bool:
     return _URL.match(name) is not None
 
 
-def check_urls(key: str, names: list[str]) -> bool:
-    """Check that those names that are URLs can be opened here, as far as their schemes tell.
+def check_urls(key: str, starts: Sequence[str]) -> None:
+    """Check that URLs can be opened here, as far as their schemes tell.
 
     Args:
         key: of the recipe, which names them.
-        names: paths and URLs.
-
-    Returns:
-        Whether some are.
+        starts: what URLs have before `://`: a scheme, or a chain of them.
 
     Raises:
         NotAtHand: if fsspec, or the library behind a scheme, is missing.
     """
-    starts = {name.partition("://")[0] for name in names if is_url(name)}
     if starts:
         require_library(f"{key} with URLs", "fsspec", "url")
     for scheme in sorted({scheme for start in starts for scheme in start.split("::")}):
@@ -48,7 +45,6 @@ def check_urls(key: str, names: list[str]) -> bool:
             _fsspec().get_filesystem_class(scheme)
         except (ImportError, ValueError) as error:
             raise NotAtHand(f"{key} has URLs of {scheme}://, which fsspec does not open: {error}") from error
-    return bool(starts)
 
 
 def read_url(url: str, at_most: int) -> bytes:

@@ -1,6 +1,6 @@
 """What a data source offers, and the settings that every source shares.
 
-Legend: C channels, H, W pixels.
+Legend: N images, C channels, H, W pixels.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from etpp_ssl.config import Config, NotAtHand, UserError, listed, may_change
@@ -37,8 +38,9 @@ class ImageSource(Protocol):
     def label(self, index: int) -> int:
         """Class index, or -1 where there are no labels."""
 
-    def all_labels(self) -> list[int] | None:
-        """Every image's class index (-1 without labels), or None where images would have to be read."""
+    def all_labels(self) -> np.ndarray | None:
+        """Every image's class index (-1 without labels), of any signed type, (N,), not to be written to; or
+        None where images would have to be read."""
 
     def name(self, index: int) -> str:
         """What a person would look for: a relative path, for instance."""

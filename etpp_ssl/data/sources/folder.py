@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import os
 import stat
@@ -12,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from etpp_ssl.config import NotAtHand, UserError, listed, may_change
+import numpy as np
+
+from etpp_ssl.config import UserError, may_change
 from etpp_ssl.data.formats import extensions_of, most_bytes, open_file, read_file
 from etpp_ssl.data.formats.base import Picture, Reading
 from etpp_ssl.data.formats.url import check_urls, is_url
@@ -24,21 +25,14 @@ from etpp_ssl.data.sources.base import (
     no_image_of,
     printable,
 )
-from etpp_ssl.data.sources.found import by_extension, class_folders, extension_of, find_images
+from etpp_ssl.data.sources.folder_names import folder_names
+from etpp_ssl.data.sources.found import by_extension
+from etpp_ssl.data.sources.list_file import read_list
+from etpp_ssl.data.sources.names import Names, label_counts
 from etpp_ssl.data.sources.overviews import overviews_are_averages
 from etpp_ssl.data.sources.windows import TiledConfig
-from etpp_ssl.files import read_regular
 from etpp_ssl.messages import shown
 
-MAX_LIST_BYTES = 1 << 34
-"""Of a list: about two hundred million names."""
-_MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-"""Byte order marks; that of UTF-32 begins with that of UTF-16."""
 EVAL_SYNONYMS = ("val", "validation", "valid", "eval", "test")
 
 
@@ -74,7 +68,16 @@ class SplitFoldersConfig(DataConfig):
         )
 
 
-class FolderConfig(SplitFoldersConfig, TiledConfig):
+class NamedFilesConfig(TiledConfig):
+    """Settings of sources whose images are files with names of their own."""
+
+    index: str | None = may_change(None)
+    """Where the names of the training images are kept once they are found: a file, which the next start maps
+    into memory if nothing has changed. None: from about 131,000 images on in `~/.cache/etpp` (or
+    `$XDG_CACHE_HOME/etpp`), below that nowhere. `--rescan` looks for them again."""
+
+
+class FolderConfig(SplitFoldersConfig, NamedFilesConfig):
     """Images below a folder.
 
     `root` may hold a sub-folder per split (`train`, `val`, ...), as timm expects, or be the training
@@ -95,13 +98,14 @@ class FolderConfig(SplitFoldersConfig, TiledConfig):
             labelled=self.labels == "folders",
             least_classes=2 if split == "train" else 1,
             in_parts=self.tile is not None,
+            index=self.index if split == "train" else None,
         )
         if split == "train" and self.reads_overviews:
             source.check_overviews(seed)
         return source
 
 
-class FileListConfig(TiledConfig):
+class FileListConfig(NamedFilesConfig):
     """One image per line: a path or URL, then optionally a tab and a class name.
 
     Paths are relative to `root`; URLs are opened by fsspec (`pip install 'etpp-ssl[url]'`). Empty lines and
@@ -118,70 +122,32 @@ class FileListConfig(TiledConfig):
 
     def open(self, split: str, *, in_chans: int, image_size: tuple[int, int], seed: int) -> FileSource:
         """Open the "train" or the "eval" list; see `DataConfig.open`."""
-        rows = self._rows("data.file", expanded(self.file))
-        train_names = {name for _, name in rows if name is not None}
-        classes = sorted(train_names) or None
-        path, key = expanded(self.file), "data.file"
+        url = self.root if self.root and is_url(self.root) else None
+        key, path = "data.file", expanded(self.file)
+        names = read_list(key, path, index=self.index, url=url)
         if split == "eval":
             if self.eval_file is None:
                 raise UserError(
                     "data.eval_file is not given: evaluation needs it, or data.holdout=N to keep N "
                     "training images for it"
                 )
-            path, key = expanded(self.eval_file), "data.eval_file"
-            rows = self._rows(key, path)
-            unknown = sorted({name for _, name in rows if name is not None} - train_names)
-            if unknown:
-                raise UserError(f"{key}: class {unknown[0]!r} is not in data.file")
-        files, root = [file for file, _ in rows], path.parent
-        if self.root and is_url(self.root):
-            files = [file if is_url(file) else f"{self.root.rstrip('/')}/{file}" for file in files]
-        elif self.root:
-            root = existing_folder("data.root", expanded(self.root))
-        has_urls = check_urls(key, files)
+            key, path = "data.eval_file", expanded(self.eval_file)
+            names = read_list(key, path, url=url, classes=names.facts.classes or [])
+        has_urls = bool(names.facts.schemes)
+        check_urls(key, names.facts.schemes)
         if has_urls and (self.tile is not None or self.frames == "all"):
             raise UserError(
                 f"data.{'frames' if self.tile is None else 'tile'} reads parts of files, and {key} has URLs, "
                 f"which are read whole: copy the files first (`etpp prepare` makes shards of whole images)"
             )
-        labels = None
-        if classes is not None:
-            if any(name is None for _, name in rows):
-                raise UserError(f"{key} {str(path)!r} names a class on some lines but not on all")
-            index = {name: i for i, name in enumerate(classes)}
-            labels = [index[name] for _, name in rows if name is not None]
+        root = path.parent
+        if self.root and url is None:
+            root = existing_folder("data.root", expanded(self.root))
         reading, in_parts = self.reading(in_chans), self.tile is not None
-        source = FileSource(root, files, labels, classes, reading, in_parts=in_parts)
+        source = FileSource(root, names, None, names.facts.classes, reading, in_parts=in_parts)
         if split == "train" and self.reads_overviews and not has_urls:
             source.check_overviews(seed)
         return source
-
-    @staticmethod
-    def _rows(key: str, path: Path) -> list[tuple[str, str | None]]:
-        try:
-            data = read_regular(path, MAX_LIST_BYTES)
-            # Excel and PowerShell write UTF-16. File names in UTF-8 may hold any bytes.
-            marked = next((name for mark, name in _MARKS if data.startswith(mark)), None)
-            text = data.decode(marked) if marked else data.decode("utf-8-sig", "surrogateescape")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            kind = NotAtHand if isinstance(error, FileNotFoundError) else UserError
-            raise kind(f"{key} {str(path)!r} cannot be read: {reason}") from error
-        rows: list[tuple[str, str | None]] = []
-        # Not splitlines(): it also splits at characters that file names may hold.
-        for line in text.split("\n"):
-            # Not strip() of everything: names may begin with what is a space in some script.
-            if line.strip(" \t\r") and not line.startswith("#"):
-                file, _, name = line.partition("\t")
-                rows.append((file.strip(" \r"), name.strip() or None))
-        if not rows:
-            raise UserError(f"{key} {str(path)!r} names no image")
-        if all("\0" in file for file, _ in rows):
-            raise UserError(
-                f"{key} {str(path)!r} is not text in UTF-8: its lines hold null bytes, as UTF-16 without a "
-                f"byte order mark does; save it as UTF-8"
-            )
-        return rows
 
 
 class FileSource:
@@ -189,7 +155,7 @@ class FileSource:
 
     Args:
         folder: what the names are relative to.
-        files: relative paths, or URLs.
+        files: relative paths, or URLs; `Names` have their labels with them.
         labels: class index per file, or None.
         classes: class names, or None.
         reading: how they become pictures.
@@ -200,16 +166,15 @@ class FileSource:
     def __init__(
         self,
         folder: Path,
-        files: list[str],
-        labels: list[int] | None,
+        files: Sequence[str],
+        labels: Sequence[int] | None,
         classes: list[str] | None,
         reading: Reading,
         notes: Sequence[str] = (),
         in_parts: bool = False,
     ) -> None:
         self.folder = folder
-        self.files = files
-        self.labels = labels
+        self.files = files if isinstance(files, Names) else Names.of(files, labels)
         self.classes = None if classes is None else [printable(name) for name in classes]
         self.reading = reading
         self.notes = notes
@@ -255,11 +220,11 @@ class FileSource:
 
     def label(self, index: int) -> int:
         """Class index, or -1."""
-        return -1 if self.labels is None else self.labels[index]
+        return self.files.label(index)
 
-    def all_labels(self) -> list[int]:
+    def all_labels(self) -> np.ndarray:
         """See `ImageSource.all_labels`."""
-        return [-1] * len(self) if self.labels is None else list(self.labels)
+        return np.full(len(self), -1, np.int8) if self.files.labels is None else self.files.labels
 
     def name(self, index: int) -> str:
         """Relative path, as a log can show it."""
@@ -267,10 +232,7 @@ class FileSource:
 
     def fingerprint(self) -> str:
         """Hash of names and labels; the folder may move, its content may not change."""
-        digest = hashlib.blake2b(digest_size=12)
-        for index, file in enumerate(self.files):
-            digest.update(os.fsencode(file) + b"\0%d\n" % self.label(index))
-        return digest.hexdigest()
+        return self.files.facts.fingerprint
 
     def stamp(self) -> str | None:
         """Hash of what tells that no file has changed: sizes and times. None where an image is a folder."""
@@ -289,13 +251,15 @@ class FileSource:
 
     def describe(self) -> str:
         """Their number, folder, extensions and classes, and what was left out."""
-        kinds = by_extension(Counter(map(extension_of, self.files)))
+        kinds = by_extension(Counter(self.files.facts.extensions))
         count = len(self.classes or ())
         labels = f"{count:,} class{'' if count == 1 else 'es'}" if count else "no labels"
-        notes, seen = list(self.notes), set(self.labels or ())
-        without = [name for label, name in enumerate(self.classes or ()) if label not in seen]
-        if without:
-            notes.append(no_image_of(without))
+        notes = list(self.notes)
+        if self.classes and self.files.labels is not None:
+            found = label_counts(self.files.labels, count)
+            without = [name for name, number in zip(self.classes, found, strict=True) if not number]
+            if without:
+                notes.append(no_image_of(without))
         place = printable(str(self.folder))
         return "; ".join([f"{images_of(len(self))} in {place!r} ({kinds}; {labels})", *notes])
 
@@ -308,6 +272,7 @@ def open_folder(
     labelled: bool = True,
     least_classes: int = 2,
     in_parts: bool = False,
+    index: str | None = None,
 ) -> FileSource:
     """All images below one folder, in the order of their paths' bytes.
 
@@ -318,33 +283,25 @@ def open_folder(
         labelled: whether the first folder level may name classes.
         least_classes: fewer folders are not classes.
         in_parts: see `FileSource`.
+        index: `data.index`.
 
     Raises:
         UserError: if there is no image, or a folder cannot be read: a run must not take the rest for all.
     """
     extensions = extensions_of(reading.reader)
     try:
-        found = find_images(folder, extensions)
+        names = folder_names(
+            folder, extensions, least_classes=least_classes if labelled else None, index=index
+        )
     except OSError as error:
         where = error.filename or folder
         raise UserError(
             f"{key}: folder {shown(os.fspath(where), 300)} cannot be read: {error.strerror}"
         ) from error
-    files = sorted(found.files, key=os.fsencode)
-    left_out = found.sentence()
-    if not files:
+    facts = names.facts
+    if not names:
         raise UserError(
-            f"{key}: no image below {str(folder)!r} ({left_out or 'it is empty'}; looked for "
+            f"{key}: no image below {str(folder)!r} ({'; '.join(facts.notes) or 'it is empty'}; looked for "
             f"{', '.join(sorted(extensions))})"
         )
-    classes, labels = class_folders(files, least_classes) if labelled else (None, None)
-    notes = [left_out] if left_out else []
-    if classes is not None:
-        empty = sorted(found.top_folders.difference(classes))
-        if empty:
-            notes.append(f"no image in the folders {listed(empty)}")
-    elif labelled and len(found.top_folders) > 1:
-        loose = next((printable(file) for file in files if "/" not in file), None)
-        if loose is not None:
-            notes.append(f"no labels, as {loose!r} lies beside the folders")
-    return FileSource(folder, files, labels, classes, reading, notes, in_parts)
+    return FileSource(folder, names, None, facts.classes, reading, facts.notes, in_parts)

@@ -9,6 +9,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from etpp_ssl.data.formats import open_picture
 from etpp_ssl.data.formats.base import Picture, Reading, UnreadableImage
 from etpp_ssl.data.sources.folder import FileSource, SplitFoldersConfig
@@ -55,7 +57,9 @@ class ShardSource(FileSource):
             notes.append(f"{len(index.bad):,} were unreadable when they were written, as {name!r}: {reason}")
         super().__init__(folder, index.rows.names, labels, index.classes, reading, notes)
         self.shards = list(index.files)
-        self.rows = index.rows
+        rows = index.rows
+        self.places = np.array([rows.shards, rows.offsets, rows.sizes], np.int64)
+        """int64 (3, N): the tar of each image, where its bytes start there, and how many they are."""
         self._open: dict[int, _Tar] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,11 +78,11 @@ class ShardSource(FileSource):
             UnreadableImage: if the tar cannot be read or ends early, or the image is larger than any of
                 so many pixels.
         """
-        rows = self.rows
-        if rows.sizes[index] > self.max_bytes:
-            raise UnreadableImage(f"its {rows.sizes[index]:,} bytes are more than {self.max_bytes:,}")
+        shard, offset, left = self.places[:, index].tolist()
+        if left > self.max_bytes:
+            raise UnreadableImage(f"its {left:,} bytes are more than {self.max_bytes:,}")
         try:
-            tar, offset, left = self._tar(rows.shards[index]), rows.offsets[index], rows.sizes[index]
+            tar = self._tar(shard)
             parts = []
             while left > 0:
                 parts.append(_read_at(tar, left, offset))
@@ -91,12 +95,12 @@ class ShardSource(FileSource):
 
     def stored_size(self, index: int) -> int:
         """Bytes of an image."""
-        return self.rows.sizes[index]
+        return int(self.places[2, index])
 
     def fingerprint(self) -> str:
         """Hash of names, labels and sizes; the tars may move or be cut elsewhere."""
         digest = hashlib.blake2b(super().fingerprint().encode(), digest_size=12)
-        for size in self.rows.sizes:
+        for size in self.places[2].tolist():
             digest.update(b"%d\n" % size)
         return digest.hexdigest()
 

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
-import torch
+import numpy as np
 
 from etpp_ssl.config import UserError, listed
 from etpp_ssl.data.formats.base import Picture, Reading
 from etpp_ssl.data.sources.base import DataConfig, ImageSource, no_image_of
 from etpp_ssl.data.sources.folder import FileListConfig, FolderConfig
+from etpp_ssl.data.sources.names import CHUNK, small_labels
 from etpp_ssl.data.sources.shards import ShardsConfig
 from etpp_ssl.data.sources.synthetic import SyntheticConfig
 from etpp_ssl.data.sources.timm_dataset import TimmConfig
 from etpp_ssl.data.sources.windows import PartSource, TiledConfig
-from etpp_ssl.randomness import keyed_torch
+from etpp_ssl.randomness import keyed_permutation
 
 AnyIndexedData = FolderConfig | FileListConfig | TimmConfig | SyntheticConfig | ShardsConfig
 """The data sources that are addressed by index: those known to recipes, and to streams for evaluation."""
@@ -39,13 +40,13 @@ class Subset:
     def __init__(
         self,
         source: ImageSource,
-        indices: Sequence[int],
+        indices: Sequence[int] | np.ndarray,
         *,
         hash_indices: bool = False,
         classes: list[str] | None = None,
     ) -> None:
         self.source = source
-        self.indices = indices
+        self.indices = indices if isinstance(indices, range) else _compact(indices)
         self.hash_indices = hash_indices
         self.classes = source.classes if classes is None else classes
         self._labels: dict[int, int] = {}
@@ -57,37 +58,49 @@ class Subset:
 
     def open(self, index: int) -> Picture:
         """See `ImageSource.open`."""
-        return self.source.open(self.indices[index])
+        return self.source.open(int(self.indices[index]))
 
     def label(self, index: int) -> int:
         """See `ImageSource.label`."""
-        label = self.source.label(self.indices[index])
+        label = self.source.label(int(self.indices[index]))
         return self._labels.get(label, label)
 
-    def all_labels(self) -> list[int] | None:
+    def all_labels(self) -> np.ndarray | None:
         """See `ImageSource.all_labels`."""
         labels = self.source.all_labels()
         if labels is None:
             return None
-        return [self._labels.get(labels[index], labels[index]) for index in self.indices]
+        taken = labels if isinstance(self.indices, range) else labels[self.indices]
+        if not self._labels:
+            return taken
+        # The last entry is that of the label -1.
+        renumbered = np.array([*(self._labels[old] for old in range(len(self._labels))), -1])
+        known: np.ndarray = small_labels(renumbered)[taken]
+        return known
 
     def name(self, index: int) -> str:
         """See `ImageSource.name`."""
-        return self.source.name(self.indices[index])
+        return self.source.name(int(self.indices[index]))
 
     def fingerprint(self) -> str:
         """That of the whole source, with the number of images taken, and where asked for a hash of which."""
         found = f"{self.source.fingerprint()}/{len(self)}"
         if self.hash_indices:
-            numbers = ",".join(map(str, self.indices)).encode()
-            found += f":{hashlib.blake2b(numbers, digest_size=6).hexdigest()}"
+            found += f":{self._hashed(6)}"
         return found
 
     def stamp(self) -> str | None:
         """That of the whole source, with which images are taken; see `FileSource.stamp`."""
         whole: str | None = self.source.stamp() if hasattr(self.source, "stamp") else None
-        numbers = ",".join(map(str, self.indices)).encode()
-        return whole and f"{whole}:{hashlib.blake2b(numbers, digest_size=12).hexdigest()}"
+        return whole and f"{whole}:{self._hashed(12)}"
+
+    def _hashed(self, digest_size: int) -> str:
+        """Hash of the numbers in the source."""
+        digest = hashlib.blake2b(digest_size=digest_size)
+        for first in range(0, len(self), CHUNK):
+            numbers = np.asarray(self.indices[first : first + CHUNK]).tolist()
+            digest.update(b"," * (first > 0) + ",".join(map(str, numbers)).encode())
+        return digest.hexdigest()
 
     def describe(self) -> str:
         """The source, how much of it, and which classes have no image there."""
@@ -144,8 +157,9 @@ def _open_whole(
     held_out = keyed_indices(len(source), config.holdout, seed, "holdout")
     if split not in TRAINING:
         return Subset(source, held_out)
-    taken = set(held_out)
-    return Subset(source, [i for i in range(len(source)) if i not in taken])
+    is_taken = np.ones(len(source), bool)
+    is_taken[held_out] = False
+    return Subset(source, np.flatnonzero(is_taken))
 
 
 def _held_out(source: ImageSource, share: float, split: str, seed: int) -> Subset:
@@ -155,20 +169,19 @@ def _held_out(source: ImageSource, share: float, split: str, seed: int) -> Subse
             "the split holdout is a share of the training images: give data.holdout_share, such as 0.1"
         )
     members = class_members(source, "data.holdout_share")
-    held_out: set[int] = set()
+    is_held_out = np.zeros(len(source), bool)
     for label, indices in members.items():
         count = min(max(1, round(share * len(indices))), len(indices) - 1)
-        held_out.update(indices[i] for i in keyed_indices(len(indices), count, seed, "holdout", label))
-    if not held_out:
+        is_held_out[indices[keyed_indices(len(indices), count, seed, "holdout", label)]] = True
+    if not is_held_out.any():
         raise UserError(
             f"data.holdout_share {share:g} of {len(source)} training images holds out none, as no class has "
             f"two; give data.holdout_share=0 and optim.base_lr as a number"
         )
-    taken = [i for i in range(len(source)) if (i in held_out) == (split == "holdout")]
-    return Subset(source, taken, hash_indices=True)
+    return Subset(source, np.flatnonzero(is_held_out == (split == "holdout")), hash_indices=True)
 
 
-def label_subset(source: ImageSource, *, share: float | None, per_class: int | None, seed: int) -> list[int]:
+def label_subset(source: ImageSource, *, share: float | None, per_class: int | None, seed: int) -> np.ndarray:
     """A keyed draw of images from each class, a function of the seed and of the source's order.
 
     A class's images are ranked by a draw keyed by (seed, class) and the first of them taken, so the images
@@ -181,13 +194,13 @@ def label_subset(source: ImageSource, *, share: float | None, per_class: int | N
         seed: the run's seed.
 
     Returns:
-        Numbers of the images, ascending.
+        Numbers of the images, int64 (taken,), ascending.
 
     Raises:
         UserError: if there are no labels, or a class has fewer than `per_class` images.
     """
     members = class_members(source, "data.labels_per_class" if share is None else "data.label_share")
-    taken: list[int] = []
+    taken = []
     for label, indices in members.items():
         if share is not None:
             count = max(1, round(share * len(indices)))
@@ -200,20 +213,20 @@ def label_subset(source: ImageSource, *, share: float | None, per_class: int | N
                 f"data.labels_per_class is {count}, but class {source.classes[label]!r} has "
                 f"{len(indices)} images"
             )
-        taken += [indices[i] for i in keyed_indices(len(indices), count, seed, "labels", label)]
-    return sorted(taken)
+        taken.append(indices[keyed_indices(len(indices), count, seed, "labels", label)])
+    return np.sort(np.concatenate(taken))
 
 
-def class_members(source: ImageSource, key: str) -> dict[int, list[int]]:
-    """The numbers of each class's images, ascending; see `read_labels`."""
-    members: dict[int, list[int]] = {}
-    for index, label in enumerate(read_labels(source, key)):
-        members.setdefault(label, []).append(index)
-    return members
+def class_members(source: ImageSource, key: str) -> dict[int, np.ndarray]:
+    """The numbers of each class's images, int64, ascending; see `read_labels`."""
+    labels = read_labels(source, key)
+    order = labels.argsort(kind="stable")
+    found, first = np.unique(labels[order], return_index=True)
+    return dict(zip(found.tolist(), np.split(order, first[1:]), strict=True))
 
 
-def read_labels(source: ImageSource, key: str) -> list[int]:
-    """Each image's class index. Where labels are known only on reading, every image is read once.
+def read_labels(source: ImageSource, key: str) -> np.ndarray:
+    """Each image's class index, (N,). Where labels are known only on reading, every image is read once.
 
     Args:
         source: labelled images.
@@ -226,10 +239,10 @@ def read_labels(source: ImageSource, key: str) -> list[int]:
         raise UserError(f"{key} needs labels, and the data has none ({NO_LABELS})")
     labels = source.all_labels()
     if labels is None:
-        labels = [source.label(index) for index in range(len(source))]
-    for index, label in enumerate(labels):
-        if label < 0:
-            raise UserError(f"{key} needs labels, and image {source.name(index)!r} has none")
+        labels = np.array([source.label(index) for index in range(len(source))])
+    without = np.flatnonzero(np.asarray(labels) < 0)
+    if len(without):
+        raise UserError(f"{key} needs labels, and image {source.name(int(without[0]))!r} has none")
     return labels
 
 
@@ -274,9 +287,12 @@ def check_labels(source: ImageSource, num_classes: int) -> None:
     """
     if source.classes is None:
         raise UserError(f"training on labels needs some, and the data has none ({NO_LABELS})")
-    for index, label in enumerate(source.all_labels() or ()):
-        if not 0 <= label < num_classes:
-            check_label(source.name(index), label, num_classes)
+    labels = source.all_labels()
+    if labels is not None:
+        wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+        if len(wrong):
+            index = int(wrong[0])
+            check_label(source.name(index), int(labels[index]), num_classes)
 
 
 def check_label(name: str, label: int, num_classes: int) -> None:
@@ -289,5 +305,10 @@ def check_label(name: str, label: int, num_classes: int) -> None:
 
 def keyed_indices(num_images: int, count: int, seed: int, purpose: str, *position: int) -> list[int]:
     """A keyed uniform draw of `count` out of `num_images` numbers without repeats, ascending."""
-    order = torch.randperm(num_images, generator=keyed_torch(seed, purpose, *position))
-    return sorted(order[:count].tolist())
+    return sorted(keyed_permutation(num_images, seed, purpose, *position)[:count].tolist())
+
+
+def _compact(indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Numbers from 0 on, in half the memory where they allow it."""
+    numbers = np.asarray(indices, np.int64)
+    return numbers.astype(np.int32) if numbers.max(initial=0) < 1 << 31 else numbers

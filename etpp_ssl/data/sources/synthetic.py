@@ -160,9 +160,9 @@ class SyntheticSource:
             raise IndexError(f"image {index} of {self.num_images}")
         return index % self.num_classes
 
-    def all_labels(self) -> list[int]:
+    def all_labels(self) -> np.ndarray:
         """See `ImageSource.all_labels`."""
-        return [self.label(index) for index in range(self.num_images)]
+        return np.array([self.label(index) for index in range(self.num_images)])
 
     def name(self, index: int) -> str:
         """Split, class and number."""

@@ -7,6 +7,7 @@ import io
 import os
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 
 from etpp_ssl.config import NotAtHand, UserError, may_change
@@ -150,14 +151,14 @@ class TimmSource:
         known = self._known_labels()
         return _label_in(self._item(index)[1] if known is None else known[index])
 
-    def all_labels(self) -> list[int] | None:
+    def all_labels(self) -> np.ndarray | None:
         """See `ImageSource.all_labels`."""
         if self.classes is None:
-            return [-1] * len(self)
+            return np.full(len(self), -1)
         known = self._known_labels()
         if known is None and hasattr(self.reader, "iter_targets"):
             known = self.reader.iter_targets()
-        return None if known is None else [_label_in(entry) for entry in known]
+        return None if known is None else np.array([_label_in(entry) for entry in known], np.int64)
 
     def name(self, index: int) -> str:
         """The reader's file name, or the number of the image."""

@@ -201,13 +201,10 @@ class PartSource:
         """That of the file."""
         return self.source.label(self.part(index).file)
 
-    def all_labels(self) -> list[int] | None:
+    def all_labels(self) -> np.ndarray | None:
         """See `ImageSource.all_labels`."""
         labels = self.source.all_labels()
-        if labels is None:
-            return None
-        repeated: list[int] = np.repeat(np.array(labels, dtype=np.int64), np.diff(self._starts)).tolist()
-        return repeated
+        return None if labels is None else np.repeat(labels, np.diff(self._starts))
 
     def name(self, index: int) -> str:
         """The file's, and which part of it: `scene.tif#row,column`, `scan.nii#frame`, or all three."""

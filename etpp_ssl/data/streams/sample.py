@@ -5,6 +5,8 @@ They are kept in memory, encoded, as a stream cannot be asked for one of them ag
 
 from __future__ import annotations
 
+import numpy as np
+
 from etpp_ssl.config import RunFault
 from etpp_ssl.data.formats import open_picture
 from etpp_ssl.data.formats.base import Picture, Reading, UnreadableImage
@@ -56,9 +58,9 @@ class StreamSample:
         """None of them has one."""
         return -1
 
-    def all_labels(self) -> list[int]:
+    def all_labels(self) -> np.ndarray:
         """None of them has one."""
-        return [-1] * len(self)
+        return np.full(len(self), -1)
 
     def name(self, index: int) -> str:
         """The shard's and the item's."""

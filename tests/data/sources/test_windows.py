@@ -210,7 +210,7 @@ def test_windows_of_files_have_the_labels_and_the_values_of_their_files(tmp_path
     source = split_of(scenes(tmp_path))
     assert source.classes == ["land", "sea"]
     labels = [source.label(index) for index in range(len(source))]
-    assert source.all_labels() == labels
+    assert source.all_labels().tolist() == labels
     assert [source.classes[label] for label in labels] == [
         source.name(index).split("/")[0] for index in range(len(source))
     ]
@@ -229,7 +229,7 @@ def test_a_list_of_files_has_windows_too(tmp_path: Path) -> None:
     assert [source.name(index) for index in range(len(source))] == [
         "b.npy#0,0", "b.npy#8,0", "a.npy#0,0", "a.npy#0,32", "a.npy#0,38",
     ]  # fmt: skip
-    assert source.all_labels() == [1, 1, 0, 0, 0]
+    assert source.all_labels().tolist() == [1, 1, 0, 0, 0]
 
 
 def write_as(extension: str, path: Path, values: np.ndarray) -> None:
