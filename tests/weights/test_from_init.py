@@ -92,11 +92,28 @@ def test_what_the_recipe_says_stands_above_the_weights(recipe_file: Path, tmp_pa
 
 def test_a_classifier_takes_it_too(recipe_file: Path, tmp_path: Path) -> None:
     dinov3(tmp_path / "dinov3.pth")
+    recipe_file.with_name("pretrain.yaml").write_text(UNNAMED)
     text = UNNAMED.replace(DECODER, "drop_path: 0.1") + "task: finetune\n"
     recipe_file.write_text(text.replace("optim: {base_lr: 2e-2}", "optim: {base_lr: 1e-3}"))
     chosen = load_any(recipe_file, [f"init={tmp_path / 'dinov3.pth'}"], with_network_of_init)
     assert (chosen.task, chosen.model.name, chosen.model.depth) == ("finetune", "vit_small_patch16_dinov3", 1)
     assert chosen.model.reg_tokens == 4
+    # From a run it takes the image size and the statistics, too.
+    pretrained = loaded(
+        recipe_file.with_name("pretrain.yaml"), f"init={tmp_path / 'dinov3.pth'}", "in_chans=3"
+    )
+    pretrained.save(RunFolder(tmp_path / "run").recipe_file)
+    after = load_any(recipe_file, [f"init={tmp_path / 'run'}"], with_network_of_init)
+    assert any(
+        "image_size, in_chans, data.mean and data.std are those of init" in note for note in after.notes
+    )
+    assert after.model.name == "vit_small_patch16_dinov3"
+    # From an export by timm the name alone, of any network.
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text('{"architecture": "resnet18", "model_args": {}}')
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "export" / "pytorch_model.bin")
+    resnet = load_any(recipe_file, [f"init={tmp_path / 'export'}"], with_network_of_init)
+    assert resnet.model.name == "resnet18"
 
 
 def fails(call: Callable[[], Any], words: str) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import etpp_ssl
 from etpp_ssl.model.encoders import maskable
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
-from etpp_ssl.weights.architecture import Architecture, architecture_of, licence_of
+from etpp_ssl.weights.architecture import Architecture, _ratio, architecture_of, licence_of
 from etpp_ssl.weights.layouts import in_timm_names, recognise
 from etpp_ssl.weights.loading import load_classifier_init, load_init, read_init
 
@@ -124,6 +124,8 @@ def started(init: Path, size: int = 32) -> tuple[MaskedAutoencoder, Architecture
 def test_transformers_features_from_its_folder_alone(example: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     kind, config, family, name = THEIRS[example]
+    if not hasattr(transformers, f"{kind}Model"):
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}Model")
     theirs = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**config))
     shaken(theirs).save_pretrained(tmp_path)
     model, architecture, said = started(tmp_path, config.get("image_size", 32))
@@ -277,6 +279,11 @@ def test_a_classifier_starts_from_transformers_dinov3(tmp_path: Path) -> None:
         expected = theirs(images_of(32)).pooler_output
         features = net.forward_head(net.forward_features(images_of(32)), pre_logits=True)
         torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(1152, 4304), (384, 1536), (1536, 8192), (192, 511), (49, 59)])
+def test_a_ratio_gives_the_width_back(width: int, hidden: int) -> None:
+    assert int(width * _ratio(hidden, width)) == hidden
 
 
 @pytest.mark.parametrize(
