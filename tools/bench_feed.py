@@ -4,8 +4,8 @@
 
 Training and its data worker share one core. The four runs (curriculum and constant, `data.cache` off and ram)
 take turns; printed are the ratios of their CPU time, workers included, and of their wall time, median (min to
-max). Filling the cache, once before the first step, does not count. On a machine with other work only CPU time counts,
-and that by half: caches and clocks are shared. Nothing is asserted.
+max). Filling the cache, once before the first step, does not count. On a machine with other work only CPU
+time counts, and that by half: caches and clocks are shared. Nothing is asserted.
 """
 
 from __future__ import annotations
