@@ -148,10 +148,17 @@ class MaskedAutoencoding(Task):
             f"{self._decoder_flops(other, grid, counts.everything) / 1e9:.4g} with a {other.name} decoder"
             for other in other_decoders(own)
         )
+        quarter = counts._replace(num_predict=max(1, counts.everything.num_predict // 4))
+        fewer = "".join(
+            f"; a {config.name} decoder that predicts a quarter of them takes "
+            f"{self._decoder_flops(config, grid, quarter) / 1e9:.4g}"
+            for config in (own, *other_decoders(own))
+            if "predict_ratio" in type(config).model_fields
+        )
         notes.append(
             f"encoder (target included) and decoder are in GFLOP per image, forward and backward; at full "
             f"resolution the {own.name} decoder takes {flops / 1e9:.4g} ({flops / full.flops:.0%}); "
-            f"it would be {others} of this width, depth and heads that predicts every masked patch"
+            f"it would be {others} of this width, depth and heads that predicts every masked patch{fewer}"
         )
         return notes
 
