@@ -24,7 +24,7 @@ from torch.distributed import distributed_c10d
 
 from etpp_ssl.config import Interrupted, RunFault, UserError
 
-OF_A_MACHINE = {"output", "data.root", "data.num_workers", "data.prefetch"}
+OF_A_MACHINE = {"output", "data.root", "data.index", "data.num_workers", "data.prefetch"}
 """Settings that machines may differ in: paths, and what suits their processors."""
 
 

@@ -8,7 +8,6 @@ Legend: n training images, m evaluation images, D width, k neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 from typing import Any, Literal
 
@@ -25,6 +24,10 @@ TEMPERATURE = 0.07
 """DINO's."""
 CHUNK_BYTES = 1 << 27
 """Memory for similarities, exceeded only where `CHUNK_IMAGES` need more."""
+BLOCK_IMAGES = 1 << 16
+"""Training images at a time, of which there is a copy in float32."""
+VOTERS = 1 << 12
+"""Test images whose votes are counted together."""
 CHUNK_IMAGES = 128
 """Test images at a time at least; with fewer, memory bandwidth limits the product."""
 
@@ -132,23 +135,38 @@ def knn_sweep(
         int64 (votes, m); a tie goes to the lower class.
     """
     most = max(k for k, _ in pairs)
-    predicted = []
-    for similarity, nearest in _nearest(train, test, most, chunk):
-        labels = train_labels[nearest]
-        votes = [_vote(similarity[:, :k], labels[:, :k], t, num_classes) for k, t in pairs]
-        predicted.append(torch.stack(votes))
-    return torch.cat(predicted, dim=1)
+    similarity, nearest = _nearest(train, test, most, chunk)
+    votes = []
+    for k, temperature in pairs:
+        # A few test images at a time, as each has a number for every class.
+        parts = zip(similarity[:, :k].split(VOTERS), nearest[:, :k].split(VOTERS), strict=True)
+        votes.append(torch.cat([_vote(s, train_labels[n], temperature, num_classes) for s, n in parts]))
+    return torch.stack(votes)
 
 
-def _nearest(train: Tensor, test: Tensor, k: int, chunk: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cosine similarity and number of the k nearest of `train`, nearest first, for `test` in chunks."""
-    train, test, k = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1), min(k, len(train))
-    chunk = min(chunk or max(CHUNK_IMAGES, CHUNK_BYTES // (4 * len(train))), len(test))
+def _nearest(train: Tensor, test: Tensor, k: int, chunk: int | None) -> tuple[Tensor, Tensor]:
+    """Cosine similarity and number of the k nearest of `train`, (m, k) each, nearest first.
+
+    A block of `train` is normalised, meets all of `test`, and is forgotten.
+    """
+    test, k, block = F.normalize(test.float(), dim=1), min(k, len(train)), min(BLOCK_IMAGES, len(train))
+    chunk = min(chunk or max(CHUNK_IMAGES, CHUNK_BYTES // (4 * block)), len(test))
     # One buffer for all chunks: on a CPU a new one of this size costs a page fault per 4 KiB.
-    buffer = torch.empty(chunk, len(train), device=train.device)
-    for part in test.split(chunk):
-        similarity, nearest = torch.mm(part, train.T, out=buffer[: len(part)]).topk(k, dim=1)
-        yield similarity, nearest
+    buffer = torch.empty(chunk * block, device=train.device)
+    best: list[tuple[Tensor, Tensor]] = []
+    for first in range(0, len(train), block):
+        images = F.normalize(train[first : first + block].float(), dim=1)
+        for number, part in enumerate(test.split(chunk)):
+            out = buffer[: len(part) * len(images)].view(len(part), len(images))
+            similarity, nearest = torch.mm(part, images.T, out=out).topk(min(k, len(images)), dim=1)
+            nearest += first
+            if first == 0:
+                best.append((similarity, nearest))
+                continue
+            both = torch.cat([best[number][0], similarity], 1), torch.cat([best[number][1], nearest], 1)
+            similarity, place = both[0].topk(min(k, both[0].shape[1]), dim=1)
+            best[number] = similarity, both[1].gather(1, place)
+    return torch.cat([s for s, _ in best]), torch.cat([n for _, n in best])
 
 
 def _vote(similarity: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:

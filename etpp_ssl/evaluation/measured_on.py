@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -145,8 +145,12 @@ def _num_trained_on(
     if any(chosen) and fingerprint not in (None, training.fingerprint()):
         # The data has changed since, and another draw of it than now was trained on.
         return len(source) if split == "train" else None
-    trained_on = _identities(training)
-    return sum(count for image, count in _identities(source).items() if image in trained_on)
+    if _place(training) != _place(source):
+        return 0
+    wanted = Counter(_file_names(source))
+    # One by one: there may be far more images of training than fit in memory by name.
+    found = {name for name in _file_names(training) if name in wanted}
+    return sum(wanted[name] for name in found)
 
 
 def _other_folder(recipe: HasImages, split: str, trained: HasImages) -> bool:
@@ -161,16 +165,20 @@ def _other_folder(recipe: HasImages, split: str, trained: HasImages) -> bool:
         return False
 
 
-def _identities(source: ImageSource) -> Counter[tuple[str, str]]:
-    """What makes each image itself, its place and its name there; of windows, which overlap, their file's."""
+def _place(source: ImageSource) -> str:
+    """Where the images lie, which makes an image itself together with its name there."""
     whole = _whole(source)
-    place = str(whole.folder.resolve()) if isinstance(whole, FileSource) else whole.fingerprint()
-    return Counter((place, _file_name(source, index)) for index in range(len(source)))
+    return str(whole.folder.resolve()) if isinstance(whole, FileSource) else whole.fingerprint()
+
+
+def _file_names(source: ImageSource) -> Iterator[str]:
+    """The name of each image in its place; of windows, which overlap, their file's."""
+    return (_file_name(source, index) for index in range(len(source)))
 
 
 def _file_name(source: ImageSource, index: int) -> str:
     if isinstance(source, Subset):
-        return _file_name(source.source, source.indices[index])
+        return _file_name(source.source, int(source.indices[index]))
     if isinstance(source, PartSource):
         return source.source.name(source.part(index).file)
     return source.name(index)

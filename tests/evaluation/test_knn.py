@@ -40,8 +40,12 @@ def plain_vote(train: Tensor, labels: Tensor, test: Tensor, k: int, temperature:
     return answers
 
 
+@pytest.mark.parametrize("block", [4, 11, 1 << 16])
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (7, 1.0), (100, 0.5)])
-def test_the_vote_equals_a_plain_loop(k: int, temperature: float) -> None:
+def test_the_vote_equals_a_plain_loop(
+    k: int, temperature: float, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("etpp_ssl.evaluation.knn.BLOCK_IMAGES", block)
     generator = torch.Generator().manual_seed(k)
     labels = torch.randint(0, 4, (33,), generator=generator)
     train = torch.randn(33, 6, generator=generator) + labels[:, None]

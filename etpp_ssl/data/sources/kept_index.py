@@ -7,6 +7,7 @@ fewer than `KEPT_FROM` names are read faster than this pays for, and leave nothi
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import hashlib
 import json
@@ -85,6 +86,7 @@ def kept(
                 return names
             # Its pages were touched all over; a new map starts with none.
             names = None
+            _return_memory()
             if _anew is not None:
                 _anew.add(str(file))
             return Opened(file).names
@@ -160,6 +162,13 @@ class _Writing:
         self._stack.callback(_unlock, lock)
         if self._check():
             raise _Built
+
+
+def _return_memory() -> None:
+    """Give the system back what building took; glibc keeps what lies below anything still in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _unlock(lock: FileLock) -> None:

@@ -99,20 +99,24 @@ def _read(
     count = num_without = num_null = 0
     prefix = None if url is None else os.fsencode(url.rstrip("/")) + b"/"
     for block in _blocks(path):
-        names, named = _columns(block)
+        columns = None if prefix is not None else _columns(block)
+        if columns is not None:
+            text, sizes, named = columns
+            writer.add_text(text, sizes)
+            count += len(sizes)
+        else:
+            names, named = _rows(block)
+            if prefix is not None:
+                names = [name if _SCHEME.match(name) else prefix + name for name in names]
+            schemes.update(match[1] for match in map(_SCHEME.match, names) if match)
+            num_null += sum(b"\0" in name for name in names)
+            writer.add(names)
+            count += len(names)
         for text in {*named}.difference(numbers):
             # As text: what is a space in some script is none of the class.
             name = text.decode("utf-8", "surrogateescape").strip()
             numbers[text] = found.setdefault(name, len(found))
         labels.append(np.fromiter(map(numbers.__getitem__, named), np.int32, len(named)))
-        if prefix is not None:
-            names = [name if _SCHEME.match(name) else prefix + name for name in names]
-        if b"://" in block:
-            schemes.update(match[1] for match in map(_SCHEME.match, names) if match)
-        if b"\0" in block:
-            num_null += sum(b"\0" in name for name in names)
-        writer.add(names)
-        count += len(names)
         advance(count)
     if not count:
         raise UserError(f"{key} {str(path)!r} names no image")
@@ -139,18 +143,30 @@ def _read(
     return writer.finish(numbered, facts, state)
 
 
-def _columns(block: bytes) -> tuple[list[bytes], list[bytes]]:
+def _columns(block: bytes) -> tuple[bytes, np.ndarray, list[bytes]] | None:
+    """Of whole lines that have nothing to strip, to skip or to look into: names, their sizes, and classes."""
+    odd = (b" ", b"\r", b"#", b"\0", b"://", b"\n\n")
+    if not block or block.startswith(b"\n") or any(part in block for part in odd):
+        return None
+    letters = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero((letters == 9) | (letters == 10))
+    if (letters[ends] == 10).all():
+        names = letters[letters != 10]
+        sizes = np.diff(ends, prepend=-1, append=len(letters)) - 1
+        return names.tobytes(), sizes, [b""] * len(sizes)
+    if len(ends) % 2 == 0 or (letters[ends[::2]] != 9).any() or (letters[ends[1::2]] != 10).any():
+        return None
+    # Widths of the names, and of the classes with the marks on both sides.
+    edges = np.concatenate([[0], ends, [len(letters)]])
+    edges[2:-1:2] += 1
+    widths = np.diff(edges)
+    is_name = np.repeat(np.tile([True, False], len(widths) // 2), widths)
+    named = letters[~is_name].tobytes()[1:].split(b"\n\t")
+    return letters[is_name].tobytes(), widths[::2], named
+
+
+def _rows(block: bytes) -> tuple[list[bytes], list[bytes]]:
     """The names of whole lines, and what stands behind their first tab."""
-    if block and not any(odd in block for odd in (b" ", b"\r", b"#", b"\n\n")) and block[:1] != b"\n":
-        # As most lists are: nothing to strip or to skip.
-        bytes_of = np.frombuffer(block, np.uint8)
-        marks = bytes_of[(bytes_of == 9) | (bytes_of == 10)]
-        if (marks == 10).all():
-            names = block.split(b"\n")
-            return names, [b""] * len(names)
-        if len(marks) % 2 and (marks[::2] == 9).all() and (marks[1::2] == 10).all():
-            cells = block.replace(b"\n", b"\t").split(b"\t")
-            return cells[::2], cells[1::2]
     lines = block.split(b"\n")
     rows = [line.partition(b"\t") for line in lines if line.strip(b" \t\r") and not line.startswith(b"#")]
     return [row[0].strip(b" \r") for row in rows], [row[2] for row in rows]

@@ -189,11 +189,19 @@ class NamesWriter:
 
     def add(self, names: list[bytes]) -> None:
         """Write the next names."""
-        ends = np.cumsum([len(name) for name in names], dtype=np.int64) + self._size
-        text = b"".join(names)
+        sizes = np.fromiter(map(len, names), np.int64, len(names))
+        self._add(b"".join(names), sizes, count_extensions([names]))
+
+    def add_text(self, text: bytes, sizes: np.ndarray) -> None:
+        """Write the next names, which lie one behind the other."""
+        ends = np.cumsum(sizes)
+        self._add(text, sizes, _extensions_in(text, ends))
+
+    def _add(self, text: bytes, sizes: np.ndarray, extensions: Counter[str]) -> None:
+        ends = np.cumsum(sizes) + self._size
         self._ends.append(ends if self._size + len(text) >= 1 << 32 else ends.astype(np.uint32))
         self._size += len(text)
-        self._counts += count_extensions([names])
+        self._counts += extensions
         if self._file is None:
             self._parts.append(text)
         else:
@@ -329,24 +337,34 @@ def count_extensions(chunks: Iterable[list[bytes]]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for names in chunks:
         unclear = set()
-        rest, ending = names, names[0][-_TAIL:] if names else b""
-        ending = ending[max(0, ending.rfind(b".")) :]
-        # Most names end as the first one does. A name that is nothing but an ending has none.
-        if 1 < len(ending) < _TAIL and ending[:1] == b"." and ending.lower() != b".gz":
-            rest = [name for name in names if not name.endswith(ending)]
-            bare: list[bytes] = []
-            if ending in names or b"/" + ending in b"".join(names):
-                bare = [name for name in names if name.endswith(b"/" + ending) or name == ending]
-            counts[ending.decode("utf-8", "surrogateescape").lower()] += len(names) - len(rest) - len(bare)
-            counts[""] += len(bare)
-        for tail, number in Counter([name[-_TAIL:] for name in rest]).items():
+        for tail, number in Counter([name[-_TAIL:] for name in names]).items():
             if tail.rfind(b".") > 0 and tail[-3:].lower() != b".gz":
                 counts[extension_of(os.fsdecode(tail))] += number
             else:
                 unclear.add(tail)
         if unclear:
-            counts.update(extension_of(os.fsdecode(n)) for n in rest if n[-_TAIL:] in unclear)
-    return +counts
+            counts.update(extension_of(os.fsdecode(n)) for n in names if n[-_TAIL:] in unclear)
+    return counts
+
+
+def _extensions_in(text: bytes, ends: np.ndarray) -> Counter[str]:
+    """The same of names that lie one behind the other. Most end as the first one does."""
+    ending = text[: ends[0]][-_TAIL:]
+    ending = ending[ending.rfind(b".") :]
+    begins = np.concatenate([[0], ends[:-1]])
+    likewise = np.zeros(len(ends), bool)
+    if 1 < len(ending) < _TAIL and ending.startswith(b".") and ending.lower() != b".gz":
+        letters = np.frombuffer(text, np.uint8)
+        likewise = ends - begins > len(ending)
+        # A name that is nothing but an ending, in any folder, has none.
+        likewise &= letters[np.maximum(ends - len(ending) - 1, 0)] != ord("/")
+        for place, letter in enumerate(ending, -len(ending)):
+            likewise &= letters[np.maximum(ends + place, 0)] == letter
+    others = [text[begins[i] : ends[i]] for i in np.flatnonzero(~likewise).tolist()]
+    counts = count_extensions([others])
+    if likewise.any():
+        counts[ending.decode("utf-8", "surrogateescape").lower()] += int(likewise.sum())
+    return counts
 
 
 def label_counts(labels: np.ndarray, num_classes: int) -> np.ndarray:

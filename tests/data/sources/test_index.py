@@ -130,6 +130,21 @@ def test_a_list_from_its_index_is_the_list(tmp_path: Path, monkeypatch: Any) -> 
     assert content(plain) == content(first) == content(open_list(path, index=str(tmp_path / "i")))
 
 
+def test_a_list_without_oddities_is_read_as_one_with_them(tmp_path: Path) -> None:
+    """Whole blocks at once, or line by line where a comment, a space or an end of Windows is in the block."""
+    rows = [
+        (f"d/{'x' * (i % 7)}{i}.{['jpg', 'JPG', 'png'][i % 5 % 3]}", f"c{i * i % 11}") for i in range(200)
+    ]
+    for text in ("\n".join("\t".join(row) for row in rows), "\n".join(name for name, _ in rows)):
+        found = []
+        for end in ("", "\n", "\n# odd"):
+            path = tmp_path / "list.txt"
+            path.write_text(text + end)
+            found.append(content(open_list(path)))
+        assert found[0] == found[1] == found[2]
+        assert found[0][0] == [name for name, _ in rows]
+
+
 def test_many_classes_and_many_names_are_kept_by_themselves(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,6 +349,10 @@ def test_extensions_and_labels_are_counted_as_one_by_one(monkeypatch: pytest.Mon
     for name in odd:
         wanted[extension_of(name)] = wanted.get(extension_of(name), 0) + 1
     assert dict(count_extensions([raw[:5], raw[5:]])) == wanted
+    for first in range(len(raw)):  # The first one's ending is looked for in all.
+        turned = [raw[first], *raw]
+        found = names._extensions_in(b"".join(turned), np.cumsum([len(name) for name in turned]))
+        assert found - count_extensions([turned[:1]]) == wanted
     labels = np.random.default_rng(0).integers(0, 40, 1000)
     monkeypatch.setattr(names, "CHUNK", 64)
     assert label_counts(labels, 41).tolist() == np.bincount(labels, minlength=41).tolist()
