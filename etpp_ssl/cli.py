@@ -420,6 +420,33 @@ def export(
 
 
 @app.command()
+def search(
+    run: RunArgument,
+    queries: Annotated[list[str], typer.Argument(metavar="QUERY...", help="Image files.")],
+    folder: Annotated[str, typer.Option("--in", help="The folder of images to search.")],
+    count: Annotated[int, typer.Option(min=1, help="Images for each query.")] = 8,
+    json: Annotated[Path | None, typer.Option("--json", help="Write what was found to this file.")] = None,
+) -> None:
+    """Print the images of a folder that are most like some others, by cosine of an encoder's features."""
+    only_main_process()
+    from etpp_ssl.commands.search import check_run
+    from etpp_ssl.commands.search import search as find
+    from etpp_ssl.encoder_sources import load
+    from etpp_ssl.files import check_place, write_json
+
+    check_run(run)
+    if json is not None:
+        json = check_place(json)
+    found = find(run, load(run, precision="fp32"), queries, folder, count=count, say=say)
+    for query, names, row in zip(found.queries, found.names, found.similarities.tolist(), strict=True):
+        print(query)
+        for name, value in zip(names, row, strict=True):
+            print(f"  {value:.4f}  {name}")
+    if json is not None:
+        write_json(json, found.values())
+
+
+@app.command()
 def prepare(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of images, or a list of files.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make, for data.root.")],
