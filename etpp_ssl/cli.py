@@ -444,22 +444,55 @@ def embed(
 def export(
     run: RunArgument,
     to: Annotated[
-        Literal["timm", "mae", "transformers", "dinov3", "pixio"], typer.Option(help="Format.")
+        Literal["timm", "mae", "transformers", "dinov3", "pixio", "onnx"], typer.Option(help="Format.")
     ] = "timm",
-    out: Annotated[Path | None, typer.Option(help="Folder to write; by default RUN/export/<format>.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write; by default RUN/export/<format>. Of onnx the file, model.onnx."),
+    ] = None,
     pool: Annotated[
-        Pool | None, typer.Option(help="Pooling of an encoder exported to timm; by default its own.")
+        Pool | None, typer.Option(help="Pooling of an encoder exported to timm or onnx; by default its own.")
     ] = None,
     license: Annotated[
         str, typer.Option(help="Licence for the model card, as the Hugging Face hub spells it.")
     ] = "other",
+    normalise: Annotated[
+        bool, typer.Option("--normalise", help="onnx: take raw values, and normalise them in the graph.")
+    ] = False,
+    static_batch: Annotated[
+        bool, typer.Option("--static-batch", help="onnx: one image at a time, not any number.")
+    ] = False,
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="onnx: any size of whole patches, where positions allow.")
+    ] = False,
+    opset: Annotated[int, typer.Option(help="onnx: version of its operations, 18 to 23.")] = 18,
 ) -> None:
-    """Write a run's weights as a folder that timm, the original MAE code or transformers loads."""
+    """Write a run's weights for timm, the original MAE code, transformers or onnxruntime."""
     only_main_process()
     from etpp_ssl.export import encoder_only, official, timm
 
-    if pool is not None and to != "timm":
-        raise UserError(f"--pool {pool} is for --to timm; a folder of {to} gives all tokens")
+    if pool is not None and to not in ("timm", "onnx"):
+        raise UserError(f"--pool {pool} is for --to timm and onnx; a folder of {to} gives all tokens")
+    chosen = {"--normalise": normalise, "--static-batch": static_batch, "--dynamic-size": dynamic_size}
+    misplaced = [name for name, value in chosen.items() if value] + ["--opset"] * (opset != 18)
+    if misplaced and to != "onnx":
+        raise UserError(f"{misplaced[0]} is for --to onnx, not for --to {to}")
+    if to == "onnx":
+        from etpp_ssl.encoder_sources import load
+        from etpp_ssl.export.onnx import export_onnx
+
+        written = export_onnx(
+            load(run, device="cpu"),
+            out or Path(run) / "export" / "onnx" / "model.onnx",
+            pool=pool,
+            normalise=normalise,
+            dynamic_batch=not static_batch,
+            dynamic_size=dynamic_size,
+            opset=opset,
+        )
+        print(f"onnx: {written.file}")
+        say(f"input {written.shape}, opset {written.opset}; differs from torch by {written.difference:.2g}")
+        return
     if to == "timm":
         folder = timm.export(run, out, pool=pool, license_name=license, say=say)
     else:
@@ -473,6 +506,33 @@ def export(
     print(f"{to}: {folder}")
     if to == "timm":
         say(f'in Python: timm.create_model("local-dir:{folder}", pretrained=True)')
+
+
+@app.command()
+def search(
+    run: RunArgument,
+    queries: Annotated[list[str], typer.Argument(metavar="QUERY...", help="Image files.")],
+    folder: Annotated[str, typer.Option("--in", help="The folder of images to search.")],
+    count: Annotated[int, typer.Option(min=1, help="Images for each query.")] = 8,
+    json: Annotated[Path | None, typer.Option("--json", help="Write what was found to this file.")] = None,
+) -> None:
+    """Print the images of a folder that are most like some others, by cosine of an encoder's features."""
+    only_main_process()
+    from etpp_ssl.commands.search import check_run
+    from etpp_ssl.commands.search import search as find
+    from etpp_ssl.encoder_sources import load
+    from etpp_ssl.files import check_place, write_json
+
+    check_run(run)
+    if json is not None:
+        json = check_place(json)
+    found = find(run, load(run, precision="fp32"), queries, folder, count=count, say=say)
+    for query, names, row in zip(found.queries, found.names, found.similarities.tolist(), strict=True):
+        print(query)
+        for name, value in zip(names, row, strict=True):
+            print(f"  {value:.4f}  {name}")
+    if json is not None:
+        write_json(json, found.values())
 
 
 @app.command()

@@ -19,7 +19,7 @@ from etpp_ssl.data.sampler import KeyedOrder
 from etpp_ssl.data.views import ProbeView
 from etpp_ssl.evaluation.linear import LinearConfig, LinearHead, LinearProbe
 from etpp_ssl.evaluation.training import EpochSteps
-from etpp_ssl.optim.optimizers import Lars
+from etpp_ssl.optim.lars import Lars
 from etpp_ssl.recipe import Recipe
 
 QUICK = ["probe=linear", "probe.epochs=30", "probe.warmup_epochs=3", "probe.base_lr=100"]
