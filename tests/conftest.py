@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# See etpp_ssl/cli.py; it must be set before torch is imported.
+# See etpp_ssl/cli_app.py; it must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Checkpoints are flushed to the disk, which takes longer than the steps of these runs: not so in memory.
 if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 4e9:

@@ -17,7 +17,7 @@ OWNERS = {
     "accelerate": {"commands", "debug", "dist", "evaluation", "tasks", "train"},
     "timm": {"model", "optim", "export", "data", "encoder_sources", "evaluation", "train/run", "weights"},
     "torchvision": {"data", "report"},
-    "typer": {"cli", "cli_end"},
+    "typer": {"cli_app", "cli_end", "cli_train", "cli_use"},
     "matplotlib": {"report"},
     "psutil": {"train", "evaluation", "data/cache"},
     "webdataset": {"data/streams/webdataset"},

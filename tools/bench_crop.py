@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-# See etpp_ssl/cli.py; it must be set before torch is imported.
+# See etpp_ssl/cli_app.py; it must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch

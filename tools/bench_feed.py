@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 
-# See etpp_ssl/cli.py; it must be set before torch is imported.
+# See etpp_ssl/cli_app.py; it must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import psutil
@@ -30,6 +30,8 @@ from etpp_ssl.train.plan import plan_run
 from etpp_ssl.train.run import Run
 
 ARMS = [(curriculum, cache) for cache in ("off", "ram") for curriculum in ("own", "constant")]
+UNTIMED = 2
+"""Steps of a run in which it warms up."""
 
 
 def main() -> None:
@@ -50,7 +52,9 @@ def main() -> None:
         for arm in ARMS if turn % 2 == 0 else ARMS[::-1]:
             with tempfile.TemporaryDirectory() as output:
                 recipe = recipe_of(options, arm, output)
-                flops[arm] = plan_run(recipe).total_flops
+                plan = plan_run(recipe)
+                untimed = UNTIMED * recipe.batch_size * plan.stages[0].cost.flops
+                flops[arm] = plan.total_flops - untimed
                 taken[arm].append(timed(recipe))
             print(
                 turn,
@@ -82,12 +86,12 @@ def recipe_of(options: argparse.Namespace, arm: tuple[str, str], output: str) ->
 
 
 def timed(recipe: Recipe) -> tuple[float, float, float]:
-    """(CPU, that of the workers, wall) seconds from a run's second step to its last one."""
+    """(CPU, that of the workers, wall) seconds after the first `UNTIMED` steps of a run."""
     run = open_run(recipe, shown=False)
     marks = []
 
     def mark(run: Run, *_: object) -> None:
-        if run.state.step in (2, run.curriculum.num_steps):
+        if run.state.step in (UNTIMED, run.curriculum.num_steps):
             marks.append((*cpu_seconds(), time.perf_counter()))
 
     loop.on_step_end.append(mark)

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-# See etpp_ssl/cli.py; it must be set before torch is imported.
+# See etpp_ssl/cli_app.py; it must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import PIL

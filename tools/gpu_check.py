@@ -32,7 +32,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-# See etpp_ssl/cli.py; it must be set before torch is imported.
+# See etpp_ssl/cli_app.py; it must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import Literal, Protocol
 
 import numpy as np
@@ -215,6 +216,7 @@ def _resized_crop(
     return to_tensor(tuple(channel.crop(box).resize(size, KERNELS[kernel]) for channel in image.channels()))
 
 
+@cache
 def intermediate_size(bandwidth: tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int]:
     """The size that a view with `decode: reduced` has at a bandwidth.
 
