@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
 
+from etpp_ssl.cli import main
 from etpp_ssl.commands.search import check_run, nearest
 from etpp_ssl.config import UserError
+from etpp_ssl.recipe import Recipe
+from etpp_ssl.train.launch import pretrain
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])
@@ -29,3 +37,36 @@ def test_fewer_images_than_are_wanted() -> None:
 def test_what_is_not_a_run_is_refused() -> None:
     with pytest.raises(UserError, match="not the folder of a run"):
         check_run("nowhere")
+
+
+def test_an_image_of_the_folder_is_nearest_to_itself(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str) -> int:
+        with pytest.raises(SystemExit) as stopped:
+            main(["search", folder, *arguments])
+        return int(stopped.value.code or 0)
+
+    folder = str(pretrain(tiny_recipe("budget_epochs=0.3")).folder.path)
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(5):
+        pixels = torch.randint(256, (20, 30, 3), generator=torch.Generator().manual_seed(number))
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(images / f"{number}.png")
+    wanted, found = [str(images / "3.png"), str(images / "0.png")], tmp_path / "found.json"
+    assert run(*wanted, "--in", str(images), "--count", "2", "--json", str(found)) == 0
+    queries = json.loads(found.read_text())["queries"]
+    assert [query["query"] for query in queries] == wanted
+    first = [query["nearest"][0] for query in queries]
+    assert [row["image"] for row in first] == ["3.png", "0.png"]
+    assert all(row["similarity"] == pytest.approx(1, abs=1e-5) for row in first)
+    assert {len(query["nearest"]) for query in queries} == {2}
+    capsys.readouterr()
+    (tmp_path / "text.txt").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    for arguments, told in (
+        ((str(tmp_path / "text.txt"), "--in", str(images)), "text.txt"),
+        ((wanted[0], "--in", str(tmp_path / "empty")), "no image"),
+    ):
+        assert run(*arguments) == 2
+        assert told in capsys.readouterr().err
