@@ -261,6 +261,7 @@ def check_sharded(
     batch_size: int,
     num_processes: int,
     compiled: bool,
+    whole_matrices: bool,
 ) -> None:
     """See that all processes have as many micro-batches: each one's forward pass needs all the others.
 
@@ -269,12 +270,18 @@ def check_sharded(
         micro_batch_size, batch_size: of the recipe.
         num_processes: of the run.
         compiled: whether the blocks run through `torch.compile`.
+        whole_matrices: whether the optimizer needs each weight matrix in one piece, as Muon does.
 
     Raises:
-        UserError: if not, or for blocks that are compiled.
+        UserError: if not, for blocks that are compiled, or for such an optimizer.
     """
     if compiled:
         raise UserError("model.compiled is true, which does not go together with FSDP2; leave it false")
+    if whole_matrices:
+        raise UserError(
+            "optim.name is Muon's, which orthogonalises whole matrices, and FSDP2 gives each process a part "
+            "of them: use DDP, or optim.name=adamw"
+        )
     for stage in stages:
         size = micro_batch_of(stage.batch_size, micro_batch_size, batch_size)
         parts = [process_part(range(stage.batch_size), rank, num_processes) for rank in range(num_processes)]

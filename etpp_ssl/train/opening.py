@@ -18,6 +18,7 @@ from etpp_ssl.dist.peers import with_peers
 from etpp_ssl.dist.sharding import check_sharded, prepare, sharding_in_use
 from etpp_ssl.evaluation.collapse import sign_of_answers
 from etpp_ssl.evaluation.measured_on import measured_on
+from etpp_ssl.optim.registry import MUON
 from etpp_ssl.randomness import freshly_initialised
 from etpp_ssl.recipe import FinetuneRecipe, Recipe
 from etpp_ssl.run_folder import RunFolder
@@ -106,6 +107,7 @@ def open_run(
             batch_size=recipe.batch_size,
             num_processes=accelerator.num_processes,
             compiled=isinstance(recipe, Recipe) and recipe.model.compiled,
+            whole_matrices=recipe.optim.name in MUON,
         )
     optimizer = recipe.optim.build(task.net, accelerator.device)
     model, prepared_optimizer, copies = prepare(accelerator, task.model, optimizer)

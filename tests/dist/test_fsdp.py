@@ -277,6 +277,7 @@ def test_fp16_compiled_blocks_and_uneven_micro_batches_are_refused(
             batch_size=recipe.batch_size,
             num_processes=2,
             compiled=recipe.model.compiled,
+            whole_matrices=recipe.optim.name == "muon",
         )
 
     check("batch_size=10", "micro_batch_size=3")
@@ -285,6 +286,8 @@ def test_fp16_compiled_blocks_and_uneven_micro_batches_are_refused(
         UserError, match=r"13 \(stage 1\) gives some of the 2 processes 2 .* others 3; .* of 2$"
     ):
         check("batch_size=13", "micro_batch_size=3")
+    with pytest.raises(UserError, match=r"orthogonalises whole matrices, .*: use DDP, or"):
+        check("optim.name=muon")
     with pytest.raises(UserError, match=r"model.compiled is true, .* leave it false"):
         check("model.compiled=true")
 

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from etpp_ssl.config import UserError
 from etpp_ssl.model.mae import MaskedAutoencoder, ModelConfig
 from etpp_ssl.optim.groups import parameter_groups
+from etpp_ssl.optim.optimizers import ClassifierOptimConfig, OptimConfig
+from etpp_ssl.optim.schedules import set_learning_rate
 
 TOKENS = ("encoder.cls_token", "encoder.reg_token", "decoder.mask_token")
 
@@ -109,3 +112,49 @@ def test_decay_alone_shrinks_what_is_decayed_and_nothing_else() -> None:
     for name, parameter in model.named_parameters():
         expected = before[name] * (1 - 0.5 * decays[name])
         torch.testing.assert_close(parameter.detach(), expected, msg=name)
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_leaves_all_else_to_adamw() -> None:
+    model = make_model("learned")
+    config = OptimConfig(name="nmuon", fallback_lr_scale=0.5, weight_decay=0.1)
+    optimizer = config.build(model, torch.device("cpu"))
+    set_learning_rate(optimizer, 1e-2)
+    found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name, p in model.named_parameters() if id(p) in found} == names
+    in_blocks = ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
+    for name, parameter in model.named_parameters():
+        group, hidden = found[id(parameter)], ".blocks." in name and name.endswith(in_blocks)
+        assert group["use_fallback"] is (not hidden), name
+        assert group["lr"] == pytest.approx(1e-2 if hidden else 5e-3), name
+        # The names with `n` have Nesterov momentum, in the fallback's second moment, too.
+        assert group["nesterov"], name
+    for name in ("encoder.pos_embed", "encoder.patch_embed.proj.weight", "decoder.head.weight", *TOKENS):
+        assert found[id(dict(model.named_parameters())[name])]["use_fallback"], name
+
+
+def test_muon_in_fine_tuning_has_layer_decay_and_leaves_the_head_to_adamw() -> None:
+    import timm
+
+    net = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, embed_dim=12, depth=2, num_heads=3, num_classes=4
+    )
+    config = ClassifierOptimConfig(name="muon", layer_decay=0.5)
+    optimizer = config.build(net, torch.device("cpu"))
+    found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    parameters = dict(net.named_parameters())
+    expected = {"head.weight": (True, 1.0), "blocks.1.mlp.fc1.weight": (False, 0.5),
+                "blocks.0.attn.qkv.weight": (False, 0.25), "blocks.0.attn.qkv.bias": (True, 0.25),
+                "patch_embed.proj.weight": (True, 0.125)}  # fmt: skip
+    for name, (fallback, scale) in expected.items():
+        group = found[id(parameters[name])]
+        assert (group["use_fallback"], group["lr_scale"]) == (fallback, scale), name
+
+
+def test_muon_without_a_matrix_is_refused() -> None:
+    model = make_model()
+    for block in model.transformer_blocks:
+        for parameter in block.parameters():
+            parameter.requires_grad_(parameter.ndim < 2)
+    with pytest.raises(UserError, match="muon, which is for weight matrices, but no trained parameter"):
+        OptimConfig(name="muon").build(model, torch.device("cpu"))

@@ -123,3 +123,34 @@ def test_the_defaults_are_maes_pre_training_settings() -> None:
 def test_a_setting_outside_its_range_or_unknown_is_refused(setting: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match=next(iter(setting))):
         OptimConfig(**setting)
+
+
+@given(
+    st.floats(0, 0.5),
+    st.just(0.0) | st.floats(1e-3, 0.5),
+    st.floats(0, 1),
+    st.sampled_from(["sqrt", "linear"]),
+)
+@settings(deadline=None, max_examples=200)
+def test_wsd_is_flat_between_its_warm_up_and_its_cooldown(
+    warmup: float, cooldown: float, progress: float, shape: Any
+) -> None:
+    schedule = Schedule(2.0, 0.5, warmup, "wsd", cooldown, shape)
+    height = 1.0
+    if progress < warmup:
+        assert schedule(progress) == pytest.approx(2.0 * progress / warmup)
+        return
+    if cooldown and progress > 1 - cooldown:
+        done = (progress - (1 - cooldown)) / cooldown
+        height = 1 - (math.sqrt(done) if shape == "sqrt" else done)
+    # Close to the start of the cooldown the root is steep.
+    assert schedule(progress) == pytest.approx(0.5 + 1.5 * height, abs=1e-6 + 2e-6 * (shape == "sqrt"))
+
+
+def test_known_points_of_the_other_shapes() -> None:
+    line = Schedule(2.0, 0.0, 0.2, "linear")
+    assert [line(progress) for progress in (0.1, 0.2, 0.6, 1)] == pytest.approx([1, 2, 1, 0])
+    wsd = OptimConfig(schedule="wsd", base_lr=1.0, warmup_share=0.1).learning_rates(256)
+    assert [wsd(progress) for progress in (0.05, 0.1, 0.8, 0.85, 1)] == pytest.approx([0.5, 1, 1, 0.5, 0])
+    trunk = OptimConfig(schedule="wsd", cooldown=0.0, base_lr=1.0).learning_rates(256)
+    assert trunk(1.0) == 1.0
