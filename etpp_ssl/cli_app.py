@@ -31,6 +31,7 @@ app = typer.Typer(
 
 
 def complete_recipe(begun: str) -> list[str]:
+    """Names of shipped recipes that begin so, for a shell's completion."""
     from etpp_ssl.recipe_file import shipped_recipes
 
     return [name for name in shipped_recipes() if name.startswith(begun)]

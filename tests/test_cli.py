@@ -173,9 +173,9 @@ def test_the_way_from_recipe_to_export(
     ("words", "sentence"),
     [
         ("export", "missing argument 'RUN'; see etpp export -h"),
-        ("export x --to onnx",
-         "invalid value for '--to': 'onnx' is not one of 'timm', 'mae', 'transformers', 'dinov3', 'pixio'; "
-         "see etpp export -h"),
+        ("export x --to tflite",
+         "invalid value for '--to': 'tflite' is not one of 'timm', 'mae', 'transformers', 'dinov3', 'pixio', "
+         "'onnx'; see etpp export -h"),
         ("embed x --split test", "invalid value for '--split': 'test' is not one of 'train', 'eval'; "
          "see etpp embed -h"),
         ("export x --to", "option '--to' requires an argument; see etpp"),
@@ -206,7 +206,7 @@ def test_version_and_help_have_short_names(capsys: pytest.CaptureFixture[str]) -
     ("begun", "completed"),
     [
         ("pl", ["plan"]),
-        ("plan cifar10_vit_m", ["cifar10_vit_micro", "cifar10_vit_micro_muon"]),
+        ("plan cifar10_vit_m", ["cifar10_vit_micro", "cifar10_vit_micro_muon", "cifar10_vit_micro_pixio"]),
         ("plan quickstart data.num_w", ["data.num_workers="]),
     ],
 )

@@ -157,7 +157,7 @@ class BlockRunner:
     grad_checkpointing: bool = False
     compiled: bool = False
 
-    def __call__(self, block: nn.Module, *inputs: Tensor | int) -> Tensor:
+    def __call__(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """`block(*inputs)`: tokens (B, N, D), and what else the block reads, to tokens (B, N, D)."""
         run = compiled_call() if self.compiled else call_block
         if self.grad_checkpointing:
@@ -166,7 +166,7 @@ class BlockRunner:
         return run(block, *inputs)
 
 
-def call_block(block: nn.Module, *inputs: Tensor | int) -> Tensor:
+def call_block(block: nn.Module, *inputs: Tensor) -> Tensor:
     """The plain call, through the module, so that hooks such as FSDP's run."""
     output: Tensor = block(*inputs)
     return output

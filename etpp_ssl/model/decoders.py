@@ -2,8 +2,8 @@
 
 Both predict the masked patches alone. The original MAE puts mask tokens where patches were removed, restores
 the order and predicts every patch. Attention does not depend on the order and the loss ignores visible
-patches, so `MAEDecoder` appends the mask tokens and runs the last MLP, norm and projection on them only: the
-same numbers for less work.
+patches, so `MAEDecoder` appends the mask tokens and runs the last norm and projection on them only: the same
+numbers for less work.
 
 In `CrossDecoder` a block is cross-attention and an MLP, without self-attention. The prediction of a patch
 then depends on the encoder's tokens and the patch's position only, so any subset of the masked patches can be
@@ -97,14 +97,10 @@ class MAEDecoder(Decoder):
         """A small ViT's blocks behind a projection of the encoder's output."""
         from timm.models.vision_transformer import Block
 
-        from etpp_ssl.model.timm_net import LastBlock
-
         self.embed = nn.Linear(encoder_dim, config.embed_dim)
         self.blocks = nn.ModuleList(
-            (Block if number < config.depth - 1 else LastBlock)(
-                config.embed_dim, config.num_heads, qkv_bias=True, norm_layer=layer_norm
-            )
-            for number in range(config.depth)
+            Block(config.embed_dim, config.num_heads, qkv_bias=True, norm_layer=layer_norm)
+            for _ in range(config.depth)
         )
 
     def forward(self, tokens: Tensor, ids_keep: Tensor, ids_predict: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -131,10 +127,9 @@ class MAEDecoder(Decoder):
         if self.pos_embed is not None:
             prefix = prefix + self.pos_embed[:, : self.num_prefix]
         tokens = torch.cat([prefix, visible, masked.to(visible.dtype)], dim=1)
-        *blocks, last = self.blocks
-        for block in blocks:
+        for block in self.blocks:
             tokens = self.run(block, tokens)
-        prediction: Tensor = self.head(self.norm(self.run(last, tokens, num_masked)))
+        prediction: Tensor = self.head(self.norm(tokens[:, tokens.shape[1] - num_masked :]))
         return prediction
 
 

@@ -23,7 +23,6 @@ import torch
 from einops import rearrange
 from timm.layers import Attention, DropPath
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -390,17 +389,6 @@ class SelfAttention(Attention):
         norms = (self.q_norm, self.k_norm, getattr(self, "norm", nn.Identity()))
         identity = all(isinstance(norm, nn.Identity) for norm in norms)
         return identity and self.attn_drop.p == 0 and getattr(self, "gate", None) is None
-
-
-class LastBlock(Block):
-    """timm's block where only the last of its tokens are read afterwards: the others have no MLP."""
-
-    def forward(self, tokens: Tensor, num_last: int | None = None) -> Tensor:
-        """(B, N, D) to (B, num_last, D), by default all N."""
-        unread = 0 if num_last is None else tokens.shape[1] - num_last
-        tokens = (tokens + self.attn(self.norm1(tokens)))[:, unread:]
-        result: Tensor = tokens + self.mlp(self.norm2(tokens))
-        return result
 
 
 def use_attention(module: nn.Module, kernel: AttentionName) -> None:

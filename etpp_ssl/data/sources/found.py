@@ -29,6 +29,10 @@ def is_hidden_name(name: str) -> bool:
     return (name.startswith(".") and name not in (".", "..")) or name.lower() in HIDDEN
 
 
+LAST_PARTS = {
+    ending[ending.rfind(".") :] for ending in EXTENSIONS | FOLDER_EXTENSIONS if ending.count(".") > 1
+}
+"""Of extensions with two dots: what ends so may have one or the other."""
 LISTINGS = 8
 """Folders that are listed at a time."""
 
@@ -165,7 +169,8 @@ def _list(top: Path, extensions: frozenset[str], current: str) -> Listing:
             extension = known.get(ending)
             if extension is None or is_hidden:
                 extension = extension_of(name)
-                if ending.startswith(".") and ending != name and extension == ending.lower():
+                plain = ending.startswith(".") and ending != name and extension == ending.lower()
+                if plain and extension not in LAST_PARTS:
                     known[ending] = extension
             if _leads_to_folder(entry) and extension not in FOLDER_EXTENSIONS:
                 (hidden if is_hidden else folders).append(f"{current}/{name}" if current else name)

@@ -246,7 +246,9 @@ def test_slices_of_a_volume_are_held_out_and_labelled_together(tmp_path: Path) -
     assert [len(names) for names in files] == [4, 2]
     assert not files[0] & files[1]
     assert len(training) + len(evaluation) == 21
-    assert training.all_labels() == [int(training.name(n).startswith("sea")) for n in range(len(training))]
+    assert training.all_labels().tolist() == [
+        int(training.name(n).startswith("sea")) for n in range(len(training))
+    ]
     few = opened(tmp_path, axes="zhw", labels_per_class=1)
     assert len({few.name(index).split("#")[0] for index in range(len(few))}) == 2
 
