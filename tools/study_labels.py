@@ -100,6 +100,7 @@ def run(study: LabelStudy, file: Path, key: str, places: dict[str, str]) -> dict
     if arm.init:
         here.append(f"init={places[f'init.{dataset}']}")
     folder.path.parent.mkdir(parents=True, exist_ok=True)
+    resumed = folder.path.exists()
     began = time.monotonic()
     with folder.path.with_suffix(".log").open("ab") as log:
         command = [sys.executable, "-m", "etpp_ssl", arm.command, arm.recipe[dataset], *settings, *here]
@@ -113,7 +114,8 @@ def run(study: LabelStudy, file: Path, key: str, places: dict[str, str]) -> dict
         "key": key,
         "top1": [row[arm.number] for row in rows if arm.number in row][-1],
         "seconds": time.monotonic() - began,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        # Of a run that was stopped, the first part's are not known.
+        "cpu_seconds": None if resumed else usage.ru_utime + usage.ru_stime,
         "settings": settings,
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {library: version(library) for library in LIBRARIES},
@@ -138,13 +140,14 @@ def table(study: LabelStudy, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def cell(runs: dict[int, dict[str, Any]], first: dict[int, dict[str, Any]]) -> str:
-    """Top-1 over the seeds, its difference from the first arm, and the CPU time."""
+    """Top-1 over the seeds, its difference from the first arm, and the CPU time where it is known."""
     if not runs:
         return ""
     gains = [run["top1"] - first[seed]["top1"] for seed, run in runs.items() if seed in first]
-    minutes = statistics.mean(run["cpu_seconds"] for run in runs.values()) / 60
+    timed = [run["cpu_seconds"] / 60 for run in runs.values() if run["cpu_seconds"] is not None]
+    minutes = f", {statistics.mean(timed):.1f} min" if timed else ""
     difference = f" ({spread(gains, '+')})" if gains else ""
-    return f"{spread([run['top1'] for run in runs.values()])}{difference}, {minutes:.1f} min"
+    return f"{spread([run['top1'] for run in runs.values()])}{difference}{minutes}"
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
