@@ -205,6 +205,10 @@ def search(
     queries: Annotated[list[str], typer.Argument(metavar="QUERY...", help="Image files.")],
     folder: Annotated[str, typer.Option("--in", help="The folder of images to search.")],
     count: Annotated[int, typer.Option(min=1, help="Images for each query.")] = 8,
+    pool: Annotated[
+        Pool | None,
+        typer.Option(help="Features of the cls token, or the mean of the patches; by default its own."),
+    ] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write what was found to this file.")] = None,
 ) -> None:
     """Print the images of a folder that are most like some others, by cosine of an encoder's features."""
@@ -217,7 +221,7 @@ def search(
     check_run(run)
     if json is not None:
         json = check_place(json)
-    found = find(run, load(run, precision="fp32"), queries, folder, count=count, say=say)
+    found = find(run, load(run, precision="fp32"), queries, folder, count=count, pool=pool, say=say)
     for query, names, row in zip(found.queries, found.names, found.similarities.tolist(), strict=True):
         print(query)
         for name, value in zip(names, row, strict=True):
